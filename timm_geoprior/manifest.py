@@ -1,0 +1,430 @@
+"""The manifest of the weights: which tags exist, what their bytes are, and what was measured with them.
+
+`weights_manifest.json` is the one source: timm's `default_cfgs`, the README's table, model cards and the Hub's
+config.json are generated from it. It is read from the package in a wheel and from the project's root in an editable
+install. Everything here is standard library: the manifest is read when the package is imported.
+"""
+import functools
+import json
+import os
+import re
+import tempfile
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+__all__ = [
+    'Baseline', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric', 'ModelEntry', 'TrainLog',
+    'load_manifest', 'manifest_path', 'parse_manifest', 'update_manifest', 'write_atomically',
+]
+
+SCHEMA_VERSION = 1
+FILE_NAME = 'weights_manifest.json'
+Status = Literal['planned', 'staged', 'bundled', 'published']
+
+_T = TypeVar('_T')
+
+
+class ManifestError(RuntimeError):
+    """The manifest is malformed, or asked for a name that it does not have."""
+
+
+def _check(condition: bool, where: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ManifestError(f'{where} is {got!r}, expected {expected}.')
+
+
+def _check_hex(value: str | None, digits: int, where: str) -> None:
+    valid = value is None or re.fullmatch(f'[0-9a-f]{{{digits}}}', value) is not None
+    _check(valid, where, value, f'{digits} lower-case hexadecimal digits')
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The classes of a data set, in class order; each label set stands once in the manifest.
+
+    Attributes:
+        source: 'timm' where timm ships the set under the same name, else 'manifest'.
+        classes: WordNet id -> name, in class order; empty where timm has them.
+    """
+    source: Literal['timm', 'manifest']
+    num_classes: int
+    classes: dict[str, str] = field(default_factory=dict)
+    name: str = field(default='', metadata={'key': True})
+
+    def __post_init__(self) -> None:
+        if self.source == 'manifest':
+            _check(len(self.classes) == self.num_classes, f'num_classes of {self.name}', self.num_classes,
+                   f'{len(self.classes)}, as many as it lists')
+
+    def _timm_classes(self) -> dict[str, str]:
+        from timm.data import ImageNetInfo  # reads two files of 22,000 lines: not at import
+        info = ImageNetInfo(self.name)
+        return {wnid: info.label_name_to_description(wnid) for wnid in info.label_names()}
+
+    @functools.cached_property
+    def _resolved(self) -> dict[str, str]:
+        return self.classes if self.source == 'manifest' else self._timm_classes()
+
+    @property
+    def wnids(self) -> tuple[str, ...]:
+        """WordNet ids, in class order."""
+        return tuple(self._resolved)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Readable names, in class order."""
+        return tuple(self._resolved.values())
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How an image becomes the network's input at evaluation, in timm's words."""
+    input_size: tuple[int, int, int]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        _check(min(self.input_size) > 0, 'input_size', self.input_size, 'positive sizes (channels, height, width)')
+        _check(0 < self.crop_pct <= 1, 'crop_pct', self.crop_pct, 'a share above 0 and up to 1')
+        _check(min(self.std) > 0, 'std', self.std, 'positive numbers')
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a tag gave on a data set: whole counts, so that it can be reproduced exactly.
+
+    Attributes:
+        precision: What the network computed in: 'float32', 'bfloat16' or 'float16'.
+        img_size: Height and width of the input, in pixels.
+        software: Package -> version of the measurement.
+    """
+    dataset: str
+    split: str
+    num_images: int
+    top1_correct: int
+    top5_correct: int
+    precision: str
+    img_size: int
+    software: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self.num_images > 0, 'num_images', self.num_images, 'a positive number')
+        _check(0 <= self.top1_correct <= self.top5_correct <= self.num_images, 'top1_correct, top5_correct',
+               (self.top1_correct, self.top5_correct), f'counts in this order, from 0 to {self.num_images}')
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100 * self.top1_correct / self.num_images
+
+    @property
+    def top5(self) -> float:
+        """Top-5 accuracy in percent."""
+        return 100 * self.top5_correct / self.num_images
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A plain network trained by the same recipe on the same data, for comparison."""
+    architecture: str
+    parameters: int
+    metric: Metric
+
+
+@dataclass(frozen=True)
+class TrainLog:
+    """Summary of the training log."""
+    epochs: int
+    hours: float
+    hardware: str
+    software: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A fixed input and the logits it gave, as safetensors beside the weights."""
+    file: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        _check_hex(self.sha256, 64, 'sha256 of the golden outputs')
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One tag of an architecture.
+
+    Attributes:
+        status: 'planned' (no weights yet), 'staged' (made, not released), 'bundled' (in this package) or 'published'.
+        default: Whether the bare architecture's name means this tag.
+        hub_id: 'owner/name' of the Hub repository.
+        revision: Commit of that repository, 40 hexadecimal digits.
+        file: Name of the weights file, in the package's weights folder if bundled, in the repository if published.
+        sha256: SHA-256 of that file.
+        bytes: Its size.
+        dtype: Type of its tensors of two dimensions and more; the others are float32.
+        license: SPDX identifier of the weights' licence.
+        data_terms: Terms of the data that the weights have seen.
+        label_set: Name of the label set.
+        recipe: Name of the recipe, a file of timm_geoprior/recipes without its ending.
+        recipe_commit: Commit of this project that trained it.
+        num_classes: Number of classes, the label set's.
+    """
+    status: Status
+    default: bool
+    license: str
+    data_terms: str
+    input: InputConfig
+    label_set: str
+    parameters: int | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    bytes: int | None = None
+    dtype: str | None = None
+    golden: Golden | None = None
+    recipe: str | None = None
+    recipe_commit: str | None = None
+    seed: int | None = None
+    metrics: tuple[Metric, ...] = ()
+    baseline: Baseline | None = None
+    train_log: TrainLog | None = None
+    name: str = field(default='', metadata={'key': True})
+    num_classes: int = field(default=0, metadata={'key': True})
+
+    def __post_init__(self) -> None:
+        _check(re.fullmatch(r'[a-z0-9_]+\.[a-z0-9_]+', self.name) is not None, 'A model name', self.name,
+               'architecture.tag of lower-case letters, digits and underscores')
+        _check_hex(self.sha256, 64, f'sha256 of {self.name}')
+        _check_hex(self.revision, 40, f'revision of {self.name}')
+        if self.status != 'planned':
+            self._check_present(('file', 'sha256', 'bytes', 'dtype', 'golden', 'parameters'))
+        if self.status == 'published':
+            self._check_present(('hub_id', 'revision'))
+        for name in (self.file, self.golden.file if self.golden else None):
+            _check(name is None or (name.endswith('.safetensors') and Path(name).name == name and '\\' not in name),
+                   f'A file of {self.name}', name, 'a bare file name that ends in .safetensors')
+
+    def _check_present(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _check(value is not None, f'{name} of {self.name}', value, f'a value: its status is {self.status}')
+
+    @property
+    def architecture(self) -> str:
+        """The name's part before the dot."""
+        return self.name.split('.')[0]
+
+    @property
+    def tag(self) -> str:
+        """The name's part after the dot."""
+        return self.name.split('.')[1]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether `pretrained=True` finds weights."""
+        return self.status in ('bundled', 'published')
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest; models are in file order."""
+    schema_version: int
+    label_sets: dict[str, LabelSet]
+    models: dict[str, ModelEntry]
+
+    def __post_init__(self) -> None:
+        _check(self.schema_version == SCHEMA_VERSION, 'schema_version', self.schema_version,
+               f'{SCHEMA_VERSION}: update timm_geoprior')
+        for architecture in {entry.architecture for entry in self.models.values()}:
+            defaults = [e.name for e in self.models.values() if e.architecture == architecture and e.default]
+            _check(len(defaults) == 1, f'default of {architecture}', defaults, 'one tag')
+
+    def get(self, name: str) -> ModelEntry:
+        """Look a tag up.
+
+        Args:
+            name: 'architecture.tag', or an architecture for its default tag.
+
+        Returns:
+            The entry.
+
+        Raises:
+            ManifestError: There is no such name; the message lists those there are.
+        """
+        for entry in self.models.values():
+            if name == entry.name or (name == entry.architecture and entry.default):
+                return entry
+        raise ManifestError(f'Got the model name {name!r}, expected one of {", ".join(self.models)}.')
+
+    def to_json(self) -> str:
+        """The file's text: absent values left out, lists of numbers on one line."""
+        text = json.dumps(_plain(self), indent=2, ensure_ascii=False)
+        return re.sub(r'\[[\s\d.,\-]*\]', lambda match: re.sub(r'\s+', ' ', match[0]).replace('[ ', '[')
+                      .replace(' ]', ']'), text) + '\n'
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to JSON's types, without absent values and without what stands in a key already."""
+    if is_dataclass(value):
+        stored = {f.name: getattr(value, f.name) for f in fields(value) if not f.metadata.get('key')}
+        return {name: _plain(item) for name, item in stored.items() if item is not None and item not in ({}, ())}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _parse(kind: Any, value: Any, where: str, **given: Any) -> Any:
+    """Turn JSON's types into the type `kind`, or say where they do not fit."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return _parse_dataclass(typing.cast(type, kind), value, where, given)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _parse(args[0], value, where)
+    if origin is Literal:
+        _check(value in args, where, value, f'one of {", ".join(args)}')
+        return value
+    if origin is dict:
+        _check(isinstance(value, dict), where, value, 'an object')
+        return {key: _parse(args[1], item, f'{where}.{key}') for key, item in value.items()}
+    if origin is tuple:
+        length = len(value) if isinstance(value, list) and args[-1] is Ellipsis else len(args)
+        _check(isinstance(value, list) and len(value) == length, where, value, f'a list of {length} values')
+        return tuple(_parse(args[0], item, f'{where}[{i}]') for i, item in enumerate(value))
+    accepted = (int, float) if kind is float else kind
+    _check(isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)), where, value, kind.__name__)
+    return kind(value)
+
+
+def _parse_dataclass(kind: type[_T], value: Any, where: str, given: dict[str, Any]) -> _T:
+    _check(isinstance(value, dict), where, value, 'an object')
+    hints = typing.get_type_hints(kind)
+    stored = {f.name: f for f in fields(typing.cast(Any, kind)) if not f.metadata.get('key')}
+    for key in value:
+        _check(key in stored, f'A key of {where}', key, f'one of {", ".join(stored)}')
+    for name, f in stored.items():
+        required = f.default is MISSING and f.default_factory is MISSING
+        _check(name in value or not required, f'{name} of {where}', None, 'a value')
+    return kind(**{key: _parse(hints[key], item, f'{where}.{key}') for key, item in value.items()}, **given)
+
+
+def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
+    """Parse and check a manifest.
+
+    Args:
+        text: The file's text.
+        where: What to call it in messages.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ManifestError: It is not JSON, or not as the schema has it.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ManifestError(f'{where} is no JSON ({error}): restore it, or install timm_geoprior again.') from None
+    _check(isinstance(data, dict), where, data, 'an object')
+    data.pop('$schema', None)
+    for key in ('schema_version', 'label_sets', 'models'):
+        _check(isinstance(data.get(key), int if key == 'schema_version' else dict), f'{key} of {where}', data.get(key),
+               'a number' if key == 'schema_version' else 'an object')
+    _check(set(data) == {'schema_version', 'label_sets', 'models'}, f'{where}', sorted(data), 'no other keys')
+    label_sets = {
+        name: _parse(LabelSet, item, f'label_sets.{name}', name=name) for name, item in data['label_sets'].items()}
+    models = {}
+    for name, item in data['models'].items():
+        label_set = item.get('label_set') if isinstance(item, dict) else None
+        _check(label_set in label_sets, f'label_set of {name}', label_set, f'one of {", ".join(label_sets)}')
+        num_classes = label_sets[label_set].num_classes
+        models[name] = _parse(ModelEntry, item, f'models.{name}', name=name, num_classes=num_classes)
+    return Manifest(data['schema_version'], label_sets, models)
+
+
+def manifest_path() -> Path:
+    """Where the manifest is: in the package (wheel) or in the folder above it (editable install, checkout)."""
+    package = Path(__file__).parent
+    inside = package / FILE_NAME
+    return inside if inside.exists() else package.parent / FILE_NAME
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: Path) -> Manifest:
+    try:
+        text = path.read_text(encoding='utf-8')
+    except OSError as error:
+        raise ManifestError(
+            f'{path} cannot be read ({error.strerror}): install timm_geoprior again, or run from its checkout.'
+        ) from None
+    return parse_manifest(text, str(path))
+
+
+def load_manifest(path: Path | None = None) -> Manifest:
+    """Read the manifest, once a process and path.
+
+    Args:
+        path: Another file than the package's own.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ManifestError: It is missing or malformed.
+    """
+    return _load(path or manifest_path())
+
+
+def update_manifest(path: Path, entry: ModelEntry, *, replace_weights: bool = False) -> Manifest:
+    """Write one entry: new, or in place of the one of the same name. Writers wait for each other.
+
+    The file is replaced at once (temporary file, fsync, rename), so that a reader sees the old or the new one.
+
+    Args:
+        path: The manifest.
+        entry: What to write.
+        replace_weights: Allow other bytes under a released tag's name; for a tag that nobody has loaded yet.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ManifestError: The file is malformed, the entry does not fit into it, or it would change a released tag's bytes.
+    """
+    from filelock import FileLock  # of torch's dependencies; not needed to read
+
+    path = Path(path)
+    with FileLock(path.with_name(f'.{path.name}.lock')):
+        manifest = parse_manifest(path.read_text(encoding='utf-8'), str(path))
+        old = manifest.models.get(entry.name)
+        if old is not None and old.has_weights and old.sha256 != entry.sha256 and not replace_weights:
+            raise ManifestError(
+                f'{entry.name} is released with sha256 {old.sha256}, got other bytes of sha256 {entry.sha256}: '
+                f"a tag's bytes never change, so give them a new tag.")
+        text = replace(manifest, models={**manifest.models, entry.name: entry}).to_json()
+        updated = parse_manifest(text, str(path))
+        write_atomically(path, text.encode('utf-8'))
+    _load.cache_clear()
+    return updated
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put content at a path whole or not at all: temporary file beside it, fsync, rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's is 0600
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
