@@ -1,0 +1,316 @@
+"""Verified loading: the bytes that the manifest names, or an error that says why not.
+
+A tag's file comes from the package's `weights` folder, else from the Hugging Face Hub at the manifest's revision,
+through huggingface_hub and its cache. It is read once; size and SHA-256 are checked on the very bytes that become the
+tensors.
+"""
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from .manifest import ModelEntry, load_manifest
+
+__all__ = ['WeightsError', 'build_with_verified_weights', 'load_verified', 'pretrained_cfgs']
+
+WEIGHTS_DIR = Path(__file__).parent / 'weights'
+ATTEMPTS = 3  # of a download that the network broke; huggingface_hub's own retries come before
+CHUNK = 1 << 20
+
+_DTYPES = {
+    'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64}
+_SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
+
+_Model = TypeVar('_Model', bound=nn.Module)
+
+
+class WeightsError(RuntimeError):
+    """Weights cannot be had: none exist, they cannot be fetched, or they are not the bytes that they should be."""
+
+
+class _DigestError(WeightsError):
+    """A file is there, but not as the manifest has it."""
+
+
+def bundled_path(entry: ModelEntry) -> Path:
+    """Where the package carries a tag's weights, if it does."""
+    return WEIGHTS_DIR / f'{entry.name}.safetensors'
+
+
+def pretrained_cfgs() -> dict[str, dict[str, Any]]:
+    """timm's cfgs, from the manifest: for `generate_default_cfgs`; a star marks the default tags.
+
+    A planned tag has no source, so timm lists it among the models but not among the pretrained ones.
+    """
+    models = load_manifest().models.values()
+    return {entry.name + '*' * entry.default: _pretrained_cfg(entry) for entry in models}
+
+
+def _pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
+    label_set = load_manifest().label_sets[entry.label_set]
+    height, width = entry.input.input_size[1:]
+    return {
+        **_source(entry),
+        'input_size': entry.input.input_size,
+        'pool_size': (-(-height // 32), -(-width // 32)),
+        'interpolation': entry.input.interpolation,
+        'crop_pct': entry.input.crop_pct,
+        'crop_mode': entry.input.crop_mode,
+        'mean': entry.input.mean,
+        'std': entry.input.std,
+        'num_classes': entry.num_classes,
+        # what timm knows by the number of classes it looks up itself
+        'label_names': tuple(label_set.classes) or None,
+        'label_descriptions': label_set.classes or None,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': entry.license,
+        'paper_name': 'Explicitly Modeled Attention Maps for Image Classification',
+        'paper_ids': 'arXiv:2006.07872',
+    }
+
+
+def _source(entry: ModelEntry) -> dict[str, str]:
+    """timm's keys for where the weights are."""
+    if not entry.has_weights:
+        return {}
+    if entry.status == 'bundled':
+        return {'file': str(bundled_path(entry))}
+    filename = {} if entry.file == 'model.safetensors' else {'hf_hub_filename': str(entry.file)}
+    return {'hf_hub_id': f'{entry.hub_id}@{entry.revision}', **filename}
+
+
+def build_with_verified_weights(
+        model_cls: type[_Model],
+        variant: str,
+        pretrained: bool = False,
+        **kwargs: Any,
+) -> _Model:
+    """timm's `build_model_with_cfg`, with verified weights where they are the manifest's own.
+
+    The file is read and hashed in a thread while timm makes the model; then timm's own `load_pretrained` takes the
+    tensors, so that heads, input channels, strictness and feature extraction adapt as for any of its models. A source
+    of the user's own (`pretrained_cfg_overlay`, `hf-hub:`, `local-dir:`) stays timm's business.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Name of the architecture.
+        pretrained: Load weights.
+        **kwargs: As `build_model_with_cfg` takes them.
+
+    Returns:
+        The model.
+
+    Raises:
+        WeightsError: The tag has no weights, or they cannot be had as the manifest has them.
+    """
+    entry = _own_entry(variant, kwargs) if pretrained else None
+    if entry is None:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    cache_dir = kwargs.get('cache_dir')
+    path = _locate(entry, cache_dir)
+    with ThreadPoolExecutor(1) as thread:
+        tensors = thread.submit(_load, entry, path, cache_dir)
+
+        def take_verified(placeholder: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+            model.pretrained_cfg.pop('state_dict')  # type: ignore[operator,union-attr]
+            return tensors.result()
+
+        # timm deep-copies its cfg, so the tensors cannot go that way: a placeholder keeps it from looking for a file
+        overlay = {**(kwargs.pop('pretrained_cfg_overlay', None) or {}), 'state_dict': {'verified': True}}
+        return build_model_with_cfg(
+            model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=take_verified,
+            **kwargs)
+
+
+def _own_entry(variant: str, kwargs: dict[str, Any]) -> ModelEntry | None:
+    """The manifest's entry that timm would load from, or None where the source is not the manifest's."""
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    entry = load_manifest().models.get(f'{variant}.{cfg.tag}')
+    if entry is None:
+        return None
+    source = {key: value for key in _SOURCE_KEYS if (value := getattr(cfg, key))}
+    return entry if source == _source(entry) else None
+
+
+def load_verified(entry: ModelEntry, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """Load a tag's tensors: the package's file, else the Hub's at the pinned revision.
+
+    A cached file that is not as the manifest has it is fetched afresh once. No network is used once it is cached.
+
+    Args:
+        entry: The manifest's entry.
+        cache_dir: Cache of huggingface_hub, where it is not to be the user's own.
+
+    Returns:
+        Name -> tensor on the CPU, in the file's types; all share one block of memory.
+
+    Raises:
+        WeightsError: The tag has no weights, they cannot be fetched, or size or SHA-256 are not the manifest's.
+    """
+    return _load(entry, _locate(entry, cache_dir), cache_dir)
+
+
+def _load(entry: ModelEntry, path: Path, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    try:
+        return _tensors(_read_verified(entry, path))
+    except _DigestError:
+        if path == bundled_path(entry):
+            raise
+    path = _download(entry, cache_dir, force=True)
+    try:
+        return _tensors(_read_verified(entry, path))
+    except _DigestError:
+        _discard(path)
+        raise
+
+
+def _locate(entry: ModelEntry, cache_dir: str | Path | None) -> Path:
+    """The file on this machine, fetched if need be."""
+    if not entry.has_weights:
+        known = [other.name for other in load_manifest().models.values() if other.has_weights]
+        raise WeightsError(
+            f'{entry.name} has no weights (its status is {entry.status}), expected a tag that has: '
+            f'{", ".join(known) or "none in this version"}. Take one of those, or pretrained=False.')
+    path = bundled_path(entry)
+    if entry.status == 'bundled' or path.exists():
+        return path
+    return _download(entry, cache_dir)
+
+
+def _read_verified(entry: ModelEntry, path: Path) -> bytearray:
+    """Read a file once, and check size and hash on what was read."""
+    where = f'The weights of {entry.name} in {path}'
+    advice = 'install timm_geoprior again' if path == bundled_path(entry) else 'try again, and report it if it stays so'
+    digest = hashlib.sha256()
+    try:
+        with path.open('rb') as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.bytes:
+                raise _DigestError(f'{where} are {size} bytes, expected {entry.bytes}: {advice}.')
+            content = bytearray(size)
+            view, position = memoryview(content), 0
+            while count := file.readinto(view[position:position + CHUNK]):
+                digest.update(view[position:position + count])
+                position += count
+    except OSError as error:
+        raise WeightsError(f'{where} cannot be read ({error.strerror}), expected a file: {advice}.') from None
+    if digest.hexdigest() != entry.sha256:
+        raise _DigestError(f'{where} have the sha256 {digest.hexdigest()}, expected {entry.sha256}: {advice}.')
+    return content
+
+
+def _tensors(content: bytearray) -> dict[str, Tensor]:
+    """Tensors on a safetensors file's own bytes: safetensors' reader would copy them, and so hold the file twice."""
+    start = 8 + int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:start])
+    header.pop('__metadata__', None)
+    return {name: _tensor(content, start, info) for name, info in header.items()}
+
+
+def _tensor(content: bytearray, start: int, info: dict[str, Any]) -> Tensor:
+    dtype, (begin, end) = _DTYPES[info['dtype']], info['data_offsets']
+    if begin == end:
+        return torch.empty(info['shape'], dtype=dtype)
+    flat = torch.frombuffer(content, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin)
+    return flat.view(info['shape'])
+
+
+def _discard(path: Path) -> None:
+    """Remove a wrong file from the cache, so that nothing else loads it: the name and the blob behind it."""
+    for item in (path.resolve(), path):
+        item.unlink(missing_ok=True)
+
+
+def _download(
+        entry: ModelEntry,
+        cache_dir: str | Path | None,
+        force: bool = False,
+        local_dir: Path | None = None,
+) -> Path:
+    """The file's path in huggingface_hub's cache (or in a folder), from there or from the network."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return Path(hf_hub_download(
+                str(entry.hub_id), str(entry.file), revision=entry.revision, cache_dir=cache_dir, local_dir=local_dir,
+                force_download=force, library_name='timm_geoprior'))
+        except Exception as error:
+            if attempt + 1 == ATTEMPTS or not _is_transient(error):
+                raise WeightsError(
+                    f'The weights of {entry.name} ({entry.file} of {entry.hub_id} at {entry.revision}) '
+                    f'could not be fetched: {explain(error, cache_dir)}.') from None
+        time.sleep(2 ** attempt)
+    raise AssertionError('unreachable')
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether another attempt may help: huggingface_hub retries all but a server's error or a reset in mid-file."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    local = isinstance(error, OSError) and error.errno is not None
+    return not local and not isinstance(error, (LocalEntryNotFoundError, ValueError))
+
+
+def explain(error: Exception, cache_dir: str | Path | None = None) -> str:
+    """Say in one clause what a failure of huggingface_hub means and what to do about it; no token is in it.
+
+    Args:
+        error: What it raised.
+        cache_dir: The cache it was told to use.
+
+    Returns:
+        A clause without a full stop.
+    """
+    cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) and error.__cause__ else error
+    response = getattr(cause, 'response', None)
+    status = getattr(response, 'status_code', None)
+    if constants.HF_HUB_OFFLINE:
+        return ('it is not in the cache and HF_HUB_OFFLINE is set, expected a network: unset it, or fetch the file '
+                'first where there is one')
+    if isinstance(cause, RevisionNotFoundError):
+        return 'the Hub has no such revision any more, expected the pinned one: update timm_geoprior'
+    if isinstance(cause, EntryNotFoundError):
+        return 'the Hub has no such file at this revision, expected one: update timm_geoprior'
+    if isinstance(cause, (GatedRepoError, RepositoryNotFoundError)) or status in (401, 403):
+        return (f'the Hub answered {status}, so the repository is private, gated or gone, or the token lacks a right: '
+                f'check the name, log in with `hf auth login` or set HF_TOKEN')
+    if status == 429:
+        return 'the Hub answered 429, too many requests: wait some minutes, or log in for a higher limit'
+    if status is not None:
+        return f'the Hub answered {status}: try again later'
+    if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
+        place = cache_dir or constants.HF_HUB_CACHE
+        hint = 'free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'make it writable'
+        return f'the cache {place} cannot be written ({cause.strerror}): {hint}, or set HF_HOME or cache_dir'
+    return (f'{endpoint()} could not be reached or broke off ({type(cause).__name__}: {redact(str(cause))}): '
+            f'check the network, the proxy and HF_ENDPOINT')
+
+
+def endpoint() -> str:
+    """Address of the Hub in use, without a password."""
+    return redact(constants.ENDPOINT)
+
+
+def redact(text: str) -> str:
+    """Take tokens, passwords and signatures out of a text: for messages and reports."""
+    text = re.sub(r'hf_\w+', 'hf_***', text)
+    text = re.sub(r'(?<=//)[^/@\s]+@', '***@', text)
+    return re.sub(r'(?<=://)(\S*?)\?[^\s\'")]*', r'\1', text).strip().rstrip('.')
