@@ -1,0 +1,50 @@
+"""Draw what each attention layer of a trained network looks at, over the sample photograph."""
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import timm
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+
+from timm_geoprior.images import sample_image
+from timm_geoprior.layers import attention_map
+from timm_geoprior.radii import learned_radii
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The middle of a picture, as a square of `size` pixels."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), box=(left, top, left + side, top + side))
+
+
+def draw_map(axes: Axes, photo: Image.Image, cells: int, radius: float, at: float) -> None:
+    """One layer's map for the query at the relative position `at` of both axes; weight is brightness."""
+    row = attention_map(torch.tensor([radius]).log(), cells)[0, int(at * cells)]
+    weights = torch.outer(row, row)
+    axes.imshow(photo, extent=(0, cells, cells, 0))
+    axes.imshow(weights, extent=(0, cells, cells, 0), cmap='magma', alpha=0.7, vmin=0)
+    axes.plot(int(at * cells) + 0.5, int(at * cells) + 0.5, 'x', color='cyan', markersize=8)
+    axes.set_axis_off()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--model', default='geoprior_resnet14_nano')
+    parser.add_argument('--output', type=Path, default=Path(__file__).parent.parent / 'docs' / 'learned_maps.png')
+    args = parser.parse_args()
+    model = timm.create_model(args.model, pretrained=True)
+    layers = learned_radii(model, model.pretrained_cfg['input_size'])
+    photo = square(sample_image(), 192)
+    figure, panels = plt.subplots(1, len(layers), figsize=(2.6 * len(layers), 3), layout='constrained', squeeze=False)
+    for axes, layer in zip(panels[0], layers, strict=True):
+        draw_map(axes, photo, layer.width, layer.cells[0], at=0.4)
+        axes.set_title(f'{layer.name}\n{layer.cells[0]:.2f} cells of {layer.width}', fontsize=9)
+    figure.savefig(args.output, dpi=100)
+    print(f'Wrote {args.output}.')
+
+
+if __name__ == '__main__':
+    main()

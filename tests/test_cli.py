@@ -1,0 +1,249 @@
+"""The command line, as a user calls it."""
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+from timm_geoprior import GeoPriorAttn2d
+from timm_geoprior.cli import default_model, main
+from timm_geoprior.images import sample_image
+from timm_geoprior.manifest import ManifestError, load_manifest
+
+MODELS = load_manifest().models
+WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']
+PLANNED = [name for name, entry in MODELS.items() if entry.status == 'planned']
+CATS = {'n02123045', 'n02123159', 'n02123394', 'n02123597', 'n02124075'}  # tabby, tiger, Persian, Siamese, Egyptian
+COMMAND = [sys.executable, '-m', 'timm_geoprior']
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / 'cat.png'
+    sample_image().save(path)
+    return str(path)
+
+
+def output(capsys, *arguments, code=0):
+    """Run a command in this process; its stdout and stderr."""
+    assert main(list(arguments)) == code
+    return capsys.readouterr()
+
+
+def test_list_names_every_tag(capsys):
+    lines = output(capsys, 'list').out.splitlines()
+    assert len(lines) == 1 + len(MODELS)
+    for line, entry in zip(lines[1:], MODELS.values(), strict=True):
+        assert line.split()[:2] == [entry.name, entry.status]
+        assert f'{entry.parameters:,}' in line
+        assert all(f'{metric.top1:.2f}' in line for metric in entry.metrics[:1])
+
+
+def test_list_json_is_the_manifest(capsys):
+    tags = json.loads(output(capsys, 'list', '--json').out)
+    assert [tag['name'] for tag in tags] == list(MODELS)
+    for tag, entry in zip(tags, MODELS.values(), strict=True):
+        assert (tag['status'], tag['parameters'], tag['bytes']) == (entry.status, entry.parameters, entry.bytes)
+        assert tag['top1'] == (entry.metrics[0].top1 if entry.metrics else None)
+
+
+@pytest.mark.parametrize('name', PLANNED)
+def test_info_of_a_planned_tag(capsys, name):
+    out = output(capsys, 'info', name).out
+    assert f'name: {name}' in out
+    assert 'status: planned' in out
+    assert 'no weights yet' in out
+
+
+@pytest.mark.parametrize('name', WITH_WEIGHTS)
+def test_info_shows_each_layers_radius(capsys, name):
+    text, _, table = output(capsys, 'info', name).out.rpartition('\n\n')
+    assert f'sha256: {MODELS[name].sha256}' in text
+    model = timm.create_model(name, pretrained=True).eval()
+    layers = {key: module for key, module in model.named_modules() if isinstance(module, GeoPriorAttn2d)}
+    rows = table.splitlines()[1:]
+    assert len(rows) == len(layers)
+    with torch.no_grad():
+        maps = {f['module']: f['reduction'] for f in model.feature_info}
+    for row, (key, layer) in zip(rows, layers.items(), strict=True):
+        stage = key.split('.')[0]
+        side = MODELS[name].input.input_size[-1] // (maps[stage] // layer.stride)
+        radius = layer.log_radius.exp().item()
+        assert row.split() == [key, str(side), 'x', str(side), f'{radius:.3f}', f'{radius / side:.3f}']
+
+
+def test_classify_finds_the_cat_in_the_sample_photograph(capsys):
+    (result,) = json.loads(output(capsys, 'classify', '--json').out)
+    assert result['model'] == default_model(load_manifest()).name
+    assert CATS & {guess['label'] for guess in result['predictions']}
+
+
+@pytest.mark.parametrize('name', WITH_WEIGHTS)
+def test_classify_gives_what_timm_gives(capsys, photo, name):
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    with torch.inference_mode():
+        probabilities, classes = model(transform(sample_image())[None]).softmax(-1)[0].topk(5)
+    labels = load_manifest().label_sets[MODELS[name].label_set]
+    (result,) = json.loads(output(capsys, 'classify', photo, '--model', name, '--json').out)
+    assert (result['image'], result['model']) == (photo, name)
+    assert [guess['label'] for guess in result['predictions']] == [labels.wnids[index] for index in classes]
+    assert [guess['name'] for guess in result['predictions']] == [labels.names[index] for index in classes]
+    assert [guess['probability'] for guess in result['predictions']] == pytest.approx(probabilities.tolist())
+    lines = output(capsys, 'classify', photo, '--model', name).out.splitlines()
+    assert len(lines) == 6
+    assert lines[0] == f'{photo} ({name})'
+    assert lines[1].split(maxsplit=1) == [f'{probabilities[0]:.1%}', labels.names[classes[0]]]
+
+
+@pytest.mark.parametrize('mode', ['CMYK', 'P', 'I;16', 'L', 'RGBA', '1x1', '1x900'])
+def test_odd_pictures_are_classified(capsys, tmp_path, mode):
+    image = sample_image().resize((90, 60))
+    if 'x' in mode:
+        image = image.resize(tuple(map(int, mode.split('x'))))
+    elif mode == 'I;16':
+        image = Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / 'odd.tiff')
+    (result,) = json.loads(output(capsys, 'classify', str(tmp_path / 'odd.tiff'), '--json').out)
+    assert len(result['predictions']) == 5
+
+
+def test_a_bad_image_does_not_keep_the_others_from_being_classified(capsys, tmp_path, photo):
+    bad, odd = tmp_path / 'bad.png', tmp_path / os.fsdecode(b'\xff.png')  # a name that no terminal can print
+    bad.write_text('no picture')
+    images = [str(bad), photo, str(tmp_path), str(odd)]
+    got = output(capsys, 'classify', *images, code=1)
+    assert len(got.out.splitlines()) == 6
+    complaints = got.err.splitlines()
+    assert [line.split()[0] for line in complaints] == ['timm-geoprior:'] * 3
+    assert 'not an image' in complaints[0]
+    assert 'is a folder' in complaints[1]
+    assert 'does not exist' in complaints[2]
+    results = json.loads(output(capsys, 'classify', *images, '--json', code=1).out)
+    assert [result['image'] for result in results] == images
+    assert ['error' in result for result in results] == [True, False, True, True]
+    assert ['predictions' in result for result in results] == [False, True, False, False]
+
+
+def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'skimage', None)
+    assert 'pip install scikit-image' in output(capsys, 'classify', code=1).err
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['classify', '--model', PLANNED[0], 'x.png'], f'{PLANNED[0]} has no weights'),
+    (['classify', '--model', 'resnet50', 'x.png'], "'resnet50', expected one of"),
+    (['info', 'geoprior_resnet51'], "'geoprior_resnet51', expected one of"),
+    (['run', 'nowhere.py'], 'nowhere.py does not exist'),
+    (['run', '-m', 'nowhere.at.all'], 'nowhere.at.all is no module'),
+    (['run', '-m', 'json.decoder.nowhere'], 'json.decoder.nowhere is no module'),
+    (['run', '-m', 'xml'], 'xml is no module'),
+])
+def test_an_error_is_one_sentence(capsys, arguments, words):
+    got = output(capsys, *arguments, code=1)
+    assert got.out == ''
+    assert got.err.startswith('timm-geoprior: ')
+    assert words in got.err
+    assert got.err.endswith('.\n')
+    assert got.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('arguments', [[], ['nothing'], ['info'], ['run'], ['list', '--wrong']])
+def test_a_wrong_use_is_exit_code_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert 'usage: timm-geoprior' in capsys.readouterr().err
+
+
+def test_the_default_model_is_bundled_first_then_published(tmp_path):
+    data = json.loads(load_manifest().to_json())
+    weights = {'file': 'model.safetensors', 'sha256': '0' * 64, 'bytes': 1, 'dtype': 'float16', 'parameters': 1,
+               'golden': {'file': 'golden.safetensors', 'sha256': '0' * 64}, 'hub_id': 'a/b', 'revision': '0' * 40}
+
+    def default(**statuses):
+        for name, entry in data['models'].items():
+            entry.update(weights, status=statuses.get(name.split('.')[0], 'planned'))
+        path = tmp_path / f'{len(list(tmp_path.iterdir()))}.json'
+        path.write_text(json.dumps(data))
+        return default_model(load_manifest(path)).architecture
+
+    assert default(geoprior_resnet50='published', geoprior_resnet14_nano='bundled') == 'geoprior_resnet14_nano'
+    assert default(geoprior_resnet50='staged', geoprior_resnet101='published') == 'geoprior_resnet101'
+    with pytest.raises(ManifestError, match='has weights'):
+        default(geoprior_resnet50='staged')
+
+
+SCRIPT = """
+import sys
+import timm
+model = timm.create_model('geoprior_resnet14_nano')  # this script imports timm alone
+print(__name__, sys.argv, type(model).__name__)
+import beside
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / 'scripts').mkdir()
+    (tmp_path / 'scripts' / 'train.py').write_text(SCRIPT)
+    (tmp_path / 'scripts' / 'beside.py').write_text('print("found what lies beside the script")')
+    return tmp_path / 'scripts' / 'train.py'
+
+
+def run(*arguments, **options):
+    return subprocess.run(arguments, capture_output=True, text=True, **options)
+
+
+def test_run_cures_unknown_model(script, tmp_path):
+    plain = run(sys.executable, str(script), cwd=tmp_path)
+    assert 'Unknown model (geoprior_resnet14_nano)' in plain.stderr
+    arguments = ['-m', 'x', '--', '--help', '--json']
+    cured = run(*COMMAND, 'run', str(script), *arguments, cwd=tmp_path)
+    assert cured.returncode == 7
+    assert cured.stdout.splitlines() == [
+        f'__main__ {[str(script), *arguments]} GeoPriorResNet', 'found what lies beside the script']
+
+
+def test_run_module(script):
+    cured = run(*COMMAND, 'run', '-m', 'train', '--lr', '1', cwd=script.parent)
+    assert cured.returncode == 7
+    assert f"{str(script)!r}, '--lr', '1'] GeoPriorResNet" in cured.stdout
+
+
+@pytest.mark.parametrize('error', ['ValueError("the script\'s own")', 'BrokenPipeError("the script\'s own")'])
+def test_an_error_of_the_script_is_shown_as_python_shows_it(script, error):
+    script.write_text(f'raise {error}')
+    failed = run(*COMMAND, 'run', str(script))
+    assert failed.returncode == 1
+    assert 'Traceback' in failed.stderr
+    assert "the script's own" in failed.stderr
+
+
+def test_a_closed_pipe_is_quiet():
+    reader, writer = os.pipe()
+    os.close(reader)
+    listing = subprocess.run([*COMMAND, 'list'], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert listing.stderr == ''
+    assert listing.returncode == 128 + signal.SIGPIPE
+
+
+def test_ctrl_c(tmp_path):
+    (tmp_path / 'wait.py').write_text('import signal; print("ready", flush=True); signal.pause()')
+    with subprocess.Popen([*COMMAND, 'run', str(tmp_path / 'wait.py')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.readline() == 'ready\n'
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == ''
+    assert process.returncode == 130

@@ -1,0 +1,86 @@
+"""What the README says holds: its code runs, its commands exist."""
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+
+from timm_geoprior.cli import main
+from timm_geoprior.images import sample_image
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```$', README, flags=re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == 'python']
+SHELL = [text.strip() for language, text in BLOCKS if language == 'bash']
+
+
+@pytest.mark.parametrize('code', PYTHON, ids=range(len(PYTHON)))
+def test_python_runs(tmp_path, monkeypatch, code):
+    for name in ('cats', 'dogs'):
+        (tmp_path / 'photos' / name).mkdir(parents=True)
+        sample_image().save(tmp_path / 'photos' / name / 'photo.jpg')
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, 'README.md', 'exec'), {})
+
+
+def test_the_two_lines_to_paste():
+    assert SHELL[0] == "python -m pip install '.[demo]' && python -m timm_geoprior classify"
+    assert SHELL[1] == "python -m pip install -e '.[test]' && python -m pytest"
+    # .ci/run takes them by these words, each from the first line that has them
+    assert next(line for line in README.splitlines() if 'timm_geoprior classify' in line) == SHELL[0]
+    assert next(line for line in README.splitlines() if 'python -m pytest' in line) == SHELL[1]
+
+
+def test_every_extra_exists():
+    named = {extra for line in SHELL for extra in re.findall(r"'\.\[(\w+)\]'", line)}
+    assert named == {'demo', 'test', 'train'}
+    assert named <= set(metadata('timm-geoprior').get_all('Provides-Extra'))
+
+
+def test_every_command_is_there(capsys):
+    """The table's commands and options against `--help`, both ways."""
+    rows = [line for line in README.splitlines() if line.startswith('| `timm-geoprior ')]
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    commands = set(re.findall(r'^    (\w+) ', capsys.readouterr().out, flags=re.MULTILINE))
+    assert commands == {re.match(r'\| `timm-geoprior (\w+)', row)[1] for row in rows}
+    for row in rows:
+        with pytest.raises(SystemExit):
+            main([row.split()[2].strip('`'), '--help'])
+        described = capsys.readouterr().out
+        assert set(re.findall(r'--[\w-]+', described)) - {'--help'} == set(re.findall(r'--[\w-]+', row)), row
+
+
+@pytest.mark.parametrize('line', [line for line in SHELL if line.startswith('python scripts/')])
+def test_scripts_take_what_is_written(line):
+    _, script, *arguments = line.replace('\\\n', ' ').split()
+    described = subprocess.run([sys.executable, script, '--help'], cwd=ROOT, capture_output=True, text=True, check=True)
+    for argument in arguments:
+        if argument.startswith('--'):
+            assert argument in described.stdout
+
+
+@pytest.mark.parametrize('path', re.findall(r'\]\((?!http)([^)]+)\)', README))
+def test_every_link_leads_somewhere(path):
+    assert (ROOT / path).is_file()
+
+
+IMPORTS = """
+import json, sys, timm
+before = set(sys.modules)
+import timm_geoprior
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_importing_the_plugin_imports_little():
+    """Beyond timm: this package's own model files, and nothing of the command line, training, evaluation, publishing."""
+    imported = subprocess.run([sys.executable, '-c', IMPORTS], capture_output=True, text=True, check=True).stdout
+    others = [name for name in json.loads(imported) if name.split('.')[0] not in sys.stdlib_module_names]
+    assert others == [
+        'timm_geoprior', 'timm_geoprior.geoprior_resnet', 'timm_geoprior.hub', 'timm_geoprior.layers',
+        'timm_geoprior.manifest']
