@@ -140,7 +140,7 @@ def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
-    (['classify', '--model', PLANNED[0], 'x.png'], f'{PLANNED[0]} has no weights'),
+    *((['classify', '--model', name, 'x.png'], f'{name} has no weights') for name in PLANNED),
     (['classify', '--model', 'resnet50', 'x.png'], "'resnet50', expected one of"),
     (['info', 'geoprior_resnet51'], "'geoprior_resnet51', expected one of"),
     (['run', 'nowhere.py'], 'nowhere.py does not exist'),
