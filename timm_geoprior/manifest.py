@@ -46,9 +46,13 @@ class LabelSet:
     """The classes of a data set, in class order; each label set stands once in the manifest.
 
     Attributes:
-        source: 'timm' where timm ships the set under the same name, else 'manifest'.
+        title: What people call the data set.
+        hub_dataset: Its name among the Hub's data sets.
+        source: 'timm' where timm ships the classes under the same name, else 'manifest'.
         classes: WordNet id -> name, in class order; empty where timm has them.
     """
+    title: str
+    hub_dataset: str
     source: Literal['timm', 'manifest']
     num_classes: int
     classes: dict[str, str] = field(default_factory=dict)
@@ -174,6 +178,7 @@ class ModelEntry:
         label_set: Name of the label set.
         recipe: Name of the recipe, a file of timm_geoprior/recipes without its ending.
         recipe_commit: Commit of this project that trained it.
+        base_model: Tag or Hub id of the weights that training started from, if any.
         num_classes: Number of classes, the label set's.
     """
     status: Status
@@ -192,6 +197,7 @@ class ModelEntry:
     golden: Golden | None = None
     recipe: str | None = None
     recipe_commit: str | None = None
+    base_model: str | None = None
     seed: int | None = None
     metrics: tuple[Metric, ...] = ()
     baseline: Baseline | None = None
