@@ -61,10 +61,10 @@ def pretrained_cfgs() -> dict[str, dict[str, Any]]:
     A planned tag has no source, so timm lists it among the models but not among the pretrained ones.
     """
     models = load_manifest().models.values()
-    return {entry.name + '*' * entry.default: _pretrained_cfg(entry) for entry in models}
+    return {entry.name + '*' * entry.default: pretrained_cfg(entry) for entry in models}
 
 
-def _pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
+def pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
     label_set = load_manifest().label_sets[entry.label_set]
     height, width = entry.input.input_size[1:]
     return {

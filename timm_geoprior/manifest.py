@@ -13,11 +13,11 @@ import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 __all__ = [
     'Baseline', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric', 'ModelEntry', 'TrainLog',
-    'load_manifest', 'manifest_path', 'parse_manifest', 'update_manifest', 'write_atomically',
+    'load_manifest', 'manifest_path', 'parse_entry', 'parse_manifest', 'to_json', 'update_manifest', 'write_atomically',
 ]
 
 SCHEMA_VERSION = 1
@@ -271,10 +271,14 @@ class Manifest:
         raise ManifestError(f'Got the model name {name!r}, expected one of {", ".join(self.models)}.')
 
     def to_json(self) -> str:
-        """The file's text: absent values left out, lists of numbers on one line."""
-        text = json.dumps(_plain(self), indent=2, ensure_ascii=False)
-        return re.sub(r'\[[\s\d.,\-]*\]', lambda match: re.sub(r'\s+', ' ', match[0]).replace('[ ', '[')
-                      .replace(' ]', ']'), text) + '\n'
+        """The file's text."""
+        return to_json(self)
+
+
+def to_json(value: Any) -> str:
+    """Dataclasses of this module as JSON: absent values left out, lists of numbers on one line."""
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False)
+    return re.sub(r'\[[\s\d.,-]+\]', lambda match: '[' + ' '.join(match[0][1:-1].split()) + ']', text) + '\n'
 
 
 def _plain(value: Any) -> Any:
@@ -291,7 +295,7 @@ def _parse(kind: Any, value: Any, where: str, **given: Any) -> Any:
     """Turn JSON's types into the type `kind`, or say where they do not fit."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
-        return _parse_dataclass(typing.cast(type, kind), value, where, given)
+        return _parse_dataclass(cast(type, kind), value, where, given)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _parse(args[0], value, where)
     if origin is Literal:
@@ -312,7 +316,7 @@ def _parse(kind: Any, value: Any, where: str, **given: Any) -> Any:
 def _parse_dataclass(kind: type[_T], value: Any, where: str, given: dict[str, Any]) -> _T:
     _check(isinstance(value, dict), where, value, 'an object')
     hints = typing.get_type_hints(kind)
-    stored = {f.name: f for f in fields(typing.cast(Any, kind)) if not f.metadata.get('key')}
+    stored = {f.name: f for f in fields(cast(Any, kind)) if not f.metadata.get('key')}
     for key in value:
         _check(key in stored, f'A key of {where}', key, f'one of {", ".join(stored)}')
     for name, f in stored.items():
@@ -346,13 +350,28 @@ def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
     _check(set(data) == {'schema_version', 'label_sets', 'models'}, f'{where}', sorted(data), 'no other keys')
     label_sets = {
         name: _parse(LabelSet, item, f'label_sets.{name}', name=name) for name, item in data['label_sets'].items()}
-    models = {}
-    for name, item in data['models'].items():
-        label_set = item.get('label_set') if isinstance(item, dict) else None
-        _check(label_set in label_sets, f'label_set of {name}', label_set, f'one of {", ".join(label_sets)}')
-        num_classes = label_sets[label_set].num_classes
-        models[name] = _parse(ModelEntry, item, f'models.{name}', name=name, num_classes=num_classes)
+    models = {name: parse_entry(name, item, label_sets) for name, item in data['models'].items()}
     return Manifest(data['schema_version'], label_sets, models)
+
+
+def parse_entry(name: str, data: Any, label_sets: dict[str, LabelSet]) -> ModelEntry:
+    """Parse and check one model.
+
+    Args:
+        name: 'architecture.tag'.
+        data: What the manifest has under that name.
+        label_sets: The manifest's label sets.
+
+    Returns:
+        The entry.
+
+    Raises:
+        ManifestError: It is not as the schema has it.
+    """
+    label_set = data.get('label_set') if isinstance(data, dict) else None
+    _check(label_set in label_sets, f'label_set of {name}', label_set, f'one of {", ".join(label_sets)}')
+    num_classes = label_sets[label_set].num_classes
+    return cast(ModelEntry, _parse(ModelEntry, data, f'models.{name}', name=name, num_classes=num_classes))
 
 
 def manifest_path() -> Path:

@@ -1,0 +1,258 @@
+"""What is written about the models, generated from the manifest: config.json, model card, the README's table."""
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .hub import pretrained_cfg
+from .manifest import Manifest, ManifestError, Metric, ModelEntry, load_manifest, manifest_path, write_atomically
+from .radii import LayerRadii
+
+__all__ = ['hub_config', 'model_card', 'models_table', 'plot_radii', 'update_readme']
+
+BEGIN, END = '<!-- models:begin -->', '<!-- models:end -->'
+
+CITATION = """@inproceedings{tan2021explicitly,
+  title = {Explicitly Modeled Attention Maps for Image Classification},
+  author = {Tan, Andong and Nguyen, Duc Tam and Dax, Maximilian and Nie{\\ss}ner, Matthias and Brox, Thomas},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  volume = {35},
+  pages = {9799--9807},
+  year = {2021}
+}"""
+
+
+def hub_config(entry: ModelEntry) -> dict[str, Any]:
+    """The repository's config.json, as timm (`local-dir:`, `hf-hub:`) and transformers (TimmWrapper) read it.
+
+    Args:
+        entry: The manifest's entry.
+
+    Returns:
+        A dictionary of JSON's types. Class names are readable ones, which transformers' pipeline shows; timm and
+        transformers look ImageNet-1k's up themselves.
+    """
+    names = load_manifest().label_sets[entry.label_set].classes.values()
+    sources = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'label_names', 'label_descriptions')
+    cfg = {key: value for key, value in pretrained_cfg(entry).items() if key not in sources}
+    return {
+        'architecture': entry.architecture,
+        'num_classes': entry.num_classes,
+        **({'label_names': list(names)} if names else {}),
+        'pretrained_cfg': {'tag': entry.tag, 'custom_load': False, **cfg},
+    }
+
+
+def models_table(manifest: Manifest) -> str:
+    """The README's table of models, in Markdown."""
+    rows = ['| model | status | data | input | parameters | top-1 | top-5 | plain ResNet, same recipe | file |',
+            '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |']
+    for entry in manifest.models.values():
+        metric = entry.metrics[0] if entry.metrics else None
+        size = metric.img_size if metric else entry.input.input_size[-1]
+        rows.append('| ' + ' | '.join((
+            f'`{entry.name}`',
+            entry.status,
+            manifest.label_sets[entry.label_set].title,
+            f'{size} px',
+            _number(entry.parameters),
+            _percent(metric.top1 if metric else None),
+            _percent(metric.top5 if metric else None),
+            _baseline(entry),
+            f'{entry.bytes / 1e6:.1f} MB' if entry.bytes else '',
+        )) + ' |')
+    return '\n'.join(rows)
+
+
+def _number(value: int | None) -> str:
+    return '' if value is None else f'{value:,}'
+
+
+def _percent(value: float | None) -> str:
+    return '' if value is None else f'{value:.2f}%'
+
+
+def _baseline(entry: ModelEntry) -> str:
+    if entry.baseline is None:
+        return ''
+    return f'{_percent(entry.baseline.metric.top1)} ({_number(entry.baseline.parameters)} parameters)'
+
+
+def update_readme(path: Path, manifest: Manifest) -> bool:
+    """Put the table of models between its markers.
+
+    Args:
+        path: The README.
+        manifest: The manifest.
+
+    Returns:
+        Whether the file was changed.
+
+    Raises:
+        ManifestError: The markers are not there.
+    """
+    text = path.read_text(encoding='utf-8')
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ManifestError(f'{path} has no lines {BEGIN} and {END}, expected both: the table goes between them.')
+    updated = f'{before}{BEGIN}\n{models_table(manifest)}\n{END}{after}'
+    if updated != text:
+        write_atomically(path, updated.encode('utf-8'))
+    return updated != text
+
+
+def model_card(entry: ModelEntry, manifest: Manifest, recipe: str = '') -> ModelCard:
+    """The model card of a tag, README.md of its repository.
+
+    Args:
+        entry: The manifest's entry, with its metrics.
+        manifest: The manifest.
+        recipe: The recipe as YAML, to be quoted.
+
+    Returns:
+        The card.
+    """
+    data_set = manifest.label_sets[entry.label_set]
+    data = ModelCardData(
+        license=entry.license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'transformers', 'geoprior'],
+        datasets=[data_set.hub_dataset],
+        base_model=entry.base_model,
+        model_name=entry.name,
+        eval_results=[result for metric in entry.metrics for result in _eval_results(metric, data_set.hub_dataset)],
+    )
+    sections = [_head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe), _radii(),
+                _reconstruction(), _limits(entry, data_set.title), f'## Citation\n\n```bibtex\n{CITATION}\n```']
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(section for section in sections if section) + '\n')
+
+
+def _eval_results(metric: Metric, hub_dataset: str) -> list[EvalResult]:
+    common: dict[str, Any] = {'task_type': 'image-classification', 'task_name': 'Image Classification', 'dataset_type': hub_dataset,
+              'dataset_name': metric.dataset, 'dataset_split': metric.split, 'metric_type': 'accuracy'}
+    return [
+        EvalResult(**common, metric_name='Top-1 accuracy', metric_value=round(metric.top1, 3)),
+        EvalResult(**common, metric_name='Top-5 accuracy', metric_value=round(metric.top5, 3)),
+    ]
+
+
+def _head(entry: ModelEntry, title: str) -> str:
+    return f"""# {entry.name}
+
+An image classifier for the {entry.num_classes} classes of {title}: `{entry.architecture}` of timm_geoprior, a plugin
+for [timm](https://github.com/huggingface/pytorch-image-models). It is a ResNet in which a share of each 3x3
+convolution's output channels comes from a self-attention whose map is not computed from the image: it is a Gaussian of
+the distance between two positions, with one learned radius a layer (*Explicitly Modeled Attention Maps for Image
+Classification*, AAAI 2021, [arXiv 2006.07872](https://arxiv.org/abs/2006.07872))."""
+
+
+def _use(entry: ModelEntry) -> str:
+    return f"""## Use
+
+With timm_geoprior installed:
+
+```python
+import timm, timm_geoprior  # the second import registers the architecture
+from PIL import Image
+model = timm.create_model('{entry.name}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+probabilities = model(transform(Image.open('image.jpg').convert('RGB'))[None]).softmax(-1)
+```
+
+Loaded by this name, the weights come from a pinned commit and are checked against the SHA-256 that the package carries.
+`hf-hub:` names of timm and transformers' `TimmWrapperForImageClassification` and `pipeline` load this repository too,
+after `import timm_geoprior`, but do not check it."""
+
+
+def _figures(entry: ModelEntry) -> str:
+    if not entry.metrics:
+        return ''
+    rows = ['| data | images | input | precision | top-1 | top-5 |', '| --- | ---: | ---: | --- | ---: | ---: |']
+    for metric in entry.metrics:
+        rows.append(
+            f'| {metric.dataset}, {metric.split} | {metric.num_images:,} | {metric.img_size} px | {metric.precision} '
+            f'| {metric.top1:.2f}% ({metric.top1_correct:,}) | {metric.top5:.2f}% ({metric.top5_correct:,}) |')
+    text = '## Figures\n\n' + '\n'.join(rows)
+    if entry.baseline:
+        text += (f'\n\nThe same recipe gives the plain `{entry.baseline.architecture}` ({entry.baseline.parameters:,} '
+                 f'parameters; this model has {entry.parameters:,}) {entry.baseline.metric.top1:.2f}% top-1.')
+    return text + f"""
+
+Measured again by this command, in a checkout of the project; it fails if the figure differs:
+
+```bash
+python scripts/validate.py --model {entry.name} --data-dir DIR --check
+```"""
+
+
+def _training(entry: ModelEntry, recipe: str) -> str:
+    facts = [
+        f'- recipe: `{entry.recipe}`' if entry.recipe else '',
+        f'- seed: {entry.seed}' if entry.seed is not None else '',
+        f'- commit of the project: `{entry.recipe_commit}`' if entry.recipe_commit else '',
+        f'- started from: `{entry.base_model}`' if entry.base_model else '- started from random weights',
+    ]
+    if entry.train_log:
+        facts.append(
+            f'- {entry.train_log.epochs} epochs in {entry.train_log.hours:.1f} hours on {entry.train_log.hardware}')
+    text = '## Training\n\n' + '\n'.join(fact for fact in facts if fact)
+    text += '\n\nThe log of every epoch is `train_log.csv`.'
+    return text + (f'\n\n```yaml\n{recipe.strip()}\n```' if recipe else '')
+
+
+def _radii() -> str:
+    return """## How far each layer looks
+
+![The learned radius of each attention layer](radii.png)
+
+The radius of each layer, relative to the side of its map: near zero the layer passes its values on as they are, far
+above one it takes their mean over the whole picture."""
+
+
+def _reconstruction() -> str:
+    return """## What is reconstructed
+
+The authors published no code. The kernel, the learned radius and the place of the attention are the paper's. The
+numbers of value channels were chosen so that the 152-layer network meets both cost figures of the paper's abstract, and
+how radii start and learn was settled by experiment here."""
+
+
+def _limits(entry: ModelEntry, title: str) -> str:
+    return f"""## Intended use and limits
+
+For research on image classification and as a starting point for fine-tuning. It knows the {entry.num_classes} classes
+of {title} and answers with one of them whatever it is shown; its errors and biases are those of that data set, and it
+has not been tested for any decision about people.
+
+The weights are under {entry.license}. Terms of the data they have seen: {entry.data_terms}."""
+
+
+def plot_radii(layers: list[LayerRadii], path: Path) -> None:
+    """Draw the radius of each attention layer, relative to its map.
+
+    Args:
+        layers: The radii, in the order of the network.
+        path: A PNG file to write.
+    """
+    from matplotlib.figure import Figure  # extra `train`
+
+    figure = Figure(figsize=(8, 3.5), layout='constrained')
+    axes = figure.add_subplot()
+    for index, layer in enumerate(layers):
+        axes.plot([index] * len(layer.relative), layer.relative, 'o', color='C0')
+    axes.set_yscale('log')
+    axes.axhline(1, color='0.7', linewidth=1)
+    axes.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=90, fontsize=7)
+    axes.set_ylabel('radius / side of the map')
+    figure.savefig(path, dpi=120, metadata={'Software': None})
+
+
+def main() -> None:
+    """Write the README's table anew."""
+    update_readme(manifest_path().parent / 'README.md', load_manifest())
+
+
+if __name__ == '__main__':
+    main()
