@@ -13,8 +13,9 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -248,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    cast(TextIO, sys.stdout).reconfigure(errors='backslashreplace')  # type: ignore[attr-defined]  # odd file names
+    for stream in (sys.stdout, sys.stderr):  # a file's name may have what no terminal can print
+        cast(TextIOWrapper, stream).reconfigure(errors='backslashreplace')
     try:
         return _dispatch(argv)
     except (ImageError, ManifestError, UsageError, WeightsError) as error:
