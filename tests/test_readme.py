@@ -78,7 +78,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_importing_the_plugin_imports_little():
-    """Beyond timm: this package's own model files, and nothing of the command line, training, evaluation, publishing."""
+    """Beyond timm this package's model files, and nothing of the command line, training, evaluation or publishing."""
     imported = subprocess.run([sys.executable, '-c', IMPORTS], capture_output=True, text=True, check=True).stdout
     others = [name for name in json.loads(imported) if name.split('.')[0] not in sys.stdlib_module_names]
     assert others == [
