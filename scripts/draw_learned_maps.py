@@ -21,12 +21,15 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def draw_map(axes: Axes, photo: Image.Image, cells: int, radius: float, at: float) -> None:
-    """One layer's map for the query at the relative position `at` of both axes; weight is brightness."""
-    row = attention_map(torch.tensor([radius]).log(), cells)[0, int(at * cells)]
+    """One layer's map for the query at the relative position `at` of both axes: what it looks at is bright."""
+    query = int(at * cells)
+    row = attention_map(torch.tensor([radius]).log(), cells)[0, query]
     weights = torch.outer(row, row)
+    shade = torch.zeros(cells, cells, 4)
+    shade[..., 3] = 0.85 * (1 - weights / weights.max())
     axes.imshow(photo, extent=(0, cells, cells, 0))
-    axes.imshow(weights, extent=(0, cells, cells, 0), cmap='magma', alpha=0.7, vmin=0)
-    axes.plot(int(at * cells) + 0.5, int(at * cells) + 0.5, 'x', color='cyan', markersize=8)
+    axes.imshow(shade, extent=(0, cells, cells, 0))
+    axes.plot(query + 0.5, query + 0.5, 'x', color='cyan', markersize=8)
     axes.set_axis_off()
 
 
@@ -43,6 +46,7 @@ def main() -> None:
         draw_map(axes, photo, layer.width, layer.cells[0], at=0.4)
         axes.set_title(f'{layer.name}\n{layer.cells[0]:.2f} cells of {layer.width}', fontsize=9)
     figure.savefig(args.output, dpi=100)
+    Image.open(args.output).convert('RGB').quantize(256).save(args.output, optimize=True)
     print(f'Wrote {args.output}.')
 
 
