@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Train a model by a recipe.
+
+    python scripts/train.py r64_tin200 --data-dir DATA --output RUN            one process
+    torchrun --nproc-per-node 8 scripts/train.py paper_in1k --data-dir ...     eight GPUs of one machine
+
+A run that was stopped, by whatever, goes on with the same command and --resume.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import timm_geoprior  # noqa: F401  (registers the models)
+from timm_geoprior.data.folder import CorruptImagesError
+from timm_geoprior.training.checkpoint import CheckpointError
+from timm_geoprior.training.engine import RunConfig, TrainingError, train
+from timm_geoprior.training.recipe import RecipeError, load_recipe, recipe_names
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('recipe', help=f'a YAML file, or one of: {", ".join(recipe_names())}')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder with one folder of images a class in each split')
+    parser.add_argument('--output', type=Path, required=True, help='folder of the run: checkpoints, summary.csv, results.json')
+    parser.add_argument('--train-split', default='train', help='folder of the training images below --data-dir')
+    parser.add_argument('--val-split', default='', help='split measured each epoch where the recipe holds nothing out')
+    parser.add_argument('--model', default='', help="a timm model in place of the recipe's, for a control")
+    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
+    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')
+    parser.add_argument('--save-every', type=int, default=200, help='updates between two checkpoints in mid-epoch')
+    parser.add_argument('--max-corrupt', type=int, default=10, help='unreadable images after which the run stops')
+    parser.add_argument('--resume', action='store_true', help='go on with the run in --output')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    overrides = args.set + ([f'model={args.model}'] if args.model else [])
+    try:
+        recipe = load_recipe(args.recipe, overrides)
+        config = RunConfig(
+            args.data_dir, args.output, args.train_split, args.val_split, args.seed, args.device, args.workers,
+            args.resume, args.save_every, args.max_corrupt)
+        results = train(recipe, config)
+    except (RecipeError, TrainingError, CheckpointError, CorruptImagesError) as error:
+        sys.exit(f'train.py: {error}')
+    print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
+
+
+if __name__ == '__main__':
+    main()

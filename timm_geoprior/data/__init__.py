@@ -1,0 +1,1 @@
+"""What a training reads: image folders through timm, or a small-image set held in memory."""

@@ -1,0 +1,134 @@
+"""Batches of a timm data set whose order and augmentation can be repeated exactly."""
+import warnings
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .seeding import generator, seed_everything
+
+__all__ = ['CorruptImagesError', 'FolderLoader']
+
+Key = Tuple[int, int, int, int]  # epoch, index, repeat, size
+
+
+class CorruptImagesError(RuntimeError):
+    """More images could not be read than a run puts up with."""
+
+
+class _SeededImages(Dataset[Tuple[torch.Tensor, int, int]]):
+    """Images of a timm data set, each augmented by a seed of its own: workers and batches change nothing."""
+
+    def __init__(self, dataset: Any, make_transform: Callable[[int], Callable[[Image.Image], torch.Tensor]], seed: int):
+        self.dataset = dataset
+        self.make_transform = make_transform
+        self.seed = seed
+        self.transforms: Dict[int, Callable[[Image.Image], torch.Tensor]] = {}
+
+    def __getitem__(self, key: Key) -> Tuple[torch.Tensor, int, int]:
+        """Image, target, and the index of an image that could not be read in its place, or -1."""
+        epoch, index, repeat, size = key
+        if size not in self.transforms:
+            self.transforms[size] = self.make_transform(size)
+        image, target, bad = self._read(index)
+        seed_everything(self.seed, 'augment', epoch, index, repeat)
+        return self.transforms[size](image), target, bad
+
+    def _read(self, index: int) -> Tuple[Image.Image, int, int]:
+        count = len(self.dataset)
+        for offset in range(10):  # the nearest image that can be read stands in for one that cannot
+            file, target = self.dataset.reader[(index + offset) % count][:2]
+            try:
+                return Image.open(file).convert('RGB'), int(target), index if offset else -1
+            except OSError:
+                continue
+        raise CorruptImagesError(f'Ten images in a row from {self.dataset.filename(index)} on cannot be read: '
+                                 f'check the data set.')
+
+
+class _EpochBatches(Sampler[List[Key]]):
+    """The batches of one epoch for one process, as keys."""
+
+    def __init__(self, count: int, batch_size: int, repeats: int, seed: int, rank: int, world_size: int) -> None:
+        self.count, self.batch_size, self.repeats = count, batch_size, max(repeats, 1)
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch = self.size = self.first_batch = 0
+
+    def __len__(self) -> int:
+        return self.count // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[List[Key]]:
+        order = torch.randperm(self.count, generator=generator(self.seed, 'order', self.epoch)).tolist()
+        total = len(self) * self.batch_size * self.world_size
+        # repeated augmentation (Hoffer et al., 2019): an image's repeats lie side by side, so they spread over processes
+        keys = [(self.epoch, order[i // self.repeats], i % self.repeats, self.size) for i in range(total)]
+        share = keys[self.rank::self.world_size]
+        for batch in range(self.first_batch, len(self)):
+            yield share[batch * self.batch_size:(batch + 1) * self.batch_size]
+
+
+class FolderLoader:
+    """Shuffled, augmented, normalised batches of a timm data set, in the order of `MemoryLoader`.
+
+    An image that cannot be read is named in a warning and its nearest readable neighbour stands in for it.
+    """
+
+    def __init__(
+            self,
+            dataset: Any,
+            batch_size: int,
+            make_transform: Callable[[int], Callable[[Image.Image], torch.Tensor]],
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+            repeats: int = 0,
+            workers: int = 2,
+            max_corrupt: int = 10,
+            device: torch.device = torch.device('cpu'),
+    ) -> None:
+        """
+        Args:
+            dataset: One of timm's `create_dataset`, with a reader that has an index.
+            batch_size: Images in each batch of this process; an incomplete last batch is left out.
+            make_transform: Gives the training transform for a size in pixels.
+            seed: Seed of order and augmentation.
+            rank: This process among `world_size`.
+            world_size: Number of processes.
+            repeats: Repeated augmentation: how often each image of an epoch's share is augmented, 0 for once.
+            workers: Processes that decode.
+            max_corrupt: Different unreadable images after which the run stops.
+            device: Where the batches go.
+        """
+        self.dataset = dataset
+        self.batches = _EpochBatches(len(dataset), batch_size, repeats, seed, rank, world_size)
+        self.loader = DataLoader(
+            _SeededImages(dataset, make_transform, seed), batch_sampler=self.batches, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=device.type == 'cuda')
+        self.device = device
+        self.max_corrupt = max_corrupt
+        self.corrupt: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of one epoch, as `MemoryLoader.epoch` gives them.
+
+        Raises:
+            CorruptImagesError: More than `max_corrupt` images could not be read.
+        """
+        self.batches.epoch, self.batches.size, self.batches.first_batch = epoch, size, first_batch
+        for images, targets, bad in self.loader:
+            self._note_corrupt(bad[bad >= 0].tolist())
+            yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    def _note_corrupt(self, indices: List[int]) -> None:
+        for index in indices:
+            if index not in self.corrupt:
+                self.corrupt.add(index)
+                warnings.warn(f'{self.dataset.filename(index)} cannot be read as an image and is skipped.', stacklevel=2)
+        if len(self.corrupt) > self.max_corrupt:
+            raise CorruptImagesError(
+                f'{len(self.corrupt)} images cannot be read, at most {self.max_corrupt} are put up with: repair the data '
+                f'set or raise --max-corrupt.')

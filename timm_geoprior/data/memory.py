@@ -1,0 +1,179 @@
+"""A set of small images held in memory as uint8 and augmented in batches.
+
+Decoding the same JPEG files every epoch is most of an epoch's time on a few cores, and all of it on a GPU. Crop, flip
+and resize are one sampling of the batch here (`torch.nn.functional.grid_sample`), on whatever device the images lie.
+"""
+import math
+from dataclasses import dataclass
+from typing import Iterator, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .seeding import generator
+
+__all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
+
+
+@dataclass(frozen=True)
+class ImageTensors:
+    """Images of one size with their targets.
+
+    Attributes:
+        images: uint8, shape (N, 3, H, W).
+        targets: Class indices, int64, shape (N,).
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> 'ImageTensors':
+        """The same set on another device."""
+        return ImageTensors(self.images.to(device), self.targets.to(device))
+
+    def subset(self, indices: torch.Tensor) -> 'ImageTensors':
+        """The images of some indices."""
+        indices = indices.to(self.images.device)
+        return ImageTensors(self.images[indices], self.targets[indices])
+
+
+class _ToUint8:
+    """PIL image to uint8 CHW, resized (bicubic) only where it has another size than asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        image = image.convert('RGB')
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def decode_images(dataset: Dataset[Tuple[torch.Tensor, int]], size: int, workers: int = 2) -> ImageTensors:
+    """Decode a data set once.
+
+    Args:
+        dataset: One of timm's, with a `transform` to be set here.
+        size: Side of the square that the images are kept at, in pixels; images of another size are resized to it.
+        workers: Processes that decode.
+
+    Returns:
+        The images in the data set's order.
+    """
+    dataset.transform = _ToUint8(size)  # type: ignore[attr-defined]
+    count = len(dataset)  # type: ignore[arg-type]
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    targets = torch.empty(count, dtype=torch.int64)
+    start = 0
+    loader = DataLoader(dataset, batch_size=500, num_workers=workers)
+    for batch, labels in tqdm(loader, desc='decoding', unit='batch', leave=False):
+        images[start:start + len(batch)] = batch
+        targets[start:start + len(batch)] = labels
+        start += len(batch)
+    return ImageTensors(images, targets)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Random resized crop and horizontal flip as one affine sampling of a batch.
+
+    Attributes:
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest aspect ratio, drawn log-uniformly, as torchvision's RandomResizedCrop does; a side
+            longer than the image is cut to it.
+        hflip: Probability of a flip.
+    """
+
+    scale: Tuple[float, float] = (0.35, 1.0)
+    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+
+    num_draws = 5
+
+    def matrices(self, draws: torch.Tensor) -> torch.Tensor:
+        """Affine matrices for `affine_grid`, shape (B, 2, 3), of uniform draws, shape (B, 5)."""
+        area = self.scale[0] + (self.scale[1] - self.scale[0]) * draws[:, 0]
+        log_ratio = math.log(self.ratio[0]) + math.log(self.ratio[1] / self.ratio[0]) * draws[:, 1]
+        width = (area * log_ratio.exp()).sqrt().clamp(max=1.0)
+        height = (area / log_ratio.exp()).sqrt().clamp(max=1.0)
+        center_x = (1 - width) * (2 * draws[:, 2] - 1)
+        center_y = (1 - height) * (2 * draws[:, 3] - 1)
+        flip = torch.where(draws[:, 4] < self.hflip, -1.0, 1.0)
+        zero = torch.zeros_like(width)
+        rows = [torch.stack([flip * width, zero, center_x], 1), torch.stack([zero, height, center_y], 1)]
+        return torch.stack(rows, 1)
+
+    def __call__(self, images: torch.Tensor, draws: torch.Tensor, size: int) -> torch.Tensor:
+        """Sample float images (B, 3, H, W) at `size` x `size`, one crop and flip for each row of draws."""
+        grid = F.affine_grid(self.matrices(draws), [len(images), 3, size, size], align_corners=False)
+        return F.grid_sample(images, grid, mode='bilinear', padding_mode='reflection', align_corners=False)
+
+
+class MemoryLoader:
+    """Shuffled, augmented, normalised batches of an `ImageTensors`.
+
+    Order and augmentation of an image depend on the seed, the epoch and its index alone, whatever the batch size and
+    the number of processes: each process takes every `world_size`-th image of the same order.
+    """
+
+    def __init__(
+            self,
+            data: ImageTensors,
+            batch_size: int,
+            mean: Tuple[float, ...],
+            std: Tuple[float, ...],
+            augment: CropFlip,
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            data: The set.
+            batch_size: Images in each batch of this process; an incomplete last batch is left out.
+            mean: Mean of each channel, for images from 0 to 1.
+            std: Standard deviation of each channel.
+            augment: Crop and flip.
+            seed: Seed of order and augmentation.
+            rank: This process among `world_size`.
+            world_size: Number of processes.
+        """
+        self.data = data
+        self.batch_size = batch_size
+        self.augment = augment
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        device = data.images.device
+        self.mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.data) // (self.batch_size * self.world_size)
+
+    def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of one epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            size: Side of the images, in pixels.
+            first_batch: Batches to leave out at the beginning, for a run that resumes in mid-epoch.
+
+        Yields:
+            Images, float32, (batch_size, 3, size, size), and targets, (batch_size,).
+        """
+        device = self.data.images.device
+        order = torch.randperm(len(self.data), generator=generator(self.seed, 'order', epoch))
+        draws = torch.rand(len(self.data), CropFlip.num_draws, generator=generator(self.seed, 'augment', epoch))
+        share = order[:len(self) * self.batch_size * self.world_size][self.rank::self.world_size]
+        for batch in share.split(self.batch_size)[first_batch:]:
+            rows = draws[batch].to(device)
+            batch = batch.to(device)
+            images = (self.data.images[batch].float() - self.mean) / self.std
+            yield self.augment(images, rows, size), self.data.targets[batch]

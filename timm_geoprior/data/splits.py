@@ -1,0 +1,29 @@
+"""Training images kept out of training, to choose recipes and checkpoints by."""
+from typing import Tuple
+
+import torch
+
+__all__ = ['hold_out']
+
+
+def hold_out(targets: torch.Tensor, per_class: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Split off the last images of each class, in the data set's order (file names, sorted).
+
+    Args:
+        targets: Class of each image, shape (N,).
+        per_class: Images of each class to hold out.
+
+    Returns:
+        Indices that stay in training, and indices held out, both ascending.
+
+    Raises:
+        ValueError: A class has no more images than would be held out.
+    """
+    held = torch.zeros(len(targets), dtype=torch.bool)
+    for target in targets.unique().tolist():
+        members = (targets == target).nonzero().flatten()
+        if per_class >= len(members):
+            raise ValueError(f'Class {target} has {len(members)} images, more than {per_class} are needed to hold out '
+                             f'{per_class}: lower the recipe key holdout.')
+        held[members[len(members) - per_class:]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()

@@ -1,0 +1,329 @@
+"""The training loop: one process or many under torchrun, killed and resumed to the same bits.
+
+Whatever is random is a function of the seed, the epoch and the position in it (`data/seeding.py`), so that a checkpoint
+needs no random states: a resumed run draws what an uninterrupted one would have drawn.
+"""
+import argparse
+import signal
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3, dispatch_clip_grad, init_distributed_device
+from torch import nn
+from tqdm import tqdm
+
+from ..data.seeding import seed_everything
+from ..evaluation.accuracy import Counts, count_correct
+from . import report
+from .checkpoint import load_checkpoint, save_checkpoint
+from .parts import create_loss, create_mixup, create_model, create_optimizer, create_schedule, learned_radii
+from .recipe import Recipe
+from .sources import TrainingData, open_data
+
+__all__ = ['RunConfig', 'Trainer', 'TrainingError', 'train']
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how a recipe is run; nothing in here changes what is learned, but for the seed."""
+
+    data_dir: Path
+    output: Path
+    train_split: str = 'train'
+    val_split: str = ''  # measured each epoch where the recipe holds nothing out
+    seed: int = 0
+    device: str = 'cpu'
+    workers: int = 2
+    resume: bool = False
+    save_every: int = 200  # updates between two checkpoints in mid-epoch
+    max_corrupt: int = 10
+
+
+class Trainer:
+    """One run of a recipe."""
+
+    def __init__(self, recipe: Recipe, config: RunConfig) -> None:
+        self.recipe, self.config = recipe, config
+        where = argparse.Namespace(device=config.device)
+        self.device = init_distributed_device(where)
+        self.rank, self.world_size = where.rank, where.world_size
+        self.last = config.output / 'last.pt'
+        self._check_output()
+        seed_everything(config.seed, 'init')
+        share, rest = divmod(recipe.batch_size, self.world_size * recipe.grad_accum_steps)
+        if rest or not share:
+            raise TrainingError(
+                f'batch_size is {recipe.batch_size}, expected a multiple of {self.world_size} processes times '
+                f'{recipe.grad_accum_steps} accumulation steps: change batch_size or grad_accum_steps.')
+        self.data: TrainingData = open_data(recipe, config, share, self.device, self.rank, self.world_size)
+        self.updates_per_epoch = len(self.data.train) // recipe.grad_accum_steps
+        if not self.updates_per_epoch:
+            raise TrainingError(
+                f'{config.data_dir} has fewer training images than one batch of {recipe.batch_size}: lower batch_size.')
+        self._build_model()
+        self.epoch = self.update = 0  # epochs and, within this one, updates that are behind us
+        self.loss_sum = self.seconds = 0.0
+        self.skipped = 0
+        self.history: List[Dict[str, Any]] = []
+        self.best: Optional[float] = None
+        self.stop_signal = 0
+        if config.resume:
+            self._resume()
+
+    def _check_output(self) -> None:
+        if not self.config.resume and self.last.exists():
+            raise TrainingError(f'{self.config.output} already holds a run: add --resume, or name another folder.')
+        if self.rank == 0:
+            self.config.output.mkdir(parents=True, exist_ok=True)
+
+    def _build_model(self) -> None:
+        recipe = self.recipe
+        self.model = create_model(recipe, len(self.data.class_names)).to(self.device)
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.model = self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        if recipe.sync_bn and self.world_size > 1:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.ema = ModelEmaV3(
+            self.model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup) if recipe.model_ema else None
+        self.optimizer = create_optimizer(recipe, self.model)
+        self.schedule = create_schedule(recipe, self.optimizer, self.updates_per_epoch)
+        self.loss = create_loss(recipe)
+        self.mixup = create_mixup(recipe, len(self.data.class_names))
+        half = recipe.amp and recipe.amp_dtype == 'float16'
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        network = self.model
+        if self.world_size > 1:
+            ids = [self.device] if self.device.type == 'cuda' else None
+            network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
+        # sizes are few and fixed: a graph for each is faster than a dynamic one
+        self.network = torch.compile(network, dynamic=False) if recipe.torchcompile else network
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self.recipe.amp:
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.recipe.amp_dtype))
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state(self) -> Dict[str, Any]:
+        """All that a resumed run needs, and what a reader of the weights wants to know."""
+        return {
+            'model': self.model.state_dict(),
+            'ema': self.ema.module.state_dict() if self.ema else None,
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'epoch': self.epoch, 'update': self.update, 'loss_sum': self.loss_sum, 'seconds': self.seconds,
+            'skipped': self.skipped, 'best': self.best, 'history': self.history,
+            'step': self.epoch * self.updates_per_epoch + self.update,
+            'recipe': self.recipe.to_dict(), 'seed': self.config.seed,
+            'model_name': self.recipe.model, 'model_kwargs': self.recipe.model_kwargs,
+            'num_classes': len(self.data.class_names), 'class_names': list(self.data.class_names),
+            'versions': report.versions(), 'commit': report.git_commit(),
+        }
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.last)
+        recipe = self.recipe.to_dict()
+        for key in recipe:
+            if state['recipe'].get(key) != recipe[key]:
+                raise TrainingError(
+                    f'{self.last} was trained with {key} = {state["recipe"].get(key)!r}, this run has {recipe[key]!r}: '
+                    f'resume with the same recipe, or train into another folder.')
+        if state['seed'] != self.config.seed:
+            raise TrainingError(f'{self.last} has seed {state["seed"]}, this run {self.config.seed}: use the same.')
+        self.model.load_state_dict(state['model'])
+        if self.ema:
+            self.ema.module.load_state_dict(state['ema'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.scaler.load_state_dict(state['scaler'])
+        for key in ('epoch', 'update', 'loss_sum', 'seconds', 'skipped', 'best', 'history'):
+            setattr(self, key, state[key])
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; only the first process does."""
+        if self.rank == 0:
+            save_checkpoint(self.state(), path)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Dict[str, Any]:
+        """Train to the end.
+
+        Returns:
+            The run's results, as written to results.json.
+
+        Raises:
+            TrainingError: The loss was not finite for too many steps in a row.
+            SystemExit: 128 plus the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
+        """
+        previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self.epoch < self.recipe.epochs:
+                self._train_epoch()
+                self._end_epoch()
+            results = report.results(self)
+            if self.rank == 0:
+                report.write_results(results, self.config.output)
+            return results
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note_signal(self, number: int, frame: Optional[FrameType]) -> None:
+        self.stop_signal = number
+
+    def _train_epoch(self) -> None:
+        recipe = self.recipe
+        self.model.train()
+        first = self.update * recipe.grad_accum_steps
+        batches = self.data.train.epoch(self.epoch, recipe.size_at(self.epoch), first)
+        bar = tqdm(
+            total=self.updates_per_epoch, initial=self.update, desc=f'epoch {self.epoch + 1}/{recipe.epochs}',
+            unit_scale=recipe.batch_size, unit='img', disable=self.rank > 0, leave=False)
+        started = time.perf_counter()
+        with bar:
+            while self.update < self.updates_per_epoch:
+                loss = self._step(batches)
+                self.update += 1
+                self.loss_sum += loss
+                now = time.perf_counter()
+                self.seconds, started = self.seconds + now - started, now
+                bar.set_postfix(loss=f'{self.loss_sum / self.update:.3f}', refresh=False)
+                bar.update()
+                if self.stop_signal:
+                    self.save(self.last)
+                    raise SystemExit(128 + self.stop_signal)
+                if self.update % self.config.save_every == 0:
+                    self.save(self.last)
+
+    def _step(self, batches: Iterator[Tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """One update; the mean loss over all processes. An update whose loss is not finite is left out."""
+        recipe = self.recipe
+        done = self.epoch * self.updates_per_epoch + self.update
+        self.schedule.step_update(done)
+        seed_everything(self.config.seed, 'step', done, self.rank)
+        total = 0.0
+        for micro_step in range(recipe.grad_accum_steps):
+            images, targets = next(batches)
+            images, targets = self._augment(images, targets)
+            last = micro_step == recipe.grad_accum_steps - 1
+            with self._no_sync(not last):
+                with self._autocast():
+                    loss = self.loss(self.network(images), targets) / recipe.grad_accum_steps
+                self.scaler.scale(loss).backward()
+            total += loss.item()
+        total, finite = self._agree(total)
+        if finite:
+            self._apply(done)
+            self.skipped = 0
+        else:
+            self._skip(done)
+        self.optimizer.zero_grad(set_to_none=True)
+        return total if finite else self.loss_sum / max(self.update, 1)
+
+    def _augment(self, images: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        off = self.recipe.mixup_off_epoch
+        if self.mixup and not (off and self.epoch >= off):
+            images, targets = self.mixup(images, targets)
+        return images.contiguous(memory_format=self.memory_format), targets
+
+    def _no_sync(self, wanted: bool) -> AbstractContextManager[Any]:
+        if wanted and isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return nullcontext()
+
+    def _agree(self, loss: float) -> Tuple[float, bool]:
+        """Mean loss and whether it is finite everywhere; a signal that one process got stops all after the same step."""
+        facts = torch.tensor([loss, float(self.stop_signal)], dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            gathered = [torch.empty_like(facts) for _ in range(self.world_size)]
+            dist.all_gather(gathered, facts)
+            facts = torch.stack(gathered)
+            self.stop_signal = int(facts[:, 1].max())
+            loss = float(facts[:, 0].mean())
+        return loss, bool(torch.isfinite(torch.tensor(loss)))
+
+    def _apply(self, done: int) -> None:
+        recipe = self.recipe
+        if recipe.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), recipe.clip_grad, mode=recipe.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update(self.model, step=done)
+
+    def _skip(self, done: int) -> None:
+        self.skipped += 1
+        if self.skipped >= self.recipe.max_skipped_steps:
+            lr = self.optimizer.param_groups[0]['lr']
+            good = f'the last good checkpoint is {self.last}' if self.last.exists() else 'there is no checkpoint yet'
+            raise TrainingError(
+                f'The loss was not finite for {self.skipped} steps in a row, up to step {done} with a learning rate of '
+                f'{lr:.3g}; {good}: lower lr, or clip gradients with clip_grad.')
+
+    # -- after each epoch ----------------------------------------------------------------------------------------------
+
+    def _end_epoch(self) -> None:
+        row: Dict[str, Any] = {
+            'epoch': self.epoch, 'img_size': self.recipe.size_at(self.epoch),
+            'lr': self.optimizer.param_groups[0]['lr'], 'train_loss': self.loss_sum / self.updates_per_epoch,
+        }
+        row.update(self._measure())
+        row['seconds'] = round(self.seconds, 1)
+        row.update({f'radius.{name}': value for name, value in learned_radii(self.model).items()})
+        self.history.append(row)
+        self.epoch, self.update, self.loss_sum = self.epoch + 1, 0, 0.0
+        chosen_by = row.get('ema_top1', row.get('top1'))
+        if chosen_by is not None and (self.best is None or chosen_by > self.best):
+            self.best = chosen_by
+            self.save(self.config.output / 'best.pt')
+        self.save(self.last)
+        if self.rank == 0:
+            report.write_epoch(self.history, self.config.output)
+
+    def _measure(self) -> Dict[str, float]:
+        """Top-1 in percent of the held-out images, by the weights and by their average."""
+        measured = {}
+        for name, network in (('top1', self.model), ('ema_top1', self.ema.module if self.ema else None)):
+            counts = self._count(network)
+            if counts:
+                measured[name] = 100 * counts.top1_correct / counts.num_images
+        return measured
+
+    def _count(self, network: Optional[nn.Module]) -> Optional[Counts]:
+        if network is None or self.data.held_out is None:
+            return None
+        with self._autocast():
+            batches = ((x.contiguous(memory_format=self.memory_format), y) for x, y in self.data.held_out())
+            return count_correct(network, batches)
+
+
+def train(recipe: Recipe, config: RunConfig) -> Dict[str, Any]:
+    """Run a recipe, or what is left of it.
+
+    Args:
+        recipe: What is trained, and how.
+        config: Where.
+
+    Returns:
+        The results, as `Trainer.fit` gives them.
+
+    Raises:
+        TrainingError: As `Trainer` and `Trainer.fit` have it.
+    """
+    try:
+        return Trainer(recipe, config).fit()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,212 @@
+"""Recipes: everything that decides a training run, as one flat YAML file in timm's vocabulary."""
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union, get_args, get_origin
+
+import yaml
+
+__all__ = ['Recipe', 'RecipeError', 'load_recipe', 'recipe_names']
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key, what was got and what was expected."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. Names and meanings are those of timm's train.py unless said otherwise."""
+
+    name: str
+    model: str
+    epochs: int
+    batch_size: int  # images a step over all processes, before gradient accumulation
+    lr: float  # peak, for that batch size
+    img_size: int  # side of the training images in the last epochs, pixels
+
+    # model
+    model_kwargs: Dict[str, Any] = field(default_factory=dict)
+    drop: float = 0.0
+    drop_path: float = 0.0
+    sync_bn: bool = False
+
+    # data
+    eval_size: int = 0  # side of the images when measured, 0 for img_size
+    progressive: Tuple[Tuple[int, int], ...] = ()  # (first epoch, img_size) pairs before the last size
+    in_memory: bool = False  # hold the set in memory as uint8, crop and flip in batches
+    memory_size: int = 64  # side of the images held in memory, pixels
+    holdout: int = 0  # training images of each class kept out, to choose by
+
+    # augmentation
+    scale: Tuple[float, float] = (0.08, 1.0)
+    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    aa: str = ''  # timm's AutoAugment, RandAugment or '3a' string
+    interpolation: str = 'random'
+    reprob: float = 0.0
+    remode: str = 'pixel'
+    aug_repeats: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_off_epoch: int = 0
+
+    # loss
+    smoothing: float = 0.0
+    bce_loss: bool = False
+
+    # optimizer
+    opt: str = 'sgd'
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    opt_kwargs: Dict[str, Any] = field(default_factory=dict)
+    radius_lr: float = 1.0  # learning rate of the radii, as a multiple of lr
+    grad_accum_steps: int = 1
+    clip_grad: float = 0.0
+    clip_mode: str = 'norm'
+
+    # schedule
+    sched: str = 'cosine'
+    warmup_epochs: int = 0
+    warmup_lr: float = 0.0
+    warmup_prefix: bool = False
+    min_lr: float = 0.0
+    decay_epochs: float = 0.0  # length of the first cosine cycle, 0 for all epochs
+    lr_cycle_mul: float = 1.0
+    lr_cycle_decay: float = 1.0
+    lr_cycle_limit: int = 1
+
+    # averaging and engine
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
+    amp: bool = False
+    amp_dtype: str = 'bfloat16'
+    channels_last: bool = False
+    torchcompile: bool = False
+    max_skipped_steps: int = 10  # steps in a row with a loss that is not finite before the run stops
+
+    def __post_init__(self) -> None:
+        for key in ('epochs', 'batch_size', 'img_size', 'grad_accum_steps', 'memory_size', 'max_skipped_steps'):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
+        for key in ('drop', 'drop_path', 'hflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing'):
+            _require(0 <= getattr(self, key) <= 1, key, getattr(self, key), 'from 0 to 1')
+        for key in ('weight_decay', 'radius_lr', 'clip_grad', 'min_lr', 'warmup_lr', 'warmup_epochs', 'holdout', 'mixup',
+                    'cutmix', 'mixup_off_epoch', 'aug_repeats', 'eval_size', 'decay_epochs'):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), '0 or more')
+        _require(self.lr > 0, 'lr', self.lr, 'more than 0')
+        _require(0 < self.model_ema_decay < 1, 'model_ema_decay', self.model_ema_decay, 'between 0 and 1')
+        _require(0 < self.scale[0] <= self.scale[1] <= 1, 'scale', self.scale, 'two shares of the area, the smaller first')
+        _require(0 < self.ratio[0] <= self.ratio[1], 'ratio', self.ratio, 'two aspect ratios, the smaller first')
+        _require(self.amp_dtype in ('bfloat16', 'float16'), 'amp_dtype', self.amp_dtype, 'bfloat16 or float16')
+        starts = [start for start, _ in self.progressive]
+        _require(starts == sorted(set(starts)) and starts[:1] in ([], [0]), 'progressive', self.progressive,
+                 'pairs of first epoch and size, from epoch 0 on, and img_size after them')
+
+    def size_at(self, epoch: int) -> int:
+        """Side of the training images in an epoch, in pixels: the last pair of `progressive` is where img_size begins."""
+        size = self.img_size
+        for start, pixels in self.progressive:
+            if epoch >= start:
+                size = pixels
+        return size
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The recipe as plain containers, every key written out."""
+        return dataclasses.asdict(self)
+
+
+def _require(holds: bool, key: str, got: Any, expected: str) -> None:
+    if not holds:
+        raise RecipeError(f'Recipe key {key!r} is {got!r}, expected {expected}.')
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    """A YAML value as the field's type; whole numbers pass for floats, lists for tuples, nothing else is bent."""
+    origin = get_origin(kind)
+    if origin is tuple:
+        kinds = get_args(kind)
+        if isinstance(value, (list, tuple)):
+            if len(kinds) == 2 and kinds[1] is Ellipsis:
+                return tuple(_convert(key, item, kinds[0]) for item in value)
+            if len(kinds) == len(value):
+                return tuple(_convert(key, item, item_kind) for item, item_kind in zip(value, kinds))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return value
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    name = getattr(kind, '__name__', str(kind)) if origin is None else str(kind).replace('typing.', '')
+    raise RecipeError(f'Recipe key {key!r} is {value!r}, expected a value of type {name}.')
+
+
+def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe:
+    """A Recipe of plain values.
+
+    Raises:
+        RecipeError: An unknown key (the nearest valid one is suggested), a missing one, a wrong type or an impossible
+            value.
+    """
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f'did you mean {near[0]!r}?' if near else 'see timm_geoprior/training/recipe.py for those there are.'
+            raise RecipeError(f'Unknown key {key!r} in {source}: {hint}')
+    missing = [key for key, f in fields.items() if key not in values
+               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise RecipeError(f'{source} lacks the key {missing[0]!r}: every recipe needs {", ".join(missing)}.')
+    return Recipe(**{key: _convert(key, value, fields[key].type) for key, value in values.items()})
+
+
+def recipe_names() -> List[str]:
+    """Names of the recipes that the package ships."""
+    folder = resources.files('timm_geoprior') / 'recipes'
+    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith('.yaml'))
+
+
+def load_recipe(source: Union[str, Path], overrides: Optional[List[str]] = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: Name of a shipped recipe, or path of a YAML file.
+        overrides: 'key=value' strings, values as YAML, that replace or add keys.
+
+    Raises:
+        RecipeError: No such recipe, no mapping in the file, or keys and values that `make_recipe` refuses.
+    """
+    path = Path(source)
+    shipped = resources.files('timm_geoprior') / 'recipes' / f'{source}.yaml'
+    if path.suffix in ('.yaml', '.yml'):
+        if not path.is_file():
+            raise RecipeError(f'There is no recipe file {source}: give a YAML file, or one of {", ".join(recipe_names())}.')
+        text = path.read_text()
+    elif shipped.is_file():
+        text = shipped.read_text()
+    else:
+        raise RecipeError(f'There is no recipe {str(source)!r}: give one of {", ".join(recipe_names())}, or a YAML file.')
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f'Recipe {source} is not YAML: {error}') from None
+    if not isinstance(values, dict):
+        raise RecipeError(f'Recipe {source} holds a {type(values).__name__}, expected keys and values.')
+    for override in overrides or []:
+        key, equals, value = override.partition('=')
+        if not equals:
+            raise RecipeError(f'Override {override!r} has no value, expected key=value.')
+        values[key] = yaml.safe_load(value)
+    return make_recipe(values, f'recipe {source}')
