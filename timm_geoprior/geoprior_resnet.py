@@ -1,0 +1,154 @@
+"""GeoPrior ResNets: a share of each 3x3 convolution's channels comes from a modelled self-attention.
+
+Tan, Nguyen, Dax, Niessner, Brox: *Explicitly Modeled Attention Maps for Image Classification*, AAAI 2021,
+arXiv 2006.07872. The authors published no code. The kernel, the learned radius and the place of the attention are the
+paper's; the numbers of value channels are reconstructed from the two cost figures of its abstract.
+"""
+from functools import partial
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from timm.models import Bottleneck, ResNet, generate_default_cfgs, register_model
+from torch import nn
+
+from .hub import build_with_verified_weights, pretrained_cfgs
+from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType
+
+__all__ = ['GeoPriorBottleneck', 'GeoPriorResNet']
+
+
+class GeoPriorBottleneck(Bottleneck):
+    """timm's Bottleneck with a GeoPriorConv2d for its 3x3 convolution where the stage has value channels."""
+
+    def __init__(
+            self,
+            inplanes: int,
+            planes: int,
+            *args: Any,
+            value_dim: int = 0,
+            attn_heads: int = 1,
+            attn_radius: float = 1.0,
+            attn_kernel: KernelType = 'gaussian',
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            inplanes: Input channels.
+            planes: A quarter of the output channels.
+            *args: The rest of timm's Bottleneck.
+            value_dim: Output channels of the 3x3 layer that come from the attention, 0 for the plain convolution.
+            attn_heads: Number of radii.
+            attn_radius: Initial radius in cells.
+            attn_kernel: 'gaussian' or 'laplacian'.
+            device: Device of the parameters.
+            dtype: Type of the parameters.
+            **kwargs: The rest of timm's Bottleneck.
+
+        Raises:
+            ValueError: As GeoPriorConv2d's.
+        """
+        super().__init__(inplanes, planes, *args, device=device, dtype=dtype, **kwargs)
+        if value_dim:
+            plain = self.conv2  # its own stride: an aa_layer leaves the stride to itself
+            self.conv2 = GeoPriorConv2d(
+                plain.in_channels, plain.out_channels, value_dim, plain.stride[0], plain.dilation[0],
+                attn_heads, attn_radius, attn_kernel, device=device, dtype=dtype)
+
+
+class _StageBlock(partial):  # type: ignore[type-arg]
+    """A block class with arguments of its stage's own: timm's `block_args` reach the blocks of every stage."""
+
+    expansion = GeoPriorBottleneck.expansion
+
+
+class GeoPriorResNet(ResNet):
+    """ResNet of GeoPriorBottlenecks; timm's ResNet in everything else."""
+
+    def __init__(
+            self,
+            layers: Tuple[int, ...],
+            value_dims: Tuple[int, ...] = (0, 8, 24, 56),
+            attn_heads: int = 1,
+            attn_radius: float = 1.0,
+            attn_kernel: KernelType = 'gaussian',
+            channels: Tuple[int, ...] = (64, 128, 256, 512),
+            cardinality: int = 1,
+            **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            layers: Blocks of each stage.
+            value_dims: Value channels of each stage, 0 for a plain stage.
+            attn_heads: Radii of each attention layer.
+            attn_radius: Initial radius in cells of the layer's input grid.
+            attn_kernel: 'gaussian' or 'laplacian'.
+            channels: Width of each stage's 3x3 layers, a quarter of its output channels.
+            cardinality: Only 1.
+            **kwargs: The rest of timm's ResNet.
+
+        Raises:
+            ValueError: Options that the layer cannot honour: groups, another block, a wrong number of stages, or
+                whatever GeoPriorConv2d refuses.
+        """
+        if cardinality != 1:
+            raise ValueError(f'cardinality is {cardinality}, expected 1: GeoPrior layers have no grouped convolution.')
+        if 'block' in kwargs:
+            raise ValueError(f'block is {kwargs["block"]!r}, expected none: a GeoPriorResNet is made of GeoPriorBottleneck.')
+        if not len(value_dims) == len(layers) == len(channels):
+            raise ValueError(
+                f'value_dims has {len(value_dims)} stages, layers {len(layers)} and channels {len(channels)}, '
+                f'expected one entry a stage in each.')
+        for value_dim in value_dims:
+            if value_dim < 0:
+                raise ValueError(f'value_dims is {tuple(value_dims)}, expected 0 or more value channels in each stage.')
+        attn = {'attn_heads': attn_heads, 'attn_radius': attn_radius, 'attn_kernel': attn_kernel}
+        blocks = tuple(_StageBlock(GeoPriorBottleneck, value_dim=value_dim, **attn) for value_dim in value_dims)
+        super().__init__(blocks, layers, channels=channels, **kwargs)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialize as timm's ResNet does, then the attention layers by the scale of their whole layer.
+
+        Args:
+            zero_init_last: Zero-initialize the last norm of each residual branch.
+        """
+        super().init_weights(zero_init_last=zero_init_last)
+        for module in self.modules():
+            if isinstance(module, GeoPriorAttn2d):
+                module.reset_parameters()
+
+
+def _create_geoprior_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GeoPriorResNet:
+    return build_with_verified_weights(GeoPriorResNet, variant, pretrained, **kwargs)
+
+
+default_cfgs = generate_default_cfgs(pretrained_cfgs())
+
+
+@register_model
+def geoprior_resnet50(pretrained: bool = False, **kwargs: Any) -> GeoPriorResNet:
+    """GeoPrior ResNet-50."""
+    return _create_geoprior_resnet('geoprior_resnet50', pretrained, **dict({'layers': (3, 4, 6, 3)}, **kwargs))
+
+
+@register_model
+def geoprior_resnet101(pretrained: bool = False, **kwargs: Any) -> GeoPriorResNet:
+    """GeoPrior ResNet-101."""
+    return _create_geoprior_resnet('geoprior_resnet101', pretrained, **dict({'layers': (3, 4, 23, 3)}, **kwargs))
+
+
+@register_model
+def geoprior_resnet152(pretrained: bool = False, **kwargs: Any) -> GeoPriorResNet:
+    """GeoPrior ResNet-152."""
+    return _create_geoprior_resnet('geoprior_resnet152', pretrained, **dict({'layers': (3, 8, 36, 3)}, **kwargs))
+
+
+@register_model
+def geoprior_resnet14_nano(pretrained: bool = False, **kwargs: Any) -> GeoPriorResNet:
+    """GeoPrior ResNet-14 for images of 64 pixels: one narrow block a stage, ResNet-D's stem and shortcuts."""
+    model_args = {
+        'layers': (1, 1, 1, 1), 'channels': (32, 64, 112, 144), 'value_dims': (0, 8, 16, 24),
+        'stem_type': 'deep', 'stem_width': 16, 'avg_down': True}
+    return _create_geoprior_resnet('geoprior_resnet14_nano', pretrained, **dict(model_args, **kwargs))
