@@ -23,8 +23,9 @@ __all__ = ['git_commit', 'results', 'versions', 'write_epoch', 'write_results']
 
 def versions() -> Dict[str, str]:
     """Versions of what computes."""
-    return {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': torchvision.__version__,
-            'timm': timm.__version__}
+    return {  # torch's is a class of its own, which a checkpoint loaded as data must not hold
+        'python': platform.python_version(), 'torch': str(torch.__version__),
+        'torchvision': str(torchvision.__version__), 'timm': timm.__version__}
 
 
 def git_commit() -> str:
