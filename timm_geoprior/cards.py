@@ -102,13 +102,14 @@ def update_readme(path: Path, manifest: Manifest) -> bool:
     return updated != text
 
 
-def model_card(entry: ModelEntry, manifest: Manifest, recipe: str = '') -> ModelCard:
+def model_card(entry: ModelEntry, manifest: Manifest, recipe: str = '', log: bool = True) -> ModelCard:
     """The model card of a tag, README.md of its repository.
 
     Args:
         entry: The manifest's entry, with its metrics.
         manifest: The manifest.
         recipe: The recipe as YAML, to be quoted.
+        log: Whether the training log lies beside the card.
 
     Returns:
         The card.
@@ -124,18 +125,18 @@ def model_card(entry: ModelEntry, manifest: Manifest, recipe: str = '') -> Model
         model_name=entry.name,
         eval_results=[result for metric in entry.metrics for result in _eval_results(metric, data_set.hub_dataset)],
     )
-    sections = [_head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe), _radii(),
+    sections = [_head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, log), _radii(),
                 _reconstruction(), _limits(entry, data_set.title), f'## Citation\n\n```bibtex\n{CITATION}\n```']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(section for section in sections if section) + '\n')
 
 
 def _eval_results(metric: Metric, hub_dataset: str) -> list[EvalResult]:
-    common: dict[str, Any] = {'task_type': 'image-classification', 'task_name': 'Image Classification', 'dataset_type': hub_dataset,
-              'dataset_name': metric.dataset, 'dataset_split': metric.split, 'metric_type': 'accuracy'}
     return [
-        EvalResult(**common, metric_name='Top-1 accuracy', metric_value=round(metric.top1, 3)),
-        EvalResult(**common, metric_name='Top-5 accuracy', metric_value=round(metric.top5, 3)),
-    ]
+        EvalResult(
+            task_type='image-classification', task_name='Image Classification', dataset_type=hub_dataset,
+            dataset_name=metric.dataset, dataset_split=metric.split, metric_type='accuracy', metric_name=name,
+            metric_value=round(value, 3))
+        for name, value in (('Top-1 accuracy', metric.top1), ('Top-5 accuracy', metric.top5))]
 
 
 def _head(entry: ModelEntry, title: str) -> str:
@@ -187,7 +188,7 @@ python scripts/validate.py --model {entry.name} --data-dir DIR --check
 ```"""
 
 
-def _training(entry: ModelEntry, recipe: str) -> str:
+def _training(entry: ModelEntry, recipe: str, log: bool) -> str:
     facts = [
         f'- recipe: `{entry.recipe}`' if entry.recipe else '',
         f'- seed: {entry.seed}' if entry.seed is not None else '',
@@ -198,8 +199,11 @@ def _training(entry: ModelEntry, recipe: str) -> str:
         facts.append(
             f'- {entry.train_log.epochs} epochs in {entry.train_log.hours:.1f} hours on {entry.train_log.hardware}')
     text = '## Training\n\n' + '\n'.join(fact for fact in facts if fact)
-    text += '\n\nThe log of every epoch is `train_log.csv`.'
-    return text + (f'\n\n```yaml\n{recipe.strip()}\n```' if recipe else '')
+    if log:
+        text += '\n\nThe log of every epoch is `train_log.csv`.'
+    if not recipe:
+        return text
+    return text + f'\n\n<details><summary>The whole recipe</summary>\n\n```yaml\n{recipe.strip()}\n```\n\n</details>'
 
 
 def _radii() -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +28,12 @@ from huggingface_hub.errors import (
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from .manifest import ModelEntry, load_manifest
+from .manifest import ModelEntry, load_manifest, write_atomically
 
-__all__ = ['WeightsError', 'build_with_verified_weights', 'load_verified', 'pretrained_cfgs']
+__all__ = [
+    'WeightsError', 'build_with_verified_weights', 'download_tag', 'explain', 'load_golden', 'load_verified',
+    'pretrained_cfg', 'pretrained_cfgs', 'read_verified',
+]
 
 WEIGHTS_DIR = Path(__file__).parent / 'weights'
 ATTEMPTS = 3  # of a download that the network broke; huggingface_hub's own retries come before
@@ -65,6 +69,7 @@ def pretrained_cfgs() -> dict[str, dict[str, Any]]:
 
 
 def pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
+    """timm's cfg of one tag."""
     label_set = load_manifest().label_sets[entry.label_set]
     height, width = entry.input.input_size[1:]
     return {
@@ -80,7 +85,7 @@ def pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
         # what timm knows by the number of classes it looks up itself
         'label_names': tuple(label_set.classes) or None,
         'label_descriptions': label_set.classes or None,
-        'first_conv': 'conv1',
+        'first_conv': entry.first_conv,
         'classifier': 'fc',
         'license': entry.license,
         'paper_name': 'Explicitly Modeled Attention Maps for Image Classification',
@@ -126,13 +131,14 @@ def build_with_verified_weights(
     if entry is None:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     cache_dir = kwargs.get('cache_dir')
-    path = _locate(entry, cache_dir)
+    asset = _weights(entry)
+    path = asset.locate(cache_dir)
     with ThreadPoolExecutor(1) as thread:
-        tensors = thread.submit(_load, entry, path, cache_dir)
+        content = thread.submit(_read, asset, path, cache_dir)
 
         def take_verified(placeholder: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
             model.pretrained_cfg.pop('state_dict')  # type: ignore[operator,union-attr]
-            return tensors.result()
+            return _tensors(content.result())
 
         # timm deep-copies its cfg, so the tensors cannot go that way: a placeholder keeps it from looking for a file
         overlay = {**(kwargs.pop('pretrained_cfg_overlay', None) or {}), 'state_dict': {'verified': True}}
@@ -151,6 +157,41 @@ def _own_entry(variant: str, kwargs: dict[str, Any]) -> ModelEntry | None:
     return entry if source == _source(entry) else None
 
 
+@dataclass(frozen=True)
+class _Asset:
+    """A file of a tag: in the package, else in a repository."""
+    title: str
+    bundled: Path
+    hub_id: str | None
+    revision: str | None
+    file: str
+    sha256: str
+    size: int | None
+
+    def locate(self, cache_dir: str | Path | None, force: bool = False) -> Path:
+        """The file on this machine, fetched if need be."""
+        if self.hub_id is None or self.bundled.exists():
+            return self.bundled
+        return _download(self, cache_dir, force)
+
+
+def _weights(entry: ModelEntry) -> _Asset:
+    if not entry.has_weights:
+        known = [other.name for other in load_manifest().models.values() if other.has_weights]
+        raise WeightsError(
+            f'{entry.name} has no weights (its status is {entry.status}), expected a tag that has: '
+            f'{", ".join(known) or "none in this version"}. Take one of those, or pretrained=False.')
+    return _Asset(f'The weights of {entry.name}', bundled_path(entry), entry.hub_id, entry.revision, str(entry.file),
+                  str(entry.sha256), entry.bytes)
+
+
+def _golden(entry: ModelEntry) -> _Asset:
+    assert entry.golden is not None, 'the manifest checks that every tag with weights has them'
+    path = bundled_path(entry).with_suffix('.golden.safetensors')
+    return replace(_weights(entry), title=f'The golden outputs of {entry.name}', bundled=path, file=entry.golden.file,
+                   sha256=entry.golden.sha256, size=None)
+
+
 def load_verified(entry: ModelEntry, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
     """Load a tag's tensors: the package's file, else the Hub's at the pinned revision.
 
@@ -166,46 +207,105 @@ def load_verified(entry: ModelEntry, cache_dir: str | Path | None = None) -> dic
     Raises:
         WeightsError: The tag has no weights, they cannot be fetched, or size or SHA-256 are not the manifest's.
     """
-    return _load(entry, _locate(entry, cache_dir), cache_dir)
+    return _tensors(_content(_weights(entry), cache_dir))
 
 
-def _load(entry: ModelEntry, path: Path, cache_dir: str | Path | None) -> dict[str, Tensor]:
+def load_golden(entry: ModelEntry, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """Load a tag's golden tensors, 'input' (N, C, H, W) and 'logits' (N, classes), as `load_verified` does its weights.
+
+    Args:
+        entry: The manifest's entry.
+        cache_dir: Cache of huggingface_hub, where it is not to be the user's own.
+
+    Returns:
+        The two tensors.
+
+    Raises:
+        WeightsError: As `load_verified`.
+    """
+    return _tensors(_content(_golden(entry), cache_dir))
+
+
+def download_tag(name: str, folder: str | Path) -> Path:
+    """Make an offline bundle: a folder of the tag's name that `local-dir:` loads. What is there and right stays.
+
+    Args:
+        name: 'architecture.tag', or an architecture for its default tag.
+        folder: Where the tag's folder goes.
+
+    Returns:
+        The tag's folder, with model.safetensors, golden.safetensors and config.json.
+
+    Raises:
+        ManifestError: There is no such tag.
+        WeightsError: It has no weights, or they cannot be had.
+    """
+    from .cards import hub_config  # which needs this module
+
+    entry = load_manifest().get(name)
+    target = Path(folder) / entry.name
+    assets = {'model.safetensors': _weights(entry), 'golden.safetensors': _golden(entry)}
     try:
-        return _tensors(_read_verified(entry, path))
+        target.mkdir(parents=True, exist_ok=True)
+        for file, asset in assets.items():
+            if not _is_right(asset, target / file):
+                write_atomically(target / file, bytes(_content(asset, None)))
+        config = json.dumps(hub_config(entry), indent=2, ensure_ascii=False)
+        write_atomically(target / 'config.json', config.encode('utf-8'))
+    except OSError as error:
+        raise WeightsError(f'{target} cannot be written ({error.strerror}): name a folder that can.') from None
+    return target
+
+
+def _is_right(asset: _Asset, path: Path) -> bool:
+    try:
+        _read_verified(asset, path)
+    except WeightsError:
+        return False
+    return True
+
+
+def read_verified(entry: ModelEntry, path: Path) -> None:
+    """Hold a file against a tag's size and SHA-256.
+
+    Args:
+        entry: The manifest's entry.
+        path: The file.
+
+    Raises:
+        WeightsError: The tag has no weights, or the file is missing or another.
+    """
+    _read_verified(_weights(entry), path)
+
+
+def _content(asset: _Asset, cache_dir: str | Path | None) -> bytearray:
+    return _read(asset, asset.locate(cache_dir), cache_dir)
+
+
+def _read(asset: _Asset, path: Path, cache_dir: str | Path | None) -> bytearray:
+    """A file's verified bytes; a wrong one of the cache is fetched afresh once."""
+    try:
+        return _read_verified(asset, path)
     except _DigestError:
-        if path == bundled_path(entry):
+        if path == asset.bundled:
             raise
-    path = _download(entry, cache_dir, force=True)
+    path = asset.locate(cache_dir, force=True)
     try:
-        return _tensors(_read_verified(entry, path))
+        return _read_verified(asset, path)
     except _DigestError:
         _discard(path)
         raise
 
 
-def _locate(entry: ModelEntry, cache_dir: str | Path | None) -> Path:
-    """The file on this machine, fetched if need be."""
-    if not entry.has_weights:
-        known = [other.name for other in load_manifest().models.values() if other.has_weights]
-        raise WeightsError(
-            f'{entry.name} has no weights (its status is {entry.status}), expected a tag that has: '
-            f'{", ".join(known) or "none in this version"}. Take one of those, or pretrained=False.')
-    path = bundled_path(entry)
-    if entry.status == 'bundled' or path.exists():
-        return path
-    return _download(entry, cache_dir)
-
-
-def _read_verified(entry: ModelEntry, path: Path) -> bytearray:
+def _read_verified(asset: _Asset, path: Path) -> bytearray:
     """Read a file once, and check size and hash on what was read."""
-    where = f'The weights of {entry.name} in {path}'
-    advice = 'install timm_geoprior again' if path == bundled_path(entry) else 'try again, and report it if it stays so'
-    digest = hashlib.sha256()
+    advice = 'install timm_geoprior again' if path == asset.bundled else 'try again, and report it if it stays so'
+    where, digest = f'{asset.title} in {path}', hashlib.sha256()
     try:
         with path.open('rb') as file:
             size = os.fstat(file.fileno()).st_size
-            if size != entry.bytes:
-                raise _DigestError(f'{where} are {size} bytes, expected {entry.bytes}: {advice}.')
+            if asset.size not in (size, None):
+                raise _DigestError(f'{where} are {size} bytes, expected {asset.size}: {advice}.')
             content = bytearray(size)
             view, position = memoryview(content), 0
             while count := file.readinto(view[position:position + CHUNK]):
@@ -213,8 +313,8 @@ def _read_verified(entry: ModelEntry, path: Path) -> bytearray:
                 position += count
     except OSError as error:
         raise WeightsError(f'{where} cannot be read ({error.strerror}), expected a file: {advice}.') from None
-    if digest.hexdigest() != entry.sha256:
-        raise _DigestError(f'{where} have the sha256 {digest.hexdigest()}, expected {entry.sha256}: {advice}.')
+    if digest.hexdigest() != asset.sha256:
+        raise _DigestError(f'{where} have the sha256 {digest.hexdigest()}, expected {asset.sha256}: {advice}.')
     return content
 
 
@@ -240,23 +340,18 @@ def _discard(path: Path) -> None:
         item.unlink(missing_ok=True)
 
 
-def _download(
-        entry: ModelEntry,
-        cache_dir: str | Path | None,
-        force: bool = False,
-        local_dir: Path | None = None,
-) -> Path:
-    """The file's path in huggingface_hub's cache (or in a folder), from there or from the network."""
+def _download(asset: _Asset, cache_dir: str | Path | None, force: bool) -> Path:
+    """The file's path in huggingface_hub's cache, from there or from the network."""
     for attempt in range(ATTEMPTS):
         try:
             return Path(hf_hub_download(
-                str(entry.hub_id), str(entry.file), revision=entry.revision, cache_dir=cache_dir, local_dir=local_dir,
-                force_download=force, library_name='timm_geoprior'))
+                str(asset.hub_id), asset.file, revision=asset.revision, cache_dir=cache_dir, force_download=force,
+                library_name='timm_geoprior'))
         except Exception as error:
             if attempt + 1 == ATTEMPTS or not _is_transient(error):
                 raise WeightsError(
-                    f'The weights of {entry.name} ({entry.file} of {entry.hub_id} at {entry.revision}) '
-                    f'could not be fetched: {explain(error, cache_dir)}.') from None
+                    f'{asset.title} ({asset.file} of {asset.hub_id} at {asset.revision}) could not be fetched: '
+                    f'{explain(error, cache_dir)}.') from None
         time.sleep(2 ** attempt)
     raise AssertionError('unreachable')
 

@@ -176,6 +176,7 @@ class ModelEntry:
         license: SPDX identifier of the weights' licence.
         data_terms: Terms of the data that the weights have seen.
         label_set: Name of the label set.
+        first_conv: Name of the network's first convolution, which timm adapts to other numbers of input channels.
         recipe: Name of the recipe, a file of timm_geoprior/recipes without its ending.
         recipe_commit: Commit of this project that trained it.
         base_model: Tag or Hub id of the weights that training started from, if any.
@@ -187,6 +188,7 @@ class ModelEntry:
     data_terms: str
     input: InputConfig
     label_set: str
+    first_conv: str = 'conv1'
     parameters: int | None = None
     hub_id: str | None = None
     revision: str | None = None

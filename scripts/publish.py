@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Release a model: from a checkpoint to a staged folder, into the package, onto the Hub.
+
+    python scripts/publish.py TAG RUN/last.pt --results val.json --output DIR             stage, and stop there
+    python scripts/publish.py TAG RUN/last.pt --results val.json --output DIR --bundle    and put it into the package
+    python scripts/publish.py TAG --output DIR --push OWNER/NAME [--public]               push what was staged
+
+TAG is an entry of weights_manifest.json, planned or released. The token for the Hub is that of `hf auth login`, or
+HF_TOKEN. A push that was interrupted goes on with the same command.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import timm_geoprior  # noqa: F401  (registers the models)
+from timm_geoprior.cards import update_readme
+from timm_geoprior.hub import WeightsError
+from timm_geoprior.manifest import ManifestError, ModelEntry, load_manifest, manifest_path
+from timm_geoprior.publish import PublishError, bundle, describe_push, push, read_checkpoint, read_metrics, stage
+from timm_geoprior.training.checkpoint import CheckpointError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('tag', help='architecture.tag of the manifest')
+    parser.add_argument('checkpoint', type=Path, nargs='?', help='checkpoint of a run, or a .safetensors file')
+    parser.add_argument('--output', type=Path, required=True, help='the staged folder')
+    parser.add_argument('--results', type=Path, help='results file of scripts/validate.py')
+    parser.add_argument('--raw', action='store_true', help='the raw weights, although averaged ones are there')
+    parser.add_argument('--bundle', action='store_true', help="put it into the package's weights folder")
+    parser.add_argument('--push', metavar='OWNER/NAME', help='push it to this repository of the Hub')
+    parser.add_argument('--public', action='store_true', help='make a new repository public')
+    parser.add_argument('--dry-run', action='store_true', help='say what --push would do, and do not')
+    parser.add_argument('--replace', action='store_true', help='other bytes for a bundled tag that is not released yet')
+    return parser.parse_args()
+
+
+def stage_checkpoint(args: argparse.Namespace) -> None:
+    run = args.checkpoint.parent if args.checkpoint.suffix == '.pt' else None
+    entry = stage(
+        load_manifest().get(args.tag), read_checkpoint(args.checkpoint, args.raw), args.output,
+        read_metrics(args.results) if args.results else (), run, args.replace)
+    print(f'staged {entry.name} in {args.output}: {entry.bytes:,} bytes, sha256 {entry.sha256}')
+
+
+def report(entry: ModelEntry) -> None:
+    update_readme(manifest_path().parent / 'README.md', load_manifest())
+    where = f'{entry.hub_id} at {entry.revision}' if entry.status == 'published' else 'the package'
+    print(f'{entry.name} is {entry.status}: {where}; the manifest and the README say so')
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        if args.checkpoint:
+            stage_checkpoint(args)
+        if args.bundle:
+            report(bundle(args.output, replace_weights=args.replace))
+        if args.push and args.dry_run:
+            print(describe_push(args.output, args.push, args.public))
+        elif args.push:
+            report(push(args.output, args.push, args.public))
+    except (CheckpointError, ManifestError, PublishError, WeightsError) as error:
+        sys.exit(f'publish.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,480 @@
+"""From a checkpoint to a released model: the files, the package's own folder, the Hub.
+
+A staged folder is the Hub repository before it is one. `stage` makes it from a checkpoint and the manifest's entry;
+`bundle` puts its weights into the package, `push` onto the Hub. Only their last step writes the manifest.
+"""
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from .cards import hub_config, model_card, plot_radii
+from .hub import bundled_path, explain, load_golden
+from .manifest import (
+    Golden,
+    Manifest,
+    Metric,
+    ModelEntry,
+    TrainLog,
+    load_manifest,
+    manifest_path,
+    parse_entry,
+    to_json,
+    update_manifest,
+    write_atomically,
+)
+from .radii import learned_radii
+from .training.checkpoint import CheckpointError, load_checkpoint
+from .verify import GOLDEN_TOLERANCE, golden_error
+
+__all__ = [
+    'Checkpoint', 'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_checkpoint',
+    'read_metrics', 'stage',
+]
+
+WEIGHTS, GOLDEN, RESULTS, TRAIN_LOG = 'model.safetensors', 'golden.safetensors', 'results.json', 'train_log.csv'
+
+ROUNDING_TOLERANCE = 2e-2  # of the largest logit, for weights rounded to float16
+
+# what a network may be trained with and still be its architecture
+TRAINING_OPTIONS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'attn_radius', 'zero_init_last', 'num_classes'}
+
+
+class PublishError(RuntimeError):
+    """A model cannot be staged, bundled or pushed; nothing was released."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a release takes from a checkpoint.
+
+    Attributes:
+        state_dict: Weights, raw or averaged.
+        recipe: The recipe's keys and values.
+        commit: Commit of the project that trained it.
+        seed: Seed of the run.
+        versions: Package -> version.
+        model_name: Architecture that was trained, empty where the file does not say.
+        model_kwargs: Its options.
+    """
+    state_dict: dict[str, Tensor]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    model_name: str = ''
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: Path, raw: bool = False) -> Checkpoint:
+    """Read a training checkpoint, or a bare safetensors file.
+
+    Args:
+        path: The file.
+        raw: Take the raw weights although averaged ones (EMA) are there.
+
+    Returns:
+        Its weights and where they are from.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or holds more than data: a pickle is never run.
+    """
+    if path.suffix == '.safetensors':
+        try:
+            return Checkpoint(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f'{path} is no safetensors file ({error}), expected one.') from None
+    state = load_checkpoint(path)
+    averaged = None if raw else state.get('ema')
+    taken = {f.name: state[f.name] for f in fields(Checkpoint) if state.get(f.name) is not None}
+    return Checkpoint(**{**taken, 'state_dict': averaged or state['model']})
+
+
+def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are released: float16, but float32 below two dimensions, where radii and variances keep digits.
+
+    Args:
+        state_dict: Floating-point and integer tensors.
+
+    Returns:
+        Contiguous copies on the CPU.
+
+    Raises:
+        PublishError: A value is not finite, or too large for float16.
+    """
+    released = {}
+    for name, tensor in state_dict.items():
+        dtype = torch.float32 if tensor.ndim < 2 else torch.float16
+        copy = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        if not copy.isfinite().all():
+            raise PublishError(
+                f'{name} has values that are not finite as {dtype}, expected finite ones: the training diverged.')
+        released[name] = copy.contiguous().clone()
+    return released
+
+
+def export_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> str:
+    """Write a release file: the same tensors and metadata always give the same bytes.
+
+    Args:
+        state_dict: Weights, as trained.
+        path: A .safetensors file to write, whole or not at all.
+        metadata: Where the weights are from.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        PublishError: As `release_tensors`.
+    """
+    content = _sorted_metadata(save(release_tensors(state_dict), {'format': 'pt', **metadata}))
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sorted_metadata(content: bytes) -> bytes:
+    """safetensors writes its metadata in random order: sort it, so that a file can be made again to the byte."""
+    size = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:8 + size])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':')).encode().ljust(size)
+    return content[:8] + text + content[8 + len(text):]
+
+
+@torch.no_grad()
+def golden_tensors(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Tensor]:
+    """A fixed input, smooth as a picture is, and the logits that the model gives for it in float32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(2, input_size[0], 8, 8, generator=generator)
+    smooth = nn.functional.interpolate(coarse, input_size[1:], mode='bicubic')
+    noise = 0.2 * torch.randn(2, *input_size, generator=generator)
+    images = (smooth + noise).half()  # half the file, and every value exact in float32 too
+    return {'input': images, 'logits': model.eval()(images.float())}
+
+
+def stage(
+        entry: ModelEntry,
+        checkpoint: Checkpoint,
+        folder: Path,
+        metrics: tuple[Metric, ...] = (),
+        run: Path | None = None,
+        replace_weights: bool = False,
+) -> ModelEntry:
+    """Make the folder that is the Hub repository.
+
+    Args:
+        entry: The manifest's entry: input, label set, licence, terms, recipe.
+        checkpoint: The weights.
+        folder: Where to; a folder staged there before is replaced, anything else is not.
+        metrics: What was measured, else the entry's.
+        run: Folder of the training run, for its log and the summary of it.
+        replace_weights: Allow other bytes under a released tag's name.
+
+    Returns:
+        The entry with status 'staged', as in the folder's results.json.
+
+    Raises:
+        PublishError: The checkpoint is not of this architecture, or the folder is something else.
+    """
+    if folder.exists() and not (folder / RESULTS).exists():
+        raise PublishError(f'{folder} exists and is no staged folder, expected a new one: name another.')
+    model = _released_model(entry, checkpoint)
+    entry = replace(
+        entry, metrics=metrics or entry.metrics, recipe=checkpoint.recipe.get('name', entry.recipe),
+        recipe_commit=checkpoint.commit or entry.recipe_commit,
+        seed=checkpoint.seed if checkpoint.seed is not None else entry.seed,
+        train_log=_train_log(run) if run else entry.train_log)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_folder(folder) as new:
+        staged = _write_weights(entry, checkpoint, model, new)
+        if entry.has_weights and staged.sha256 != entry.sha256 and not replace_weights:
+            raise PublishError(
+                f"{entry.name} is released with sha256 {entry.sha256}, got {staged.sha256}: a tag's bytes never "
+                f'change, so give these a new tag.')
+        _write_papers(staged, checkpoint, model, run, new)
+        _check_loads(staged, new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    return staged
+
+
+@contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside another, gone at the end unless it was renamed."""
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
+    new.chmod(0o755)
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _released_model(entry: ModelEntry, checkpoint: Checkpoint) -> nn.Module:
+    """The architecture with the weights as they are released."""
+    if checkpoint.model_name not in ('', entry.architecture):
+        raise PublishError(
+            f'The checkpoint is of {checkpoint.model_name}, expected {entry.architecture} for {entry.name}.')
+    options = set(checkpoint.model_kwargs) - TRAINING_OPTIONS
+    if options:
+        raise PublishError(
+            f'The checkpoint was trained with {", ".join(sorted(options))}, expected the architecture as it is: '
+            f"a tag's weights must fit the plain name.")
+    model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
+    try:
+        model.load_state_dict(release_tensors(checkpoint.state_dict))
+    except RuntimeError as error:
+        if isinstance(error, PublishError):
+            raise
+        raise PublishError(f'The checkpoint does not fit {entry.name}: {" ".join(str(error).split())}') from None
+    return model
+
+
+def _check_rounding(checkpoint: Checkpoint, model: nn.Module, golden: dict[str, Tensor]) -> None:
+    """The checkpoint as it was trained gives nearly the golden logits."""
+    trained = copy.deepcopy(model)
+    trained.load_state_dict(checkpoint.state_dict)
+    error = golden_error(trained, golden)
+    if not error <= ROUNDING_TOLERANCE:
+        raise PublishError(
+            f'float16 changes the logits by {error:.1e} of the largest, expected at most {ROUNDING_TOLERANCE:.0e}: the '
+            f'weights do not bear it.')
+
+
+def _write_weights(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, folder: Path) -> ModelEntry:
+    """Weights and golden outputs, and the entry that describes them."""
+    metadata = {'architecture': entry.architecture, 'tag': entry.tag}
+    metadata |= {key: value for key, value in (('recipe', entry.recipe), ('commit', entry.recipe_commit)) if value}
+    sha256 = export_weights(checkpoint.state_dict, folder / WEIGHTS, metadata)
+    released = entry.has_weights and entry.sha256 == sha256
+    tensors = load_golden(entry) if released else golden_tensors(model, entry.input.input_size)
+    _check_rounding(checkpoint, model, tensors)
+    golden = save(tensors)
+    write_atomically(folder / GOLDEN, golden)
+    return replace(
+        entry, status='staged', hub_id=None, revision=None, file=WEIGHTS, sha256=sha256,
+        bytes=(folder / WEIGHTS).stat().st_size, dtype='float16', parameters=sum(p.numel() for p in model.parameters()),
+        golden=Golden(GOLDEN, hashlib.sha256(golden).hexdigest()))
+
+
+def _write_papers(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, run: Path | None, folder: Path) -> None:
+    """All but the weights."""
+    log = run / 'summary.csv' if run else bundled_path(entry).with_suffix('.train_log.csv')
+    if log.exists():
+        shutil.copyfile(log, folder / TRAIN_LOG)
+    config = json.dumps(hub_config(entry), indent=2, ensure_ascii=False)
+    (folder / 'config.json').write_text(config, encoding='utf-8')
+    (folder / RESULTS).write_text(to_json({'name': entry.name, 'entry': entry}), encoding='utf-8')
+    model_card(entry, load_manifest(), _recipe_text(entry, checkpoint), log.exists()).save(folder / 'README.md')
+    plot_radii(learned_radii(model, entry.input.input_size), folder / 'radii.png')
+
+
+def _recipe_text(entry: ModelEntry, checkpoint: Checkpoint) -> str:
+    """The recipe as it was run, else as the package ships it."""
+    if checkpoint.recipe:
+        return yaml.safe_dump(checkpoint.recipe, sort_keys=False)
+    shipped = Path(__file__).parent / 'recipes' / f'{entry.recipe}.yaml'
+    return shipped.read_text(encoding='utf-8') if shipped.exists() else ''
+
+
+def _check_loads(entry: ModelEntry, folder: Path) -> None:
+    """The folder as timm opens it gives the golden logits."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    error = golden_error(model, load_file(folder / GOLDEN))
+    if not error <= GOLDEN_TOLERANCE:
+        raise PublishError(
+            f'{entry.name} from {folder} gives logits that differ from the golden ones by {error:.1e} of the largest, '
+            f'expected at most {GOLDEN_TOLERANCE:.0e}: stage it again.')
+
+
+def read_metrics(path: Path) -> tuple[Metric, ...]:
+    """Read what scripts/validate.py measured.
+
+    Args:
+        path: Its results file: a JSON object, or a list of them, with a metric's keys among others.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        PublishError: The file is missing, or lacks a key.
+    """
+    try:
+        data = json.loads(path.read_text(encoding='utf-8'))
+        items = data if isinstance(data, list) else [data]
+        return tuple(Metric(**{f.name: item[f.name] for f in fields(Metric)}) for item in items)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PublishError(
+            f'{path} is no results file ({type(error).__name__}: {error}), expected the one of scripts/validate.py.'
+        ) from None
+
+
+def _train_log(run: Path) -> TrainLog:
+    try:
+        results = json.loads((run / 'results.json').read_text(encoding='utf-8'))
+        return TrainLog(results['epochs'], float(results['hours']), results['hardware'], results['versions'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PublishError(
+            f'{run} has no results.json of a finished run ({type(error).__name__}: {error}), expected one: name the '
+            f'folder that scripts/train.py wrote.') from None
+
+
+def read_staged(folder: Path, manifest: Manifest) -> ModelEntry:
+    """The entry of a staged folder, its files checked against it.
+
+    Args:
+        folder: What `stage` made.
+        manifest: The manifest, for the label sets.
+
+    Returns:
+        The entry.
+
+    Raises:
+        PublishError: It is no staged folder, or its files have changed since.
+    """
+    try:
+        data = json.loads((folder / RESULTS).read_text(encoding='utf-8'))
+        entry = parse_entry(data['name'], data['entry'], manifest.label_sets)
+        files = {WEIGHTS: entry.sha256, GOLDEN: entry.golden.sha256 if entry.golden else None}
+        for name, expected in files.items():
+            got = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            if got != expected:
+                raise PublishError(f'{folder / name} has the sha256 {got}, expected {expected}: stage it again.')
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PublishError(f'{folder} is no staged folder ({error}), expected one: stage it first.') from None
+    return entry
+
+
+def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: bool = False) -> ModelEntry:
+    """Put a staged folder's weights and golden outputs into the package, and its entry into the manifest.
+
+    Args:
+        folder: What `stage` made.
+        manifest_file: The manifest, else the package's own.
+        replace_weights: Allow other bytes under a bundled tag's name, before it is released.
+
+    Returns:
+        The entry as written.
+
+    Raises:
+        PublishError: It is no staged folder.
+        ManifestError: The manifest does not take it.
+    """
+    manifest_file = manifest_file or manifest_path()
+    entry = read_staged(folder, load_manifest(manifest_file))
+    path = bundled_path(entry)
+    golden = path.with_suffix('.golden.safetensors')
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, (folder / WEIGHTS).read_bytes())
+    write_atomically(golden, (folder / GOLDEN).read_bytes())
+    if (folder / TRAIN_LOG).exists():
+        write_atomically(path.with_suffix('.train_log.csv'), (folder / TRAIN_LOG).read_bytes())
+    sha256 = hashlib.sha256(golden.read_bytes()).hexdigest()
+    entry = replace(entry, status='bundled', file=path.name, golden=Golden(golden.name, sha256))
+    update_manifest(manifest_file, entry, replace_weights=replace_weights)
+    return entry
+
+
+def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path | None = None) -> ModelEntry:
+    """Create the repository, commit a staged folder, read the commit back, and only then write the manifest.
+
+    A push that was interrupted can be run again: what is there already is not sent twice. The token is the
+    environment's (HF_TOKEN) or the login's.
+
+    Args:
+        folder: What `stage` made.
+        repo_id: 'owner/name'.
+        public: Make a new repository public; one that exists stays as it is.
+        manifest_file: The manifest, else the package's own.
+
+    Returns:
+        The entry as written, with status 'published'.
+
+    Raises:
+        PublishError: There is no token, it may not write, the network broke, or what came back is not what was sent.
+        ManifestError: The manifest does not take it.
+    """
+    manifest_file = manifest_file or manifest_path()
+    entry = read_staged(folder, load_manifest(manifest_file))
+    if get_token() is None:
+        raise PublishError('There is no token for the Hub, expected one: `hf auth login`, or set HF_TOKEN.')
+    try:
+        repo_id, revision = _commit(entry, folder, repo_id, public)
+        _read_back(entry, folder, repo_id, revision)
+    except PublishError:
+        raise
+    except Exception as error:
+        raise PublishError(
+            f'{entry.name} could not be pushed to {repo_id}: {_explain_push(error)}. '
+            f'The manifest is as it was; run it again to go on.') from None
+    entry = replace(entry, status='published', hub_id=repo_id, revision=revision)
+    update_manifest(manifest_file, entry)
+    return entry
+
+
+def describe_push(folder: Path, repo_id: str, public: bool = False) -> str:
+    """Say what `push` would do, without the network.
+
+    Args:
+        folder: What `stage` made.
+        repo_id: 'owner/name'.
+        public: Whether a new repository would be public.
+
+    Returns:
+        A few lines.
+
+    Raises:
+        PublishError: It is no staged folder.
+    """
+    entry = read_staged(folder, load_manifest())
+    files = '\n'.join(f'  {path.name}, {path.stat().st_size:,} bytes' for path in sorted(folder.iterdir()))
+    visibility = 'public' if public else 'private'
+    return (f'would push {entry.name} to {repo_id}, a {visibility} repository if it is new, in one commit:\n{files}\n'
+            f'and then write its commit into the manifest')
+
+
+def _commit(entry: ModelEntry, folder: Path, repo_id: str, public: bool) -> tuple[str, str]:
+    """Send the folder in one commit; the repository's full name and the commit."""
+    api = HfApi(library_name='timm_geoprior')
+    repo_id = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id
+    head = api.model_info(repo_id).sha
+    files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    # the parent makes a push at the same time from elsewhere fail instead of mixing with this one
+    commit = api.create_commit(repo_id, files, commit_message=f'Add {entry.name}', parent_commit=head)
+    return repo_id, commit.oid
+
+
+def _read_back(entry: ModelEntry, folder: Path, repo_id: str, revision: str) -> None:
+    """Fetch the commit into an empty cache, and compare every file, and the logits."""
+    with tempfile.TemporaryDirectory() as cache:
+        for path in sorted(folder.iterdir()):
+            fetched = Path(hf_hub_download(repo_id, path.name, revision=revision, cache_dir=cache))
+            if fetched.read_bytes() != path.read_bytes():
+                raise PublishError(
+                    f'{path.name} of {repo_id} at {revision} came back with other bytes than were sent. The manifest '
+                    f'is as it was; run it again.')
+        _check_loads(entry, fetched.parent)
+
+
+def _explain_push(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:
+        return 'another commit came in between'
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+        return (f'the Hub answered {cause.response.status_code}: the token must have write rights for it '
+                f'(`hf auth whoami` says whose it is)')
+    return explain(cause)

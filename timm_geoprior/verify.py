@@ -1,0 +1,173 @@
+"""Are the weights what the manifest says, and what does this installation look like?"""
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
+from torch import Tensor, nn
+
+from .hub import WeightsError, bundled_path, endpoint, explain, load_golden, load_verified, read_verified, redact
+from .manifest import ModelEntry, load_manifest, manifest_path
+
+__all__ = ['GOLDEN_TOLERANCE', 'Check', 'doctor', 'golden_error', 'verify_tags']
+
+# of the largest logit, in float32 on the CPU
+GOLDEN_TOLERANCE = 1e-4
+
+PACKAGES = ('timm_geoprior', 'timm', 'torch', 'torchvision', 'huggingface_hub', 'safetensors', 'transformers')
+VARIABLES = ('HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'HF_HUB_DISABLE_XET')
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came of one check of one tag.
+
+    Attributes:
+        name: The tag.
+        what: 'bundled file', 'cached file', 'file on the Hub' or 'golden outputs'.
+        ok: Whether it is as the manifest says; None where there was nothing to check.
+        detail: One sentence.
+    """
+    name: str
+    what: str
+    ok: bool | None
+    detail: str
+
+
+@torch.no_grad()
+def golden_error(model: nn.Module, golden: dict[str, Tensor]) -> float:
+    """How far a model's logits are from the golden ones: the largest difference over the largest logit.
+
+    Args:
+        model: The model, in the type and on the device to be judged.
+        golden: Its golden tensors, 'input' (N, C, H, W) and 'logits' (N, classes).
+
+    Returns:
+        The relative error; NaN if the model gives NaN.
+    """
+    parameter = next(model.parameters())
+    logits = model.eval()(golden['input'].to(parameter)).float().cpu()
+    return float((logits - golden['logits']).abs().max() / golden['logits'].abs().max())
+
+
+def verify_tags(names: Iterable[str] = ()) -> list[Check]:
+    """Hold bundled, cached and Hub files and golden outputs against the manifest.
+
+    Args:
+        names: Tags, or architectures for their default tags; none for all tags that have weights.
+
+    Returns:
+        The checks, in order; a failed one is no exception.
+
+    Raises:
+        ManifestError: A name is unknown.
+        WeightsError: A tag that was named has no weights.
+    """
+    manifest = load_manifest()
+    entries = [manifest.get(name) for name in names] or [e for e in manifest.models.values() if e.has_weights]
+    return [check for entry in entries for check in _checks(entry)]
+
+
+def _checks(entry: ModelEntry) -> Iterator[Check]:
+    path = bundled_path(entry)
+    if entry.status == 'bundled' or path.exists():
+        yield _file_check(entry, 'bundled file', path)
+    if entry.hub_id:
+        cached = _cached(entry)
+        if isinstance(cached, str):
+            yield _file_check(entry, 'cached file', Path(cached))
+        else:
+            yield Check(entry.name, 'cached file', None, 'not in the cache')
+        yield _hub_check(entry)
+    yield _golden_check(entry)
+
+
+def _cached(entry: ModelEntry) -> object:
+    """The cached file's path as a string, else something that is none."""
+    return try_to_load_from_cache(str(entry.hub_id), str(entry.file), revision=entry.revision)
+
+
+def _file_check(entry: ModelEntry, what: str, path: Path) -> Check:
+    try:
+        read_verified(entry, path)
+    except WeightsError as error:
+        return Check(entry.name, what, False, str(error))
+    return Check(entry.name, what, True, f'{entry.bytes:,} bytes, sha256 {entry.sha256}')
+
+
+def _hub_check(entry: ModelEntry) -> Check:
+    """What the Hub says it would send, without fetching it."""
+    what = 'file on the Hub'
+    if constants.HF_HUB_OFFLINE:
+        return Check(entry.name, what, None, 'HF_HUB_OFFLINE is set')
+    try:
+        found = get_hf_file_metadata(hf_hub_url(str(entry.hub_id), str(entry.file), revision=entry.revision))
+    except Exception as error:
+        return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision}: {explain(error)}.')
+    if (found.etag, found.size) != (entry.sha256, entry.bytes):
+        return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision} has {found.size} bytes, sha256 '
+                     f'{found.etag}, expected {entry.bytes}, {entry.sha256}.')
+    return Check(entry.name, what, True, f'{entry.hub_id} at {entry.revision}')
+
+
+def _golden_check(entry: ModelEntry) -> Check:
+    """The whole way that a user goes: timm's own call, then the fixed input."""
+    try:
+        golden = load_golden(entry)
+        error = golden_error(timm.create_model(entry.name, pretrained=True), golden)
+    except WeightsError as problem:
+        return Check(entry.name, 'golden outputs', False, str(problem))
+    detail = f'logits differ by {error:.1e} of the largest, tolerance {GOLDEN_TOLERANCE:.0e}'
+    return Check(entry.name, 'golden outputs', error <= GOLDEN_TOLERANCE, detail)
+
+
+def doctor() -> dict[str, Any]:
+    """What a report of a problem needs: versions, places, and which tags load. No token or password is in it.
+
+    Returns:
+        A dictionary of JSON's types.
+    """
+    return {
+        'platform': f'{platform.platform()}, Python {platform.python_version()}',
+        'packages': {name: _version(name) for name in PACKAGES},
+        'devices': ['cpu'] + [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        'manifest': str(manifest_path()),
+        'endpoint': endpoint(),
+        'cache': constants.HF_HUB_CACHE,
+        'cache_writable': os.access(_nearest_folder(Path(constants.HF_HUB_CACHE)), os.W_OK),
+        'logged_in': get_token() is not None,
+        'environment': {name: redact(os.environ[name]) for name in VARIABLES if name in os.environ},
+        'tags': {entry.name: _load_report(entry) for entry in load_manifest().models.values()},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return 'not installed'
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _load_report(entry: ModelEntry) -> str:
+    """Whether a tag loads; nothing large is fetched for it."""
+    if not entry.has_weights:
+        return f'{entry.status}, no weights'
+    if not bundled_path(entry).exists() and entry.hub_id and not isinstance(_cached(entry), str):
+        check = _hub_check(entry)
+        return f'{entry.status}, not in the cache; the file on the Hub: {check.detail}'
+    try:
+        load_verified(entry)
+    except WeightsError as error:
+        return f'{entry.status}, does not load: {error}'
+    return f'{entry.status}, loads'
