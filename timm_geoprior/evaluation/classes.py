@@ -1,0 +1,113 @@
+"""Which class of the data is which class of the model, by name."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import EvaluationError
+
+__all__ = ['ClassMatch', 'ClassMismatchError', 'match_classes']
+
+
+class ClassMismatchError(EvaluationError):
+    """The data's classes are not the model's."""
+
+
+@dataclass(frozen=True)
+class ClassMatch:
+    """How labels become the model's class indices.
+
+    Attributes:
+        to_model: The model's index of each class of the data, -1 for a class that is left out; empty where the labels
+            are the model's indices already.
+        competing: The model's classes whose scores compete, sorted; None for all of them.
+        notes: What a person should know about it, a sentence each.
+    """
+    to_model: NDArray[np.int64]
+    competing: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def apply(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The model's class index of each label, -1 where the class is left out."""
+        return self.to_model[labels] if len(self.to_model) else labels
+
+
+def match_classes(
+        data_classes: Sequence[str],
+        wnids: Sequence[str],
+        names: Sequence[str],
+        num_classes: int,
+        subset: bool = False,
+) -> ClassMatch:
+    """Match the data's classes with the model's, by WordNet id or else by readable name.
+
+    Args:
+        data_classes: Names of the data's classes, in the order of the labels; may be empty.
+        wnids: WordNet ids (or folder names) of the model's classes; may be empty.
+        names: Readable names of the model's classes; may be empty.
+        num_classes: Number of the model's scores.
+        subset: Measure only the classes that both have, and let only their scores compete.
+
+    Returns:
+        The match. Where nothing can be compared, the labels are taken for the model's indices, and a note says so.
+
+    Raises:
+        ClassMismatchError: There are classes that the model does not have, or none in common.
+    """
+    unique = [known for known in (wnids, names) if len(set(known)) == len(known)]  # two of ImageNet's names stand twice
+    known = next((known for known in unique if set(known) & set(data_classes)), None)
+    if known is None:
+        return _by_position(data_classes, wnids, names, num_classes, subset)
+    index = {name: i for i, name in enumerate(known)}
+    to_model = np.array([index.get(name, -1) for name in data_classes], dtype=np.int64)
+    unknown = [name for name in data_classes if name not in index]
+    present = sorted(int(i) for i in to_model if i >= 0)
+    if unknown and not subset:
+        raise ClassMismatchError(
+            f"{len(unknown)} of the {len(data_classes)} classes are not among the model's {len(known)} "
+            f'({_some(unknown)}), expected only those it knows: --subset measures the {len(present)} that both have.')
+    if subset:
+        note = (f'{len(present)} classes are in both, of {len(data_classes)} in the data and {num_classes} in the '
+                f'model: only they are measured, and only their scores compete.')
+        return ClassMatch(to_model, tuple(present), (note,))
+    return ClassMatch(to_model, None, tuple(_notes(to_model, num_classes)))
+
+
+def _notes(to_model: NDArray[np.int64], num_classes: int) -> list[str]:
+    notes = []
+    if len(to_model) < num_classes:
+        notes.append(f"{len(to_model)} of the model's {num_classes} classes have images here, and all {num_classes} "
+                     f'scores compete: with --subset only those {len(to_model)} do.')
+    if (np.diff(to_model) < 0).any():
+        notes.append("The classes are not in the model's order here: they are matched by name.")
+    return notes
+
+
+def _by_position(
+        data_classes: Sequence[str],
+        wnids: Sequence[str],
+        names: Sequence[str],
+        num_classes: int,
+        subset: bool,
+) -> ClassMatch:
+    """Labels as the model's indices, where there are no names to compare, or none that are alike."""
+    if subset:
+        raise ClassMismatchError('--subset matches classes by name, and data and model have no name in common, '
+                                 'expected WordNet ids or names in both: leave it out, or rename the class folders.')
+    if data_classes and list(data_classes) == list(names):
+        return ClassMatch(np.empty(0, np.int64))
+    count = len(data_classes)
+    if count and count != num_classes:
+        known = f', which begin with {wnids[0]}' if wnids else ''
+        raise ClassMismatchError(f"The data have {count} classes ({_some(data_classes)}), expected the model's "
+                                 f'{num_classes}{known}: check --data-dir and --split, or take another model.')
+    note = "are not the model's names" if count and wnids else "cannot be compared with the model's"
+    return ClassMatch(np.empty(0, np.int64), None, (
+        f"The class names of these data {note}: their order is taken for the model's.",))
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, and how many more."""
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more
