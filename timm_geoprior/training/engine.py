@@ -58,6 +58,7 @@ class Trainer:
         self.device = init_distributed_device(where)
         self.rank, self.world_size = where.rank, where.world_size
         self.last = config.output / 'last.pt'
+        self.commit = report.git_commit()  # what runs, whatever is committed meanwhile
         self._check_output()
         seed_everything(config.seed, 'init')
         share, rest = divmod(recipe.batch_size, self.world_size * recipe.grad_accum_steps)
@@ -128,7 +129,7 @@ class Trainer:
             'recipe': self.recipe.to_dict(), 'seed': self.config.seed,
             'model_name': self.recipe.model, 'model_kwargs': self.recipe.model_kwargs,
             'num_classes': len(self.data.class_names), 'class_names': list(self.data.class_names),
-            'versions': report.versions(), 'commit': report.git_commit(),
+            'versions': report.versions(), 'commit': self.commit,
         }
 
     def _resume(self) -> None:

@@ -64,7 +64,7 @@ def results(trainer: 'Trainer') -> Dict[str, Any]:
         'parameters': sum(p.numel() for p in trainer.model.parameters()),
         'last': trainer.history[-1] if trainer.history else {}, 'best': trainer.best,
         'radii': learned_radii(trainer.model), 'hours': round(trainer.seconds / 3600, 3),
-        'hardware': hardware(trainer.device), 'versions': versions(), 'commit': git_commit(),
+        'hardware': hardware(trainer.device), 'versions': versions(), 'commit': trainer.commit,
     }
 
 

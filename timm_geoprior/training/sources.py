@@ -1,6 +1,6 @@
 """The data of a run: training batches, and held-out ones to choose by."""
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -36,19 +36,25 @@ class TrainingData:
     class_names: Tuple[str, ...]
 
 
-class _SubsetOfImages(Subset[Any]):
-    """A subset of a timm data set that still has its reader's names and rows."""
+class _SomeImages:
+    """Some images of a timm data set, with what `FolderLoader` needs of one: a reader, names, a length."""
+
+    def __init__(self, dataset: Any, indices: List[int]) -> None:
+        self.dataset, self.indices = dataset, indices
 
     @property
-    def reader(self) -> '_SubsetOfImages':
+    def reader(self) -> '_SomeImages':
         return self
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset.reader[self.indices[index]]  # type: ignore[attr-defined]
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset.reader[self.indices[index]]
 
     def filename(self, index: int) -> str:
         """Name of an image's file."""
-        return str(self.dataset.filename(self.indices[index]))  # type: ignore[attr-defined]
+        return str(self.dataset.filename(self.indices[index]))
 
 
 def _class_names(dataset: Any) -> Tuple[str, ...]:
@@ -93,7 +99,7 @@ def open_data(
         size = recipe.eval_size or recipe.img_size
         measured = _memory_batches(loader, held_images, size, rank, world_size) if held_images is not None else None
         return TrainingData(loader, measured, names)
-    train = _SubsetOfImages(dataset, stay.tolist()) if stay is not None else dataset
+    train = _SomeImages(dataset, stay.tolist()) if stay is not None else dataset
     folder = FolderLoader(
         train, batch_size, _Transform(recipe, norms), repeats=recipe.aug_repeats, workers=config.workers,
         max_corrupt=config.max_corrupt, device=device, **part)
