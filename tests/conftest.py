@@ -1,6 +1,7 @@
 """What several test files share: a Hub of the tests' own, a release, a small folder of real photographs."""
 import atexit
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -45,6 +46,14 @@ def hub() -> HubServer:
     """The Hub, empty."""
     HUB.reset()
     return HUB
+
+
+@pytest.fixture(scope='session')
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """A context whose processes start at once: one server has imported all that they need."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['timm_geoprior.publish'])
+    return context
 
 
 @pytest.fixture(scope='session')

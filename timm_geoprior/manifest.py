@@ -41,6 +41,11 @@ def _check_hex(value: str | None, digits: int, where: str) -> None:
     _check(valid, where, value, f'{digits} lower-case hexadecimal digits')
 
 
+def _check_file(value: str | None, where: str) -> None:
+    valid = value is None or re.fullmatch(r'[^/\\]+\.safetensors', value) is not None
+    _check(valid, where, value, 'a bare file name that ends in .safetensors')
+
+
 @dataclass(frozen=True)
 class LabelSet:
     """The classes of a data set, in class order; each label set stands once in the manifest.
@@ -59,6 +64,7 @@ class LabelSet:
     name: str = field(default='', metadata={'key': True})
 
     def __post_init__(self) -> None:
+        _check(self.num_classes > 0, f'num_classes of {self.name}', self.num_classes, 'a positive number')
         if self.source == 'manifest':
             _check(len(self.classes) == self.num_classes, f'num_classes of {self.name}', self.num_classes,
                    f'{len(self.classes)}, as many as it lists')
@@ -119,6 +125,7 @@ class Metric:
 
     def __post_init__(self) -> None:
         _check(self.num_images > 0, 'num_images', self.num_images, 'a positive number')
+        _check(self.img_size > 0, 'img_size', self.img_size, 'a positive number')
         _check(0 <= self.top1_correct <= self.top5_correct <= self.num_images, 'top1_correct, top5_correct',
                (self.top1_correct, self.top5_correct), f'counts in this order, from 0 to {self.num_images}')
 
@@ -140,6 +147,9 @@ class Baseline:
     parameters: int
     metric: Metric
 
+    def __post_init__(self) -> None:
+        _check(self.parameters > 0, 'parameters of the baseline', self.parameters, 'a positive number')
+
 
 @dataclass(frozen=True)
 class TrainLog:
@@ -149,6 +159,9 @@ class TrainLog:
     hardware: str
     software: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 0 and self.hours >= 0, 'epochs, hours', (self.epochs, self.hours), '0 or more')
+
 
 @dataclass(frozen=True)
 class Golden:
@@ -157,6 +170,7 @@ class Golden:
     sha256: str
 
     def __post_init__(self) -> None:
+        _check_file(self.file, 'file of the golden outputs')
         _check_hex(self.sha256, 64, 'sha256 of the golden outputs')
 
 
@@ -195,7 +209,7 @@ class ModelEntry:
     file: str | None = None
     sha256: str | None = None
     bytes: int | None = None
-    dtype: str | None = None
+    dtype: Literal['float16', 'float32'] | None = None
     golden: Golden | None = None
     recipe: str | None = None
     recipe_commit: str | None = None
@@ -210,15 +224,19 @@ class ModelEntry:
     def __post_init__(self) -> None:
         _check(re.fullmatch(r'[a-z0-9_]+\.[a-z0-9_]+', self.name) is not None, 'A model name', self.name,
                'architecture.tag of lower-case letters, digits and underscores')
+        for name in ('parameters', 'bytes'):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f'{name} of {self.name}', value, 'a positive number')
+        _check(self.seed is None or self.seed >= 0, f'seed of {self.name}', self.seed, '0 or more')
+        _check(self.hub_id is None or re.fullmatch('[^/]+/[^/]+', self.hub_id) is not None, f'hub_id of {self.name}',
+               self.hub_id, 'owner/name')
         _check_hex(self.sha256, 64, f'sha256 of {self.name}')
         _check_hex(self.revision, 40, f'revision of {self.name}')
         if self.status != 'planned':
             self._check_present(('file', 'sha256', 'bytes', 'dtype', 'golden', 'parameters'))
         if self.status == 'published':
             self._check_present(('hub_id', 'revision'))
-        for name in (self.file, self.golden.file if self.golden else None):
-            _check(name is None or (name.endswith('.safetensors') and Path(name).name == name and '\\' not in name),
-                   f'A file of {self.name}', name, 'a bare file name that ends in .safetensors')
+        _check_file(self.file, f'file of {self.name}')
 
     def _check_present(self, names: tuple[str, ...]) -> None:
         for name in names:
