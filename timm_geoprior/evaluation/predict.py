@@ -2,7 +2,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,13 +12,12 @@ from PIL import Image
 from timm.data import create_loader
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from .accuracy import Counts, reduce_sum, target_ranks
 from .data import EvalSet, take_shards
-from .errors import EvaluationError
+from .errors import ProcessError
 
-__all__ = ['PRECISIONS', 'Forward', 'Pass', 'Predictions', 'Shard', 'make_loader', 'predict', 'set_numerics']
+__all__ = ['PRECISIONS', 'Forward', 'Pass', 'Predictions', 'Shard', 'gather', 'make_loader', 'predict', 'set_numerics']
 
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 SKIPPED, UNREADABLE, OUT_OF_RANGE = -1, -2, -3  # in place of a class index
@@ -166,8 +165,8 @@ class Forward:
                 if not _is_out_of_memory(error):
                     raise
                 if size == 1:
-                    raise EvaluationError('There is not enough memory for one image, expected some for a batch: take '
-                                          'a smaller --img-size, a lower precision or another device.') from None
+                    raise ProcessError('There is not enough memory for one image, expected some for a batch: take '
+                                       'a smaller --img-size, a lower precision or another device.') from None
             # outside of the handler, where the failed attempt's tensors are free
             self.limit = (size + 1) // 2
             if images.is_cuda:
@@ -212,12 +211,14 @@ class Pass:
         predictions: By precision, from all processes.
         largest_difference: By precision: the largest difference of a score from the first precision's.
         unreadable: Index of each image that could not be decoded.
-        out_of_range: Number of labels that the model has no class for.
+        left_out: Number of a stream's images whose class is not measured.
+        out_of_range: Number of a stream's labels that the model has no class for.
     """
     counts: dict[str, Counts] = field(default_factory=dict)
     predictions: dict[str, Predictions] = field(default_factory=dict)
     largest_difference: dict[str, float] = field(default_factory=dict)
     unreadable: list[int] = field(default_factory=list)
+    left_out: int = 0
     out_of_range: int = 0
 
 
@@ -230,7 +231,7 @@ def predict(
         competing: Sequence[int] | None = None,
         channels_last: bool = False,
         on_scores: Callable[[Tensor], None] | None = None,
-        progress: 'tqdm[Any] | None' = None,
+        on_images: Callable[[int], None] | None = None,
 ) -> Pass:
     """Evaluate every batch in every precision.
 
@@ -243,7 +244,7 @@ def predict(
         competing: Classes whose scores compete; None for all.
         channels_last: Give the network images in that memory layout.
         on_scores: Called with the reference's scores of each batch.
-        progress: Updated by the images of each batch.
+        on_images: Called with the number of images of each batch, when it has been evaluated.
 
     Returns:
         Counts and predictions of all processes together, the same in each.
@@ -266,8 +267,8 @@ def predict(
                 else:
                     difference[precision] = torch.maximum(difference[precision], _largest(scores - reference, targets))
             all_targets.append(targets)
-            if progress is not None:
-                progress.update(len(targets))
+            if on_images is not None:
+                on_images(len(targets))
     return _collect(parts, difference, all_targets, indices, device)
 
 
@@ -312,28 +313,28 @@ def _collect(
     targets = torch.cat(all_targets).cpu().numpy() if all_targets else np.empty(0, np.int64)
     index = np.full(len(targets), -1) if indices is None else indices[:len(targets)]
     counted = targets >= 0
-    result = Pass(unreadable=sorted(_gather(index[targets == UNREADABLE]).tolist()))
-    result.out_of_range = len(_gather(index[targets == OUT_OF_RANGE]))
-    everything = _gather(index[counted])
+    result = Pass(unreadable=sorted(gather(index[targets == UNREADABLE]).tolist()))
+    result.left_out = len(gather(index[targets == SKIPPED]))
+    result.out_of_range = len(gather(index[targets == OUT_OF_RANGE]))
+    everything = gather(index[counted])
     order = np.argsort(everything, kind='stable')
-    everything_target = _gather(targets[counted].astype(np.int32))[order]
+    everything_target = gather(targets[counted].astype(np.int32))[order]
     for precision, batches in parts.items():
         answers = torch.cat(batches, 1).cpu().numpy() if batches else np.empty((3, 0))
-        rank, predicted, confidence = (_gather(row[counted])[order] for row in answers)
+        rank, predicted, confidence = (gather(row[counted])[order] for row in answers)
         result.predictions[precision] = Predictions(
             everything[order], everything_target, rank.astype(np.int32), predicted.astype(np.int32),
             confidence.astype(np.float32))
         own = [counted.sum(), (answers[0][counted] < 1).sum(), (answers[0][counted] < 5).sum()]
         result.counts[precision] = Counts(*reduce_sum(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
-        result.largest_difference[precision] = float(_gather(np.array([difference[precision].item()])).max())
+        result.largest_difference[precision] = float(gather(np.array([difference[precision].item()])).max())
     return result
 
 
-def _gather(own: _Array) -> _Array:
+def gather(own: _Array) -> _Array:
     """The arrays of all processes, one after the other."""
     if not (dist.is_available() and dist.is_initialized()):
         return own
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
-    everything: _Array = np.concatenate(gathered)  # type: ignore[assignment]
-    return everything
+    return cast(_Array, np.concatenate(gathered))

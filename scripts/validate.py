@@ -1,0 +1,11 @@
+"""Measure a model's accuracy: `python scripts/validate.py --help`."""
+import sys
+
+try:
+    from timm_geoprior.evaluation.command import main
+except ModuleNotFoundError as error:
+    sys.exit(f'validate.py: {error.name} is not installed, expected timm_geoprior with its extra "train": '
+             f"pip install -e '.[train]'")
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""What a measurement leaves: lines for people, JSON with its provenance, CSV, plots."""
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..manifest import write_atomically
+from ..provenance import git_commit, hardware, versions
+from .accuracy import Counts
+from .evaluate import Evaluation, Settings
+from .metrics import Calibration, calibrate, confused_pairs, per_class, wilson_interval
+
+__all__ = ['figures', 'lines', 'provenance', 'summary_row', 'write_report', 'write_summary']
+
+
+def _accuracies(counts: Counts) -> dict[str, Any]:
+    """Counts with both accuracies and their 95% intervals in percent."""
+    found: dict[str, Any] = counts._asdict()
+    for name, correct in (('top1', counts.top1_correct), ('top5', counts.top5_correct)):
+        found[name] = round(100 * correct / counts.num_images, 4) if counts.num_images else None
+        found[f'{name}_interval'] = [round(100 * end, 4) for end in wilson_interval(correct, counts.num_images)]
+    return found
+
+
+def figures(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """What was measured in each precision, the reference first.
+
+    Args:
+        evaluation: Of one model.
+
+    Returns:
+        For each precision: counts, accuracies and intervals in percent, expected calibration error in points, images
+        with scores that are not finite, and, after the first, the differences from it.
+    """
+    outcome = evaluation.outcome
+    reference, *_ = outcome.counts
+    found = []
+    for precision, counts in outcome.counts.items():
+        predictions = outcome.predictions[precision]
+        row = {'precision': precision, **_accuracies(counts),
+               'calibration_error': _number(100 * calibrate(predictions).error),
+               'not_finite': int(np.isnan(predictions.confidence).sum())}
+        if precision != reference and counts.num_images:
+            first = outcome.counts[reference]
+            row['difference'] = {
+                'from': reference,
+                'top1': round(100 * (counts.top1_correct - first.top1_correct) / counts.num_images, 4),
+                'top5': round(100 * (counts.top5_correct - first.top5_correct) / counts.num_images, 4),
+                'predictions': int((predictions.predicted != outcome.predictions[reference].predicted).sum()),
+                'largest_of_a_score': outcome.largest_difference[precision],
+            }
+        found.append(row)
+    return found
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else round(value, 4)
+
+
+def lines(evaluation: Evaluation) -> list[str]:
+    """The figures for people, a line each."""
+    images = evaluation.outcome.counts[next(iter(evaluation.outcome.counts))].num_images
+    text = [f'{evaluation.loaded.name}: {images:,} images at {evaluation.plan.img_size} px, '
+            f'{images / evaluation.seconds:,.0f} images/s']
+    rows = figures(evaluation)
+    if evaluation.real is not None:
+        rows.append({'precision': 'ReaL', **_accuracies(evaluation.real)})
+    for row in rows if images else ():
+        parts = [f'  {row["precision"]:<9}']
+        for name, label in (('top1', 'top-1'), ('top5', 'top-5')):
+            low, high = row[f'{name}_interval']
+            correct = row[f'{name}_correct']
+            parts.append(f'{label} {row[name]:.2f}% ({correct:,}; 95% interval {low:.2f} to {high:.2f})')
+        if row.get('calibration_error') is not None:
+            parts.append(f'calibration error {row["calibration_error"]:.2f} points')
+        text.append('  '.join(parts))
+        if 'difference' in row:
+            gap = row['difference']
+            text.append(f'{"":<13}from {gap["from"]}: {gap["top1"]:+.2f} points top-1, {gap["top5"]:+.2f} top-5, '
+                        f'{gap["predictions"]:,} first answers, {gap["largest_of_a_score"]:.2g} at most in a score')
+        if row.get('not_finite'):
+            text.append(f'{"":<13}{row["not_finite"]:,} images have scores that are not finite')
+    if evaluation.real is not None:
+        text[-1] += f'  on {evaluation.real.num_images:,} images that have such labels'
+    return text
+
+
+def provenance(
+        evaluation: Evaluation,
+        settings: Settings,
+        command: str,
+        data: Mapping[str, Any],
+        started: str,
+) -> dict[str, Any]:
+    """All that it takes to measure this again.
+
+    Args:
+        evaluation: Of one model.
+        settings: How it was measured.
+        command: The command line, as given.
+        data: The data set, as given, with its fingerprint.
+        started: When, in UTC.
+
+    Returns:
+        Plain containers for JSON.
+    """
+    plan, loaded = evaluation.plan, evaluation.loaded
+    images = evaluation.outcome.counts[settings.precisions[0]].num_images
+    return {
+        'model': loaded.name, 'results': figures(evaluation),
+        **({'real_labels': _accuracies(evaluation.real)} if evaluation.real else {}),
+        'problems': list(evaluation.problems), 'notes': [*loaded.notes, *plan.match.notes],
+        'command': command, 'started': started, 'seconds': round(evaluation.seconds, 3),
+        'images_per_second': round(images / evaluation.seconds, 1),
+        'weights': loaded.weights, 'parameters': sum(p.numel() for p in loaded.model.parameters()),
+        'data': dict(data),
+        'classes': {'model': int(loaded.model.num_classes),  # type: ignore[arg-type]
+                    'competing': None if plan.match.competing is None else list(plan.match.competing)},
+        'preprocessing': {**plan.config, 'steps': list(evaluation.transform),
+                          'then': '(x - 255 mean) / (255 std) of the uint8 pixels, float32, on the device'},
+        'engine': {'device': hardware(settings.device), 'processes': settings.world_size,
+                   'batch_size': settings.batch_size, 'workers': settings.workers,
+                   'channels_last': settings.channels_last, 'torchcompile': settings.torchcompile,
+                   'float32': torch.backends.fp32_precision},  # type: ignore[attr-defined]
+        'commit': git_commit(), 'software': versions(),
+    }
+
+
+def summary_row(evaluation: Evaluation) -> dict[str, Any]:
+    """A model's row of the results file: timm's columns, and the counts behind them."""
+    first = figures(evaluation)[0]
+    config, parameters = evaluation.plan.config, sum(p.numel() for p in evaluation.loaded.model.parameters())
+    top1, top5 = first['top1'] or 0.0, first['top5'] or 0.0
+    return {
+        'model': evaluation.loaded.name, 'top1': top1, 'top1_err': round(100 - top1, 4), 'top5': top5,
+        'top5_err': round(100 - top5, 4), 'param_count': round(parameters / 1e6, 2),
+        'img_size': evaluation.plan.img_size, 'crop_pct': config['crop_pct'], 'interpolation': config['interpolation'],
+        'precision': first['precision'], 'num_images': first['num_images'], 'top1_correct': first['top1_correct'],
+        'top5_correct': first['top5_correct'],
+    }
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n').encode())
+
+
+def write_summary(
+        path: Path, rows: Sequence[Mapping[str, Any]], details: Sequence[Mapping[str, Any]], form: str) -> None:
+    """Write the results file: CSV with a row a model, or JSON with everything about each.
+
+    Args:
+        path: Where to.
+        rows: Of `summary_row`.
+        details: Of `provenance`.
+        form: 'csv' or 'json'.
+    """
+    if form == 'csv':
+        _write_csv(path, rows)
+    else:
+        _write_json(path, details[0] if len(details) == 1 else list(details))
+
+
+def write_report(folder: Path, evaluation: Evaluation, details: Mapping[str, Any]) -> None:
+    """Write results.json, per_class.csv, confused_pairs.csv, reliability.png and per_class.png.
+
+    Args:
+        folder: Where to; it is made if need be.
+        evaluation: Of one model; classes and plots are the first precision's.
+        details: Of `provenance`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    predictions = next(iter(evaluation.outcome.predictions.values()))
+    loaded = evaluation.loaded
+    rows = per_class(predictions, loaded.wnids, loaded.names)
+    _write_json(folder / 'results.json', details)
+    _write_csv(folder / 'per_class.csv', rows)
+    _write_csv(folder / 'confused_pairs.csv', confused_pairs(predictions, loaded.wnids, loaded.names))
+    if rows:
+        _plot_reliability(folder / 'reliability.png', calibrate(predictions), loaded.name)
+        _plot_classes(folder / 'per_class.png', rows, loaded.name)
+
+
+def _save(path: Path, figure: Any) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi=150)
+    write_atomically(path, content.getvalue())
+
+
+def _plot_reliability(path: Path, calibration: Calibration, title: str) -> None:
+    """Accuracy by confidence, and how many images each bin has (Guo et al., 2017, figure 1)."""
+    from matplotlib.figure import Figure  # an extra
+    figure = Figure(figsize=(5, 6), layout='constrained')
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = calibration.edges[1]
+    middles = calibration.edges[:-1] + width / 2
+    upper.plot([0, 1], [0, 1], color='gray', linestyle='--', label='perfectly calibrated')
+    upper.bar(middles, calibration.accuracy, 0.94 * width, color='tab:blue', label='accuracy')
+    upper.plot(calibration.confidence, calibration.accuracy, '.', color='black', label='at the mean confidence')
+    upper.set(ylabel='share of right answers', xlim=(0, 1), ylim=(0, 1),
+              title=f'{title}\nexpected calibration error {100 * calibration.error:.2f} points')
+    upper.legend(loc='upper left')
+    lower.bar(middles, calibration.counts, 0.94 * width, color='tab:gray')
+    lower.set(xlabel='confidence of the first answer', ylabel='images')
+    _save(path, figure)
+
+
+def _plot_classes(path: Path, rows: Sequence[Mapping[str, Any]], title: str, shown: int = 12) -> None:
+    """All classes by accuracy with their intervals, and the names of the best and the worst."""
+    from matplotlib.figure import Figure
+    ordered = sorted(rows, key=lambda row: float(row['top1']))
+    figure = Figure(figsize=(11, 5.5), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    position = np.arange(len(ordered))
+    left.fill_between(position, [row['top1_low'] for row in ordered], [row['top1_high'] for row in ordered],
+                      color='tab:blue', alpha=0.25, linewidth=0, label='95% interval')
+    left.plot(position, [row['top1'] for row in ordered], color='tab:blue', label='top-1')
+    left.axhline(float(np.mean([row['top1'] for row in ordered])), color='gray', linestyle='--', label='mean')
+    left.set(xlabel='classes, from worst to best', ylabel='top-1 accuracy (%)', ylim=(0, 100), title=title)
+    left.legend(loc='upper left')
+    ends = ordered if len(ordered) <= 2 * shown else [*ordered[:shown], *ordered[-shown:]]
+    labels = [_short(row['name'] or row['wnid'] or str(row['class'])) for row in ends]
+    place = np.arange(len(ends)) + (np.arange(len(ends)) >= shown) * (len(ends) < len(ordered))
+    right.barh(place, [row['top1'] for row in ends], color='tab:blue', xerr=(
+        [row['top1'] - row['top1_low'] for row in ends], [row['top1_high'] - row['top1'] for row in ends]),
+        error_kw={'elinewidth': 0.8, 'ecolor': 'gray'})
+    right.set(yticks=place, yticklabels=labels, xlim=(0, 100), xlabel='top-1 accuracy (%)',
+              title='worst and best classes' if len(ends) < len(ordered) else 'classes')
+    right.tick_params(axis='y', labelsize=7)
+    _save(path, figure)
+
+
+def _short(name: str, length: int = 32) -> str:
+    """A class's first name."""
+    first = name.split(',')[0]
+    return first if len(first) <= length else first[:length - 1] + '…'
