@@ -75,7 +75,7 @@ class HubServer:
         repos: Repository id -> repository.
         objects: SHA-256 -> content; a test changes it to serve something wrong.
         tokens: Token -> role, 'write' or 'read'.
-        requests: `METHOD path` of each request, in order.
+        requests: `METHOD path`, and the range if one is asked for, of each request, in order.
     """
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         """Log the request, let a fault have it, and route it."""
         path = unquote(urlsplit(self.path).path)
-        request = f'{self.command} {path}'
+        request = f'{self.command} {path} {self.headers.get("Range", "")}'.strip()
         with self.hub.lock:
             self.hub.requests.append(request)
             fault = next((f for f in self.hub.faults if f.times and re.search(f.pattern, request)), None)

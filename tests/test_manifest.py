@@ -89,15 +89,17 @@ def test_json_schema_has_the_same_keys_as_the_types():
 
 @pytest.mark.parametrize(('path', 'value'), [
     ('status', 'released'), ('status', 3), ('default', 1), ('license', None), ('data_terms', ['x']),
-    ('label_set', None), ('sha256', '1' * 63), ('sha256', 'A' * 64), ('sha256', None), ('revision', 'main'),
-    ('revision', None), ('hub_id', 'name'), ('hub_id', None), ('bytes', 0), ('bytes', 1.5), ('bytes', True), ('bytes', None),
-    ('parameters', -1), ('dtype', 'int8'), ('file', 'pytorch_model.bin'), ('file', '../model.safetensors'),
-    ('file', None), ('golden', None), ('golden__sha256', 'x'), ('golden__file', 'a/b.safetensors'), ('seed', -1),
-    ('colour', 'red'), ('input__input_size', [3, 64]), ('input__input_size', [3, 0, 64]), ('input__crop_pct', 0),
-    ('input__crop_pct', 1.5), ('input__std', [1, 0, 1]), ('input__mean', '0.5'), ('input__mean', None), ('metrics', {}),
-    ('metrics__0__num_images', 0), ('metrics__0__top1_correct', -1), ('metrics__0__top1_correct', 0.5),
-    ('metrics__0__top1', 50.0), ('metrics__0__img_size', '64'), ('metrics__0__software__torch', 2),
-    ('train_log__epochs', -1), ('train_log__hours', 'two'), ('baseline__parameters', 0), ('baseline__metric', None),
+    ('label_set', None), ('sha256', '111111111111111111111111111111111111111111111111111111111111111'),
+    ('sha256', 'AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA'), ('sha256', None),
+    ('revision', 'main'), ('revision', None), ('hub_id', 'name'), ('hub_id', None), ('bytes', 0), ('bytes', 1.5),
+    ('bytes', True), ('bytes', None), ('parameters', -1), ('dtype', 'int8'), ('file', 'pytorch_model.bin'),
+    ('file', '../model.safetensors'), ('file', None), ('golden', None), ('golden__sha256', 'x'),
+    ('golden__file', 'a/b.safetensors'), ('seed', -1), ('colour', 'red'), ('input__input_size', [3, 64]),
+    ('input__input_size', [3, 0, 64]), ('input__crop_pct', 0), ('input__crop_pct', 1.5), ('input__std', [1, 0, 1]),
+    ('input__mean', '0.5'), ('input__mean', None), ('metrics', {}), ('metrics__0__num_images', 0),
+    ('metrics__0__top1_correct', -1), ('metrics__0__top1_correct', 0.5), ('metrics__0__top1', 50.0),
+    ('metrics__0__img_size', '64'), ('metrics__0__software__torch', 2), ('train_log__epochs', -1),
+    ('train_log__hours', 'two'), ('baseline__parameters', 0), ('baseline__metric', None),
 ], ids=lambda value: json.dumps(value)[:30])
 def test_malformed_entries_are_refused(path, value):
     data = document(**{path: value})

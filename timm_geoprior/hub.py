@@ -4,6 +4,7 @@ A tag's file comes from the package's `weights` folder, else from the Hugging Fa
 through huggingface_hub and its cache. It is read once; size and SHA-256 are checked on the very bytes that become the
 tensors.
 """
+import contextlib
 import errno
 import hashlib
 import json
@@ -342,11 +343,14 @@ def _discard(path: Path) -> None:
 
 def _download(asset: _Asset, cache_dir: str | Path | None, force: bool) -> Path:
     """The file's path in huggingface_hub's cache, from there or from the network."""
+    started = time.time() - 1  # file systems' clocks are coarse
     for attempt in range(ATTEMPTS):
         try:
-            return Path(hf_hub_download(
+            path = Path(hf_hub_download(
                 str(asset.hub_id), asset.file, revision=asset.revision, cache_dir=cache_dir, force_download=force,
                 library_name='timm_geoprior'))
+            _sweep(path, started)
+            return path
         except Exception as error:
             if attempt + 1 == ATTEMPTS or not _is_transient(error):
                 raise WeightsError(
@@ -354,6 +358,15 @@ def _download(asset: _Asset, cache_dir: str | Path | None, force: bool) -> Path:
                     f'{explain(error, cache_dir)}.') from None
         time.sleep(2 ** attempt)
     raise AssertionError('unreachable')
+
+
+def _sweep(path: Path, started: float) -> None:
+    """Remove what a killed process left of the same file, once the whole file has come: nobody else does."""
+    blob = path.resolve()
+    with contextlib.suppress(OSError):
+        if blob.stat().st_mtime >= started:
+            for part in blob.parent.glob(f'{blob.name}*.incomplete'):
+                part.unlink()
 
 
 def _is_transient(error: Exception) -> bool:

@@ -1,0 +1,131 @@
+"""Releases for tests: a run, its staged folder, a manifest that has it, processes to load it in."""
+import ctypes
+import json
+import resource
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import generate_default_cfgs, register_model
+
+from hub_server import HubServer
+from timm_geoprior import geoprior_resnet, manifest
+from timm_geoprior.hub import pretrained_cfgs
+from timm_geoprior.manifest import Manifest, ModelEntry, load_manifest
+from timm_geoprior.publish import read_checkpoint, read_metrics, read_staged, stage
+
+NANO = 'geoprior_resnet14_nano.r64_tin200'
+
+
+def planned() -> ModelEntry:
+    """The nano network's entry as it was before it had weights."""
+    return replace(
+        load_manifest().get(NANO), status='planned', hub_id=None, revision=None, file=None, sha256=None, bytes=None,
+        dtype=None, golden=None, metrics=(), baseline=None, train_log=None, recipe_commit=None, seed=None)
+
+
+def make_run(folder: Path) -> Path:
+    """Write what a finished run of the nano network leaves; its weights are random, its norms not all alike."""
+    torch.manual_seed(0)
+    model = timm.create_model('geoprior_resnet14_nano', num_classes=200)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    averaged = {key: value * 0.9 if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    recipe = {'name': 'r64_tin200', 'model': 'geoprior_resnet14_nano', 'epochs': 2, 'scale': (0.35, 1.0)}
+    facts = {'recipe': recipe, 'seed': 3, 'commit': 'a' * 40, 'versions': {'torch': str(torch.__version__)}}
+    torch.save({'model': model.state_dict(), 'ema': averaged, 'model_name': 'geoprior_resnet14_nano',
+                'model_kwargs': {'attn_radius': 2.0}, 'num_classes': 200, **facts}, folder / 'last.pt')
+    (folder / 'summary.csv').write_text('epoch,train_loss,seconds\n0,5.1,3600\n1,4.2,7200\n')
+    (folder / 'results.json').write_text(json.dumps({**facts, 'epochs': 2, 'hours': 2.0, 'hardware': 'a CPU'}))
+    metric = {'dataset': 'Tiny-ImageNet-200', 'split': 'validation', 'num_images': 10_000, 'top1_correct': 5432,
+              'top5_correct': 7654, 'precision': 'float32', 'img_size': 64, 'software': {'timm': timm.__version__}}
+    (folder / 'val.json').write_text(json.dumps(metric))
+    return folder
+
+
+def stage_run(run: Path, folder: Path) -> Path:
+    """Stage its averaged weights."""
+    stage(planned(), read_checkpoint(run / 'last.pt'), folder, read_metrics(run / 'val.json'), run)
+    return folder
+
+
+def put_on(hub: HubServer, folder: Path, repo_id: str = 'owner/nano', private: bool = False) -> ModelEntry:
+    """Put a staged folder on the Hub, past the client; the published entry."""
+    revision = hub.publish(repo_id, {path.name: path.read_bytes() for path in folder.iterdir()}, private)
+    return replace(read_staged(folder, load_manifest()), status='published', hub_id=repo_id, revision=revision)
+
+
+def with_entry(entry: ModelEntry) -> Manifest:
+    """The manifest with an entry in place of the one of its name."""
+    whole = load_manifest()
+    return replace(whole, models={**whole.models, entry.name: entry})
+
+
+@contextmanager
+def using_manifest(path: Path) -> Iterator[None]:
+    """Let the package and timm's registry have another manifest."""
+    def register() -> None:
+        geoprior_resnet.default_cfgs = generate_default_cfgs(pretrained_cfgs())
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # timm says that it overwrites
+            for name in geoprior_resnet.default_cfgs:
+                register_model(getattr(geoprior_resnet, name))
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(manifest, 'manifest_path', lambda: path)
+            register()
+            yield
+    finally:
+        register()
+
+
+def _report(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        connection.send((function(*arguments), ''))
+    except BaseException:
+        connection.send((None, traceback.format_exc()))
+
+
+def start(context: ForkServerContext, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Connection]:
+    """Call a function in a process of its own; the process, and where its result or traceback will come."""
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(there, function, arguments))
+    process.start()
+    there.close()
+    return process, here
+
+
+def finish(process: Any, connection: Connection) -> tuple[Any, str]:
+    """Its result and its traceback; both empty where it was killed."""
+    try:
+        outcome = connection.recv()
+    except EOFError:
+        outcome = (None, '')
+    process.join()
+    return outcome
+
+
+def as_mere_mortal() -> None:
+    """Let file permissions hold for this process, though it be root: drop every capability (Linux)."""
+    if sys.platform == 'linux':
+        header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        ctypes.CDLL(None).capset(header, data)
+
+
+def limit_file_size(count: int) -> None:
+    """Let no file of this process grow beyond a size: what a write does then is what it does on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
