@@ -1,9 +1,11 @@
 """The command line, as a user calls it."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+import timm_geoprior
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import default_model, main
 from timm_geoprior.images import sample_image
-from timm_geoprior.manifest import ManifestError, load_manifest
+from timm_geoprior.manifest import ManifestError, load_manifest, manifest_path
 
 MODELS = load_manifest().models
 WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']
@@ -183,6 +186,19 @@ def test_the_default_model_is_bundled_first_then_published(tmp_path):
         default(geoprior_resnet50='staged')
 
 
+def test_damaged_weights_are_told(tmp_path):
+    copy = tmp_path / 'timm_geoprior'
+    shutil.copytree(Path(timm_geoprior.__file__).parent, copy, ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(manifest_path(), tmp_path)
+    weights = copy / 'weights' / f'{default_model(load_manifest()).name}.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1])
+    told = run(*COMMAND, 'classify', cwd=tmp_path)  # `python -m` takes the package of the folder it runs in
+    assert told.returncode == 1
+    assert told.stdout == ''
+    assert told.stderr.count('\n') == 1
+    assert 'bytes, expected' in told.stderr
+
+
 SCRIPT = """
 import sys
 import timm
@@ -206,8 +222,6 @@ def run(*arguments, **options):
 
 
 def test_run_cures_unknown_model(script, tmp_path):
-    plain = run(sys.executable, str(script), cwd=tmp_path)
-    assert 'Unknown model (geoprior_resnet14_nano)' in plain.stderr
     arguments = ['-m', 'x', '--', '--help', '--json']
     cured = run(*COMMAND, 'run', str(script), *arguments, cwd=tmp_path)
     assert cured.returncode == 7
@@ -215,19 +229,30 @@ def test_run_cures_unknown_model(script, tmp_path):
         f'__main__ {[str(script), *arguments]} GeoPriorResNet', 'found what lies beside the script']
 
 
-def test_run_module(script):
-    cured = run(*COMMAND, 'run', '-m', 'train', '--lr', '1', cwd=script.parent)
-    assert cured.returncode == 7
-    assert f"{str(script)!r}, '--lr', '1'] GeoPriorResNet" in cured.stdout
+@pytest.fixture
+def as_a_process(monkeypatch):
+    """Undo what `run` does to the process that it is alone in."""
+    monkeypatch.setattr(sys, 'argv', list(sys.argv))
+    monkeypatch.setattr(sys, 'path', list(sys.path))
 
 
-@pytest.mark.parametrize('error', ['ValueError("the script\'s own")', 'BrokenPipeError("the script\'s own")'])
-def test_an_error_of_the_script_is_shown_as_python_shows_it(script, error):
-    script.write_text(f'raise {error}')
-    failed = run(*COMMAND, 'run', str(script))
-    assert failed.returncode == 1
-    assert 'Traceback' in failed.stderr
-    assert "the script's own" in failed.stderr
+@pytest.mark.usefixtures('as_a_process')
+def test_run_module(script, capsys, monkeypatch):
+    monkeypatch.chdir(script.parent)
+    with pytest.raises(SystemExit) as stop:
+        main(['run', '-m', 'train', '--lr', '1'])
+    assert stop.value.code == 7
+    assert f"{str(script)!r}, '--lr', '1'] GeoPriorResNet" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures('as_a_process')
+def test_an_error_of_the_script_is_its_own(script, capsys):
+    script.write_text('raise ValueError("wrong data")')
+    with pytest.raises(ValueError, match='wrong data'):
+        main(['run', str(script)])
+    script.write_text('raise BrokenPipeError("a worker died")')  # no reader of ours went away
+    assert main(['run', str(script)]) == 1
+    assert 'BrokenPipeError: a worker died' in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_quiet():
