@@ -21,12 +21,18 @@ from timm_geoprior.training.recipe import RecipeError, load_recipe, recipe_names
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', help=f'a YAML file, or one of: {", ".join(recipe_names())}')
-    parser.add_argument('--data-dir', type=Path, required=True, help='folder with one folder of images a class in each split')
-    parser.add_argument('--output', type=Path, required=True, help='folder of the run: checkpoints, summary.csv, results.json')
+    parser.add_argument(
+        '--data-dir', type=Path, required=True, help='folder with one folder of images a class in each split')
+    parser.add_argument(
+        '--output', type=Path, required=True, help='folder of the run: checkpoints, summary.csv, results.json')
     parser.add_argument('--train-split', default='train', help='folder of the training images below --data-dir')
     parser.add_argument('--val-split', default='', help='split measured each epoch where the recipe holds nothing out')
     parser.add_argument('--model', default='', help="a timm model in place of the recipe's, for a control")
-    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key')
+    parser.add_argument(
+        '--finetune', default='', metavar='pretrained|FILE',
+        help="start from the weights of the model's tag, or from a checkpoint; another head is drawn anew")
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')
@@ -43,7 +49,7 @@ def main() -> None:
         recipe = load_recipe(args.recipe, overrides)
         config = RunConfig(
             args.data_dir, args.output, args.train_split, args.val_split, args.seed, args.device, args.workers,
-            args.resume, args.save_every, args.max_corrupt)
+            args.finetune, args.resume, args.save_every, args.max_corrupt)
         results = train(recipe, config)
     except (RecipeError, TrainingError, CheckpointError, CorruptImagesError) as error:
         sys.exit(f'train.py: {error}')

@@ -1,6 +1,6 @@
 """Batches of a timm data set whose order and augmentation can be repeated exactly."""
 import warnings
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from PIL import Image
@@ -61,7 +61,7 @@ class _EpochBatches(Sampler[List[Key]]):
     def __iter__(self) -> Iterator[List[Key]]:
         order = torch.randperm(self.count, generator=generator(self.seed, 'order', self.epoch)).tolist()
         total = len(self) * self.batch_size * self.world_size
-        # repeated augmentation (Hoffer et al., 2019): an image's repeats lie side by side, so they spread over processes
+        # repeated augmentation (Hoffer et al., 2019): repeats lie side by side, so that they spread over the processes
         keys = [(self.epoch, order[i // self.repeats], i % self.repeats, self.size) for i in range(total)]
         share = keys[self.rank::self.world_size]
         for batch in range(self.first_batch, len(self)):
@@ -85,7 +85,7 @@ class FolderLoader:
             repeats: int = 0,
             workers: int = 2,
             max_corrupt: int = 10,
-            device: torch.device = torch.device('cpu'),
+            device: Optional[torch.device] = None,
     ) -> None:
         """
         Args:
@@ -98,14 +98,14 @@ class FolderLoader:
             repeats: Repeated augmentation: how often each image of an epoch's share is augmented, 0 for once.
             workers: Processes that decode.
             max_corrupt: Different unreadable images after which the run stops.
-            device: Where the batches go.
+            device: Where the batches go, the CPU where it is None.
         """
         self.dataset = dataset
         self.batches = _EpochBatches(len(dataset), batch_size, repeats, seed, rank, world_size)
+        self.device = device or torch.device('cpu')
         self.loader = DataLoader(
             _SeededImages(dataset, make_transform, seed), batch_sampler=self.batches, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=device.type == 'cuda')
-        self.device = device
+            persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
         self.max_corrupt = max_corrupt
         self.corrupt: set[int] = set()
 
@@ -127,8 +127,9 @@ class FolderLoader:
         for index in indices:
             if index not in self.corrupt:
                 self.corrupt.add(index)
-                warnings.warn(f'{self.dataset.filename(index)} cannot be read as an image and is skipped.', stacklevel=2)
+                name = self.dataset.filename(index)
+                warnings.warn(f'{name} cannot be read as an image and is skipped.', stacklevel=2)
         if len(self.corrupt) > self.max_corrupt:
             raise CorruptImagesError(
-                f'{len(self.corrupt)} images cannot be read, at most {self.max_corrupt} are put up with: repair the data '
-                f'set or raise --max-corrupt.')
+                f'{len(self.corrupt)} images cannot be read, expected at most {self.max_corrupt}: repair the data set, '
+                f'or raise --max-corrupt.')

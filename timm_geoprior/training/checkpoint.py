@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read as data."""
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, IO
+from typing import IO, Any, Callable, Dict
 
 import torch
 

@@ -22,7 +22,15 @@ from ..data.seeding import seed_everything
 from ..evaluation.accuracy import Counts, count_correct
 from . import report
 from .checkpoint import load_checkpoint, save_checkpoint
-from .parts import create_loss, create_mixup, create_model, create_optimizer, create_schedule, learned_radii
+from .parts import (
+    Distillation,
+    create_loss,
+    create_mixup,
+    create_model,
+    create_optimizer,
+    create_schedule,
+    learned_radii,
+)
 from .recipe import Recipe
 from .sources import TrainingData, open_data
 
@@ -44,6 +52,7 @@ class RunConfig:
     seed: int = 0
     device: str = 'cpu'
     workers: int = 2
+    finetune: str = ''  # '' for random weights, 'pretrained' for the tag's, or a checkpoint's path
     resume: bool = False
     save_every: int = 200  # updates between two checkpoints in mid-epoch
     max_corrupt: int = 10
@@ -89,9 +98,10 @@ class Trainer:
 
     def _build_model(self) -> None:
         recipe = self.recipe
-        self.model = create_model(recipe, len(self.data.class_names)).to(self.device)
+        self.model = create_model(
+            recipe, len(self.data.class_names), '' if self.config.resume else self.config.finetune).to(self.device)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.model = self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.model = self.model.to(memory_format=self.memory_format)
         if recipe.sync_bn and self.world_size > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.ema = ModelEmaV3(
@@ -100,6 +110,8 @@ class Trainer:
         self.schedule = create_schedule(recipe, self.optimizer, self.updates_per_epoch)
         self.loss = create_loss(recipe)
         self.mixup = create_mixup(recipe, len(self.data.class_names))
+        self.distillation = Distillation(
+            recipe, len(self.data.class_names), *self.data.normalization).to(self.device) if recipe.teacher else None
         half = recipe.amp and recipe.amp_dtype == 'float16'
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         network = self.model
@@ -168,15 +180,21 @@ class Trainer:
             SystemExit: 128 plus the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
         """
         previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        log = report.EpochLog(self.config.output, self.epoch) if self.rank == 0 else None
         try:
             while self.epoch < self.recipe.epochs:
                 self._train_epoch()
                 self._end_epoch()
+                if log:
+                    log.write(self.history)
             results = report.results(self)
             if self.rank == 0:
                 report.write_results(results, self.config.output)
+                report.plot_history(self.history, self.config.output)
             return results
         finally:
+            if log:
+                log.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -212,15 +230,21 @@ class Trainer:
         recipe = self.recipe
         done = self.epoch * self.updates_per_epoch + self.update
         self.schedule.step_update(done)
-        seed_everything(self.config.seed, 'step', done, self.rank)
         total = 0.0
         for micro_step in range(recipe.grad_accum_steps):
             images, targets = next(batches)
+            # after the batch was made, which may draw too: when an epoch is entered decides about those draws
+            seed_everything(self.config.seed, 'step', done, micro_step, self.rank)
             images, targets = self._augment(images, targets)
             last = micro_step == recipe.grad_accum_steps - 1
             with self._no_sync(not last):
                 with self._autocast():
-                    loss = self.loss(self.network(images), targets) / recipe.grad_accum_steps
+                    logits = self.network(images)
+                    loss = self.loss(logits, targets)
+                    if self.distillation:
+                        alpha = recipe.distill_alpha
+                        loss = (1 - alpha) * loss + alpha * self.distillation(images, logits)
+                loss = loss / recipe.grad_accum_steps
                 self.scaler.scale(loss).backward()
             total += loss.item()
         total, finite = self._agree(total)
@@ -244,7 +268,7 @@ class Trainer:
         return nullcontext()
 
     def _agree(self, loss: float) -> Tuple[float, bool]:
-        """Mean loss and whether it is finite everywhere; a signal that one process got stops all after the same step."""
+        """Mean loss, and whether it is finite everywhere; a signal that one process got stops all at the same step."""
         facts = torch.tensor([loss, float(self.stop_signal)], dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             gathered = [torch.empty_like(facts) for _ in range(self.world_size)]
@@ -281,7 +305,10 @@ class Trainer:
             'lr': self.optimizer.param_groups[0]['lr'], 'train_loss': self.loss_sum / self.updates_per_epoch,
         }
         row.update(self._measure())
+        before = self.history[-1]['seconds'] if self.history else 0
         row['seconds'] = round(self.seconds, 1)
+        row['images_per_second'] = round(
+            self.updates_per_epoch * self.recipe.batch_size / max(self.seconds - before, 1e-9), 1)
         row.update({f'radius.{name}': value for name, value in learned_radii(self.model).items()})
         self.history.append(row)
         self.epoch, self.update, self.loss_sum = self.epoch + 1, 0, 0.0
@@ -290,8 +317,6 @@ class Trainer:
             self.best = chosen_by
             self.save(self.config.output / 'best.pt')
         self.save(self.last)
-        if self.rank == 0:
-            report.write_epoch(self.history, self.config.output)
 
     def _measure(self) -> Dict[str, float]:
         """Top-1 in percent of the held-out images, by the weights and by their average."""

@@ -1,25 +1,76 @@
 """What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
-from typing import Any, Dict, Optional
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.task import DistillationTeacher
+from timm.utils import freeze
 from torch import nn
 
+from .checkpoint import load_checkpoint
 from .recipe import Recipe
 
-__all__ = ['create_loss', 'create_mixup', 'create_model', 'create_optimizer', 'create_schedule', 'learned_radii']
+__all__ = [
+    'Distillation', 'create_loss', 'create_mixup', 'create_model', 'create_optimizer', 'create_schedule',
+    'learned_radii',
+]
 
 
-def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model with random weights."""
-    return timm.create_model(
-        recipe.model, num_classes=num_classes, drop_rate=recipe.drop, drop_path_rate=recipe.drop_path,
-        **recipe.model_kwargs)
+def create_model(recipe: Recipe, num_classes: int, finetune: str = '') -> nn.Module:
+    """The recipe's model.
+
+    Args:
+        recipe: Names the model, its options and what of it is frozen.
+        num_classes: Number of classes; a head of another size is drawn anew.
+        finetune: What it starts from: '' for random weights, 'pretrained' for the weights of the model's tag, or a
+            checkpoint's path.
+
+    Raises:
+        RuntimeError: The tag has no weights, or those of the checkpoint do not fit.
+        CheckpointError: The checkpoint cannot be read.
+    """
+    options = {'drop_rate': recipe.drop, 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
+    if finetune and finetune != 'pretrained':
+        state = load_checkpoint(Path(finetune))
+        options['pretrained_cfg_overlay'] = {'state_dict': state['ema'] or state['model'],
+                                             'num_classes': state['num_classes']}
+    model: Any = timm.create_model(recipe.model, pretrained=bool(finetune), num_classes=num_classes, **options)
+    for cfg in (model.pretrained_cfg, model.default_cfg):
+        cfg.pop('state_dict', None)
+    if recipe.freeze:
+        freeze(model, list(recipe.freeze))
+    network: nn.Module = model
+    return network
+
+
+class Distillation(nn.Module):
+    """Kullback-Leibler divergence from a teacher's softened probabilities (Hinton et al., 2015, arXiv 1503.02531)."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, recipe: Recipe, num_classes: int, mean: Tuple[float, ...], std: Tuple[float, ...]) -> None:
+        super().__init__()
+        self.teacher = DistillationTeacher(
+            recipe.teacher, num_classes=num_classes, pretrained_path=recipe.teacher_path or None).requires_grad_(False)
+        self.temperature = recipe.distill_temperature
+        self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The mean divergence of logits (B, K) for the student's normalised images (B, C, H, W)."""
+        with torch.no_grad():
+            expected = self.teacher(self.teacher.normalize_input(images, self.mean, self.std)).float()
+        student = (logits.float() / self.temperature).log_softmax(dim=1)
+        teacher = (expected / self.temperature).log_softmax(dim=1)
+        return self.temperature ** 2 * F.kl_div(student, teacher, reduction='batchmean', log_target=True)
 
 
 def learned_radii(model: nn.Module) -> Dict[str, Any]:
@@ -34,7 +85,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     The groups' `lr_scale` is timm's: its schedulers multiply by it.
     """
     radii = {id(p) for name, p in model.named_parameters() if name.endswith('log_radius')}
-    # timm's optimizers with a fallback (Muon) leave vectors to it by themselves; the classifier is named, as timm's train.py
+    # timm's optimizers with a fallback (Muon) leave vectors to it by themselves, but the classifier must be named
     classifier = getattr(model, 'pretrained_cfg', {}).get('classifier') or 'fc'
     groups = param_groups_weight_decay(
         model, recipe.weight_decay, fallback_list=[f'{classifier}.weight'])
@@ -51,9 +102,10 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
     """timm's schedule, a new learning rate each update."""
-    restarts = {'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': recipe.lr_cycle_decay,
+    restarts: Dict[str, Any] = {'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': recipe.lr_cycle_decay,
                 'cycle_limit': recipe.lr_cycle_limit}
-    epochs = recipe.decay_epochs or recipe.epochs - (recipe.warmup_epochs if recipe.warmup_prefix else 0)
+    epochs: Any = recipe.decay_epochs or recipe.epochs - (recipe.warmup_epochs if recipe.warmup_prefix else 0)
+    scheduler: Scheduler
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=recipe.sched, num_epochs=epochs, min_lr=recipe.min_lr, warmup_lr=recipe.warmup_lr,
         warmup_epochs=recipe.warmup_epochs, warmup_prefix=recipe.warmup_prefix, step_on_epochs=False,
@@ -73,16 +125,22 @@ def create_mixup(recipe: Recipe, num_classes: int) -> Optional[Mixup]:
 class TargetLoss(nn.Module):
     """Cross entropy for class indices, smoothed, and for the soft targets that mixup makes; binary where asked."""
 
-    def __init__(self, smoothing: float, bce: bool) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.soft: nn.Module = BinaryCrossEntropy(smoothing=0) if bce else SoftTargetCrossEntropy()
-        self.hard: nn.Module = BinaryCrossEntropy(smoothing=smoothing) if bce else LabelSmoothingCrossEntropy(smoothing)
+        self.soft: nn.Module = SoftTargetCrossEntropy()
+        self.hard: nn.Module = LabelSmoothingCrossEntropy(recipe.smoothing)
+        if recipe.bce_loss:
+            threshold = recipe.bce_target_thresh or None
+            self.soft = BinaryCrossEntropy(0, target_threshold=threshold, sum_classes=recipe.bce_sum)
+            self.hard = BinaryCrossEntropy(
+                recipe.smoothing, target_threshold=threshold, sum_classes=recipe.bce_sum)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean loss of logits (B, K) for targets (B,) or (B, K)."""
-        return self.soft(logits, targets) if targets.ndim == 2 else self.hard(logits, targets)
+        loss: torch.Tensor = (self.soft if targets.ndim == 2 else self.hard)(logits, targets)
+        return loss
 
 
 def create_loss(recipe: Recipe) -> TargetLoss:
     """The recipe's loss."""
-    return TargetLoss(recipe.smoothing, recipe.bce_loss)
+    return TargetLoss(recipe)

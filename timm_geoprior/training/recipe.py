@@ -24,17 +24,22 @@ class Recipe:
     epochs: int
     batch_size: int  # images a step over all processes, before gradient accumulation
     lr: float  # peak, for that batch size
-    img_size: int  # side of the training images in the last epochs, pixels
+    img_size: int  # side of the training images, pixels
 
     # model
     model_kwargs: Dict[str, Any] = field(default_factory=dict)
     drop: float = 0.0
     drop_path: float = 0.0
     sync_bn: bool = False
+    freeze: Tuple[str, ...] = ()  # modules that stay as they are, norms' statistics included
+    teacher: str = ''  # timm model whose logits are distilled, with the weights that its name has
+    teacher_path: str = ''  # checkpoint of the teacher, in place of the weights that its name has
+    distill_alpha: float = 0.5  # share of the teacher's loss
+    distill_temperature: float = 1.0
 
     # data
     eval_size: int = 0  # side of the images when measured, 0 for img_size
-    progressive: Tuple[Tuple[int, int], ...] = ()  # (first epoch, img_size) pairs before the last size
+    progressive: Tuple[Tuple[int, int], ...] = ()  # (first epoch, size) pairs from epoch 0 on, in place of img_size
     in_memory: bool = False  # hold the set in memory as uint8, crop and flip in batches
     memory_size: int = 64  # side of the images held in memory, pixels
     holdout: int = 0  # training images of each class kept out, to choose by
@@ -44,7 +49,7 @@ class Recipe:
     ratio: Tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     color_jitter: float = 0.0
-    aa: str = ''  # timm's AutoAugment, RandAugment or '3a' string
+    aa: str = ''  # timm's string of an AutoAugment, RandAugment, AugMix or 3-Augment; 'ta_wide' for TrivialAugment
     interpolation: str = 'random'
     reprob: float = 0.0
     remode: str = 'pixel'
@@ -58,6 +63,8 @@ class Recipe:
     # loss
     smoothing: float = 0.0
     bce_loss: bool = False
+    bce_target_thresh: float = 0.0  # soft targets above it become ones, 0 to leave them soft
+    bce_sum: bool = False
 
     # optimizer
     opt: str = 'sgd'
@@ -93,22 +100,25 @@ class Recipe:
     def __post_init__(self) -> None:
         for key in ('epochs', 'batch_size', 'img_size', 'grad_accum_steps', 'memory_size', 'max_skipped_steps'):
             _require(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
-        for key in ('drop', 'drop_path', 'hflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing'):
+        for key in ('drop', 'drop_path', 'hflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing',
+                    'distill_alpha', 'bce_target_thresh'):
             _require(0 <= getattr(self, key) <= 1, key, getattr(self, key), 'from 0 to 1')
-        for key in ('weight_decay', 'radius_lr', 'clip_grad', 'min_lr', 'warmup_lr', 'warmup_epochs', 'holdout', 'mixup',
-                    'cutmix', 'mixup_off_epoch', 'aug_repeats', 'eval_size', 'decay_epochs'):
+        for key in ('weight_decay', 'radius_lr', 'clip_grad', 'min_lr', 'warmup_lr', 'warmup_epochs', 'holdout',
+                    'mixup', 'cutmix', 'mixup_off_epoch', 'aug_repeats', 'eval_size', 'decay_epochs'):
             _require(getattr(self, key) >= 0, key, getattr(self, key), '0 or more')
-        _require(self.lr > 0, 'lr', self.lr, 'more than 0')
+        for key in ('lr', 'distill_temperature'):
+            _require(getattr(self, key) > 0, key, getattr(self, key), 'more than 0')
         _require(0 < self.model_ema_decay < 1, 'model_ema_decay', self.model_ema_decay, 'between 0 and 1')
-        _require(0 < self.scale[0] <= self.scale[1] <= 1, 'scale', self.scale, 'two shares of the area, the smaller first')
+        _require(0 < self.scale[0] <= self.scale[1] <= 1, 'scale', self.scale,
+                 'two shares of the area, the smaller first')
         _require(0 < self.ratio[0] <= self.ratio[1], 'ratio', self.ratio, 'two aspect ratios, the smaller first')
         _require(self.amp_dtype in ('bfloat16', 'float16'), 'amp_dtype', self.amp_dtype, 'bfloat16 or float16')
         starts = [start for start, _ in self.progressive]
         _require(starts == sorted(set(starts)) and starts[:1] in ([], [0]), 'progressive', self.progressive,
-                 'pairs of first epoch and size, from epoch 0 on, and img_size after them')
+                 'pairs of first epoch and size, the first from epoch 0 on')
 
     def size_at(self, epoch: int) -> int:
-        """Side of the training images in an epoch, in pixels: the last pair of `progressive` is where img_size begins."""
+        """Side of the training images in an epoch, in pixels."""
         size = self.img_size
         for start, pixels in self.progressive:
             if epoch >= start:
@@ -134,7 +144,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
             if len(kinds) == 2 and kinds[1] is Ellipsis:
                 return tuple(_convert(key, item, kinds[0]) for item in value)
             if len(kinds) == len(value):
-                return tuple(_convert(key, item, item_kind) for item, item_kind in zip(value, kinds))
+                return tuple(_convert(key, item, item_kind) for item, item_kind in zip(value, kinds, strict=True))
     elif origin is dict:
         if isinstance(value, dict):
             return value
@@ -192,12 +202,14 @@ def load_recipe(source: Union[str, Path], overrides: Optional[List[str]] = None)
     shipped = resources.files('timm_geoprior') / 'recipes' / f'{source}.yaml'
     if path.suffix in ('.yaml', '.yml'):
         if not path.is_file():
-            raise RecipeError(f'There is no recipe file {source}: give a YAML file, or one of {", ".join(recipe_names())}.')
+            raise RecipeError(
+                f'There is no recipe file {source}: give a YAML file, or one of {", ".join(recipe_names())}.')
         text = path.read_text()
     elif shipped.is_file():
         text = shipped.read_text()
     else:
-        raise RecipeError(f'There is no recipe {str(source)!r}: give one of {", ".join(recipe_names())}, or a YAML file.')
+        raise RecipeError(
+            f'There is no recipe {str(source)!r}: give one of {", ".join(recipe_names())}, or a YAML file.')
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -5,12 +5,14 @@ import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
 import timm
 import torch
 import torchvision
 import yaml
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import write_atomically
 from .parts import learned_radii
@@ -18,7 +20,7 @@ from .parts import learned_radii
 if TYPE_CHECKING:
     from .engine import Trainer
 
-__all__ = ['git_commit', 'results', 'versions', 'write_epoch', 'write_results']
+__all__ = ['EpochLog', 'git_commit', 'plot_history', 'results', 'versions', 'write_results']
 
 
 def versions() -> Dict[str, str]:
@@ -54,6 +56,57 @@ def write_epoch(history: List[Dict[str, Any]], output: Path) -> None:
     writer.writeheader()
     writer.writerows(history)
     write_atomically(output / 'summary.csv', lambda file: file.write(text.getvalue().encode()))
+
+
+class EpochLog:
+    """summary.csv and TensorBoard's events, a row an epoch; rows of an earlier start are not written twice."""
+
+    def __init__(self, output: Path, epochs_behind: int) -> None:
+        """
+        Args:
+            output: The run's folder.
+            epochs_behind: Epochs that a resumed run has behind it; TensorBoard's events of later ones are dropped.
+        """
+        self.output = output
+        self.events = SummaryWriter(str(output / 'tensorboard'), purge_step=epochs_behind or None)
+
+    def write(self, history: List[Dict[str, Any]]) -> None:
+        """Write the last row of the history to TensorBoard and all of it to summary.csv."""
+        for key, value in history[-1].items():
+            for head, number in enumerate(value if isinstance(value, list) else [value]):
+                suffix = f'.{head}' if isinstance(value, list) else ''
+                self.events.add_scalar(key.replace('.', '/', 1) + suffix, number, history[-1]['epoch'])
+        self.events.flush()
+        write_epoch(history, self.output)
+
+    def close(self) -> None:
+        """End TensorBoard's events."""
+        self.events.close()
+
+
+def plot_history(history: List[Dict[str, Any]], output: Path) -> None:
+    """Draw curves.png (loss, accuracy, learning rate) and, where the model has radii, radii.png."""
+    epochs = [row['epoch'] + 1 for row in history]
+    radii = [key for key in history[0] if key.startswith('radius.')]
+    curves = [
+        ('training loss', ['train_loss']), ('held-out top-1 (%)', ['top1', 'ema_top1']), ('learning rate', ['lr'])]
+    shown = [(title, [key for key in keys if key in history[0]]) for title, keys in curves]
+    _plot(epochs, history, [(title, keys) for title, keys in shown if keys], output / 'curves.png')
+    if radii:
+        _plot(epochs, history, [('radius (cells)', radii)], output / 'radii.png')
+
+
+def _plot(epochs: List[int], history: List[Dict[str, Any]], panels: List[Tuple[str, List[str]]], path: Path) -> None:
+    figure = Figure(figsize=(4 * len(panels) + 1, 3.5), layout='constrained')
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for key in keys:
+            label = key.removeprefix('radius.').removesuffix('.conv2.attn')
+            axes.plot(epochs, [row[key] for row in history], label=label)
+        axes.set(title=title, xlabel='epoch')
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend(fontsize='small')
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120))
 
 
 def results(trainer: 'Trainer') -> Dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import TrivialAugmentWide
 
 from ..data.folder import FolderLoader
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
@@ -29,11 +30,13 @@ class TrainingData:
         train: Training batches by epoch.
         held_out: Gives the held-out batches once through, or None where nothing is held out.
         class_names: Names of the classes in their order, the folders' names.
+        normalization: Mean and standard deviation of the channels that the images were normalised by.
     """
 
     train: Union[MemoryLoader, FolderLoader]
     held_out: Optional[Callable[[], Batches]]
     class_names: Tuple[str, ...]
+    normalization: Tuple[Tuple[float, ...], Tuple[float, ...]]
 
 
 class _SomeImages:
@@ -98,7 +101,7 @@ def open_data(
         loader = MemoryLoader(train_images, batch_size, norms['mean'], norms['std'], augment, **part)
         size = recipe.eval_size or recipe.img_size
         measured = _memory_batches(loader, held_images, size, rank, world_size) if held_images is not None else None
-        return TrainingData(loader, measured, names)
+        return TrainingData(loader, measured, names, (norms['mean'], norms['std']))
     train = _SomeImages(dataset, stay.tolist()) if stay is not None else dataset
     folder = FolderLoader(
         train, batch_size, _Transform(recipe, norms), repeats=recipe.aug_repeats, workers=config.workers,
@@ -112,7 +115,7 @@ def open_data(
             indices = list(range(len(val)))
         val.transform = create_transform(**{**norms, 'input_size': (3, *[recipe.eval_size or recipe.img_size] * 2)})
         measured = _folder_batches(Subset(val, indices[rank::world_size]), config.workers, device)
-    return TrainingData(folder, measured, names)
+    return TrainingData(folder, measured, names, (norms['mean'], norms['std']))
 
 
 def _pretrained_cfg(recipe: Recipe) -> Dict[str, Any]:
@@ -128,10 +131,14 @@ class _Transform:
 
     def __call__(self, size: int) -> Callable[..., torch.Tensor]:
         recipe = self.recipe
+        trivial = recipe.aa == 'ta_wide'  # torchvision's, which timm has not
         transform: Callable[..., torch.Tensor] = create_transform(
             size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
-            color_jitter=recipe.color_jitter, auto_augment=recipe.aa or None, interpolation=recipe.interpolation,
+            color_jitter=recipe.color_jitter, auto_augment=None if trivial else recipe.aa or None,
+            interpolation=recipe.interpolation,
             mean=self.norms['mean'], std=self.norms['std'], re_prob=recipe.reprob, re_mode=recipe.remode)
+        if trivial:  # where timm puts an AutoAugment: after crop and flip
+            transform.transforms.insert(2, TrivialAugmentWide())  # type: ignore[attr-defined]
         return transform
 
 

@@ -1,0 +1,182 @@
+"""Recipes: what is refused, and what the shipped ones build, against the publications' own tables."""
+import math
+
+import pytest
+import timm
+import torch
+from timm.data import Mixup
+from torch import nn
+
+from timm_geoprior.training.parts import (
+    create_loss,
+    create_mixup,
+    create_model,
+    create_optimizer,
+    create_schedule,
+    learned_radii,
+)
+from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe, make_recipe, recipe_names
+from timm_geoprior.training.sources import _Transform
+
+LEAST = {'name': 'x', 'model': 'geoprior_resnet14_nano', 'epochs': 1, 'batch_size': 8, 'lr': 0.1, 'img_size': 32}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(('changes', 'message'), [
+        ({'weight_decai': 0.1}, "Unknown key 'weight_decai' in the recipe: did you mean 'weight_decay'?"),
+        ({'zzz': 1}, "Unknown key 'zzz' in the recipe: see"),
+        ({'epochs': 'ten'}, "Recipe key 'epochs' is 'ten', expected a value of type int."),
+        ({'epochs': True}, "Recipe key 'epochs' is True, expected a value of type int."),
+        ({'epochs': 0}, "Recipe key 'epochs' is 0, expected at least 1."),
+        ({'lr': -1}, "Recipe key 'lr' is -1.0, expected more than 0."),
+        ({'lr': 'fast'}, "Recipe key 'lr' is 'fast', expected a value of type float."),
+        ({'smoothing': 1.5}, "Recipe key 'smoothing' is 1.5, expected from 0 to 1."),
+        ({'scale': [0.5]}, "Recipe key 'scale' is [0.5], expected a value of type Tuple[float, float]."),
+        ({'scale': [0.9, 0.5]}, "Recipe key 'scale' is (0.9, 0.5), expected two shares of the area, the smaller first."),
+        ({'progressive': [[3, 48]]}, "Recipe key 'progressive' is ((3, 48),), expected pairs of first epoch and size"),
+        ({'amp_dtype': 'int8'}, "Recipe key 'amp_dtype' is 'int8', expected bfloat16 or float16."),
+        ({'radius_lr': -0.1}, "Recipe key 'radius_lr' is -0.1, expected 0 or more."),
+    ])
+    def test_keys_and_values(self, changes, message):
+        with pytest.raises(RecipeError) as error:
+            make_recipe({**LEAST, **changes})
+        assert message in str(error.value)
+
+    def test_a_missing_key(self):
+        with pytest.raises(RecipeError, match="lacks the key 'lr'"):
+            make_recipe({key: value for key, value in LEAST.items() if key != 'lr'})
+
+    @pytest.mark.parametrize(('text', 'message'), [
+        ('- a list', 'holds a list, expected keys and values'), ('a: [', 'is not YAML')])
+    def test_files(self, tmp_path, text, message):
+        path = tmp_path / 'recipe.yaml'
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+
+    def test_names(self):
+        with pytest.raises(RecipeError, match="There is no recipe 'a4': give one of a1, a2, a3"):
+            load_recipe('a4')
+
+    def test_overrides(self):
+        recipe = load_recipe('a1', ['lr=1e-4', 'epochs=3', 'scale=[0.5, 1]'])
+        assert (recipe.lr, recipe.epochs, recipe.scale) == (1e-4, 3, (0.5, 1.0))
+        with pytest.raises(RecipeError, match="Override 'lr' has no value"):
+            load_recipe('a1', ['lr'])
+
+
+def rates(recipe: Recipe, updates: int = 4) -> list[float]:
+    """Learning rate of the weights at each update."""
+    model = nn.Linear(2, 2)
+    optimizer = create_optimizer(recipe, model)
+    schedule = create_schedule(recipe, optimizer, updates)
+    found = []
+    for update in range(recipe.epochs * updates):
+        schedule.step_update(update)
+        found.append(optimizer.param_groups[-1]['lr'])
+    return found
+
+
+# name: optimizer class, epochs, batch, first, peak and last learning rate
+PUBLISHED = {
+    'a1': ('Lamb', 600, 2048, 1e-4, 5e-3, 1e-6),
+    'a2': ('Lamb', 300, 2048, 1e-4, 5e-3, 1e-6),
+    'a3': ('Lamb', 100, 2048, 1e-4, 8e-3, 1e-6),
+    'sgd100': ('SGD', 100, 256, 0, 0.1, 0),
+    'torchvision_v2': ('SGD', 600, 1024, 5e-3, 0.5, 0),
+    'paper_in1k': ('SGD', 164, 256, 0, 0.05, 0),
+    'paper_tin200': ('SGD', 324, 256, 0, 0.05, 0),
+    'r64_tin200': ('SGD', 32, 256, 0, 0.5, 0),
+    'finetune': ('AdamW', 10, 64, 0, 1e-3, 0),
+}
+
+
+def test_every_recipe_is_held_to_a_table():
+    assert set(recipe_names()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+class TestShipped:
+    def test_optimizer_and_schedule(self, name):
+        optimizer, epochs, batch_size, first, peak, last = PUBLISHED[name]
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert type(create_optimizer(recipe, nn.Linear(2, 2))).__name__ == optimizer
+        assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
+        found = rates(recipe)
+        assert found[0] == pytest.approx(first)
+        # a cosine starts at the warm-up's end, where it has fallen by its first steps already
+        assert max(found) == pytest.approx(peak, rel=0.07)
+        assert found[-1] == pytest.approx(last, abs=0.01 * peak)
+
+    def test_model_loss_and_augmentation(self, name):
+        recipe = load_recipe(name)
+        assert timm.is_model(recipe.model)
+        loss = create_loss(recipe)
+        targets = torch.tensor([1, 3])
+        mixup = create_mixup(recipe, 4)
+        if mixup:
+            assert isinstance(mixup, Mixup)
+            _, targets = mixup(torch.zeros(2, 3, 8, 8), targets)
+        assert math.isfinite(loss(torch.randn(2, 4), targets))
+        norms = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+        steps = str(_Transform(recipe, norms)(recipe.img_size))
+        assert ('RandAugment' in steps) == recipe.aa.startswith('rand')
+        assert ('TrivialAugmentWide' in steps) == (recipe.aa == 'ta_wide')
+        assert ('RandomErasing' in steps) == bool(recipe.reprob)
+
+
+@pytest.mark.parametrize('name', ['paper_in1k', 'paper_tin200'])
+def test_the_papers_restarts(name):
+    """Warm-up over 15 epochs, restarts at 25, 45, 85, 165 (the experiments section of arXiv 2006.07872)."""
+    recipe = load_recipe(name)
+    updates = 10
+    found = rates(recipe, updates)
+    jumps = [i / updates for i in range(1, len(found)) if found[i] > 5 * found[i - 1] and i > 15 * updates]
+    assert jumps == [restart for restart in (25, 45, 85, 165) if restart < recipe.epochs]
+    assert all(found[restart * updates] == pytest.approx(0.05) for restart in (15, *map(int, jumps)))
+    assert found[5 * updates] == pytest.approx(0.05 / 3)
+
+
+def test_resnet_strikes_back_table_2():
+    """Columns A1, A2, A3 of table 2 of arXiv 2110.00476."""
+    keys = ('img_size', 'eval_size', 'weight_decay', 'smoothing', 'drop_path', 'aug_repeats', 'mixup', 'cutmix', 'bce_loss',
+            'aa')
+    found = {name: tuple(getattr(load_recipe(name), key) for key in keys) for name in ('a1', 'a2', 'a3')}
+    assert found == {
+        'a1': (224, 224, 0.01, 0.1, 0.05, 3, 0.2, 1.0, True, 'rand-m7-mstd0.5-inc1'),
+        'a2': (224, 224, 0.02, 0.0, 0.05, 3, 0.1, 1.0, True, 'rand-m7-mstd0.5-inc1'),
+        'a3': (160, 224, 0.02, 0.0, 0.0, 0, 0.1, 1.0, True, 'rand-m6-mstd0.5-inc1'),
+    }
+
+
+class TestParts:
+    def test_radii_have_a_rate_of_their_own_and_no_decay(self):
+        recipe = make_recipe({**LEAST, 'weight_decay': 0.1, 'radius_lr': 0.01})
+        model = create_model(recipe, 10)
+        optimizer = create_optimizer(recipe, model)
+        schedule = create_schedule(recipe, optimizer, 4)
+        schedule.step_update(0)
+        radii = {id(p) for name, p in model.named_parameters() if 'log_radius' in name}
+        groups = [g for g in optimizer.param_groups if {id(p) for p in g['params']} & radii]
+        assert [id(p) for g in groups for p in g['params']] and len(groups) == 1
+        assert {id(p) for p in groups[0]['params']} == radii
+        assert groups[0]['weight_decay'] == 0
+        assert groups[0]['lr'] == pytest.approx(0.01 * 0.1)
+        assert sum(len(g['params']) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+    def test_frozen_modules_stay(self):
+        recipe = make_recipe({**LEAST, 'freeze': ['conv1', 'bn1', 'layer1']})
+        model = create_model(recipe, 10)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer = create_optimizer(recipe, model)
+        model.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+        optimizer.step()
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert not [name for name in changed if name.startswith(('conv1', 'bn1', 'layer1'))]
+        assert 'fc.weight' in changed
+
+    def test_radii_by_layer(self):
+        model = create_model(make_recipe({**LEAST, 'model_kwargs': {'attn_radius': 2.0, 'attn_heads': 2}}), 10)
+        assert learned_radii(model)['layer4.0.conv2.attn'] == pytest.approx([2.0, 2.0])
+        assert learned_radii(timm.create_model('test_resnet')) == {}
