@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Release a model: from a checkpoint to a staged folder, into the package, onto the Hub.
 
-    python scripts/publish.py TAG RUN/last.pt --results val.json --output DIR             stage, and stop there
-    python scripts/publish.py TAG RUN/last.pt --results val.json --output DIR --bundle    and put it into the package
-    python scripts/publish.py TAG --output DIR --push OWNER/NAME [--public]               push what was staged
+    python scripts/publish.py TAG RUN/last.pt --output DIR                        stage, and stop there
+    python scripts/validate.py --model ARCHITECTURE --checkpoint DIR/model.safetensors --num-classes N \\
+        --data-dir DATA --results-file val.json                                   measure what was staged
+    python scripts/publish.py TAG RUN/last.pt --results val.json --output DIR     stage with the figures
+    python scripts/publish.py TAG --output DIR --bundle                           put it into the package, or
+    python scripts/publish.py TAG --output DIR --push OWNER/NAME [--public]       onto the Hub
 
 TAG is an entry of weights_manifest.json, planned or released. The token for the Hub is that of `hf auth login`, or
 HF_TOKEN. A push that was interrupted goes on with the same command.
@@ -16,7 +19,7 @@ import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.cards import update_readme
 from timm_geoprior.hub import WeightsError
 from timm_geoprior.manifest import ManifestError, ModelEntry, load_manifest, manifest_path
-from timm_geoprior.publish import PublishError, bundle, describe_push, push, read_checkpoint, read_metrics, stage
+from timm_geoprior.publish import PublishError, bundle, describe_push, push, read_checkpoint, stage
 from timm_geoprior.training.checkpoint import CheckpointError
 
 
@@ -25,7 +28,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('tag', help='architecture.tag of the manifest')
     parser.add_argument('checkpoint', type=Path, nargs='?', help='checkpoint of a run, or a .safetensors file')
     parser.add_argument('--output', type=Path, required=True, help='the staged folder')
-    parser.add_argument('--results', type=Path, help='results file of scripts/validate.py')
+    parser.add_argument('--results', type=Path, help='JSON results file of scripts/validate.py, of these weights')
+    parser.add_argument('--baseline', type=Path, help='such a file of the plain network of the same recipe')
     parser.add_argument('--raw', action='store_true', help='the raw weights, although averaged ones are there')
     parser.add_argument('--bundle', action='store_true', help="put it into the package's weights folder")
     parser.add_argument('--push', metavar='OWNER/NAME', help='push it to this repository of the Hub')
@@ -38,8 +42,8 @@ def parse_args() -> argparse.Namespace:
 def stage_checkpoint(args: argparse.Namespace) -> None:
     run = args.checkpoint.parent if args.checkpoint.suffix == '.pt' else None
     entry = stage(
-        load_manifest().get(args.tag), read_checkpoint(args.checkpoint, args.raw), args.output,
-        read_metrics(args.results) if args.results else (), run, args.replace)
+        load_manifest().get(args.tag), read_checkpoint(args.checkpoint, args.raw), args.output, args.results,
+        args.baseline, run)
     print(f'staged {entry.name} in {args.output}: {entry.bytes:,} bytes, sha256 {entry.sha256}')
 
 

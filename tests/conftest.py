@@ -51,7 +51,7 @@ def hub() -> HubServer:
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """A context whose processes start at once: one server has imported all that they need."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_geoprior.publish'])
+    context.set_forkserver_preload(['pytest', 'timm_geoprior.publish'])
     return context
 
 

@@ -223,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.hub.tokens.get(self.headers.get('Authorization', '').removeprefix('Bearer '), '')
 
     def serve(self) -> None:
-        """Log the request, let a fault have it, and route it."""
+        """Log the request, and let a fault have it, else answer it."""
         path = unquote(urlsplit(self.path).path)
         request = f'{self.command} {path} {self.headers.get("Range", "")}'.strip()
         with self.hub.lock:
@@ -231,14 +231,18 @@ class Handler(BaseHTTPRequestHandler):
             fault = next((f for f in self.hub.faults if f.times and re.search(f.pattern, request)), None)
             if fault:
                 fault.times -= 1
-        if fault and fault.action(self):
-            return
+        if not (fault and fault.action(self)):
+            self.route()
+
+    def route(self) -> None:
+        """Answer the request."""
+        path = unquote(urlsplit(self.path).path)
         for method, pattern, serve in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split():
                 serve(self, **match.groupdict())
                 return
-        self.error(404, message=f'no route for {request}')
+        self.error(404, message=f'no route for {self.command} {path}')
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 

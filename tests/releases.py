@@ -22,7 +22,7 @@ from hub_server import HubServer
 from timm_geoprior import geoprior_resnet, manifest
 from timm_geoprior.hub import pretrained_cfgs
 from timm_geoprior.manifest import Manifest, ModelEntry, load_manifest
-from timm_geoprior.publish import read_checkpoint, read_metrics, read_staged, stage
+from timm_geoprior.publish import read_checkpoint, read_staged, stage
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
 
@@ -50,16 +50,24 @@ def make_run(folder: Path) -> Path:
                 'model_kwargs': {'attn_radius': 2.0}, 'num_classes': 200, **facts}, folder / 'last.pt')
     (folder / 'summary.csv').write_text('epoch,train_loss,seconds\n0,5.1,3600\n1,4.2,7200\n')
     (folder / 'results.json').write_text(json.dumps({**facts, 'epochs': 2, 'hours': 2.0, 'hardware': 'a CPU'}))
-    metric = {'dataset': 'Tiny-ImageNet-200', 'split': 'validation', 'num_images': 10_000, 'top1_correct': 5432,
-              'top5_correct': 7654, 'precision': 'float32', 'img_size': 64, 'software': {'timm': timm.__version__}}
-    (folder / 'val.json').write_text(json.dumps(metric))
     return folder
 
 
 def stage_run(run: Path, folder: Path) -> Path:
-    """Stage its averaged weights."""
-    stage(planned(), read_checkpoint(run / 'last.pt'), folder, read_metrics(run / 'val.json'), run)
+    """Stage its averaged weights, with the figures that scripts/validate.py would have measured."""
+    checkpoint = read_checkpoint(run / 'last.pt')
+    entry = stage(planned(), checkpoint, folder, run=run)
+    write_results(run / 'val.json', str(entry.sha256))
+    stage(planned(), checkpoint, folder, run / 'val.json', run=run)
     return folder
+
+
+def write_results(path: Path, sha256: str) -> None:
+    """Write a results file of scripts/validate.py: what a release reads of it."""
+    counts = {'num_images': 10_000, 'top1_correct': 5432, 'top5_correct': 7654}
+    path.write_text(json.dumps({
+        'results': [{'precision': 'float32', **counts}], 'data': {'split': 'validation'}, 'weights': {'sha256': sha256},
+        'preprocessing': {'input_size': [3, 64, 64]}, 'software': {'timm': timm.__version__}}))
 
 
 def put_on(hub: HubServer, folder: Path, repo_id: str = 'owner/nano', private: bool = False) -> ModelEntry:

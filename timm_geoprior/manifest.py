@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeVar, cast
 
 __all__ = [
     'Baseline', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric', 'ModelEntry', 'TrainLog',
-    'load_manifest', 'manifest_path', 'parse_entry', 'parse_manifest', 'to_json', 'update_manifest', 'write_atomically',
+    'check_bytes_stay', 'load_manifest', 'manifest_path', 'parse_entry', 'parse_manifest', 'to_json', 'update_manifest',
+    'write_atomically',
 ]
 
 SCHEMA_VERSION = 1
@@ -427,13 +428,13 @@ def load_manifest(path: Path | None = None) -> Manifest:
     return _load(path or manifest_path())
 
 
-def update_manifest(path: Path, entry: ModelEntry, *, replace_weights: bool = False) -> Manifest:
+def update_manifest(path: Path | None, entry: ModelEntry, *, replace_weights: bool = False) -> Manifest:
     """Write one entry: new, or in place of the one of the same name. Writers wait for each other.
 
     The file is replaced at once (temporary file, fsync, rename), so that a reader sees the old or the new one.
 
     Args:
-        path: The manifest.
+        path: The manifest, else the package's own.
         entry: What to write.
         replace_weights: Allow other bytes under a released tag's name; for a tag that nobody has loaded yet.
 
@@ -445,19 +446,33 @@ def update_manifest(path: Path, entry: ModelEntry, *, replace_weights: bool = Fa
     """
     from filelock import FileLock  # of torch's dependencies; not needed to read
 
-    path = Path(path)
+    path = path or manifest_path()
     with FileLock(path.with_name(f'.{path.name}.lock')):
         manifest = parse_manifest(path.read_text(encoding='utf-8'), str(path))
-        old = manifest.models.get(entry.name)
-        if old is not None and old.has_weights and old.sha256 != entry.sha256 and not replace_weights:
-            raise ManifestError(
-                f'{entry.name} is released with sha256 {old.sha256}, got other bytes of sha256 {entry.sha256}: '
-                f"a tag's bytes never change, so give them a new tag.")
+        if not replace_weights:
+            check_bytes_stay(manifest, entry)
         text = replace(manifest, models={**manifest.models, entry.name: entry}).to_json()
         updated = parse_manifest(text, str(path))
         write_atomically(path, text.encode('utf-8'))
     _load.cache_clear()
     return updated
+
+
+def check_bytes_stay(manifest: Manifest, entry: ModelEntry) -> None:
+    """A released tag's bytes never change.
+
+    Args:
+        manifest: The manifest as it is.
+        entry: What is to be written into it.
+
+    Raises:
+        ManifestError: It has other bytes under a released tag's name.
+    """
+    old = manifest.models.get(entry.name)
+    if old is not None and old.has_weights and old.sha256 != entry.sha256:
+        raise ManifestError(
+            f'{entry.name} is released with sha256 {old.sha256}, got other bytes of sha256 {entry.sha256}: '
+            f"a tag's bytes never change, so give them a new tag.")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from .cards import hub_config, model_card, plot_radii
 from .hub import bundled_path, explain, load_golden
 from .manifest import (
+    Baseline,
     Golden,
     Manifest,
     Metric,
     ModelEntry,
     TrainLog,
+    check_bytes_stay,
     load_manifest,
-    manifest_path,
     parse_entry,
     to_json,
     update_manifest,
@@ -43,8 +44,7 @@ from .training.checkpoint import CheckpointError, load_checkpoint
 from .verify import GOLDEN_TOLERANCE, golden_error
 
 __all__ = [
-    'Checkpoint', 'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_checkpoint',
-    'read_metrics', 'stage',
+    'Checkpoint', 'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_checkpoint', 'stage',
 ]
 
 WEIGHTS, GOLDEN, RESULTS, TRAIN_LOG = 'model.safetensors', 'golden.safetensors', 'results.json', 'train_log.csv'
@@ -171,9 +171,9 @@ def stage(
         entry: ModelEntry,
         checkpoint: Checkpoint,
         folder: Path,
-        metrics: tuple[Metric, ...] = (),
+        results: Path | None = None,
+        baseline: Path | None = None,
         run: Path | None = None,
-        replace_weights: bool = False,
 ) -> ModelEntry:
     """Make the folder that is the Hub repository.
 
@@ -181,31 +181,31 @@ def stage(
         entry: The manifest's entry: input, label set, licence, terms, recipe.
         checkpoint: The weights.
         folder: Where to; a folder staged there before is replaced, anything else is not.
-        metrics: What was measured, else the entry's.
+        results: What scripts/validate.py measured with the staged weights, else the figures stay the entry's.
+        baseline: What it measured with the plain network of the same recipe, else that stays the entry's.
         run: Folder of the training run, for its log and the summary of it.
-        replace_weights: Allow other bytes under a released tag's name.
 
     Returns:
         The entry with status 'staged', as in the folder's results.json.
 
     Raises:
-        PublishError: The checkpoint is not of this architecture, or the folder is something else.
+        PublishError: The checkpoint is not of this architecture, the results are of other weights, or the folder is
+            something else.
     """
     if folder.exists() and not (folder / RESULTS).exists():
         raise PublishError(f'{folder} exists and is no staged folder, expected a new one: name another.')
     model = _released_model(entry, checkpoint)
     entry = replace(
-        entry, metrics=metrics or entry.metrics, recipe=checkpoint.recipe.get('name', entry.recipe),
+        entry, recipe=checkpoint.recipe.get('name', entry.recipe),
         recipe_commit=checkpoint.commit or entry.recipe_commit,
         seed=checkpoint.seed if checkpoint.seed is not None else entry.seed,
         train_log=_train_log(run) if run else entry.train_log)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_folder(folder) as new:
         staged = _write_weights(entry, checkpoint, model, new)
-        if entry.has_weights and staged.sha256 != entry.sha256 and not replace_weights:
-            raise PublishError(
-                f"{entry.name} is released with sha256 {entry.sha256}, got {staged.sha256}: a tag's bytes never "
-                f'change, so give these a new tag.')
+        staged = replace(
+            staged, metrics=_read_metrics(results, staged) if results else staged.metrics,
+            baseline=_read_baseline(baseline, staged) if baseline else staged.baseline)
         _write_papers(staged, checkpoint, model, run, new)
         _check_loads(staged, new)
         shutil.rmtree(folder, ignore_errors=True)
@@ -265,9 +265,11 @@ def _write_weights(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, 
     _check_rounding(checkpoint, model, tensors)
     golden = save(tensors)
     write_atomically(folder / GOLDEN, golden)
+    same = entry.sha256 in (None, sha256)
     return replace(
-        entry, status='staged', hub_id=None, revision=None, file=WEIGHTS, sha256=sha256,
-        bytes=(folder / WEIGHTS).stat().st_size, dtype='float16', parameters=sum(p.numel() for p in model.parameters()),
+        entry, status='staged', metrics=entry.metrics if same else (), hub_id=None, revision=None, file=WEIGHTS,
+        sha256=sha256, bytes=(folder / WEIGHTS).stat().st_size, dtype='float16',
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         golden=Golden(GOLDEN, hashlib.sha256(golden).hexdigest()))
 
 
@@ -301,26 +303,33 @@ def _check_loads(entry: ModelEntry, folder: Path) -> None:
             f'expected at most {GOLDEN_TOLERANCE:.0e}: stage it again.')
 
 
-def read_metrics(path: Path) -> tuple[Metric, ...]:
-    """Read what scripts/validate.py measured.
-
-    Args:
-        path: Its results file: a JSON object, or a list of them, with a metric's keys among others.
-
-    Returns:
-        The metrics.
-
-    Raises:
-        PublishError: The file is missing, or lacks a key.
-    """
+def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], tuple[Metric, ...]]]:
+    """What scripts/validate.py measured: of each network its description and its figures."""
+    dataset = load_manifest().label_sets[entry.label_set].title
     try:
         data = json.loads(path.read_text(encoding='utf-8'))
-        items = data if isinstance(data, list) else [data]
-        return tuple(Metric(**{f.name: item[f.name] for f in fields(Metric)}) for item in items)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [(item, tuple(
+            Metric(dataset, item['data']['split'], row['num_images'], row['top1_correct'], row['top5_correct'],
+                   row['precision'], item['preprocessing']['input_size'][-1], item['software'])
+            for row in item['results'])) for item in (data if isinstance(data, list) else [data])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PublishError(
-            f'{path} is no results file ({type(error).__name__}: {error}), expected the one of scripts/validate.py.'
+            f'{path} is no results file ({type(error).__name__}: {error}), expected the JSON of scripts/validate.py.'
         ) from None
+
+
+def _read_metrics(path: Path, entry: ModelEntry) -> tuple[Metric, ...]:
+    for item, metrics in _measurements(path, entry):
+        if item.get('weights', {}).get('sha256') == entry.sha256:
+            return metrics
+    raise PublishError(
+        f'{path} has no figures of the weights with sha256 {entry.sha256}, expected some: stage without --results, '
+        f'validate the staged {WEIGHTS} as it is (--checkpoint), then stage again.')
+
+
+def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
+    (item, (metric, *_)), *_ = _measurements(path, entry)
+    return Baseline(item['model'], item['parameters'], metric)
 
 
 def _train_log(run: Path) -> TrainLog:
@@ -374,8 +383,10 @@ def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: boo
         PublishError: It is no staged folder.
         ManifestError: The manifest does not take it.
     """
-    manifest_file = manifest_file or manifest_path()
-    entry = read_staged(folder, load_manifest(manifest_file))
+    manifest = load_manifest(manifest_file)
+    entry = read_staged(folder, manifest)
+    if not replace_weights:
+        check_bytes_stay(manifest, entry)
     path = bundled_path(entry)
     golden = path.with_suffix('.golden.safetensors')
     path.parent.mkdir(exist_ok=True)
@@ -408,8 +419,9 @@ def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path |
         PublishError: There is no token, it may not write, the network broke, or what came back is not what was sent.
         ManifestError: The manifest does not take it.
     """
-    manifest_file = manifest_file or manifest_path()
-    entry = read_staged(folder, load_manifest(manifest_file))
+    manifest = load_manifest(manifest_file)
+    entry = read_staged(folder, manifest)
+    check_bytes_stay(manifest, entry)
     if get_token() is None:
         raise PublishError('There is no token for the Hub, expected one: `hf auth login`, or set HF_TOKEN.')
     try:

@@ -1,0 +1,467 @@
+"""From a checkpoint to the Hub: what is staged, what reaches the manifest, and what a broken push leaves."""
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hub_server import status
+from releases import NANO, finish, planned, start, using_manifest, with_entry, write_results
+from timm_geoprior import hub as hub_module
+from timm_geoprior.hub import load_golden, load_verified
+from timm_geoprior.manifest import ManifestError, load_manifest, manifest_path
+from timm_geoprior.publish import (
+    Checkpoint,
+    PublishError,
+    bundle,
+    export_weights,
+    push,
+    read_checkpoint,
+    read_staged,
+    stage,
+)
+from timm_geoprior.training.checkpoint import CheckpointError
+from timm_geoprior.verify import golden_error
+
+ROOT = Path(__file__).parent.parent
+FILES = {'model.safetensors', 'golden.safetensors', 'config.json', 'README.md', 'results.json', 'radii.png',
+         'train_log.csv'}
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """A manifest of the test's own, in which the nano network is planned."""
+    path = tmp_path / 'weights_manifest.json'
+    path.write_text(with_entry(planned()).to_json(), encoding='utf-8')
+    return path
+
+
+@pytest.fixture
+def login(monkeypatch):
+    """A token that may write."""
+    monkeypatch.setenv('HF_TOKEN', 'hf_writetoken')
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Retries wait for seconds: note how long, and do not."""
+    noted = []
+    monkeypatch.setattr(time, 'sleep', noted.append)
+    return noted
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_release_file(tmp_path):
+    state = {'w': torch.randn(4, 6).t(), 'b': torch.randn(4).double(), 'log_radius': torch.tensor([1.23456789]),
+             'count': torch.tensor(7), 'scalar': torch.tensor(0.1)}
+    metadata = {'architecture': 'a', 'tag': 't', 'recipe': 'r', 'commit': 'c'}
+    digests = {export_weights(dict(reversed(state.items())) if turn else state, tmp_path / 'a.safetensors', metadata)
+               for turn in (0, 1)}
+    content = (tmp_path / 'a.safetensors').read_bytes()
+    assert digests == {hashlib.sha256(content).hexdigest()}
+    released = load_file(tmp_path / 'a.safetensors')
+    assert {name: tensor.dtype for name, tensor in released.items()} == {
+        'w': torch.float16, 'b': torch.float32, 'log_radius': torch.float32, 'count': torch.int64,
+        'scalar': torch.float32}
+    for name, tensor in released.items():
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, state[name].to(tensor.dtype))
+    with safe_open(tmp_path / 'a.safetensors', 'pt') as file:
+        assert file.metadata() == {'format': 'pt', **metadata}
+    assert content.index(b'"architecture"') < content.index(b'"commit"') < content.index(b'"tag"')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e5])
+def test_values_that_float16_cannot_hold_are_refused(tmp_path, value):
+    with pytest.raises(PublishError, match='w has values that are not finite as torch.float16'):
+        export_weights({'w': torch.full((2, 2), value)}, tmp_path / 'a.safetensors', {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_raw_or_averaged_weights(run_folder):
+    averaged, raw = (read_checkpoint(run_folder / 'last.pt', raw).state_dict for raw in (False, True))
+    assert torch.equal(averaged['fc.weight'], raw['fc.weight'] * 0.9)
+
+
+@pytest.mark.parametrize('name', ['none.pt', 'none.safetensors', 'text.pt', 'text.safetensors', 'trap.pt'])
+def test_what_is_no_checkpoint_is_refused(tmp_path, name):
+    if name.startswith('text'):
+        (tmp_path / name).write_text('weights')
+    if name == 'trap.pt':
+        torch.save({'model': Path('sprung')}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=name):
+        read_checkpoint(tmp_path / name)
+
+
+def test_staged_folder(staged, run_folder):
+    entry = read_staged(staged, load_manifest())
+    assert {path.name for path in staged.iterdir()} == FILES
+    assert (staged.stat().st_mode & 0o777, entry.status) == (0o755, 'staged')
+    assert (entry.sha256, entry.bytes) == (
+        hashlib.sha256((staged / 'model.safetensors').read_bytes()).hexdigest(),
+        (staged / 'model.safetensors').stat().st_size)
+    assert (entry.recipe, entry.recipe_commit, entry.seed) == ('r64_tin200', 'a' * 40, 3)
+    assert (entry.train_log.epochs, entry.train_log.hours, entry.train_log.hardware) == (2, 2.0, 'a CPU')
+    (metric,) = entry.metrics
+    assert (metric.dataset, metric.top1, metric.img_size) == ('Tiny-ImageNet-200', 54.32, 64)
+    assert (staged / 'train_log.csv').read_bytes() == (run_folder / 'summary.csv').read_bytes()
+    with safe_open(staged / 'model.safetensors', 'pt') as file:
+        assert file.metadata() == {'format': 'pt', 'architecture': 'geoprior_resnet14_nano', 'tag': 'r64_tin200',
+                                   'recipe': 'r64_tin200', 'commit': 'a' * 40}
+    model = timm.create_model('geoprior_resnet14_nano', num_classes=200)
+    model.load_state_dict(read_checkpoint(run_folder / 'last.pt').state_dict)
+    assert golden_error(model, load_file(staged / 'golden.safetensors')) < 0.01
+
+
+def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
+    shutil.copytree(staged, tmp_path / 'nano')
+    (tmp_path / 'nano' / 'old.txt').touch()
+    stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
+          run=run_folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'nano').iterdir()} == {
+        path.name: path.read_bytes() for path in staged.iterdir()}
+
+
+def altered(checkpoint, **changes):
+    return Checkpoint(**{**vars(checkpoint), **changes})
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda c, run: altered(c, model_name='geoprior_resnet50'), 'of geoprior_resnet50, expected geoprior_resnet14'),
+    (lambda c, run: altered(c, model_kwargs={'attn_kernel': 'laplacian'}), 'trained with attn_kernel'),
+    (lambda c, run: altered(c, state_dict={'fc.weight': torch.ones(2, 2)}), 'does not fit .*Missing key'),
+    (lambda c, run: altered(c, state_dict={**c.state_dict, 'more': torch.ones(1)}), 'does not fit .*more'),
+    (lambda c, run: altered(c, state_dict={k: v * 1e30 for k, v in c.state_dict.items()}), 'not finite'),
+    (lambda c, run: write_results(run / 'val.json', '0' * 64), 'no figures of the weights with sha256'),
+    (lambda c, run: (run / 'val.json').write_text('{}'), 'no results file .KeyError'),
+    (lambda c, run: (run / 'val.json').unlink(), 'no results file .FileNotFoundError'),
+    (lambda c, run: (run / 'results.json').unlink(), 'no results.json of a finished run'),
+])
+def test_what_cannot_be_staged_leaves_nothing(run_folder, tmp_path, change, message):
+    run = tmp_path / 'run'
+    shutil.copytree(run_folder, run)
+    checkpoint = read_checkpoint(run / 'last.pt')
+    changed = change(checkpoint, run)
+    (tmp_path / 'out').mkdir()
+    with pytest.raises(PublishError, match=message):
+        stage(planned(), changed if isinstance(changed, Checkpoint) else checkpoint, tmp_path / 'out' / 'nano',
+              run / 'val.json', run=run)
+    assert list((tmp_path / 'out').iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_left_alone(run_folder, tmp_path):
+    (tmp_path / 'photos').mkdir()
+    with pytest.raises(PublishError, match='is no staged folder'):
+        stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'photos')
+    assert list(tmp_path.iterdir()) == [tmp_path / 'photos']
+
+
+@pytest.mark.parametrize(('name', 'content', 'message'), [
+    ('model.safetensors', b'changed', r'sha256 \w+, expected'), ('golden.safetensors', b'changed', 'sha256'),
+    ('results.json', b'{}', 'is no staged folder'), ('results.json', None, 'is no staged folder'),
+    ('model.safetensors', None, 'is no staged folder'),
+])
+def test_a_changed_folder_is_not_released(staged, tmp_path, manifest, name, content, message):
+    folder = tmp_path / 'nano'
+    shutil.copytree(staged, folder)
+    (folder / name).write_bytes(content) if content else (folder / name).unlink()
+    with pytest.raises(PublishError, match=message):
+        bundle(folder, manifest)
+    assert load_manifest(manifest).get(NANO).status == 'planned'
+
+
+# -- the package -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A weights folder of the test's own."""
+    monkeypatch.setattr(hub_module, 'WEIGHTS_DIR', tmp_path / 'weights')
+    return tmp_path / 'weights'
+
+
+def test_bundle(staged, manifest, weights):
+    entry = bundle(staged, manifest)
+    assert load_manifest(manifest).get(NANO) == entry
+    assert entry.status == 'bundled'
+    assert {path.name for path in weights.iterdir()} == {
+        f'{NANO}.safetensors', f'{NANO}.golden.safetensors', f'{NANO}.train_log.csv'}
+    with using_manifest(manifest):
+        model = timm.create_model('geoprior_resnet14_nano', pretrained=True)
+        assert golden_error(model, load_golden(entry)) <= 1e-5
+        assert timm.is_model_pretrained(NANO)
+
+
+def test_released_bytes_do_not_change(staged, run_folder, manifest, weights, tmp_path):
+    entry = bundle(staged, manifest)
+    raw = read_checkpoint(run_folder / 'last.pt', raw=True)
+    before = {path: path.read_bytes() for path in (*weights.iterdir(), manifest)}
+    other = stage(entry, raw, tmp_path / 'other')
+    assert other.metrics == ()
+    for release in (bundle, lambda folder, manifest: push(folder, 'owner/nano', manifest_file=manifest)):
+        with pytest.raises(ManifestError, match="a tag's bytes never change"):
+            release(tmp_path / 'other', manifest)
+    assert {path: path.read_bytes() for path in before} == before
+    assert bundle(tmp_path / 'other', manifest, replace_weights=True).sha256 == other.sha256
+
+
+def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights, tmp_path):
+    entry = bundle(staged, manifest)
+    again = stage(entry, read_checkpoint(weights / f'{NANO}.safetensors'), tmp_path / 'again')
+    for name in ('model.safetensors', 'golden.safetensors', 'train_log.csv', 'results.json', 'config.json'):
+        assert (tmp_path / 'again' / name).read_bytes() == (staged / name).read_bytes()
+    assert again.metrics == entry.metrics
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+def _load_by_plain_name(manifest, cache):
+    time.sleep = lambda seconds: None  # huggingface_hub's retries wait; this process is ours alone
+    with using_manifest(manifest):
+        model = timm.create_model('geoprior_resnet14_nano', pretrained=True, cache_dir=cache)
+        return golden_error(model, load_golden(load_manifest().get(NANO), cache))
+
+
+def test_publish_load_and_never_change(hub, staged, manifest, login, tmp_path, forkserver):
+    """Publish, load by plain name, load with the server down, overwrite main and still get the pinned bytes."""
+    def load(cache):
+        return finish(*start(forkserver, _load_by_plain_name, manifest, tmp_path / cache))
+
+    entry = push(staged, 'owner/nano', manifest_file=manifest)
+    assert hub.repos['owner/nano'].private
+    assert (entry.status, entry.hub_id) == ('published', 'owner/nano')
+    assert entry.revision == hub.repos['owner/nano'].commits[-1].oid
+    assert load_manifest(manifest).get(NANO) == entry
+    assert set(hub.repos['owner/nano'].find(entry.revision).files) == {*FILES, '.gitattributes'}
+
+    before = len(hub.requests)
+    error, problem = load('first')
+    assert problem == ''
+    assert error <= 1e-5
+    assert [request for request in hub.requests[before:] if 'pytorch_model' in request] == []
+
+    hub.stop()
+    try:
+        assert load('first') == (error, '')
+        assert 'WeightsError' in load('empty')[1]
+    finally:
+        hub.start()
+
+    hub.publish('owner/nano', {'model.safetensors': b'something else', 'config.json': b'{}'})
+    assert load('second') == (error, '')
+
+
+def test_the_same_repository_in_timm_and_transformers(hub, staged, manifest, login, tmp_path, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    push(staged, 'owner/nano', public=True, manifest_file=manifest)
+    assert not hub.repos['owner/nano'].private
+    golden = load_file(staged / 'golden.safetensors')
+    images = golden['input'].float()
+    photo = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert('RGB')
+    names = load_manifest().label_sets['tin200'].names
+    for place, timms in ((str(staged), f'local-dir:{staged}'), ('owner/nano', 'hf-hub:owner/nano')):
+        model = timm.create_model(timms, pretrained=True, cache_dir=tmp_path).eval()
+        assert golden_error(model, golden) <= 1e-5
+
+        wrapped = transformers.TimmWrapperForImageClassification.from_pretrained(place, cache_dir=tmp_path).eval()
+        assert golden_error(_Logits(wrapped), golden) <= 1e-5
+        assert tuple(wrapped.config.id2label.values()) == names
+
+        classify = transformers.pipeline('image-classification', model=wrapped,
+                                         image_processor=transformers.AutoImageProcessor.from_pretrained(place))
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        best = model(transform(photo)[None]).softmax(-1).topk(5)
+        given = classify(photo, top_k=5)
+        assert [answer['label'] for answer in given] == [names[index] for index in best.indices[0]]
+        assert [answer['score'] for answer in given] == pytest.approx(best.values[0].tolist(), rel=1e-4)
+
+        backbone = transformers.TimmBackbone.from_pretrained(timms, out_indices=(1, 2, 3, 4)).eval()
+        features = timm.create_model(timms, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+        # transformers 5.23 puts the running statistics of every timm network back to their start (resnet50's too)
+        backbone._backbone.load_state_dict(dict(features.named_buffers()), strict=False)
+        with torch.no_grad():
+            for ours, theirs in zip(features(images), backbone(images).feature_maps, strict=True):
+                torch.testing.assert_close(theirs, ours)
+
+
+class _Logits(torch.nn.Module):
+    """A wrapper of transformers as a plain network."""
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, images):
+        return self.wrapped(images).logits
+
+
+def test_nothing_is_sent_twice(hub, staged, manifest, login):
+    first = push(staged, 'owner/nano', manifest_file=manifest)
+    hub.requests.clear()
+    assert push(staged, 'owner/nano', manifest_file=manifest) == first
+    assert hub.count('PUT|commit/main') == 0
+    assert len(hub.repos['owner/nano'].commits) == 2
+
+
+STEPS = ['POST /api/repos/create', 'GET /api/models/owner/nano$', 'POST /api/validate-yaml', 'preupload', 'lfs/objects',
+         'PUT /objects', 'commit/main', 'HEAD /owner/nano/resolve', 'GET /objects']
+
+
+def _push(folder, manifest):
+    os.environ['HF_TOKEN'] = 'hf_writetoken'
+    return push(folder, 'owner/nano', manifest_file=manifest).revision
+
+
+@pytest.mark.parametrize(('step', 'served'), [
+    *((step, False) for step in STEPS), ('/api/repos/create', True), ('PUT /objects', True), ('commit/main', True)])
+def test_push_killed_at_a_step(hub, staged, manifest, login, forkserver, step, served):
+    child, started, before = [], threading.Event(), manifest.read_bytes()
+
+    def kill(handler):
+        started.wait()
+        if served:
+            handler.route()
+        os.kill(child[0].pid, signal.SIGKILL)
+        return True
+    hub.fault(step, kill)
+    child += start(forkserver, _push, staged, manifest)
+    started.set()
+    assert finish(*child) == (None, '')
+    assert child[0].exitcode == -signal.SIGKILL
+    assert manifest.read_bytes() == before
+    entry = push(staged, 'owner/nano', manifest_file=manifest)
+    assert load_manifest(manifest).get(NANO) == entry
+    assert len(hub.repos['owner/nano'].commits) == 2
+    assert load_verified(entry).keys() == load_file(staged / 'model.safetensors').keys()
+
+
+@pytest.mark.parametrize(('step', 'action', 'message'), [
+    ('repos/create', status(401), 'answered 401: the token must have write rights'),
+    ('preupload', status(403), 'answered 403: the token must have write rights'),
+    ('lfs/objects', status(500), 'answered 500: try again later'),
+    ('PUT /objects', status(503), 'answered 503: try again later'),
+    ('commit/main', status(412), 'another commit came in between'),
+    ('commit/main', status(502), 'answered 502: try again later'),
+    ('HEAD /owner/nano/resolve', status(503), 'answered 503: try again later'),
+    ('GET /objects', status(404), 'answered 404: try again later'),
+])
+def test_a_push_that_fails(hub, staged, manifest, login, waits, caplog, capfd, step, action, message):
+    before = manifest.read_bytes()
+    hub.fault(step, action, times=1000)
+    with pytest.raises(PublishError, match=message) as caught:
+        push(staged, 'owner/nano', manifest_file=manifest)
+    assert f'{NANO} could not be pushed to owner/nano' in str(caught.value)
+    assert 'run it again' in str(caught.value)
+    assert manifest.read_bytes() == before
+    assert 'hf_writetoken' not in ''.join((str(caught.value), caplog.text, *capfd.readouterr()))
+    hub.faults.clear()
+    assert push(staged, 'owner/nano', manifest_file=manifest).status == 'published'
+
+
+def test_other_bytes_that_come_back(hub, staged, manifest, login):
+    def spoil(handler):
+        for content in list(hub.objects):
+            hub.objects[content] = hub.objects[content][:-1] + b'?'
+        return False
+    hub.fault('HEAD /owner/nano/resolve', spoil)
+    with pytest.raises(PublishError, match=r'golden.safetensors of owner/nano at \w{40} came back with other bytes'):
+        push(staged, 'owner/nano', manifest_file=manifest)
+    assert load_manifest(manifest).get(NANO).status == 'planned'
+
+
+def test_a_push_needs_a_token_that_may_write(hub, staged, manifest, monkeypatch):
+    with pytest.raises(PublishError, match='There is no token.*hf auth login'):
+        push(staged, 'owner/nano', manifest_file=manifest)
+    assert hub.requests == []
+    monkeypatch.setenv('HF_TOKEN', 'hf_readtoken')
+    with pytest.raises(PublishError, match='answered 403: the token must have write rights') as caught:
+        push(staged, 'owner/nano', manifest_file=manifest)
+    assert 'readtoken' not in str(caught.value)
+    assert load_manifest(manifest).get(NANO).status == 'planned'
+
+
+def test_two_pushes_at_once(hub, staged, manifest, forkserver):
+    running = [start(forkserver, _push, staged, manifest) for _ in range(2)]
+    outcomes = [finish(*child) for child in running]
+    revisions = [revision for revision, _ in outcomes if revision]
+    assert revisions
+    assert all(revision or 'PublishError' in problem for revision, problem in outcomes)
+    entry = load_manifest(manifest).get(NANO)
+    assert entry.revision in revisions
+    assert load_verified(entry).keys() == load_file(staged / 'model.safetensors').keys()
+
+
+# -- the script --------------------------------------------------------------------------------------------------------
+
+
+def script(monkeypatch, *arguments):
+    """Run scripts/publish.py in this process; what it exits with."""
+    monkeypatch.setattr(sys, 'argv', ['publish.py', *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / 'scripts' / 'publish.py'), run_name='__main__')
+    except SystemExit as error:
+        return error.code
+    return None
+
+
+def test_script_stages_bundles_and_pushes(
+        hub, run_folder, manifest, weights, login, tmp_path, monkeypatch, capsys, staged):
+    shutil.copy(ROOT / 'README.md', tmp_path)
+    out, val = tmp_path / 'out', run_folder / 'val.json'
+    with using_manifest(manifest):
+        assert script(monkeypatch, NANO, run_folder / 'last.pt', '--results', val, '--output', out, '--bundle') is None
+        assert f'{NANO} is bundled' in capsys.readouterr().out
+        assert (out / 'model.safetensors').read_bytes() == (staged / 'model.safetensors').read_bytes()
+        assert f'| `{NANO}` | bundled |' in (tmp_path / 'README.md').read_text(encoding='utf-8')
+
+        assert script(monkeypatch, NANO, '--output', out, '--push', 'owner/nano', '--dry-run') is None
+        said = capsys.readouterr().out
+        assert 'would push' in said
+        assert 'private' in said
+        assert f'model.safetensors, {(out / "model.safetensors").stat().st_size:,} bytes' in said
+        assert hub.requests == []
+
+        assert script(monkeypatch, NANO, '--output', out, '--push', 'owner/nano', '--public') is None
+        said = capsys.readouterr().out
+        assert f'published: owner/nano at {hub.repos["owner/nano"].commits[-1].oid}' in said
+        assert 'writetoken' not in said
+    assert load_manifest(manifest).get(NANO).status == 'published'
+
+
+def test_script_says_what_is_wrong(manifest, tmp_path, monkeypatch):
+    with using_manifest(manifest):
+        for arguments, message in (
+                ((NANO, tmp_path / 'no.pt', '--output', tmp_path / 'out'), 'no.pt'),
+                (('resnet50', tmp_path / 'no.pt', '--output', tmp_path / 'out'), "Got the model name 'resnet50'"),
+                ((NANO, '--output', tmp_path / 'out', '--push', 'owner/nano'), 'is no staged folder')):
+            said = script(monkeypatch, *arguments)
+            assert said.startswith('publish.py: ')
+            assert message in said
+            assert '\n' not in said
+    assert list(tmp_path.iterdir()) == [manifest]
+
+
+def test_results_file_is_what_validation_writes():
+    """The keys that a release reads of scripts/validate.py's JSON."""
+    from timm_geoprior.evaluation import report
+    source = Path(report.__file__).read_text(encoding='utf-8')
+    assert all(f"'{key}'" in source for key in ('results', 'data', 'preprocessing', 'software', 'weights', 'model'))
+
+
+def test_real_manifest_is_untouched(manifest):
+    assert manifest_path().parent == ROOT
+    assert json.loads(manifest_path().read_text(encoding='utf-8'))['models'].keys() == load_manifest().models.keys()
