@@ -4,10 +4,12 @@
     python scripts/train.py r64_tin200 --data-dir DATA --output RUN            one process
     torchrun --nproc-per-node 8 scripts/train.py paper_in1k --data-dir ...     eight GPUs of one machine
 
-A run that was stopped, by whatever, goes on with the same command and --resume.
+A run that was stopped, by whatever, goes on with the same command and --resume; under torchrun --max-restarts it does so
+by itself.
 """
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -47,9 +49,11 @@ def main() -> None:
     overrides = args.set + ([f'model={args.model}'] if args.model else [])
     try:
         recipe = load_recipe(args.recipe, overrides)
+        # torchrun --max-restarts runs the same command again
+        restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and (args.output / 'last.pt').exists()
         config = RunConfig(
             args.data_dir, args.output, args.train_split, args.val_split, args.seed, args.device, args.workers,
-            args.finetune, args.resume, args.save_every, args.max_corrupt)
+            args.finetune, args.resume or restarted, args.save_every, args.max_corrupt)
         results = train(recipe, config)
     except (RecipeError, TrainingError, CheckpointError, CorruptImagesError) as error:
         sys.exit(f'train.py: {error}')

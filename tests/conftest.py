@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: two processes test at once, and start others
+
 import pytest
 import torch
 from PIL import Image

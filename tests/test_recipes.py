@@ -31,7 +31,7 @@ class TestRefusals:
         ({'lr': -1}, "Recipe key 'lr' is -1.0, expected more than 0."),
         ({'lr': 'fast'}, "Recipe key 'lr' is 'fast', expected a value of type float."),
         ({'smoothing': 1.5}, "Recipe key 'smoothing' is 1.5, expected from 0 to 1."),
-        ({'scale': [0.5]}, "Recipe key 'scale' is [0.5], expected a value of type Tuple[float, float]."),
+        ({'scale': [0.5]}, "Recipe key 'scale' is [0.5], expected a value of type tuple[float, float]."),
         ({'scale': [0.9, 0.5]}, "Recipe key 'scale' is (0.9, 0.5), expected two shares of the area, the smaller first."),
         ({'progressive': [[3, 48]]}, "Recipe key 'progressive' is ((3, 48),), expected pairs of first epoch and size"),
         ({'amp_dtype': 'int8'}, "Recipe key 'amp_dtype' is 'int8', expected bfloat16 or float16."),
@@ -159,7 +159,7 @@ class TestParts:
         schedule.step_update(0)
         radii = {id(p) for name, p in model.named_parameters() if 'log_radius' in name}
         groups = [g for g in optimizer.param_groups if {id(p) for p in g['params']} & radii]
-        assert [id(p) for g in groups for p in g['params']] and len(groups) == 1
+        assert len(groups) == 1
         assert {id(p) for p in groups[0]['params']} == radii
         assert groups[0]['weight_decay'] == 0
         assert groups[0]['lr'] == pytest.approx(0.01 * 0.1)

@@ -61,6 +61,21 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert {k: v for k, v in one.items() if k not in TIMES} == {k: v for k, v in other.items() if k not in TIMES}
 
 
+def at_update(condition: str, number: signal.Signals) -> str:
+    """A program that runs the script named by its first argument and sends itself a signal in mid-run."""
+    return (
+        'import os, runpy, sys\n'
+        'from timm_geoprior.training import engine\n'
+        'step = engine.Trainer._step\n'
+        'def interrupted(self, batches):\n'
+        '    loss = step(self, batches)\n'
+        f'    if {condition}: os.kill(os.getpid(), {int(number)})\n'
+        '    return loss\n'
+        'engine.Trainer._step = interrupted\n'
+        'sys.argv = sys.argv[1:]\n'
+        'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+
+
 @pytest.fixture(scope='module')
 def recipe_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp('recipe') / 'tiny.yaml'
@@ -121,18 +136,7 @@ class TestResume:
     def test_killed_anywhere_the_run_ends_with_the_same_bits(
             self, whole_run, photo_folder, recipe_file, tmp_path, updates):
         """SIGKILL from inside, right after a step: no handler runs, and workers are at work."""
-        killer = (
-            'import os, signal, runpy, sys\n'
-            'from timm_geoprior.training import engine\n'
-            'step = engine.Trainer._step\n'
-            'steps = iter(range(100))\n'
-            'def fatal(self, batches):\n'
-            '    loss = step(self, batches)\n'
-            f'    if next(steps) == {updates}: os.kill(os.getpid(), signal.SIGKILL)\n'
-            '    return loss\n'
-            'engine.Trainer._step = fatal\n'
-            'sys.argv = sys.argv[1:]\n'
-            'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+        killer = at_update(f'self.epoch * self.updates_per_epoch + self.update == {updates}', signal.SIGKILL)
         output = tmp_path / 'run'
         arguments = command(photo_folder, output, recipe_file, '-j', '2', '--save-every', '2')
         killed = subprocess.run([sys.executable, '-c', killer, *arguments[1:]], env=environment())
@@ -145,16 +149,7 @@ class TestResume:
     def test_asked_to_stop_it_saves_and_leaves(self, whole_run, photo_folder, recipe_file, tmp_path, number, code):
         output = tmp_path / 'run'
         arguments = command(photo_folder, output, recipe_file, '-j', '2')
-        stopper = (
-            'import os, runpy, sys\n'
-            'from timm_geoprior.training import engine\n'
-            'step = engine.Trainer._step\n'
-            'def stopped(self, batches):\n'
-            f'    if self.update == 2: os.kill(os.getpid(), {int(number)})\n'
-            '    return step(self, batches)\n'
-            'engine.Trainer._step = stopped\n'
-            'sys.argv = sys.argv[1:]\n'
-            'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+        stopper = at_update('self.update == 2', number)
         stopped = subprocess.run([sys.executable, '-c', stopper, *arguments[1:]], env=environment())
         assert stopped.returncode == code
         assert load_checkpoint(output / 'last.pt')['update'] == 3
@@ -179,15 +174,25 @@ class TestResume:
 
 
 class TestProcesses:
-    def test_two_processes_train_as_one(self, photo_folder, tmp_path):
-        """The same global batches: loss curves within 1e-4 with a norm that does not see the batch."""
+    def test_two_processes_train_as_one_and_come_back_when_one_is_killed(self, photo_folder, tmp_path):
+        """The same global batches give the same loss curve, to 1e-4, with a norm that does not see the batch.
+
+        The second process is killed in the second epoch; `torchrun --max-restarts` brings both back.
+        """
         recipe = tmp_path / 'ddp.yaml'
         recipe.write_text(yaml.safe_dump({
             **TINY, 'epochs': 2, 'drop_path': 0, 'in_memory': True, 'holdout': 0, 'lr': 0.01,
             'model_kwargs': {**TINY['model_kwargs'], 'norm_layer': 'groupnorm1'}}))
-        torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
-        arguments = [*command(photo_folder, tmp_path / 'two', recipe), '-j', '0']
-        subprocess.run([*torchrun, *arguments[1:]], env=environment(), check=True)
+        script = tmp_path / 'killed.py'
+        script.write_text(at_update(
+            'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.epoch == 1',
+            signal.SIGKILL))
+        torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1']
+        arguments = [*command(photo_folder, tmp_path / 'two', recipe)[1:], '-j', '0']
+        done = subprocess.run(
+            [sys.executable, *torchrun, str(script), *arguments], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert 'SIGKILL' in done.stderr
         train(load_recipe(recipe), config(photo_folder, tmp_path / 'one'))
         losses = [[float(row['train_loss']) for row in csv.DictReader((tmp_path / name / 'summary.csv').open())]
                   for name in ('one', 'two')]

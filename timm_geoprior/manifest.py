@@ -11,9 +11,10 @@ import re
 import tempfile
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import IO, Any, Literal, TypeVar, cast
 
 __all__ = [
     'Baseline', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric', 'ModelEntry', 'TrainLog',
@@ -475,12 +476,23 @@ def check_bytes_stay(manifest: Manifest, entry: ModelEntry) -> None:
             f"a tag's bytes never change, so give them a new tag.")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put content at a path whole or not at all: temporary file beside it, fsync, rename."""
+def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Put content at a path whole or not at all: temporary file beside it, fsync, rename.
+
+    Args:
+        path: Where it goes.
+        content: The bytes, or what writes them into the open temporary file.
+
+    Raises:
+        OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
         with os.fdopen(handle, 'wb') as file:
-            file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's is 0600

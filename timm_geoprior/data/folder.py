@@ -1,6 +1,7 @@
 """Batches of a timm data set whose order and augmentation can be repeated exactly."""
 import warnings
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,23 +11,23 @@ from .seeding import generator, seed_everything
 
 __all__ = ['CorruptImagesError', 'FolderLoader']
 
-Key = Tuple[int, int, int, int]  # epoch, index, repeat, size
+Key = tuple[int, int, int, int]  # epoch, index, repeat, size
 
 
 class CorruptImagesError(RuntimeError):
     """More images could not be read than a run puts up with."""
 
 
-class _SeededImages(Dataset[Tuple[torch.Tensor, int, int]]):
+class _SeededImages(Dataset[tuple[torch.Tensor, int, int]]):
     """Images of a timm data set, each augmented by a seed of its own: workers and batches change nothing."""
 
     def __init__(self, dataset: Any, make_transform: Callable[[int], Callable[[Image.Image], torch.Tensor]], seed: int):
         self.dataset = dataset
         self.make_transform = make_transform
         self.seed = seed
-        self.transforms: Dict[int, Callable[[Image.Image], torch.Tensor]] = {}
+        self.transforms: dict[int, Callable[[Image.Image], torch.Tensor]] = {}
 
-    def __getitem__(self, key: Key) -> Tuple[torch.Tensor, int, int]:
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int]:
         """Image, target, and the index of an image that could not be read in its place, or -1."""
         epoch, index, repeat, size = key
         if size not in self.transforms:
@@ -35,7 +36,7 @@ class _SeededImages(Dataset[Tuple[torch.Tensor, int, int]]):
         seed_everything(self.seed, 'augment', epoch, index, repeat)
         return self.transforms[size](image), target, bad
 
-    def _read(self, index: int) -> Tuple[Image.Image, int, int]:
+    def _read(self, index: int) -> tuple[Image.Image, int, int]:
         count = len(self.dataset)
         for offset in range(10):  # the nearest image that can be read stands in for one that cannot
             file, target = self.dataset.reader[(index + offset) % count][:2]
@@ -47,7 +48,7 @@ class _SeededImages(Dataset[Tuple[torch.Tensor, int, int]]):
                                  f'check the data set.')
 
 
-class _EpochBatches(Sampler[List[Key]]):
+class _EpochBatches(Sampler[list[Key]]):
     """The batches of one epoch for one process, as keys."""
 
     def __init__(self, count: int, batch_size: int, repeats: int, seed: int, rank: int, world_size: int) -> None:
@@ -58,7 +59,7 @@ class _EpochBatches(Sampler[List[Key]]):
     def __len__(self) -> int:
         return self.count // (self.batch_size * self.world_size)
 
-    def __iter__(self) -> Iterator[List[Key]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         order = torch.randperm(self.count, generator=generator(self.seed, 'order', self.epoch)).tolist()
         total = len(self) * self.batch_size * self.world_size
         # repeated augmentation (Hoffer et al., 2019): repeats lie side by side, so that they spread over the processes
@@ -85,7 +86,7 @@ class FolderLoader:
             repeats: int = 0,
             workers: int = 2,
             max_corrupt: int = 10,
-            device: Optional[torch.device] = None,
+            device: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -112,7 +113,7 @@ class FolderLoader:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch, as `MemoryLoader.epoch` gives them.
 
         Raises:
@@ -123,7 +124,7 @@ class FolderLoader:
             self._note_corrupt(bad[bad >= 0].tolist())
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    def _note_corrupt(self, indices: List[int]) -> None:
+    def _note_corrupt(self, indices: list[int]) -> None:
         for index in indices:
             if index not in self.corrupt:
                 self.corrupt.add(index)

@@ -4,8 +4,8 @@ Decoding the same JPEG files every epoch is most of an epoch's time on a few cor
 and resize are one sampling of the batch here (`torch.nn.functional.grid_sample`), on whatever device the images lie.
 """
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator, Tuple
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class _ToUint8:
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
-def decode_images(dataset: Dataset[Tuple[torch.Tensor, int]], size: int, workers: int = 2) -> ImageTensors:
+def decode_images(dataset: Dataset[tuple[torch.Tensor, int]], size: int, workers: int = 2) -> ImageTensors:
     """Decode a data set once.
 
     Args:
@@ -92,8 +92,8 @@ class CropFlip:
         hflip: Probability of a flip.
     """
 
-    scale: Tuple[float, float] = (0.35, 1.0)
-    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
 
     num_draws = 5
@@ -128,8 +128,8 @@ class MemoryLoader:
             self,
             data: ImageTensors,
             batch_size: int,
-            mean: Tuple[float, ...],
-            std: Tuple[float, ...],
+            mean: tuple[float, ...],
+            std: tuple[float, ...],
             augment: CropFlip,
             seed: int = 0,
             rank: int = 0,
@@ -157,7 +157,7 @@ class MemoryLoader:
     def __len__(self) -> int:
         return len(self.data) // (self.batch_size * self.world_size)
 
-    def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch.
 
         Args:

@@ -1,12 +1,11 @@
 """Training images kept out of training, to choose recipes and checkpoints by."""
-from typing import Tuple
 
 import torch
 
 __all__ = ['hold_out']
 
 
-def hold_out(targets: torch.Tensor, per_class: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def hold_out(targets: torch.Tensor, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split off the last images of each class, in the data set's order (file names, sorted).
 
     Args:

@@ -1,45 +1,19 @@
 """Checkpoints: written whole or not at all, read as data."""
-import os
 from pathlib import Path
-from typing import IO, Any, Callable, Dict
+from typing import Any
 
 import torch
 
-__all__ = ['CheckpointError', 'load_checkpoint', 'save_checkpoint', 'write_atomically']
+from ..manifest import write_atomically
+
+__all__ = ['CheckpointError', 'load_checkpoint', 'save_checkpoint']
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or written."""
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file through a temporary one beside it: whoever looks sees the old content or the new, never a part.
-
-    Args:
-        path: Where the file goes.
-        write: Called with the open temporary file.
-
-    Raises:
-        OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
-    """
-    part = path.with_name(f'.{path.name}.part{os.getpid()}')
-    try:
-        with open(part, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must outlive a power cut
-    finally:
-        os.close(folder)
-
-
-def save_checkpoint(state: Dict[str, Any], path: Path) -> None:
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Save tensors and plain containers with `torch.save`.
 
     Raises:
@@ -53,7 +27,7 @@ def save_checkpoint(state: Dict[str, Any], path: Path) -> None:
             f'run again with --resume.') from error
 
 
-def load_checkpoint(path: Path) -> Dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load what `save_checkpoint` saved, as data: no pickled code is ever run.
 
     Raises:

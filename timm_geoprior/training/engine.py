@@ -6,11 +6,12 @@ needs no random states: a resumed run draws what an uninterrupted one would have
 import argparse
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from ..data.seeding import seed_everything
 from ..evaluation.accuracy import Counts, count_correct
+from ..provenance import git_commit, versions
 from . import report
 from .checkpoint import load_checkpoint, save_checkpoint
 from .parts import (
@@ -67,7 +69,7 @@ class Trainer:
         self.device = init_distributed_device(where)
         self.rank, self.world_size = where.rank, where.world_size
         self.last = config.output / 'last.pt'
-        self.commit = report.git_commit()  # what runs, whatever is committed meanwhile
+        self.commit = git_commit() or ''  # what runs, whatever is committed meanwhile
         self._check_output()
         seed_everything(config.seed, 'init')
         share, rest = divmod(recipe.batch_size, self.world_size * recipe.grad_accum_steps)
@@ -84,8 +86,8 @@ class Trainer:
         self.epoch = self.update = 0  # epochs and, within this one, updates that are behind us
         self.loss_sum = self.seconds = 0.0
         self.skipped = 0
-        self.history: List[Dict[str, Any]] = []
-        self.best: Optional[float] = None
+        self.history: list[dict[str, Any]] = []
+        self.best: float | None = None
         self.stop_signal = 0
         if config.resume:
             self._resume()
@@ -128,7 +130,7 @@ class Trainer:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def state(self) -> Dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """All that a resumed run needs, and what a reader of the weights wants to know."""
         return {
             'model': self.model.state_dict(),
@@ -141,7 +143,7 @@ class Trainer:
             'recipe': self.recipe.to_dict(), 'seed': self.config.seed,
             'model_name': self.recipe.model, 'model_kwargs': self.recipe.model_kwargs,
             'num_classes': len(self.data.class_names), 'class_names': list(self.data.class_names),
-            'versions': report.versions(), 'commit': self.commit,
+            'versions': versions(), 'commit': self.commit,
         }
 
     def _resume(self) -> None:
@@ -169,7 +171,7 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> Dict[str, Any]:
+    def fit(self) -> dict[str, Any]:
         """Train to the end.
 
         Returns:
@@ -198,7 +200,7 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _note_signal(self, number: int, frame: Optional[FrameType]) -> None:
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
 
     def _train_epoch(self) -> None:
@@ -225,7 +227,7 @@ class Trainer:
                 if self.update % self.config.save_every == 0:
                     self.save(self.last)
 
-    def _step(self, batches: Iterator[Tuple[torch.Tensor, torch.Tensor]]) -> float:
+    def _step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
         """One update; the mean loss over all processes. An update whose loss is not finite is left out."""
         recipe = self.recipe
         done = self.epoch * self.updates_per_epoch + self.update
@@ -256,7 +258,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total if finite else self.loss_sum / max(self.update, 1)
 
-    def _augment(self, images: torch.Tensor, targets: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _augment(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         off = self.recipe.mixup_off_epoch
         if self.mixup and not (off and self.epoch >= off):
             images, targets = self.mixup(images, targets)
@@ -267,7 +269,7 @@ class Trainer:
             return self.network.no_sync()
         return nullcontext()
 
-    def _agree(self, loss: float) -> Tuple[float, bool]:
+    def _agree(self, loss: float) -> tuple[float, bool]:
         """Mean loss, and whether it is finite everywhere; a signal that one process got stops all at the same step."""
         facts = torch.tensor([loss, float(self.stop_signal)], dtype=torch.float64, device=self.device)
         if self.world_size > 1:
@@ -291,7 +293,7 @@ class Trainer:
     def _skip(self, done: int) -> None:
         self.skipped += 1
         if self.skipped >= self.recipe.max_skipped_steps:
-            lr = self.optimizer.param_groups[0]['lr']
+            lr = self.optimizer.param_groups[-1]['lr']
             good = f'the last good checkpoint is {self.last}' if self.last.exists() else 'there is no checkpoint yet'
             raise TrainingError(
                 f'The loss was not finite for {self.skipped} steps in a row, up to step {done} with a learning rate of '
@@ -300,9 +302,9 @@ class Trainer:
     # -- after each epoch ----------------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> None:
-        row: Dict[str, Any] = {
+        row: dict[str, Any] = {
             'epoch': self.epoch, 'img_size': self.recipe.size_at(self.epoch),
-            'lr': self.optimizer.param_groups[0]['lr'], 'train_loss': self.loss_sum / self.updates_per_epoch,
+            'lr': self.optimizer.param_groups[-1]['lr'], 'train_loss': self.loss_sum / self.updates_per_epoch,
         }
         row.update(self._measure())
         before = self.history[-1]['seconds'] if self.history else 0
@@ -318,7 +320,7 @@ class Trainer:
             self.save(self.config.output / 'best.pt')
         self.save(self.last)
 
-    def _measure(self) -> Dict[str, float]:
+    def _measure(self) -> dict[str, float]:
         """Top-1 in percent of the held-out images, by the weights and by their average."""
         measured = {}
         for name, network in (('top1', self.model), ('ema_top1', self.ema.module if self.ema else None)):
@@ -327,7 +329,7 @@ class Trainer:
                 measured[name] = 100 * counts.top1_correct / counts.num_images
         return measured
 
-    def _count(self, network: Optional[nn.Module]) -> Optional[Counts]:
+    def _count(self, network: nn.Module | None) -> Counts | None:
         if network is None or self.data.held_out is None:
             return None
         with self._autocast():
@@ -335,7 +337,7 @@ class Trainer:
             return count_correct(network, batches)
 
 
-def train(recipe: Recipe, config: RunConfig) -> Dict[str, Any]:
+def train(recipe: Recipe, config: RunConfig) -> dict[str, Any]:
     """Run a recipe, or what is left of it.
 
     Args:

@@ -1,6 +1,6 @@
 """What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -56,7 +56,7 @@ class Distillation(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, recipe: Recipe, num_classes: int, mean: Tuple[float, ...], std: Tuple[float, ...]) -> None:
+    def __init__(self, recipe: Recipe, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.teacher = DistillationTeacher(
             recipe.teacher, num_classes=num_classes, pretrained_path=recipe.teacher_path or None).requires_grad_(False)
@@ -73,7 +73,7 @@ class Distillation(nn.Module):
         return self.temperature ** 2 * F.kl_div(student, teacher, reduction='batchmean', log_target=True)
 
 
-def learned_radii(model: nn.Module) -> Dict[str, Any]:
+def learned_radii(model: nn.Module) -> dict[str, Any]:
     """Each layer's radii in cells of its input grid, by the layer's name; a list where it has several heads."""
     radii = {name: module.radius().tolist() for name, module in model.named_modules() if hasattr(module, 'log_radius')}
     return {name: values if len(values) > 1 else values[0] for name, values in radii.items()}
@@ -102,7 +102,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
     """timm's schedule, a new learning rate each update."""
-    restarts: Dict[str, Any] = {'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': recipe.lr_cycle_decay,
+    restarts: dict[str, Any] = {'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': recipe.lr_cycle_decay,
                 'cycle_limit': recipe.lr_cycle_limit}
     epochs: Any = recipe.decay_epochs or recipe.epochs - (recipe.warmup_epochs if recipe.warmup_prefix else 0)
     scheduler: Scheduler
@@ -113,7 +113,7 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_pe
     return scheduler
 
 
-def create_mixup(recipe: Recipe, num_classes: int) -> Optional[Mixup]:
+def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
     """timm's mixup and cutmix, or None where the recipe has neither."""
     if not recipe.mixup and not recipe.cutmix:
         return None

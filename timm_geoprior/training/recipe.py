@@ -1,10 +1,11 @@
 """Recipes: everything that decides a training run, as one flat YAML file in timm's vocabulary."""
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -27,11 +28,11 @@ class Recipe:
     img_size: int  # side of the training images, pixels
 
     # model
-    model_kwargs: Dict[str, Any] = field(default_factory=dict)
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     drop: float = 0.0
     drop_path: float = 0.0
     sync_bn: bool = False
-    freeze: Tuple[str, ...] = ()  # modules that stay as they are, norms' statistics included
+    freeze: tuple[str, ...] = ()  # modules that stay as they are, norms' statistics included
     teacher: str = ''  # timm model whose logits are distilled, with the weights that its name has
     teacher_path: str = ''  # checkpoint of the teacher, in place of the weights that its name has
     distill_alpha: float = 0.5  # share of the teacher's loss
@@ -39,14 +40,14 @@ class Recipe:
 
     # data
     eval_size: int = 0  # side of the images when measured, 0 for img_size
-    progressive: Tuple[Tuple[int, int], ...] = ()  # (first epoch, size) pairs from epoch 0 on, in place of img_size
+    progressive: tuple[tuple[int, int], ...] = ()  # (first epoch, size) pairs from epoch 0 on, in place of img_size
     in_memory: bool = False  # hold the set in memory as uint8, crop and flip in batches
     memory_size: int = 64  # side of the images held in memory, pixels
     holdout: int = 0  # training images of each class kept out, to choose by
 
     # augmentation
-    scale: Tuple[float, float] = (0.08, 1.0)
-    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     color_jitter: float = 0.0
     aa: str = ''  # timm's string of an AutoAugment, RandAugment, AugMix or 3-Augment; 'ta_wide' for TrivialAugment
@@ -70,7 +71,7 @@ class Recipe:
     opt: str = 'sgd'
     momentum: float = 0.9
     weight_decay: float = 0.0
-    opt_kwargs: Dict[str, Any] = field(default_factory=dict)
+    opt_kwargs: dict[str, Any] = field(default_factory=dict)
     radius_lr: float = 1.0  # learning rate of the radii, as a multiple of lr
     grad_accum_steps: int = 1
     clip_grad: float = 0.0
@@ -125,7 +126,7 @@ class Recipe:
                 size = pixels
         return size
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The recipe as plain containers, every key written out."""
         return dataclasses.asdict(self)
 
@@ -182,13 +183,13 @@ def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe
     return Recipe(**{key: _convert(key, value, fields[key].type) for key, value in values.items()})
 
 
-def recipe_names() -> List[str]:
+def recipe_names() -> list[str]:
     """Names of the recipes that the package ships."""
     folder = resources.files('timm_geoprior') / 'recipes'
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith('.yaml'))
 
 
-def load_recipe(source: Union[str, Path], overrides: Optional[List[str]] = None) -> Recipe:
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
 
     Args:

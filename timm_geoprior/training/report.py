@@ -2,60 +2,30 @@
 import csv
 import io
 import json
-import platform
-import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
-import torchvision
 import yaml
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from .checkpoint import write_atomically
+from ..manifest import write_atomically
+from ..provenance import hardware, versions
 from .parts import learned_radii
 
 if TYPE_CHECKING:
     from .engine import Trainer
 
-__all__ = ['EpochLog', 'git_commit', 'plot_history', 'results', 'versions', 'write_results']
+__all__ = ['EpochLog', 'plot_history', 'results', 'write_results']
 
 
-def versions() -> Dict[str, str]:
-    """Versions of what computes."""
-    return {  # torch's is a class of its own, which a checkpoint loaded as data must not hold
-        'python': platform.python_version(), 'torch': str(torch.__version__),
-        'torchvision': str(torchvision.__version__), 'timm': timm.__version__}
-
-
-def git_commit() -> str:
-    """Commit of the checkout that this code lies in, '' outside of one; '-dirty' where tracked files are changed."""
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ['git', 'describe', '--always', '--abbrev=40', '--dirty', '--exclude=*'], cwd=folder, check=True,
-            capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ''
-    return done.stdout.strip()
-
-
-def hardware(device: torch.device) -> str:
-    """The device's name, or the number of CPU threads."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f'{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
-
-
-def write_epoch(history: List[Dict[str, Any]], output: Path) -> None:
+def write_epoch(history: list[dict[str, Any]], output: Path) -> None:
     """Write summary.csv anew from the whole history, so that a resumed run has no row twice."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in history for key in row)))
     writer.writeheader()
     writer.writerows(history)
-    write_atomically(output / 'summary.csv', lambda file: file.write(text.getvalue().encode()))
+    write_atomically(output / 'summary.csv', text.getvalue().encode())
 
 
 class EpochLog:
@@ -70,7 +40,7 @@ class EpochLog:
         self.output = output
         self.events = SummaryWriter(str(output / 'tensorboard'), purge_step=epochs_behind or None)
 
-    def write(self, history: List[Dict[str, Any]]) -> None:
+    def write(self, history: list[dict[str, Any]]) -> None:
         """Write the last row of the history to TensorBoard and all of it to summary.csv."""
         for key, value in history[-1].items():
             for head, number in enumerate(value if isinstance(value, list) else [value]):
@@ -84,7 +54,7 @@ class EpochLog:
         self.events.close()
 
 
-def plot_history(history: List[Dict[str, Any]], output: Path) -> None:
+def plot_history(history: list[dict[str, Any]], output: Path) -> None:
     """Draw curves.png (loss, accuracy, learning rate) and, where the model has radii, radii.png."""
     epochs = [row['epoch'] + 1 for row in history]
     radii = [key for key in history[0] if key.startswith('radius.')]
@@ -96,7 +66,7 @@ def plot_history(history: List[Dict[str, Any]], output: Path) -> None:
         _plot(epochs, history, [('radius (cells)', radii)], output / 'radii.png')
 
 
-def _plot(epochs: List[int], history: List[Dict[str, Any]], panels: List[Tuple[str, List[str]]], path: Path) -> None:
+def _plot(epochs: list[int], history: list[dict[str, Any]], panels: list[tuple[str, list[str]]], path: Path) -> None:
     figure = Figure(figsize=(4 * len(panels) + 1, 3.5), layout='constrained')
     for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key in keys:
@@ -109,11 +79,11 @@ def _plot(epochs: List[int], history: List[Dict[str, Any]], panels: List[Tuple[s
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120))
 
 
-def results(trainer: 'Trainer') -> Dict[str, Any]:
+def results(trainer: 'Trainer') -> dict[str, Any]:
     """What was run and what came of it."""
     return {
         'recipe': trainer.recipe.to_dict(), 'seed': trainer.config.seed, 'world_size': trainer.world_size,
-        'epochs': trainer.epoch, 'images': len(trainer.data.train) * trainer.recipe.batch_size,
+        'epochs': trainer.epoch, 'images_per_epoch': trainer.updates_per_epoch * trainer.recipe.batch_size,
         'parameters': sum(p.numel() for p in trainer.model.parameters()),
         'last': trainer.history[-1] if trainer.history else {}, 'best': trainer.best,
         'radii': learned_radii(trainer.model), 'hours': round(trainer.seconds / 3600, 3),
@@ -121,8 +91,8 @@ def results(trainer: 'Trainer') -> Dict[str, Any]:
     }
 
 
-def write_results(values: Dict[str, Any], output: Path) -> None:
+def write_results(values: dict[str, Any], output: Path) -> None:
     """Write results.json, and recipe.yaml with every key."""
-    write_atomically(output / 'results.json', lambda file: file.write(json.dumps(values, indent=2).encode()))
+    write_atomically(output / 'results.json', json.dumps(values, indent=2).encode())
     recipe = json.loads(json.dumps(values['recipe']))  # tuples as lists
-    write_atomically(output / 'recipe.yaml', lambda file: file.write(yaml.safe_dump(recipe, sort_keys=False).encode()))
+    write_atomically(output / 'recipe.yaml', yaml.safe_dump(recipe, sort_keys=False).encode())

@@ -1,6 +1,7 @@
 """The data of a run: training batches, and held-out ones to choose by."""
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ['TrainingData', 'open_data']
 
-Batches = Iterator[Tuple[torch.Tensor, torch.Tensor]]
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -33,16 +34,16 @@ class TrainingData:
         normalization: Mean and standard deviation of the channels that the images were normalised by.
     """
 
-    train: Union[MemoryLoader, FolderLoader]
-    held_out: Optional[Callable[[], Batches]]
-    class_names: Tuple[str, ...]
-    normalization: Tuple[Tuple[float, ...], Tuple[float, ...]]
+    train: MemoryLoader | FolderLoader
+    held_out: Callable[[], Batches] | None
+    class_names: tuple[str, ...]
+    normalization: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class _SomeImages:
     """Some images of a timm data set, with what `FolderLoader` needs of one: a reader, names, a length."""
 
-    def __init__(self, dataset: Any, indices: List[int]) -> None:
+    def __init__(self, dataset: Any, indices: list[int]) -> None:
         self.dataset, self.indices = dataset, indices
 
     @property
@@ -60,7 +61,7 @@ class _SomeImages:
         return str(self.dataset.filename(self.indices[index]))
 
 
-def _class_names(dataset: Any) -> Tuple[str, ...]:
+def _class_names(dataset: Any) -> tuple[str, ...]:
     return tuple(sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get))
 
 
@@ -118,7 +119,7 @@ def open_data(
     return TrainingData(folder, measured, names, (norms['mean'], norms['std']))
 
 
-def _pretrained_cfg(recipe: Recipe) -> Dict[str, Any]:
+def _pretrained_cfg(recipe: Recipe) -> dict[str, Any]:
     cfg = timm.get_pretrained_cfg(recipe.model)
     return cfg.to_dict() if cfg else {}
 
@@ -126,7 +127,7 @@ def _pretrained_cfg(recipe: Recipe) -> Dict[str, Any]:
 class _Transform:
     """timm's training transform for a size; a class, since workers that are spawned need to pickle it."""
 
-    def __init__(self, recipe: Recipe, norms: Dict[str, Any]) -> None:
+    def __init__(self, recipe: Recipe, norms: dict[str, Any]) -> None:
         self.recipe, self.norms = recipe, norms
 
     def __call__(self, size: int) -> Callable[..., torch.Tensor]:
