@@ -23,10 +23,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from . import __version__
-from .hub import WeightsError
+from .hub import WeightsError, download_tag
 from .images import ImageError, read_image, sample_image
 from .manifest import Manifest, ManifestError, ModelEntry, load_manifest
 from .radii import learned_radii
+from .verify import doctor, verify_tags
 
 __all__ = ['default_model', 'main']
 
@@ -169,6 +170,32 @@ def _classify(args: argparse.Namespace) -> int:
     return 1 if any('error' in result for result in results) else 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    checks = verify_tags(args.tags)
+    if not checks:
+        print('No tag in the manifest has weights.')
+    for check in checks:
+        verdict = {True: 'ok', False: 'FAILED', None: 'not checked'}[check.ok]
+        print(f'{check.name}  {check.what}: {verdict}. {check.detail}')
+    return 1 if any(check.ok is False for check in checks) else 0
+
+
+def _download(args: argparse.Namespace) -> int:
+    *tags, folder = args.names
+    if bool(tags) == args.all:
+        got = 'both tags and --all' if tags else 'a folder alone'
+        raise UsageError(f'Got {got}, expected tags and then a folder, or --all and a folder: name what to fetch.')
+    for name in tags or [entry.name for entry in load_manifest().models.values() if entry.has_weights]:
+        place = download_tag(name, folder)
+        print(f"{place}\n  timm.create_model('local-dir:{place}', pretrained=True)")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    print('\n'.join(_fields(doctor())))
+    return 0
+
+
 def _is_runnable(module: str) -> bool:
     """Whether `python -m MODULE` would find something to run."""
     try:
@@ -220,6 +247,15 @@ def _build_parser() -> argparse.ArgumentParser:
 
     command = add('info', _info, "print a model's manifest entry and its learned radii")
     command.add_argument('tag', metavar='TAG', help='architecture.tag, or an architecture for its default tag')
+
+    command = add('verify', _verify, 'hold bundled, cached and Hub files and golden outputs against the manifest')
+    command.add_argument('tags', nargs='*', metavar='TAG', help='default: all that have weights')
+
+    command = add('download', _download, 'make folders that `local-dir:` loads where there is no network')
+    command.add_argument('names', nargs='+', metavar='TAG... DIR', help='tags, and the folder that theirs go into')
+    command.add_argument('--all', action='store_true', help='all tags that have weights; then name the folder alone')
+
+    add('doctor', _doctor, 'print what a report of a problem needs: versions, cache, endpoint, which tags load')
 
     command = add('run', _run, 'run a Python script or module that uses timm, with these models registered')
     command.add_argument('-m', dest='module', action='store_true', help='the target is a module, as for `python -m`')

@@ -33,7 +33,7 @@ from .manifest import ModelEntry, load_manifest, write_atomically
 
 __all__ = [
     'WeightsError', 'build_with_verified_weights', 'download_tag', 'explain', 'load_golden', 'load_verified',
-    'pretrained_cfg', 'pretrained_cfgs', 'read_verified',
+    'pretrained_cfg', 'pretrained_cfgs', 'read_verified', 'require_weights',
 ]
 
 WEIGHTS_DIR = Path(__file__).parent / 'weights'
@@ -176,20 +176,33 @@ class _Asset:
         return _download(self, cache_dir, force)
 
 
-def _weights(entry: ModelEntry) -> _Asset:
+def require_weights(entry: ModelEntry) -> None:
+    """Refuse a tag that has no weights.
+
+    Args:
+        entry: The manifest's entry.
+
+    Raises:
+        WeightsError: It has none; the message names the tags that have.
+    """
     if not entry.has_weights:
         known = [other.name for other in load_manifest().models.values() if other.has_weights]
         raise WeightsError(
             f'{entry.name} has no weights (its status is {entry.status}), expected a tag that has: '
             f'{", ".join(known) or "none in this version"}. Take one of those, or pretrained=False.')
+
+
+def _weights(entry: ModelEntry) -> _Asset:
+    require_weights(entry)
     return _Asset(f'The weights of {entry.name}', bundled_path(entry), entry.hub_id, entry.revision, str(entry.file),
                   str(entry.sha256), entry.bytes)
 
 
 def _golden(entry: ModelEntry) -> _Asset:
+    weights = _weights(entry)
     assert entry.golden is not None, 'the manifest checks that every tag with weights has them'
     path = bundled_path(entry).with_suffix('.golden.safetensors')
-    return replace(_weights(entry), title=f'The golden outputs of {entry.name}', bundled=path, file=entry.golden.file,
+    return replace(weights, title=f'The golden outputs of {entry.name}', bundled=path, file=entry.golden.file,
                    sha256=entry.golden.sha256, size=None)
 
 

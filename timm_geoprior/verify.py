@@ -12,7 +12,17 @@ import torch
 from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
 from torch import Tensor, nn
 
-from .hub import WeightsError, bundled_path, endpoint, explain, load_golden, load_verified, read_verified, redact
+from .hub import (
+    WeightsError,
+    bundled_path,
+    endpoint,
+    explain,
+    load_golden,
+    load_verified,
+    read_verified,
+    redact,
+    require_weights,
+)
 from .manifest import ModelEntry, load_manifest, manifest_path
 
 __all__ = ['GOLDEN_TOLERANCE', 'Check', 'doctor', 'golden_error', 'verify_tags']
@@ -71,6 +81,8 @@ def verify_tags(names: Iterable[str] = ()) -> list[Check]:
     """
     manifest = load_manifest()
     entries = [manifest.get(name) for name in names] or [e for e in manifest.models.values() if e.has_weights]
+    for entry in entries:
+        require_weights(entry)
     return [check for entry in entries for check in _checks(entry)]
 
 

@@ -1,0 +1,127 @@
+"""What is written about the models is what the manifest says."""
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import timm
+import yaml
+from huggingface_hub import ModelCard, get_session
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from timm.models import save_for_hf
+
+from releases import NANO, using_manifest, with_entry
+from timm_geoprior.cards import BEGIN, END, hub_config, main, model_card, models_table, update_readme
+from timm_geoprior.manifest import Baseline, ManifestError, load_manifest, manifest_path
+from timm_geoprior.publish import read_staged
+
+ROOT = manifest_path().parent
+
+
+@pytest.fixture
+def entry(staged):
+    """A staged entry with figures and a baseline."""
+    entry = read_staged(staged, load_manifest())
+    plain = replace(entry.metrics[0], top1_correct=5300, top5_correct=7600)
+    return replace(entry, baseline=Baseline('resnet14', 1_180_000, plain), base_model='owner/other')
+
+
+def test_readme_has_the_manifests_table():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert f'{BEGIN}\n{models_table(load_manifest())}\n{END}' in text, 'write it anew: python -m timm_geoprior.cards'
+
+
+def test_table(entry):
+    rows = models_table(with_entry(replace(entry, status='bundled'))).splitlines()
+    assert len(rows) == 2 + len(load_manifest().models)
+    assert {row.count('|') for row in rows} == {10}
+    (row,) = (row for row in rows if NANO in row)
+    assert [cell.strip() for cell in row.strip('|').split('|')] == [
+        f'`{NANO}`', 'bundled', 'Tiny-ImageNet-200', '64 px', f'{entry.parameters:,}', '54.32%', '76.54%',
+        '53.00% (1,180,000 parameters)', '2.2 MB']
+
+
+def test_readme_is_written_between_its_markers(tmp_path, monkeypatch):
+    readme, path = tmp_path / 'README.md', tmp_path / 'weights_manifest.json'
+    path.write_text(load_manifest().to_json(), encoding='utf-8')
+    readme.write_text(f'# Title\n\n{BEGIN}\nold\n{END}\n\nthe rest\n', encoding='utf-8')
+    assert update_readme(readme, load_manifest())
+    assert readme.read_text(encoding='utf-8') == (
+        f'# Title\n\n{BEGIN}\n{models_table(load_manifest())}\n{END}\n\nthe rest\n')
+    assert not update_readme(readme, load_manifest())
+    readme.write_text('# Title\n', encoding='utf-8')
+    with using_manifest(path):
+        monkeypatch.setattr('timm_geoprior.cards.manifest_path', lambda: path)
+        with pytest.raises(ManifestError, match='has no lines <!-- models:begin -->'):
+            main()
+    assert readme.read_text(encoding='utf-8') == '# Title\n'
+
+
+def test_config_is_what_timm_would_save(tmp_path):
+    entry = load_manifest().get(NANO)
+    save_for_hf(timm.create_model(NANO), tmp_path, safe_serialization=True)
+    timms = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
+    ours = json.loads(json.dumps(hub_config(entry)))
+    for key in ('architecture', 'num_classes'):
+        assert ours[key] == timms[key]
+    for key in ('tag', 'input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'num_classes',
+                'pool_size', 'first_conv', 'classifier', 'license', 'custom_load'):
+        assert ours['pretrained_cfg'][key] == timms['pretrained_cfg'][key], key
+    assert ours['label_names'] == list(load_manifest().label_sets[entry.label_set].names)
+    assert 'label_names' not in hub_config(load_manifest().get('geoprior_resnet50'))  # known by their number
+
+
+def test_front_matter(staged, entry):
+    card = ModelCard.load(staged / 'README.md')
+    data = card.data.to_dict()
+    assert data.items() >= {
+        'license': 'apache-2.0', 'library_name': 'timm', 'pipeline_tag': 'image-classification',
+        'datasets': ['zh-plus/tiny-imagenet']}.items()
+    assert {'timm', 'image-classification', 'geoprior'} <= set(data['tags'])
+    name, results = model_index_to_eval_results(data['model-index'])
+    assert name == NANO
+    assert [(r.metric_name, r.metric_value, r.dataset_split) for r in results] == [
+        ('Top-1 accuracy', 54.32, 'validation'), ('Top-5 accuracy', 76.54, 'validation')]
+    assert 'base_model' not in data
+    assert model_card(entry, load_manifest()).data.base_model == 'owner/other'
+    assert ModelCard(str(card)).data.to_dict() == data
+
+
+def test_card_passes_the_hubs_validation(hub, staged):
+    card = ModelCard.load(staged / 'README.md')
+    card.validate()
+    assert hub.count('validate-yaml') == 1
+    card.data.license = 'my own'
+    answer = get_session().post(f'{hub.url}/api/validate-yaml', json={'content': str(card)})
+    assert answer.status_code == 400
+
+
+def test_card_text(entry, staged):
+    recipe = yaml.safe_dump({'name': 'r64_tin200', 'lr': 0.5})
+    text = model_card(entry, load_manifest(), recipe).text
+    assert re.findall(r'^## (.*)$', text, flags=re.MULTILINE) == [
+        'Use', 'Figures', 'Training', 'How far each layer looks', 'What is reconstructed', 'Intended use and limits',
+        'Citation']
+    assert '54.32% (5,432)' in text
+    assert 'gives the plain `resnet14` (1,180,000 parameters; ' in text
+    assert '2 epochs in 2.0 hours on a CPU' in text
+    assert f'python scripts/validate.py --model {NANO} --data-dir DIR --check' in text
+    assert 'non-commercial' in text
+    assert recipe in text
+    (image,) = re.findall(r'!\[.*?\]\((.*?)\)', text)
+    with Image.open(staged / image) as plot:
+        assert min(plot.size) > 300
+    assert 'train_log.csv' not in model_card(entry, load_manifest(), log=False).text
+    planned = load_manifest().get('geoprior_resnet50')
+    assert 'Figures' not in model_card(planned, load_manifest()).text
+
+
+def test_the_cards_five_lines_run(staged, entry, monkeypatch, tmp_path):
+    (code,) = re.findall(r'```python\n(.*?)```', model_card(entry, load_manifest()).text, flags=re.DOTALL)
+    assert len(code.splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (80, 60), 'orange').save('image.jpg')
+    names = {}
+    exec(code.replace(f"'{NANO}'", f"'local-dir:{staged}'"), names)
+    assert names['probabilities'].shape == (1, 200)

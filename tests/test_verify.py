@@ -1,0 +1,176 @@
+"""verify, download and doctor, as functions and as commands."""
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from hub_server import status
+from releases import NANO, planned, put_on, using_manifest, with_entry
+from timm_geoprior import hub as hub_module
+from timm_geoprior.cli import main
+from timm_geoprior.hub import bundled_path, load_verified
+from timm_geoprior.manifest import load_manifest
+from timm_geoprior.publish import bundle
+from timm_geoprior.verify import GOLDEN_TOLERANCE, doctor, golden_error, verify_tags
+
+
+@pytest.fixture
+def use(tmp_path, monkeypatch):
+    """Let the package have a manifest with one other entry, and an empty cache and weights folder."""
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(hub_module, 'WEIGHTS_DIR', tmp_path / 'weights')
+    path = tmp_path / 'weights_manifest.json'
+    with ExitStack() as stack:
+        def enter(entry):
+            path.write_text(with_entry(entry).to_json(), encoding='utf-8')
+            stack.enter_context(using_manifest(path))
+            return path
+        yield enter
+
+
+@pytest.fixture
+def published(hub, staged, use):
+    """A published tag, not yet in the cache."""
+    entry = put_on(hub, staged)
+    use(entry)
+    return entry
+
+
+@pytest.fixture
+def bundled(staged, use, tmp_path):
+    """A tag in the package."""
+    entry = bundle(staged, use(planned()))
+    use(entry)
+    return entry
+
+
+def verdicts(*names):
+    return {check.what: check.ok for check in verify_tags(names)}
+
+
+def test_this_package_is_as_its_manifest_says():
+    """Every bundled tag, with its golden outputs in float32."""
+    names = [entry.name for entry in load_manifest().models.values() if entry.status == 'bundled']
+    assert [check for check in (verify_tags(names) if names else []) if not check.ok] == []
+
+
+def test_bundled_tag(bundled, hub):
+    assert verdicts() == verdicts(NANO) == {'bundled file': True, 'golden outputs': True}
+    assert hub.requests == []
+    path = bundled_path(bundled)
+    path.write_bytes(path.read_bytes()[:-1] + b'?')
+    assert verdicts() == {'bundled file': False, 'golden outputs': False}
+    path.unlink()
+    assert verdicts() == {'bundled file': False, 'golden outputs': False}
+
+
+def test_published_tag(published, hub):
+    assert verdicts() == {'cached file': None, 'file on the Hub': True, 'golden outputs': True}
+    assert verdicts() == {'cached file': True, 'file on the Hub': True, 'golden outputs': True}
+    hub.repos['owner/nano'].find(published.revision).files['model.safetensors'] = hub.store(b'other')
+    assert verdicts() == {'cached file': True, 'file on the Hub': False, 'golden outputs': True}
+    hub.fault('HEAD', status(503), times=1000)
+    (found,) = (check for check in verify_tags() if check.what == 'file on the Hub')
+    assert (found.ok, 'answered 503' in found.detail) == (False, True)
+
+
+def test_spoilt_cache_is_told_and_then_mended(published, tmp_path):
+    load_verified(published)
+    next((tmp_path / 'cache').rglob('model.safetensors')).resolve().write_bytes(b'spoilt')
+    assert verdicts() == {'cached file': False, 'file on the Hub': True, 'golden outputs': True}
+    assert verdicts() == {'cached file': True, 'file on the Hub': True, 'golden outputs': True}
+
+
+def test_offline_the_hub_is_not_asked(published, hub, monkeypatch):
+    assert verdicts()['golden outputs']
+    hub.requests.clear()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert verdicts() == {'cached file': True, 'file on the Hub': None, 'golden outputs': True}
+    assert hub.requests == []
+
+
+def test_golden_outputs_notice_a_radius(staged):
+    model = timm.create_model(f'local-dir:{staged}', pretrained=True)
+    golden = load_file(staged / 'golden.safetensors')
+    assert golden_error(model, golden) <= 0.1 * GOLDEN_TOLERANCE
+    with torch.no_grad():
+        model.layer2[0].conv2.attn.log_radius += 0.1
+    assert golden_error(model, golden) > GOLDEN_TOLERANCE
+    with torch.no_grad():
+        model.layer2[0].conv2.attn.log_radius *= float('nan')
+    assert not golden_error(model, golden) <= GOLDEN_TOLERANCE
+
+
+def test_wrong_golden_outputs_are_told(bundled, tmp_path):
+    path = bundled_path(bundled).with_suffix('.golden.safetensors')
+    golden = load_file(path)
+    save_file({**golden, 'logits': golden['logits'] + 1}, path)
+    (check,) = (check for check in verify_tags() if check.what == 'golden outputs')
+    assert check.ok is False
+    assert 'sha256' in check.detail
+
+
+def test_verify_command(bundled, capsys):
+    assert main(['verify']) == 0
+    assert f'{NANO}  golden outputs: ok. logits differ by' in capsys.readouterr().out
+    bundled_path(bundled).unlink()
+    assert main(['verify', 'geoprior_resnet14_nano']) == 1
+    assert f'{NANO}  bundled file: FAILED. The weights of {NANO}' in capsys.readouterr().out
+    for name, message in (('geoprior_resnet50', 'has no weights'), ('resnet50', 'expected one of')):
+        assert main(['verify', name]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_verify_command_without_any_weights(use, capsys):
+    use(planned())
+    assert main(['verify']) == 0
+    assert capsys.readouterr().out == 'No tag in the manifest has weights.\n'
+
+
+def test_download_command(published, hub, capsys, tmp_path):
+    assert main(['download', '--all', str(tmp_path / 'offline')]) == 0
+    place = tmp_path / 'offline' / NANO
+    assert capsys.readouterr().out.splitlines()[0] == str(place)
+    assert golden_error(timm.create_model(f'local-dir:{place}', pretrained=True),
+                        load_file(place / 'golden.safetensors')) <= 1e-5
+    hub.requests.clear()
+    assert main(['download', NANO, str(tmp_path / 'offline')]) == 0
+    assert hub.requests == []
+    capsys.readouterr()
+    for arguments, message in (([str(tmp_path / 'x')], 'a folder alone'), ([NANO, 'x', '--all'], 'both tags and --all'),
+                               (['geoprior_resnet50', str(tmp_path / 'x')], 'has no weights')):
+        assert main(['download', *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / 'x').exists()
+
+
+def test_doctor_says_which_tags_load(published, hub):
+    assert doctor()['tags'][NANO].startswith('published, not in the cache; the file on the Hub: owner/nano at')
+    assert hub.count('GET /objects') == 0
+    load_verified(published)
+    assert doctor()['tags'][NANO] == 'published, loads'
+    assert doctor()['tags']['geoprior_resnet50.paper_in1k'] == 'planned, no weights'
+
+
+def test_doctor_says_what_is_wrong(bundled):
+    bundled_path(bundled).write_bytes(b'cut off')
+    assert doctor()['tags'][NANO].startswith(f'bundled, does not load: The weights of {NANO} in')
+
+
+def test_doctor_tells_no_secrets(use, capsys, monkeypatch, hub):
+    use(replace(planned()))
+    monkeypatch.setenv('HF_TOKEN', 'hf_writetoken')
+    monkeypatch.setenv('HF_ENDPOINT', 'https://user:password@hub.example/?signature=abc')
+    monkeypatch.setattr(constants, 'ENDPOINT', 'https://user:password@hub.example')
+    report = doctor()
+    assert main(['doctor']) == 0
+    for text in (json.dumps(report), capsys.readouterr().out):
+        assert not any(secret in text for secret in ('writetoken', 'password', 'user', 'signature'))
+    assert (report['logged_in'], report['endpoint']) == (True, 'https://***@hub.example')
+    assert report['packages']['timm'] == timm.__version__
+    assert report['cache_writable'] is True
