@@ -13,10 +13,10 @@ from hub_server import status
 from releases import NANO, planned, put_on, using_manifest, with_entry
 from timm_geoprior import hub as hub_module
 from timm_geoprior.cli import main
-from timm_geoprior.hub import bundled_path, load_verified
+from timm_geoprior.hub import bundled_path, load_golden, load_verified
 from timm_geoprior.manifest import load_manifest
 from timm_geoprior.publish import bundle
-from timm_geoprior.verify import GOLDEN_TOLERANCE, doctor, golden_error, verify_tags
+from timm_geoprior.verify import GOLDEN_TOLERANCES, doctor, golden_error, verify_tags
 
 
 @pytest.fixture
@@ -54,9 +54,13 @@ def verdicts(*names):
 
 
 def test_this_package_is_as_its_manifest_says():
-    """Every bundled tag, with its golden outputs in float32."""
+    """Every bundled tag, with its golden outputs."""
     names = [entry.name for entry in load_manifest().models.values() if entry.status == 'bundled']
     assert [check for check in (verify_tags(names) if names else []) if not check.ok] == []
+    for name in names:
+        for precision in ('float16', 'bfloat16'):
+            model = timm.create_model(name, pretrained=True, dtype=getattr(torch, precision))
+            assert golden_error(model, load_golden(load_manifest().get(name))) <= GOLDEN_TOLERANCES[precision]
 
 
 def test_bundled_tag(bundled, hub):
@@ -97,13 +101,14 @@ def test_offline_the_hub_is_not_asked(published, hub, monkeypatch):
 def test_golden_outputs_notice_a_radius(staged):
     model = timm.create_model(f'local-dir:{staged}', pretrained=True)
     golden = load_file(staged / 'golden.safetensors')
-    assert golden_error(model, golden) <= 0.1 * GOLDEN_TOLERANCE
+    tolerance = GOLDEN_TOLERANCES['float32']
+    assert golden_error(model, golden) <= tolerance
     with torch.no_grad():
         model.layer2[0].conv2.attn.log_radius += 0.1
-    assert golden_error(model, golden) > GOLDEN_TOLERANCE
+    assert golden_error(model, golden) > tolerance
     with torch.no_grad():
         model.layer2[0].conv2.attn.log_radius *= float('nan')
-    assert not golden_error(model, golden) <= GOLDEN_TOLERANCE
+    assert not golden_error(model, golden) <= tolerance
 
 
 def test_wrong_golden_outputs_are_told(bundled, tmp_path):

@@ -247,8 +247,14 @@ def plot_radii(layers: list[LayerRadii], path: Path) -> None:
     for index, layer in enumerate(layers):
         axes.plot([index] * len(layer.relative), layer.relative, 'o', color='C0')
     axes.set_yscale('log')
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(min(lowest, 0.02), max(highest, 5))  # so that the plots of different networks compare
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('')
     axes.axhline(1, color='0.7', linewidth=1)
-    axes.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=90, fontsize=7)
+    names = [f'{layer.name.removesuffix(".conv2.attn")}  ({layer.height} x {layer.width})' for layer in layers]
+    axes.set_xticks(range(len(layers)), names, rotation=90, fontsize=7)
+    axes.set_xlabel('layer and its map in cells')
     axes.set_ylabel('radius / side of the map')
     figure.savefig(path, dpi=120, metadata={'Software': None})
 

@@ -41,7 +41,7 @@ from .manifest import (
 )
 from .radii import learned_radii
 from .training.checkpoint import CheckpointError, load_checkpoint
-from .verify import GOLDEN_TOLERANCE, golden_error
+from .verify import GOLDEN_TOLERANCES, golden_error
 
 __all__ = [
     'Checkpoint', 'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_checkpoint', 'stage',
@@ -288,7 +288,7 @@ def _write_papers(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, r
 def _recipe_text(entry: ModelEntry, checkpoint: Checkpoint) -> str:
     """The recipe as it was run, else as the package ships it."""
     if checkpoint.recipe:
-        return yaml.safe_dump(checkpoint.recipe, sort_keys=False)
+        return yaml.safe_dump(checkpoint.recipe, sort_keys=False, default_flow_style=None)
     shipped = Path(__file__).parent / 'recipes' / f'{entry.recipe}.yaml'
     return shipped.read_text(encoding='utf-8') if shipped.exists() else ''
 
@@ -297,10 +297,10 @@ def _check_loads(entry: ModelEntry, folder: Path) -> None:
     """The folder as timm opens it gives the golden logits."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     error = golden_error(model, load_file(folder / GOLDEN))
-    if not error <= GOLDEN_TOLERANCE:
+    if not error <= GOLDEN_TOLERANCES['float32']:
         raise PublishError(
             f'{entry.name} from {folder} gives logits that differ from the golden ones by {error:.1e} of the largest, '
-            f'expected at most {GOLDEN_TOLERANCE:.0e}: stage it again.')
+            f"expected at most {GOLDEN_TOLERANCES['float32']:.0e}: stage it again.")
 
 
 def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], tuple[Metric, ...]]]:
