@@ -59,7 +59,9 @@ class Distillation(nn.Module):
     def __init__(self, recipe: Recipe, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.teacher = DistillationTeacher(
-            recipe.teacher, num_classes=num_classes, pretrained_path=recipe.teacher_path or None).requires_grad_(False)
+            recipe.teacher, num_classes=num_classes, pretrained_path=recipe.teacher_path or None,
+            device=torch.device('cpu'),  # where timm 1.0.24 and older take CUDA; the whole module is moved later
+        ).requires_grad_(False)
         self.temperature = recipe.distill_temperature
         self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1))
