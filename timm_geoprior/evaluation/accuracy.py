@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['Counts', 'count_correct', 'reduce_sum', 'target_ranks']
+__all__ = ['Counts', 'count_correct', 'joined', 'reduce_sum', 'target_ranks']
 
 
 class Counts(NamedTuple):
@@ -36,6 +36,11 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
     return (~(logits <= own) | ((logits == own) & before)).sum(1)
 
 
+def joined() -> bool:
+    """Whether this process belongs to a group of processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def reduce_sum(tensor: Tensor) -> Tensor:
     """Sum an integer tensor over all processes, in place; alone, it stays as it is.
 
@@ -45,7 +50,7 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     Returns:
         The tensor itself.
     """
-    if dist.is_available() and dist.is_initialized():
+    if joined():
         dist.all_reduce(tensor)
     return tensor
 

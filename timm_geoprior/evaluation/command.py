@@ -17,9 +17,10 @@ from timm.utils import init_distributed_device
 
 from ..hub import WeightsError
 from ..manifest import ManifestError, load_manifest
+from .accuracy import joined
 from .arguments import parse_arguments
 from .check import deviations, find_metric
-from .classes import ClassMismatchError
+from .classes import ClassMismatchError, match_classes
 from .data import EvalSet, fingerprint, open_data, plain_archive
 from .errors import EvaluationError, ProcessError
 from .evaluate import Evaluation, Plan, Settings, check_data, evaluate, plan
@@ -74,7 +75,11 @@ def _device(args: argparse.Namespace) -> torch.device:
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         raise EvaluationError(f'--device is {args.device}, and torch finds no GPU, expected one: name cpu.')
     try:
-        device: torch.device = init_distributed_device(args)
+        if joined():
+            args.rank, args.world_size = dist.get_rank(), dist.get_world_size()
+            device = torch.empty(0, device=args.device).device
+        else:
+            device = init_distributed_device(args)
         torch.empty(0, device=device)
     except Exception as error:  # torch's own differ from device to device
         raise EvaluationError(f'--device {args.device} cannot be used ({str(error).splitlines()[0]}), expected cuda, '
@@ -94,7 +99,7 @@ def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
 def _names(args: argparse.Namespace) -> list[str | None]:
     """The models to measure; None is the one that the checkpoint names."""
     if args.tag is None:
-        return [args.model]
+        return [load_manifest().get(args.model).name if args.check and args.model else args.model]
     if not _is_sweep(args):
         return [load_manifest().get(args.tag).name]
     pattern = '*' if args.tag == 'all' else args.tag
@@ -144,6 +149,9 @@ def _measure_all(run: _Run) -> None:
 
 def _measure(run: _Run, data: EvalSet, name: str | None) -> None:
     args, settings = run.args, run.settings
+    if _is_sweep(args) and name is not None:  # do not fetch weights for other classes
+        labels = load_manifest().label_sets[load_manifest().get(name).label_set]
+        match_classes(data.classes, labels.wnids, labels.names, labels.num_classes, args.subset)
     loaded = load_model(name, args.checkpoint, args.use_ema, args.num_classes,
                         args.input_size[0] if args.input_size else 3, args.model_kwargs)
     planned = plan(data, loaded, settings)
@@ -220,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_arguments(argv)
     command = shlex.join(sys.argv if argv is None else ['validate.py', *argv])
-    joined_before = dist.is_available() and dist.is_initialized()
+    joined_before = joined()
     args.rank = 0
     try:
         _check_output(args)
@@ -236,5 +244,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        if dist.is_available() and dist.is_initialized() and not joined_before:
+        if joined() and not joined_before:
             dist.destroy_process_group()

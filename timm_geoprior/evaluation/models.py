@@ -126,9 +126,10 @@ def _read_checkpoint(path: Path, use_ema: bool) -> _Checkpoint:
         raise EvaluationError(f'{path} does not exist, expected a checkpoint file: check --checkpoint.')
     try:
         if path.suffix == '.safetensors':
-            return _Checkpoint(load_state_dict(str(path)))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what timm's own checkpoints hold
-            content = torch.load(path, map_location='cpu', weights_only=True)
+            content = load_state_dict(str(path))
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # what timm's own checkpoints hold
+                content = torch.load(path, map_location='cpu', weights_only=True)
         averaged = any(content.get(key) is not None for key in ('ema', 'state_dict_ema', 'model_ema'))
         if use_ema and not averaged:
             raise EvaluationError(f'{path} holds no averaged weights, expected some for --use-ema: leave it out.')

@@ -13,7 +13,7 @@ from timm.data import create_loader
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .accuracy import Counts, reduce_sum, target_ranks
+from .accuracy import Counts, joined, reduce_sum, target_ranks
 from .data import EvalSet, take_shards
 from .errors import ProcessError
 
@@ -333,7 +333,7 @@ def _collect(
 
 def gather(own: _Array) -> _Array:
     """The arrays of all processes, one after the other."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not joined():
         return own
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)

@@ -1,0 +1,422 @@
+"""The parts of evaluation: counting, classes, preflight, archives, weights, figures."""
+import bz2
+import gzip
+import io
+import lzma
+import math
+import pickle
+import resource
+import shutil
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from timm_geoprior.evaluation import Counts, count_correct, target_ranks
+from timm_geoprior.evaluation.check import deviations, find_metric
+from timm_geoprior.evaluation.classes import ClassMismatchError, match_classes
+from timm_geoprior.evaluation.data import ilsvrc_val_labels, open_data, plain_archive
+from timm_geoprior.evaluation.errors import EvaluationError
+from timm_geoprior.evaluation.metrics import calibrate, confused_pairs, per_class, wilson_interval
+from timm_geoprior.evaluation.models import load_model
+from timm_geoprior.evaluation.predict import Forward, Predictions, predict
+from timm_geoprior.evaluation.preflight import empty_folders, image_fault, repeated_classes
+from timm_geoprior.manifest import Metric, load_manifest
+
+NAN = math.nan
+OFFICIAL_LABELS = Path(__file__).parents[2] / 'shared' / 'data' / 'ilsvrc2012_val_labels.txt'
+
+
+@pytest.mark.parametrize(('scores', 'target', 'rank'), [
+    ([1, 3, 2], 1, 0),
+    ([1, 3, 2], 0, 2),
+    ([5, 5, 5], 0, 0),  # of equal scores the lower index stands first
+    ([5, 5, 5], 2, 2),
+    ([1, NAN, 2], 2, 1),
+    ([1, NAN, 2], 1, 3),  # never right
+    ([-math.inf, -math.inf, 0], 1, 2),
+])
+def test_the_rank_of_a_target(scores, target, rank):
+    assert target_ranks(torch.tensor([scores], dtype=torch.float32), torch.tensor([target])).tolist() == [rank]
+
+
+@given(st.integers(0, 2 ** 31), st.integers(1, 12), st.integers(2, 30), st.sampled_from(['float32', 'bfloat16']))
+@settings(deadline=None, max_examples=60)
+def test_ranks_are_a_stable_sorting(seed, batch, classes, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(batch, classes, generator=generator).to(getattr(torch, dtype))
+    targets = torch.randint(classes, (batch,), generator=generator)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    assert target_ranks(scores, targets).tolist() == (order == targets[:, None]).int().argmax(1).tolist()
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 64])
+def test_counts_do_not_depend_on_the_batches(batch_size):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(20, 20, bias=False)
+    nn.init.eye_(model.weight)
+    images = torch.randn(101, 20, generator=generator)
+    targets = torch.randint(20, (101,), generator=generator)
+    places = (images.argsort(1, descending=True) == targets[:, None]).int().argmax(1)
+    expected = (101, int((places == 0).sum()), int((places < 5).sum()))
+    assert count_correct(model, zip(images.split(batch_size), targets.split(batch_size), strict=True)) == expected
+    assert count_correct(model, []) == Counts(0, 0, 0)
+
+
+def test_counting_leaves_each_module_in_its_mode():
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.BatchNorm1d(8)).train()
+    model[0].eval()
+    count_correct(model, [(torch.randn(4, 8), torch.zeros(4, dtype=torch.int64))])
+    assert [module.training for module in model.modules()] == [True, False, True]
+    assert model[1].num_batches_tracked == 0
+
+
+def test_the_labels_of_ilsvrc():
+    labels = ilsvrc_val_labels()
+    assert labels.shape == (50_000,)
+    assert set(np.bincount(labels)) == {50}
+    # what Imagenette's folders say of the validation images that are in it
+    known = {293: 0, 665: 217, 557: 482, 537: 491, 4939: 497, 957: 566, 1144: 569, 732: 571, 2314: 574, 1440: 701}
+    assert {number: labels[number - 1] for number in known} == known
+    if OFFICIAL_LABELS.exists():
+        assert labels.tolist() == [int(line) for line in OFFICIAL_LABELS.read_text().split()]
+
+
+WNIDS, NAMES = ('n01', 'n02', 'n03', 'n04'), ('cat', 'crane', 'dog', 'crane')
+
+
+@pytest.mark.parametrize(('data', 'subset', 'to_model', 'competing', 'note'), [
+    (['n01', 'n02', 'n03', 'n04'], False, [0, 1, 2, 3], None, ''),
+    (['n04', 'n02'], False, [3, 1], None, "not in the model's order"),
+    (['n02', 'n04'], False, [1, 3], None, "2 of the model's 4 classes"),
+    (['n02', 'n04'], True, [1, 3], (1, 3), '2 classes are in both'),
+    (['n09', 'n03', 'n01'], True, [-1, 2, 0], (0, 2), '2 classes are in both, of 3'),
+    (['cat', 'crane', 'dog', 'crane'], False, [], None, ''),  # names that stand twice, in the model's order
+    (['0', '1', '2', '3'], False, [], None, 'their order is taken'),
+    ([], False, [], None, 'their order is taken'),
+])
+def test_classes_are_matched_by_name(data, subset, to_model, competing, note):
+    match = match_classes(data, WNIDS, NAMES, 4, subset)
+    assert (match.to_model.tolist(), match.competing) == (to_model, competing)
+    assert note in ' '.join(match.notes)
+    assert bool(note) == bool(match.notes)
+    labels = np.arange(len(data) or 4)
+    assert match.apply(labels).tolist() == (to_model or labels.tolist())
+
+
+@pytest.mark.parametrize(('data', 'subset', 'message'), [
+    (['n01', 'n09'], False, r'1 of the 2 classes are not among .* \(n09\)'),
+    (['a', 'b', 'c'], False, r"3 classes \(a, b, c\), expected the model's 4, which begin with n01"),
+    (['a', 'b', 'c', 'd'], True, 'no name in common'),
+])
+def test_classes_that_do_not_match_are_refused(data, subset, message):
+    with pytest.raises(ClassMismatchError, match=message):
+        match_classes(data, WNIDS, NAMES, 4, subset)
+
+
+def encoded(form: str, **options) -> bytes:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    picture.save(content, form, **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(('content', 'fault'), [
+    (encoded('JPEG'), None),
+    (encoded('PNG'), None),
+    (encoded('GIF'), None),
+    (encoded('JPEG') + bytes(9), None),  # padded, as some files of ImageNet are
+    (encoded('JPEG')[:-200], 'truncated'),
+    (encoded('PNG')[:-200], 'truncated'),
+    (encoded('GIF')[:-200], 'truncated'),
+    (b'', 'cannot identify'),
+    (b'<html>not found</html>', 'cannot identify'),
+])
+def test_an_unreadable_image_is_found(content, fault):
+    found = image_fault(io.BytesIO(content))
+    assert found is None if fault is None else fault in found
+
+
+def make_folder(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded('JPEG'))
+    return root
+
+
+def test_folders_that_are_empty_or_stand_twice(tmp_path):
+    make_folder(tmp_path, 'val/a/1.jpg', 'val/b/2.jpg')
+    (tmp_path / 'val' / 'c').mkdir()
+    data = open_data(tmp_path)
+    assert empty_folders(data) == ['c']
+    assert repeated_classes(data) == []
+    make_folder(tmp_path, 'train/a/1.jpg', 'train/B/3.jpg')
+    assert repeated_classes(open_data(tmp_path, split='testing')) == [
+        ('a', ['train/a', 'val/a']), ('b', ['B', 'b'])]
+
+
+@pytest.mark.parametrize(('ending', 'compress'), [
+    ('.tar', bytes), ('.tar.xz', lzma.compress), ('.tgz', gzip.compress), ('.tar.bz2', bz2.compress), ('.TAR', bytes)])
+def test_an_archive_of_any_compression(ending, compress, tmp_path):
+    make_folder(tmp_path / 'set', 'val/b/1.jpg', 'val/a/2.jpg')
+    plain = Path(shutil.make_archive(str(tmp_path / 'made'), 'tar', tmp_path / 'set'))
+    path = tmp_path / f'images{ending}'
+    path.write_bytes(compress(plain.read_bytes()))
+    with plain_archive(path) as root:
+        data = open_data(root)
+        assert (data.classes, data.labels.tolist()) == (('a', 'b'), [0, 1])
+        assert [name.removeprefix('./') for name in data.names] == ['val/a/2.jpg', 'val/b/1.jpg']
+    assert (root == path) == (ending == '.tar')
+    assert root.exists() == (ending == '.tar')
+
+
+@pytest.mark.parametrize(('name', 'content', 'message'), [
+    ('cut.tar.xz', lzma.compress(bytes(9999))[:60], 'cannot be unpacked .* damaged or cut off'),
+    ('cut.tar.gz', gzip.compress(np.random.default_rng(0).bytes(999))[:500], 'cannot be unpacked'),
+    ('photo.tar', encoded('JPEG'), 'cannot be opened .ReadError'),
+    ('empty.tar', b'', 'cannot be opened'),
+    ('missing.tar', None, 'does not exist'),
+])
+def test_a_file_that_is_no_archive(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(EvaluationError, match=message), plain_archive(path) as root:
+        open_data(root)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_ilsvrc_as_downloaded_is_labelled(packed, tmp_path):
+    names = [f'ILSVRC2012_val_{number:08d}.JPEG' for number in (957, 293, 1440)]
+    make_folder(tmp_path / 'val', *names)
+    if packed:  # beside the archive of training images, as people keep them
+        with tarfile.open(tmp_path / 'ILSVRC2012_img_val.tar', 'w') as archive:
+            for name in names:
+                archive.add(tmp_path / 'val' / name, name)
+        shutil.rmtree(tmp_path / 'val')
+        (tmp_path / 'ILSVRC2012_img_train.tar').write_bytes(b'')
+    data = open_data(tmp_path)
+    assert [(name.rpartition('_')[2], label) for name, label in zip(data.names, data.labels, strict=True)] == [
+        ('00000293.JPEG', 0), ('00000957.JPEG', 566), ('00001440.JPEG', 701)]
+    assert (len(data.classes), data.classes[0]) == (1000, 'n01440764')
+
+
+@pytest.mark.parametrize(('names', 'message'), [
+    (['ILSVRC2012_val_00050001.JPEG'], '00050001.JPEG lies in no class folder'),
+    (['ILSVRC2012_val_00000001.JPEG', 'me.jpg'], 'me.jpg lies in no class folder'),
+    ([], 'Found 0 images'),
+])
+def test_other_flat_folders_are_refused(names, message, tmp_path):
+    with pytest.raises(EvaluationError, match=message):
+        open_data(make_folder(tmp_path, *names))
+
+
+def test_wilson_intervals():
+    stats = pytest.importorskip('scipy.stats')
+    for correct, total in ((0, 10), (3, 10), (10, 10), (7613, 10_000), (1, 1)):
+        expected = stats.binomtest(correct, total).proportion_ci(0.95, 'wilson')
+        assert wilson_interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson_interval(0, 0) == (0, 1)
+
+
+def predictions_of(target, predicted, rank, confidence) -> Predictions:
+    return Predictions(np.arange(len(target)), *(np.array(column, np.int32) for column in (target, rank, predicted)),
+                       np.array(confidence, np.float32))
+
+
+def test_figures_by_class_and_confusion():
+    found = predictions_of([0, 0, 0, 2, 2], [1, 1, 0, 2, 0], [1, 7, 0, 0, 2], [.9, .8, .7, .6, .5])
+    rows = per_class(found, ('a', 'b', 'c'), ('ant', 'bee', ''))
+    assert [(row['wnid'], row['num_images'], row['top1_correct'], row['top5_correct'], row['most_often_taken_for'])
+            for row in rows] == [('a', 3, 1, 2, 'bee'), ('c', 2, 1, 2, 'ant')]
+    assert rows[0]['top1_low'] < rows[0]['top1'] == 33.3333 < rows[0]['top1_high']
+    pairs = confused_pairs(found, ('a', 'b', 'c'), ())
+    assert [(pair['wnid'], pair['predicted_wnid'], pair['count'], pair['share']) for pair in pairs] == [
+        ('a', 'b', 2, 66.6667), ('c', 'a', 1, 50)]
+
+
+def test_calibration_error():
+    # two bins of 15 hold images: |1/2 - 0.95| of four, |1 - 0.5| of one; a NaN is left out
+    found = predictions_of([0] * 6, [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0], [.94, .95, .95, .96, .5, NAN])
+    calibration = calibrate(found)
+    assert calibration.error == pytest.approx((4 * .45 + .5) / 5, abs=1e-6)
+    assert calibration.counts.sum() == 5
+    exact = calibrate(predictions_of([0] * 4, [0, 0, 0, 1], [0, 0, 0, 1], [.75] * 4))
+    assert exact.error == pytest.approx(0)
+    assert calibrate(predictions_of([0], [0], [0], [1])).counts[-1] == 1
+    assert math.isnan(calibrate(predictions_of([], [], [], [])).error)
+
+
+class Hungry(nn.Module):
+    """Needs 256 MiB for each image."""
+
+    def forward(self, images):
+        torch.empty(len(images), 2 ** 28, dtype=torch.uint8)
+        return images
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="the limit on memory is Linux's")
+def test_the_batch_is_halved_when_memory_runs_out():
+    told = []
+    images = torch.randn(30, 3)
+    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    forward = Forward(Hungry(), told.append)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 ** 31, old[1]))
+    try:
+        scores = forward(images)
+        assert torch.equal(forward(images[:5]), images[:5])
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2 ** 20, old[1]))
+        with pytest.raises(EvaluationError, match='not enough memory for one image'):
+            forward(images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+    assert torch.equal(scores, images)
+    assert told[:2] == ['Not enough memory for 30 images at a time: going on with 15.',
+                        'Not enough memory for 15 images at a time: going on with 8.']
+
+
+def test_other_errors_are_not_taken_for_want_of_memory():
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
+        Forward(nn.Linear(4, 2))(torch.randn(3, 5))
+
+
+def test_only_competing_classes_are_predicted():
+    scores = torch.tensor([[9., 1, 2, 0], [9., 2, 1, 0], [9., 0, 0, 1]])
+    outcome = predict(nn.Identity(), [(scores, torch.tensor([1, 1, 3]))], ['float32'], torch.device('cpu'),
+                      np.array([4, 2, 7]), competing=(1, 2, 3))
+    found = outcome.predictions['float32']
+    assert outcome.counts['float32'] == (3, 2, 3)
+    assert (found.index.tolist(), found.predicted.tolist()) == ([2, 4, 7], [1, 2, 3])
+    assert found.confidence[0] == pytest.approx(torch.tensor([2., 1, 0]).softmax(0)[0].item())
+
+
+def test_precisions_are_compared_and_overflow_is_seen():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 10)
+    images = torch.cat([torch.randn(40, 64), torch.full((1, 64), 1e6)])
+    targets = layer(images).argmax(1)
+    outcome = predict(layer, [(images, targets)], ['float32', 'bfloat16', 'float16'], torch.device('cpu'))
+    assert outcome.counts['float32'] == (41, 41, 41)
+    assert np.isnan(outcome.predictions['float16'].confidence).tolist() == 40 * [False] + [True]
+    assert outcome.largest_difference['float32'] == 0
+    assert 0 < outcome.largest_difference['float16'] < 0.1
+    assert outcome.counts['float16'].top1_correct <= 40
+
+
+METRIC = Metric('Tiny', 'val', 10_000, 5000, 7500, 'float32', 64)
+
+
+def test_figures_of_the_manifest():
+    entry = replace(load_manifest().get('geoprior_resnet14_nano'), metrics=(METRIC, replace(METRIC, num_images=20_000)))
+    assert find_metric(entry, 'float32', 64, 20_000) == entry.metrics[1]
+    assert find_metric(entry, 'float32', 64, None) == METRIC
+    assert deviations(METRIC, Counts(10_000, 5004, 7400)) == pytest.approx({'top-1': 0.04, 'top-5': -1})
+
+
+@pytest.mark.parametrize(('metrics', 'precision', 'img_size', 'num_images', 'message'), [
+    ((), 'float32', 64, 10_000, 'no figure for'),
+    ((METRIC,), 'bfloat16', 64, 10_000, 'bfloat16 at 64 px, expected float32 at 64 px'),
+    ((METRIC,), 'float32', 96, 10_000, 'float32 at 96 px, expected float32 at 64 px'),
+    ((METRIC,), 'float32', 64, 9_999, '9,999 images, not the set .* Tiny val with 10,000 images'),
+])
+def test_figures_that_the_manifest_does_not_have(metrics, precision, img_size, num_images, message):
+    entry = replace(load_manifest().get('geoprior_resnet14_nano'), metrics=metrics)
+    with pytest.raises(EvaluationError, match=message):
+        find_metric(entry, precision, img_size, num_images)
+
+
+NANO = 'geoprior_resnet14_nano'
+
+
+def nano_state(scale: float = 1.0, classes: int = 3) -> dict:
+    model = load_fresh(classes)
+    return {key: value * scale if value.is_floating_point() else value for key, value in model.state_dict().items()}
+
+
+def load_fresh(classes: int) -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model(NANO, num_classes=classes)
+
+
+@pytest.mark.parametrize('use_ema', [False, True])
+@pytest.mark.parametrize('kind', ['own', 'timm', 'bare', 'safetensors'])
+def test_checkpoints_of_every_kind(kind, use_ema, tmp_path):
+    plain, averaged = nano_state(), nano_state(0.5)
+    path = tmp_path / ('weights.safetensors' if kind == 'safetensors' else 'last.pt')
+    if kind == 'safetensors':
+        from safetensors.torch import save_file
+        save_file(plain, path)
+    else:
+        torch.save({
+            'own': {'model': plain, 'ema': averaged, 'model_name': NANO, 'model_kwargs': {'attn_radius': 2.0},
+                    'num_classes': 3, 'class_names': ['x', 'y', 'z'], 'recipe': {'img_size': 48, 'eval_size': 0}},
+            'timm': {'state_dict': {f'module.{key}': value for key, value in plain.items()},
+                     'state_dict_ema': averaged},
+            'bare': plain}[kind], path)
+    if use_ema and kind in ('bare', 'safetensors'):
+        with pytest.raises(EvaluationError, match='no averaged weights'):
+            load_model(NANO, path, use_ema, num_classes=3)
+        return
+    loaded = load_model(None if kind == 'own' else NANO, path, use_ema, None if kind == 'own' else 3)
+    expected = averaged if use_ema else plain
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.model.state_dict().items())
+    assert not loaded.model.training
+    assert (loaded.wnids, loaded.img_size) == ((('x', 'y', 'z'), 48) if kind == 'own' else ((), None))
+    assert ('--use-ema takes them' in ' '.join(loaded.notes)) == (kind in ('own', 'timm') and not use_ema)
+
+
+def test_the_hash_of_a_state_dict_is_of_its_values(tmp_path):
+    hashes = []
+    for scale in (1.0, 1.0, 0.5):
+        torch.save(nano_state(scale), tmp_path / 'weights.pt')
+        hashes.append(load_model(NANO, tmp_path / 'weights.pt', num_classes=3).weights['state_dict_sha256'])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+class Payload:
+    """Would write a file if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_is_read_as_data(tmp_path):
+    (tmp_path / 'evil.pt').write_bytes(pickle.dumps(Payload(tmp_path / 'ran'), protocol=2))
+    torch.save({'model': Payload(tmp_path / 'ran')}, tmp_path / 'evil2.pt')
+    for name in ('evil.pt', 'evil2.pt'):
+        with pytest.raises(EvaluationError, match='cannot be read as a checkpoint'):
+            load_model(NANO, tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize(('name', 'content', 'message'), [
+    (NANO, None, 'does not exist'),
+    (NANO, b'abc', 'cannot be read as a checkpoint'),
+    (NANO, {'a': torch.ones(1)}, 'do not fit'),
+    (NANO, nano_state(classes=4), 'do not fit'),
+    (None, {'a': torch.ones(1)}, 'does not name its architecture'),
+    ('geoprior_resnet41', {'a': torch.ones(1)}, 'expected a model of timm, like geoprior_resnet'),
+])
+def test_weights_that_do_not_fit(name, content, message, tmp_path):
+    path = tmp_path / 'weights.pt'
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(EvaluationError, match=message):
+        load_model(name, path, num_classes=3)

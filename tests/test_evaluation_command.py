@@ -1,0 +1,487 @@
+"""scripts/validate.py, whole: every kind of data, one and several processes, what it writes, what it refuses."""
+import csv
+import hashlib
+import io
+import json
+import lzma
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform
+from torch import nn
+
+from releases import planned, put_on, using_manifest
+from timm_geoprior.evaluation.command import main
+from timm_geoprior.manifest import LabelSet, Metric, load_manifest, to_json
+
+SCRIPT = Path(__file__).parents[1] / 'scripts' / 'validate.py'
+TIN200_VAL = Path(__file__).parents[2] / 'shared' / 'data' / 'tin200_val.tar.xz'
+NANO = 'geoprior_resnet14_nano'
+COUNT = 97  # a prime: no batch size and no number of processes divides it
+IMAGENET = ImageNetInfo('imagenet-1k').label_names()
+CLASSES = IMAGENET[::111][::-1]  # ten WordNet ids, not in order
+
+
+def photographs(count: int) -> list[tuple[str, int, bytes]]:
+    """Crops of scikit-image's photographs: file name, class, JPEG."""
+    data = pytest.importorskip('skimage.data')
+    photos = [Image.fromarray(getattr(data, name)()) for name in ('astronaut', 'chelsea', 'coffee', 'rocket', 'cat')]
+    places, made = np.random.default_rng(0), []
+    for number in range(count):
+        label = number % len(CLASSES)
+        photo = photos[label // 2]
+        x, y = (int(places.integers(0, side // 2 - 60)) + label % 2 * side // 2 for side in photo.size)
+        content = io.BytesIO()
+        photo.crop((x, y, x + 60, y + 60)).resize((40, 44)).save(content, 'JPEG')
+        made.append((f'{number:03}.JPEG', label, content.getvalue()))
+    return made
+
+
+@pytest.fixture(scope='module')
+def pictures() -> list[tuple[str, int, bytes]]:
+    return photographs(COUNT)
+
+
+@pytest.fixture(scope='module')
+def data(pictures, tmp_path_factory) -> Path:
+    """The same images as a folder, an archive, WebDataset shards, and parquet."""
+    root = tmp_path_factory.mktemp('data')
+    order = sorted(CLASSES)
+    for name, label, content in pictures:
+        path = root / 'folder' / 'val' / CLASSES[label] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (root / 'val.tar.xz').write_bytes(lzma.compress(
+        Path(shutil.make_archive(str(root / 'val'), 'tar', root / 'folder')).read_bytes(), preset=0))
+    (root / 'shards').mkdir()
+    for shard in range(5):  # more than one process has, and not the same number of images in each
+        with tarfile.open(root / 'shards' / f'val-{shard}.tar', 'w') as archive:
+            for name, label, content in pictures[shard ** 2 * 6:min((shard + 1) ** 2 * 6, COUNT)]:
+                for ending, part in (('jpg', content), ('cls', str(order.index(CLASSES[label])).encode())):
+                    info = tarfile.TarInfo(f'{name[:3]}.{ending}')
+                    info.size = len(part)
+                    archive.addfile(info, io.BytesIO(part))
+    return root
+
+
+@pytest.fixture(scope='module')
+def parquet(pictures, data) -> Path:
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=sorted(CLASSES))})
+    rows = [{'image': {'bytes': content, 'path': name}, 'label': CLASSES[label]} for name, label, content in pictures]
+    (data / 'parquet').mkdir()
+    for part in range(3):
+        datasets.Dataset.from_list(rows[part::3], features=features).to_parquet(
+            data / 'parquet' / f'validation-{part:05}-of-00003.parquet')
+    return data / 'parquet'
+
+
+def tensors_of(pictures, size: int) -> torch.Tensor:
+    """The network's input, made one by one by timm's transform without its collation and prefetching."""
+    cfg = timm.get_pretrained_cfg(NANO)
+    transform = create_transform((3, size, size), interpolation=cfg.interpolation, crop_pct=cfg.crop_pct,
+                                 mean=cfg.mean, std=cfg.std)
+    return torch.stack([transform(Image.open(io.BytesIO(content)).convert('RGB')) for _, _, content in pictures])
+
+
+@pytest.fixture(scope='module')
+def classifier(pictures) -> nn.Module:
+    """A random network whose head knows the mean of the features of half of each class's images."""
+    torch.manual_seed(0)
+    model = timm.create_model(NANO, num_classes=len(CLASSES))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    images = tensors_of(pictures, 32)
+    with torch.no_grad():
+        model.train()(images)
+        features = model.eval().forward_head(model.forward_features(images), pre_logits=True)
+        means = torch.stack([features[label:COUNT // 2:len(CLASSES)].mean(0) for label in range(len(CLASSES))])
+        model.fc.weight.copy_(means - means.mean(0))
+        model.fc.bias.copy_((means.mean(0).square().sum() - means.square().sum(1)) / 2)
+    return model
+
+
+@pytest.fixture(scope='module')
+def large_checkpoint(classifier, tmp_path_factory) -> Path:
+    """The same network with all of ImageNet's classes, five of which win unless they may not compete."""
+    path = tmp_path_factory.mktemp('large') / 'large.pth'
+    state = classifier.state_dict()
+    rows = [IMAGENET.index(name) for name in CLASSES]
+    weight, bias = torch.zeros(1000, state['fc.weight'].shape[1]), torch.full((1000,), -1e4)
+    weight[rows], bias[rows] = state['fc.weight'], state['fc.bias']
+    bias[500:505] = 1e4
+    torch.save({**state, 'fc.weight': weight, 'fc.bias': bias}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def checkpoint(classifier, tmp_path_factory) -> Path:
+    """As scripts/train.py saves it, for the ten classes in their own order."""
+    path = tmp_path_factory.mktemp('run') / 'last.pt'
+    torch.save({'model': classifier.state_dict(), 'ema': None, 'model_name': NANO,
+                'model_kwargs': {}, 'num_classes': len(CLASSES), 'class_names': CLASSES,
+                'recipe': {'img_size': 64, 'eval_size': 32}}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def expected(pictures, classifier) -> dict[str, int]:
+    """Counts of a plain loop."""
+    with torch.no_grad():
+        order = torch.cat([classifier(image[None]) for image in tensors_of(pictures, 32)]).argsort(1, descending=True)
+    places = [order[i].tolist().index(label) for i, (_, label, _) in enumerate(pictures)]
+    return {'num_images': COUNT, 'top1_correct': sum(place < 1 for place in places),
+            'top5_correct': sum(place < 5 for place in places)}
+
+
+def counts_of(results: dict) -> dict[str, int]:
+    return {key: results[key] for key in ('num_images', 'top1_correct', 'top5_correct')}
+
+
+def validate(*arguments: object) -> int:
+    return main([str(argument) for argument in (*arguments, '--device', 'cpu')])
+
+
+def kinds_of_data(data: Path, parquet: Path) -> dict[str, list[str]]:
+    return {
+        'folder': ['--data-dir', f'{data / "folder"}'],
+        'archive': ['--data-dir', f'{data / "val.tar"}'],
+        'compressed': ['--data-dir', f'{data / "val.tar.xz"}'],
+        'shards': ['--dataset', 'wds/', '--data-dir', f'{data / "shards"}', '--split', f'val-{{0..4}}.tar|{COUNT}'],
+        'parquet': ['--dataset', f'hfds/{parquet}', '--data-dir', f'{data / "cache"}'],
+        'stream': ['--dataset', f'hfids/{parquet}', '--data-dir', f'{data / "cache"}', '--num-samples', f'{COUNT}'],
+    }
+
+
+def test_the_test_can_tell_something(expected):
+    assert 0.3 * COUNT < expected['top1_correct'] < expected['top5_correct'] < COUNT
+
+
+@pytest.mark.parametrize('kind', ['folder', 'archive', 'compressed', 'shards', 'parquet', 'stream'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_every_kind_of_data_gives_the_counts_of_a_plain_loop(
+        kind, workers, data, parquet, checkpoint, expected, tmp_path, capfd):
+    pytest.importorskip('webdataset')
+    batch_size = {0: 7, 2: 64}[workers]
+    # in shards the labels are numbers of the sorted classes
+    ordered = sorted_checkpoint(checkpoint, tmp_path) if kind == 'shards' else checkpoint
+    assert validate('--checkpoint', ordered, *kinds_of_data(data, parquet)[kind], '-j', workers, '-b', batch_size,
+                    '--results-file', tmp_path / 'found.json') == 0
+    results = json.loads((tmp_path / 'found.json').read_text())
+    assert counts_of(results['results'][0]) == expected
+    files = {'folder': COUNT, 'archive': COUNT, 'compressed': COUNT, 'parquet': COUNT, 'shards': 5, 'stream': 3}
+    assert results['data']['files'] == files[kind]
+    assert (results['data']['bytes'] == sum(len(c) for _, _, c in photographs(COUNT))) == (files[kind] == COUNT)
+    assert f'top-1 {100 * expected["top1_correct"] / COUNT:.2f}%' in capfd.readouterr().out
+
+
+def sorted_checkpoint(checkpoint: Path, folder: Path) -> Path:
+    """The same network with its classes sorted, and unnamed."""
+    content = torch.load(checkpoint, weights_only=True)
+    order = [CLASSES.index(name) for name in sorted(CLASSES)]
+    for key in ('fc.weight', 'fc.bias'):
+        content['model'][key] = content['model'][key][order]
+    torch.save({**content, 'class_names': []}, folder / 'sorted.pt')
+    return folder / 'sorted.pt'
+
+
+DRIVER = """
+import json, runpy, sys
+import torch.distributed as dist
+dist.init_process_group('gloo')
+for arguments in json.load(open(sys.argv[1])):
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_path(%r, run_name='__main__')
+    except SystemExit as end:
+        assert end.code == 0, (arguments, end.code)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_several_processes_count_every_image_once(processes, data, parquet, checkpoint, expected, tmp_path):
+    pytest.importorskip('webdataset')
+    kinds = kinds_of_data(data, parquet)
+    ordered = sorted_checkpoint(checkpoint, tmp_path)
+    runs = {'folder-1': 1, 'folder-7': 7, 'folder-64': 64, 'archive-7': 7, 'shards-7': 7, 'parquet-64': 64,
+            'stream-7': 7}
+    commands = [[
+        '--checkpoint', str(ordered if name.startswith('shards') else checkpoint), *kinds[name.partition('-')[0]],
+        '-b', str(batch_size), '-j', '1' if batch_size == 64 else '0', '--device', 'cpu',
+        '--results-file', str(tmp_path / f'{name}.json')] for name, batch_size in runs.items()]
+    (tmp_path / 'commands.json').write_text(json.dumps(commands))
+    (tmp_path / 'driver.py').write_text(DRIVER % str(SCRIPT))
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
+         str(tmp_path / 'driver.py'), str(tmp_path / 'commands.json')], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {name: json.loads((tmp_path / f'{name}.json').read_text()) for name in runs}
+    assert {name: counts_of(result['results'][0]) for name, result in found.items()} == dict.fromkeys(runs, expected)
+    assert {result['engine']['processes'] for result in found.values()} == {processes}
+    assert done.stdout.count('top-1') == len(runs)  # one process speaks
+    calibration = {result['results'][0]['calibration_error'] for result in found.values()}
+    assert max(calibration) - min(calibration) < 0.01
+
+
+def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(data)
+    output = tmp_path / 'report'
+    assert validate('--checkpoint', checkpoint, '--data-dir', 'folder', '--precision', 'float32', 'bfloat16', '-j', 0,
+                    '--output', output, '--results-file', tmp_path / 'all.csv', '--channels-last') == 0
+    results = json.loads((output / 'results.json').read_text())
+    first, second = results['results']
+    assert counts_of(first) == expected
+    assert second['difference']['from'] == 'float32'
+    assert abs(second['difference']['top1']) < 10
+    assert first['top1_interval'][0] < first['top1'] < first['top1_interval'][1]
+    assert f'--data-dir folder --precision float32 bfloat16 -j 0 --output {output}' in results['command']
+    assert results['data']['data_dir'] == 'folder'
+    assert results['preprocessing']['input_size'] == [3, 32, 32]
+    assert any('Resize(size=32' in step for step in results['preprocessing']['steps'])
+    assert re.fullmatch('[0-9a-f]{64}', results['weights']['sha256'])
+    assert {'timm', 'torch', 'pillow'} <= set(results['software'])
+    with (output / 'per_class.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['wnid'] for row in rows] == CLASSES
+    assert sum(int(row['top1_correct']) for row in rows) == expected['top1_correct']
+    with (output / 'confused_pairs.csv').open() as file:
+        assert sum(int(row['count']) for row in csv.DictReader(file)) == COUNT - expected['top1_correct']
+    for name in ('reliability.png', 'per_class.png'):
+        with Image.open(output / name) as plot:
+            assert plot.format == 'PNG'
+            assert len(plot.convert('RGB').getcolors(2 ** 24)) > 10
+    with (tmp_path / 'all.csv').open() as file:
+        summary, = csv.DictReader(file)
+    assert (summary['model'], summary['img_size']) == (NANO, '32')
+    assert int(summary['top1_correct']) == expected['top1_correct']
+    assert 'from float32' in capsys.readouterr().out
+
+
+def test_a_compiled_model_gives_the_same_counts(data, checkpoint, expected, tmp_path):
+    assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '-b', COUNT, '--torchcompile',
+                    'eager', '--results-file', tmp_path / 'found.json') == 0
+    assert counts_of(json.loads((tmp_path / 'found.json').read_text())['results'][0]) == expected
+
+
+def test_a_subset_of_the_classes(data, large_checkpoint, expected, tmp_path, capsys):
+    arguments = ['--model', NANO, '--checkpoint', large_checkpoint, '--num-classes', 1000, '--img-size', 32,
+                 '--data-dir', data / 'folder', '-j', 0, '--results-file', tmp_path / 'found.json']
+    assert validate(*arguments, '--subset') == 0
+    assert '10 classes are in both, of 10 in the data and 1000 in the model' in capsys.readouterr().err
+    results = json.loads((tmp_path / 'found.json').read_text())
+    assert counts_of(results['results'][0]) == expected
+    assert results['classes']['competing'] == sorted(IMAGENET.index(name) for name in CLASSES)
+    assert validate(*arguments) == 0
+    assert json.loads((tmp_path / 'found.json').read_text())['results'][0]['top5_correct'] == 0
+    assert "10 of the model's 1000 classes have images here" in capsys.readouterr().err
+
+
+def test_images_of_unknown_classes_are_left_out(pictures, data, checkpoint, expected, tmp_path, capsys):
+    shutil.copytree(data / 'folder', tmp_path / 'more')
+    (tmp_path / 'more' / 'val' / 'n00000001').mkdir()
+    (tmp_path / 'more' / 'val' / 'n00000001' / 'x.jpg').write_bytes(pictures[0][2])
+    arguments = ['--checkpoint', checkpoint, '--data-dir', tmp_path / 'more', '-j', 0,
+                 '--results-file', tmp_path / 'found.json']
+    assert validate(*arguments) == 1
+    assert '1 of the 11 classes are not among' in capsys.readouterr().err
+    assert not (tmp_path / 'found.json').exists()
+    assert validate(*arguments, '--subset') == 0
+    assert counts_of(json.loads((tmp_path / 'found.json').read_text())['results'][0]) == expected
+
+
+def test_real_labels(pictures, classifier, large_checkpoint, tmp_path, capsys):
+    """By labels of the test's own: each image's two best classes are right, and one image has none."""
+    (tmp_path / 'flat').mkdir()
+    for number, (_, _, content) in enumerate(pictures[:12], 1):
+        (tmp_path / 'flat' / f'ILSVRC2012_val_{number:08}.JPEG').write_bytes(content)
+    with torch.no_grad():
+        best = classifier(tensors_of(pictures[:12], 32)).argsort(1, descending=True)
+    truth = [[IMAGENET.index(CLASSES[label]) for label in row[1:3].tolist()] for row in best]
+    truth[3], truth[4] = [], [IMAGENET.index(CLASSES[int(best[4, 0])])]
+    (tmp_path / 'real.json').write_text(json.dumps(truth + [[]] * (50_000 - 12)))
+    state = torch.load(large_checkpoint, weights_only=True)
+    state['fc.bias'][500:505] = -1e4
+    torch.save(state, tmp_path / 'large.pth')
+    arguments = ['--model', NANO, '--checkpoint', tmp_path / 'large.pth', '--num-classes', 1000, '--img-size', 32,
+                 '-j', 0, '-b', 5, '--data-dir', tmp_path / 'flat', '--results-file', tmp_path / 'found.json']
+    assert validate(*arguments, '--real-labels', tmp_path / 'real.json') == 0
+    results = json.loads((tmp_path / 'found.json').read_text())
+    assert counts_of(results['real_labels']) == {'num_images': 11, 'top1_correct': 1, 'top5_correct': 11}
+    assert results['results'][0]['num_images'] == 12
+    assert 'on 11 images that have such labels' in capsys.readouterr().out
+    assert validate(*arguments, '--real-labels') == 0  # those that timm has
+    assert json.loads((tmp_path / 'found.json').read_text())['real_labels']['num_images'] == 11
+
+
+def break_pixels(content: bytes) -> bytes:
+    """A PNG file of this image whose head and end are good and whose data are not."""
+    made = io.BytesIO()
+    Image.open(io.BytesIO(content)).save(made, 'PNG')
+    broken = bytearray(made.getvalue())
+    broken[200:260] = bytes(60)
+    return bytes(broken)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_unreadable_images_are_listed_before_the_pass(workers, data, checkpoint, tmp_path, capfd):
+    shutil.copytree(data / 'folder', tmp_path / 'set')
+    victims = sorted((tmp_path / 'set').rglob('*.JPEG'))[::40]
+    for path in victims:
+        path.write_bytes(path.read_bytes()[:-50])
+    assert validate('--checkpoint', checkpoint, '--data-dir', tmp_path / 'set', '-j', workers,
+                    '--results-file', tmp_path / 'found.json') == 1
+    told = capfd.readouterr()
+    assert f'3 of {COUNT} images cannot be read' in told.err
+    for path in victims:
+        assert f'\n  {path.parent.name}/{path.name}: image file is truncated' in told.err
+    assert told.out == ''
+    assert not (tmp_path / 'found.json').exists()
+
+
+def test_an_image_that_fails_in_the_pass_is_told_and_not_counted(data, checkpoint, tmp_path, capfd):
+    shutil.copytree(data / 'folder', tmp_path / 'set')
+    victim = sorted((tmp_path / 'set').rglob('*.JPEG'))[5]
+    victim.with_suffix('.png').write_bytes(break_pixels(victim.read_bytes()))
+    victim.unlink()
+    assert validate('--checkpoint', checkpoint, '--data-dir', tmp_path / 'set', '-j', 2,
+                    '--results-file', tmp_path / 'found.json') == 1
+    name = f'{victim.parent.name}/{victim.stem}.png'
+    assert f'1 images could not be decoded and do not count: {name}' in capfd.readouterr().err
+    results = json.loads((tmp_path / 'found.json').read_text())
+    assert results['results'][0]['num_images'] == COUNT - 1
+    assert len(results['problems']) == 1
+
+
+def test_a_stream_that_loses_images_is_told(data, checkpoint, tmp_path, capfd):
+    pytest.importorskip('webdataset')
+    arguments = ['--checkpoint', sorted_checkpoint(checkpoint, tmp_path), '--dataset', 'wds/', '--data-dir',
+                 data / 'shards', '-j', 1]
+    assert validate(*arguments, '--split', f'val-{{0..3}}.tar|{COUNT}') == 1
+    assert f'96 images came, expected {COUNT}' in capfd.readouterr().err
+
+
+@pytest.fixture
+def with_figure(checkpoint, expected, tmp_path):
+    """A manifest whose nano tag is this checkpoint's network and figure, staged."""
+    whole = load_manifest()
+    labels = replace(whole.label_sets['tin200'], num_classes=10, classes={name: name for name in CLASSES})
+    metric = Metric('Photographs', 'val', COUNT, expected['top1_correct'], expected['top5_correct'], 'float32', 32)
+
+    def make(**changes):
+        entry = replace(planned(), num_classes=10, sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+                        metrics=(replace(metric, **changes),))
+        content = replace(whole, label_sets={**whole.label_sets, 'tin200': labels},
+                          models={**whole.models, entry.name: entry})
+        (tmp_path / 'manifest.json').write_text(to_json(content))
+        return using_manifest(tmp_path / 'manifest.json')
+
+    return make
+
+
+@pytest.mark.parametrize(('changes', 'options', 'code', 'message'), [
+    ({}, [], 0, 'top-1 in float32 is +0.0000 points'),
+    ({'top1_correct': -1}, [], 1, 'The check failed: top-1 in float32 is'),
+    ({'top1_correct': -1}, ['--tolerance', '1.1'], 0, 'within 1.1'),
+    ({'num_images': 10_000}, [], 1, '97 images, not the set that the figure of'),
+    ({}, ['--precision', 'bfloat16'], 1, 'has no figure of geoprior_resnet14_nano.r64_tin200 for bfloat16 at 32 px'),
+])
+def test_the_check_against_the_manifest(
+        changes, options, code, message, with_figure, data, checkpoint, expected, capsys):
+    changes = {key: expected[key] + value if value < 0 else value for key, value in changes.items()}
+    with with_figure(**changes):
+        assert validate('--model', NANO, '--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '--check',
+                        *options) == code
+    told = capsys.readouterr()
+    assert message in told.out + told.err
+
+
+def test_without_a_check_another_set_is_told(with_figure, data, checkpoint, capsys):
+    with with_figure(num_images=10_000):
+        assert validate('--model', NANO, '--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0) == 0
+    assert "These 97 images are not the set that the manifest's figure is for: Photographs val, 10,000 images." in (
+        capsys.readouterr().err)
+
+
+def test_a_sweep(hub, staged, data, tmp_path, capsys):
+    """A tag that fits, one whose weights are gone, one that has other classes."""
+    published = put_on(hub, staged)
+    gone = replace(published, revision='0' * 40, name=f'{NANO}.gone_tin200', default=False)
+    other = replace(published, label_set='letters', name=f'{NANO}.x_letters', default=False, num_classes=2)
+    whole = load_manifest()
+    letters = LabelSet('Letters', 'owner/letters', 'manifest', 2, {'a': 'A', 'b': 'B'}, name='letters')
+    (tmp_path / 'manifest.json').write_text(to_json(replace(
+        whole, label_sets={**whole.label_sets, 'letters': letters},
+        models={**whole.models, **{entry.name: entry for entry in (published, gone, other)}})))
+    images = sorted((data / 'folder').rglob('*.JPEG'))
+    for wnid in whole.label_sets['tin200'].wnids[:3]:
+        (tmp_path / 'set' / wnid).mkdir(parents=True)
+        shutil.copy(images.pop(), tmp_path / 'set' / wnid)
+    with using_manifest(tmp_path / 'manifest.json'):
+        assert validate('--tag', 'all', '--data-dir', tmp_path / 'set', '-j', 0, '--output', tmp_path / 'out') == 1
+    told = capsys.readouterr()
+    assert f'{gone.name} failed: The weights of {gone.name}' in told.err
+    assert f'{other.name} is passed over' in told.err
+    assert told.out.startswith(f'{published.name}: ')
+    assert [folder.name for folder in (tmp_path / 'out').iterdir()] == [published.name]
+
+
+@pytest.mark.skipif(not TIN200_VAL.exists(), reason='needs the validation images of Tiny-ImageNet-200')
+@pytest.mark.parametrize('tag', [
+    entry.name for entry in load_manifest().models.values() if entry.status == 'bundled' and entry.label_set == 'tin200'])
+def test_bundled_weights_reproduce_the_figure_of_the_manifest(tag):
+    assert validate('--tag', tag, '--data-dir', TIN200_VAL, '-j', 2, '--check') == 0
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ([], 'nothing to measure'),
+    (['--tag', 'x', '--checkpoint', 'y'], '--tag takes its own weights'),
+    (['--model', NANO, '--amp', '--precision', 'float32'], '--amp and --precision'),
+    (['--model', NANO, '--check', '--crop-pct', '0.9'], 'leave out --crop-pct'),
+    (['--model', NANO, '-b', '0'], '--batch-size is 0, expected 1 or more'),
+    (['--model', NANO, '--precision', 'float8'], 'invalid choice'),
+])
+def test_wrong_commands(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        validate(*arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['--data-dir', 'missing'], 'missing does not exist'),
+    ([], 'No data were named'),
+    (['--data-dir', '.', '--device', 'cuda:99'], '--device'),
+    (['--data-dir', '.', '--device', 'gpu'], '--device gpu cannot be used'),
+    (['--data-dir', '.', '--dataset', 'tfds/x'], 'expected nothing'),
+    (['--data-dir', '.', '--dataset', 'wds/', '--split', 'val'], 'cannot be opened'),
+    (['--dataset', 'hfids/PARQUET'], 'Dataset length is unknown'),
+    (['--data-dir', 'folder', '--model', 'nosuch'], 'Unknown model'),
+    (['--data-dir', 'folder', '--model', 'geoprior_resnet50'], 'has no weights'),
+    (['--data-dir', 'folder', '--results-file', 'missing/x.csv'], 'missing does not exist'),
+    (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),
+    (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),
+    (['--data-dir', 'folder', '--check', '--model', 'resnet50'], "'resnet50', expected one of geoprior_"),
+    (['--data-dir', 'folder', '--tag', '*paper*'], 'means no tag that has weights'),
+])
+def test_what_cannot_be_done_is_one_sentence(arguments, message, data, parquet, checkpoint, monkeypatch, capsys):
+    monkeypatch.chdir(data)
+    arguments = [argument.replace('PARQUET', str(parquet)) for argument in arguments]
+    chosen = [] if '--model' in arguments or '--tag' in arguments else ['--checkpoint', str(checkpoint)]
+    device = [] if '--device' in arguments else ['--device', 'cpu']
+    assert main([*chosen, *arguments, *device, '-j', '0']) == 1
+    told = capsys.readouterr()
+    assert message in told.err.splitlines()[-1]
+    assert told.err.splitlines()[-1].startswith('validate.py: ')
+    assert told.out == ''
