@@ -5,9 +5,8 @@ arXiv 2006.07872. The authors published no code. The kernel, the learned radius 
 paper's; the numbers of value channels are reconstructed from the two cost figures of its abstract.
 """
 from functools import partial
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
-import torch
 from timm.models import Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import nn
 
@@ -22,45 +21,45 @@ class GeoPriorBottleneck(Bottleneck):
 
     def __init__(
             self,
-            inplanes: int,
-            planes: int,
             *args: Any,
             value_dim: int = 0,
             attn_heads: int = 1,
             attn_radius: float = 1.0,
             attn_kernel: KernelType = 'gaussian',
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
             **kwargs: Any,
     ) -> None:
         """
         Args:
-            inplanes: Input channels.
-            planes: A quarter of the output channels.
-            *args: The rest of timm's Bottleneck.
+            *args: As timm's Bottleneck.
             value_dim: Output channels of the 3x3 layer that come from the attention, 0 for the plain convolution.
             attn_heads: Number of radii.
-            attn_radius: Initial radius in cells.
+            attn_radius: Initial radius, in cells of the layer's input grid.
             attn_kernel: 'gaussian' or 'laplacian'.
-            device: Device of the parameters.
-            dtype: Type of the parameters.
-            **kwargs: The rest of timm's Bottleneck.
+            **kwargs: As timm's Bottleneck.
 
         Raises:
-            ValueError: As GeoPriorConv2d's.
+            ValueError: What GeoPriorConv2d refuses.
         """
-        super().__init__(inplanes, planes, *args, device=device, dtype=dtype, **kwargs)
+        super().__init__(*args, **kwargs)
         if value_dim:
             plain = self.conv2  # its own stride: an aa_layer leaves the stride to itself
-            self.conv2 = GeoPriorConv2d(
+            self.conv2 = GeoPriorConv2d(  # type: ignore[assignment]
                 plain.in_channels, plain.out_channels, value_dim, plain.stride[0], plain.dilation[0],
-                attn_heads, attn_radius, attn_kernel, device=device, dtype=dtype)
+                attn_heads, attn_radius, attn_kernel, device=plain.weight.device, dtype=plain.weight.dtype)
 
 
-class _StageBlock(partial):  # type: ignore[type-arg]
+class _StageBlock(partial[GeoPriorBottleneck]):
     """A block class with arguments of its stage's own: timm's `block_args` reach the blocks of every stage."""
 
     expansion = GeoPriorBottleneck.expansion
+
+
+def _check_stages(**stages: tuple[int, ...]) -> None:
+    for name, values in stages.items():
+        if not isinstance(values, (tuple, list)) or len(values) != 4:
+            raise ValueError(f'{name} is {values}, expected four numbers, one a stage: change {name}.')
+    if min(stages['value_dims']) < 0:
+        raise ValueError(f'value_dims is {stages["value_dims"]}, expected none below 0: change value_dims.')
 
 
 class GeoPriorResNet(ResNet):
@@ -68,18 +67,18 @@ class GeoPriorResNet(ResNet):
 
     def __init__(
             self,
-            layers: Tuple[int, ...],
-            value_dims: Tuple[int, ...] = (0, 8, 24, 56),
+            layers: tuple[int, ...],
+            value_dims: tuple[int, ...] = (0, 8, 24, 56),
             attn_heads: int = 1,
             attn_radius: float = 1.0,
             attn_kernel: KernelType = 'gaussian',
-            channels: Tuple[int, ...] = (64, 128, 256, 512),
+            channels: tuple[int, ...] = (64, 128, 256, 512),
             cardinality: int = 1,
             **kwargs: Any,
     ) -> None:
         """
         Args:
-            layers: Blocks of each stage.
+            layers: Blocks of each of the four stages.
             value_dims: Value channels of each stage, 0 for a plain stage.
             attn_heads: Radii of each attention layer.
             attn_radius: Initial radius in cells of the layer's input grid.
@@ -90,30 +89,28 @@ class GeoPriorResNet(ResNet):
 
         Raises:
             ValueError: Options that the layer cannot honour: groups, another block, a wrong number of stages, or
-                whatever GeoPriorConv2d refuses.
+                what GeoPriorConv2d refuses.
         """
         if cardinality != 1:
-            raise ValueError(f'cardinality is {cardinality}, expected 1: GeoPrior layers have no grouped convolution.')
+            raise ValueError(f'cardinality is {cardinality}, expected 1: a GeoPrior layer has no groups, leave it out.')
         if 'block' in kwargs:
-            raise ValueError(f'block is {kwargs["block"]!r}, expected none: a GeoPriorResNet is made of GeoPriorBottleneck.')
-        if not len(value_dims) == len(layers) == len(channels):
-            raise ValueError(
-                f'value_dims has {len(value_dims)} stages, layers {len(layers)} and channels {len(channels)}, '
-                f'expected one entry a stage in each.')
-        for value_dim in value_dims:
-            if value_dim < 0:
-                raise ValueError(f'value_dims is {tuple(value_dims)}, expected 0 or more value channels in each stage.')
-        attn = {'attn_heads': attn_heads, 'attn_radius': attn_radius, 'attn_kernel': attn_kernel}
+            raise ValueError(f'block is {kwargs["block"]}, expected none: GeoPriorBottleneck it is, leave it out.')
+        _check_stages(layers=layers, value_dims=value_dims, channels=channels)
+        attn: dict[str, Any] = {'attn_heads': attn_heads, 'attn_radius': attn_radius, 'attn_kernel': attn_kernel}
         blocks = tuple(_StageBlock(GeoPriorBottleneck, value_dim=value_dim, **attn) for value_dim in value_dims)
-        super().__init__(blocks, layers, channels=channels, **kwargs)
+        super().__init__(blocks, layers, channels=channels, **kwargs)  # type: ignore[arg-type]
 
-    @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialize as timm's ResNet does, then the attention layers by the scale of their whole layer.
+        """Initialize everything, after `to_empty` too: as timm's ResNet, the attention by the scale of its whole layer.
 
         Args:
             zero_init_last: Zero-initialize the last norm of each residual branch.
         """
+        for module in self.modules():
+            reset = getattr(module, 'reset_parameters', None)
+            # timm's own leaves out all but the weights of convolutions
+            if reset and not (isinstance(module, nn.Conv2d) and module.bias is None):
+                reset()
         super().init_weights(zero_init_last=zero_init_last)
         for module in self.modules():
             if isinstance(module, GeoPriorAttn2d):

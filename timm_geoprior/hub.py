@@ -60,7 +60,7 @@ def bundled_path(entry: ModelEntry) -> Path:
     return WEIGHTS_DIR / f'{entry.name}.safetensors'
 
 
-def pretrained_cfgs() -> dict[str, dict[str, Any]]:
+def pretrained_cfgs() -> dict[str, Any]:
     """timm's cfgs, from the manifest: for `generate_default_cfgs`; a star marks the default tags.
 
     A planned tag has no source, so timm lists it among the models but not among the pretrained ones.

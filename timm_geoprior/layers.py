@@ -1,16 +1,16 @@
 """Self-attention whose map is modelled, not computed.
 
 Tan, Nguyen, Dax, Niessner, Brox: *Explicitly Modeled Attention Maps for Image Classification*, AAAI 2021,
-pages 9799-9807, arXiv 2006.07872. The map is a Gaussian of the distance between two positions; all that is learned of it
-is a radius. The softmax of a separable kernel over a grid is the product of the softmaxes over its rows and columns,
+pages 9799-9807, arXiv 2006.07872. The map is a Gaussian of the distance between two positions; all that is learned of
+it is a radius. The softmax of a separable kernel over a grid is the product of the softmaxes over its rows and columns,
 so the dense (H*W) x (H*W) map is never built.
 """
 import math
-from typing import Literal, Optional
+from typing import Any, Literal
 
 import torch
-from torch import nn
 from timm.layers import register_notrace_module
+from torch import nn
 
 __all__ = ['KERNELS', 'GeoPriorAttn2d', 'GeoPriorConv2d', 'attention_map', 'mix_values']
 
@@ -50,6 +50,14 @@ def attention_map(
     return scores.softmax(dim=-1)
 
 
+def _attend(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Average (B, N, M, C) over N by weights (Q, N): (B, Q, M, C), contiguous."""
+    batch, _, rest, channels = values.shape
+    mixed = torch.bmm(weights.expand(batch, -1, -1), values.flatten(2))
+    # by way of one axis and two: what torch.export can split where a size is (H - 1) // 2 + 1
+    return mixed.flatten().view(-1, channels).view(batch, weights.shape[0], rest, channels)
+
+
 def mix_values(
         values: torch.Tensor,
         log_radius: torch.Tensor,
@@ -69,27 +77,28 @@ def mix_values(
         kernel: 'gaussian' or 'laplacian'.
 
     Returns:
-        Shape (B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), in the values' dtype and memory format.
+        Shape (B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), in the values' dtype and in channels_last format.
     """
-    batch, channels, height, width = values.shape
-    num_heads = log_radius.shape[0]
+    num_heads, height, width = log_radius.shape[0], values.shape[2], values.shape[3]
     log_radius = log_radius.to(torch.promote_types(values.dtype, torch.float32))
     rows = attention_map(log_radius, height, stride, dilation, kernel).to(values.dtype)
     cols = attention_map(log_radius, width, stride, dilation, kernel).to(values.dtype)
-    heads = values.permute(0, 2, 3, 1).reshape(batch, height, width, num_heads, channels // num_heads)
-    mixed = torch.einsum('nih,bhwnc->biwnc', rows, heads)
-    mixed = torch.einsum('njw,biwnc->bijnc', cols, mixed)
-    return mixed.flatten(3).permute(0, 3, 1, 2)
+    heads = []
+    for head, value in enumerate(values.chunk(num_heads, dim=1)):
+        mixed = _attend(rows[head], value.permute(0, 2, 3, 1)).transpose(1, 2)
+        heads.append(_attend(cols[head], mixed).transpose(1, 2))
+    return torch.cat(heads, dim=3).contiguous().permute(0, 3, 1, 2)
 
 
 # sizes are values in a traced graph: plain torch.fx keeps the call whole instead of tracing `shape`
 torch.fx.wrap('mix_values')
 
 
-def _check_options(dim: int, value_dim: int, stride: int, dilation: int, num_heads: int, radius: float, kernel: str):
+def _check_options(
+        dim: int, value_dim: int, stride: int, dilation: int, num_heads: int, radius: float, kernel: str) -> None:
     for name, value in (('dim', dim), ('value_dim', value_dim), ('stride', stride), ('dilation', dilation)):
         if value < 1:
-            raise ValueError(f'{name} is {value}, expected at least 1.')
+            raise ValueError(f'{name} is {value}, expected at least 1: change {name}.')
     if not 1 <= num_heads <= value_dim or value_dim % num_heads:
         raise ValueError(
             f'num_heads is {num_heads} for {value_dim} value channels, expected a number from 1 to {value_dim} '
@@ -99,7 +108,7 @@ def _check_options(dim: int, value_dim: int, stride: int, dilation: int, num_hea
             f'The initial radius is {radius} cells, expected a finite number from {MIN_RADIUS:g} to {MAX_RADIUS:g}: '
             f'change attn_radius.')
     if kernel not in KERNELS:
-        raise ValueError(f'The attention kernel is {kernel!r}, expected one of {", ".join(KERNELS)}: change attn_kernel.')
+        raise ValueError(f'The kernel is {kernel!r}, expected one of {", ".join(KERNELS)}: change attn_kernel.')
 
 
 @register_notrace_module  # timm's FX feature extraction must not trace the sizes either
@@ -110,8 +119,9 @@ class GeoPriorAttn2d(nn.Module):
     whole input, weighted by a Gaussian of the distance. The cost is O(H W (H + W)) a channel, any H and W will do.
     Source: arXiv 2006.07872; the separable form is exact (see the module's docstring).
 
-    `log_radius` holds the logarithm of the radius in cells of the layer's input grid. A radius below about 0.3 cells makes
-    the identity, one far beyond the map's extent its mean; the gradient of the radius vanishes at both ends.
+    `log_radius` holds the logarithm of the radius, which the map uses times the dilation, in cells of the layer's input
+    grid. A radius below about 0.3 cells makes the identity, one far beyond the map's extent its mean; the gradient of
+    the radius vanishes at both ends.
 
     Example:
         >>> attn = GeoPriorAttn2d(64, 16, stride=2)
@@ -128,9 +138,9 @@ class GeoPriorAttn2d(nn.Module):
             num_heads: int = 1,
             init_radius: float = 1.0,
             kernel: KernelType = 'gaussian',
-            fan_out: Optional[int] = None,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+            fan_out: int | None = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
@@ -139,7 +149,7 @@ class GeoPriorAttn2d(nn.Module):
             stride: Distance of two queries, in cells; the output sits where a 3x3 convolution's of this stride does.
             dilation: Factor on the radius, for a grid made finer by an `output_stride`.
             num_heads: Number of radii, each over its equal share of the value channels.
-            init_radius: Radius that every head starts from, in cells.
+            init_radius: Radius that every head starts from, in cells of an undilated grid.
             kernel: 'gaussian' or 'laplacian'.
             fan_out: Channels that the initial scale of W_v is for, standard deviation sqrt(2 / fan_out);
                 `value_dim` where it is None, the whole layer's channels where this is a part of one.
@@ -170,7 +180,6 @@ class GeoPriorAttn2d(nn.Module):
         nn.init.normal_(self.value.weight, std=math.sqrt(2 / self.fan_out))
         nn.init.constant_(self.log_radius, math.log(self.init_radius))
 
-    @torch.jit.ignore
     def radius(self) -> torch.Tensor:
         """The learned radii in cells of the layer's input grid, float32, shape (num_heads,), detached."""
         return self.dilation * self.log_radius.detach().float().exp().clamp(MIN_RADIUS, MAX_RADIUS)
@@ -188,7 +197,8 @@ class GeoPriorConv2d(nn.Module):
     """A 3x3 convolution that leaves `value_dim` of its output channels to a `GeoPriorAttn2d`.
 
     `cat([conv3x3(X), attn(X)], dim=1)`: a drop-in for the 3x3 convolution of a bottleneck. The arrangement beside a
-    convolution, concatenated, is that of AA-ResNet (Bello et al., 2019, arXiv 1904.09925), which the paper compares with.
+    convolution, concatenated, is that of AA-ResNet (Bello et al., 2019, arXiv 1904.09925), which the paper compares
+    with.
 
     Example:
         >>> GeoPriorConv2d(128, 128, value_dim=8, stride=2)(torch.randn(2, 128, 28, 28)).shape
@@ -205,8 +215,8 @@ class GeoPriorConv2d(nn.Module):
             num_heads: int = 1,
             init_radius: float = 1.0,
             kernel: KernelType = 'gaussian',
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
@@ -216,7 +226,7 @@ class GeoPriorConv2d(nn.Module):
             stride: Stride of the convolution and of the attention's queries.
             dilation: Dilation of the convolution and factor on the radius.
             num_heads: Number of radii.
-            init_radius: Radius that every head starts from, in cells.
+            init_radius: Radius that every head starts from, in cells of an undilated grid.
             kernel: 'gaussian' or 'laplacian'.
             device: Device of the parameters.
             dtype: Type of the parameters.
@@ -229,7 +239,7 @@ class GeoPriorConv2d(nn.Module):
             raise ValueError(
                 f'{value_dim} value channels in a layer of {out_channels}, expected from 1 to {out_channels - 1} '
                 f'(a stage with none has 0 in value_dims): change value_dims.')
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.conv = nn.Conv2d(
             in_channels, out_channels - value_dim, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
         self.attn = GeoPriorAttn2d(

@@ -1,0 +1,316 @@
+"""The layer, held to the dense attention that it stands for."""
+import doctest
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from timm_geoprior import GeoPriorAttn2d, GeoPriorConv2d, layers
+from timm_geoprior.layers import KERNELS, attention_map, mix_values
+
+SIZES = [(8, 8), (5, 12), (1, 9), (9, 1), (7, 7), (1, 1)]
+RADII = [(1.3,), (0.6, 4.0)]
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+# a tensor operation takes about as long under load as without, but hypothesis' deadline is one of time
+settings.register_profile('untimed', deadline=None, max_examples=40, derandomize=True)
+settings.load_profile('untimed')
+
+
+def dense_attention(values, log_radius, stride, dilation, kernel):
+    """The definition: one softmax over all H*W positions for each query, in the values' type."""
+    batch, channels, height, width = values.shape
+    keys = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    queries = torch.cartesian_prod(torch.arange(0, height, stride), torch.arange(0, width, stride))
+    offset = (queries[:, None] - keys[None, :]).to(values.dtype)
+    radius = (dilation * log_radius.exp())[:, None, None]
+    if kernel == 'gaussian':
+        scores = -offset.square().sum(-1) / (2 * radius ** 2)
+    else:
+        scores = -offset.abs().sum(-1) / radius
+    heads = values.reshape(batch, len(log_radius), -1, height * width)
+    out = torch.einsum('nqk,bnck->bncq', scores.softmax(-1), heads)
+    return out.reshape(batch, channels, -(-height // stride), -(-width // stride))
+
+
+def relative_error(got, expected):
+    return float(((got.double() - expected).abs().max() / expected.abs().max()).detach())
+
+
+def randomized(attn, radii):
+    with torch.no_grad():
+        attn.log_radius.copy_(torch.tensor(radii).log())
+    return attn
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('radii', RADII, ids=['one head', 'two heads'])
+@pytest.mark.parametrize('dilation', [1, 2, 4])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+def test_output_and_gradients_are_the_dense_attentions(dtype, size, stride, dilation, radii, kernel):
+    torch.manual_seed(0)
+    attn = GeoPriorAttn2d(3, 4, stride, dilation, num_heads=len(radii), kernel=kernel, dtype=dtype)
+    randomized(attn, radii)
+    x = torch.randn(2, 3, *size, dtype=dtype, requires_grad=True)
+    out = attn(x)
+    seed = torch.randn_like(out)
+    got = [out, *torch.autograd.grad(out, [x, attn.value.weight, attn.log_radius], seed)]
+
+    inputs = [t.detach().double().requires_grad_() for t in (x, attn.value.weight, attn.log_radius)]
+    values = torch.einsum('oi,bihw->bohw', inputs[1][..., 0, 0], inputs[0])
+    dense = dense_attention(values, inputs[2], stride, dilation, kernel)
+    expected = [dense, *torch.autograd.grad(dense, inputs, seed.double())]
+    assert out.dtype == dtype
+    assert out.shape == dense.shape
+    for one, other in zip(got[:-1], expected[:-1], strict=True):
+        assert relative_error(one, other) < TOLERANCES[dtype]
+    # a radius' gradient is a sum of terms that cancel: what counts is its size beside theirs
+    scale = float((seed.double() * dense).detach().abs().sum())
+    assert float((got[-1].double() - expected[-1]).abs().max()) < TOLERANCES[dtype] * scale
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize(('stride', 'dilation', 'num_heads'), [(1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 4)])
+def test_gradcheck(kernel, stride, dilation, num_heads):
+    torch.manual_seed(0)
+    attn = GeoPriorAttn2d(3, 4, stride, dilation, num_heads, kernel=kernel, dtype=torch.float64)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+
+    def forward(x, weight, log_radius):
+        return torch.func.functional_call(attn, {'value.weight': weight, 'log_radius': log_radius}, x)
+
+    assert torch.autograd.gradcheck(forward, (x, attn.value.weight, attn.log_radius))
+
+
+def finite_everywhere(attn, size, amp=None):
+    """Whether the output, and the gradients of input and parameters, are finite."""
+    x = torch.randn(1, attn.value.in_channels, *size, dtype=attn.value.weight.dtype, requires_grad=True)
+    with torch.autocast('cpu', amp, enabled=amp is not None):
+        out = attn(x)
+    out.float().square().sum().backward()
+    return all(bool(t.isfinite().all()) for t in (out, x.grad, attn.value.weight.grad, attn.log_radius.grad))
+
+
+@pytest.mark.parametrize('amp', [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('log_radius', [-100.0, -30.0, 0.0, 90.0, 100.0])
+def test_extreme_radii_stay_finite(log_radius, kernel, dtype, amp):
+    torch.manual_seed(0)
+    attn = GeoPriorAttn2d(8, 4, stride=2, dilation=4, kernel=kernel, dtype=dtype)
+    nn.init.constant_(attn.log_radius, log_radius)
+    assert finite_everywhere(attn, (3, 200), amp)
+
+
+@given(
+    log_radius=st.floats(allow_nan=False, allow_infinity=False, width=32),
+    kernel=st.sampled_from(KERNELS),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)))
+def test_any_radius_is_finite(log_radius, kernel, size):
+    attn = GeoPriorAttn2d(2, 2, kernel=kernel)
+    nn.init.constant_(attn.log_radius, log_radius)
+    assert finite_everywhere(attn, size)
+
+
+@pytest.mark.parametrize('amp', [torch.float16, torch.bfloat16], ids=str)
+def test_maps_are_float32_under_autocast(amp):
+    """Of the rounding only the values', and the map's last cast, remain."""
+    torch.manual_seed(0)
+    attn = GeoPriorAttn2d(16, 8, init_radius=40.0)
+    x = torch.randn(2, 16, 30, 30)
+    with torch.autocast('cpu', amp):
+        out = attn(x)
+    assert out.dtype == amp
+    assert relative_error(out, attn(x).double()) < 8 * torch.finfo(amp).eps
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('stride', [1, 2])
+def test_no_radius_is_the_identity(stride, kernel):
+    torch.manual_seed(0)
+    attn = GeoPriorAttn2d(3, 2, stride, init_radius=1e-4, kernel=kernel)
+    x = torch.randn(2, 3, 9, 6)
+    assert torch.equal(attn(x), attn.value(x)[:, :, ::stride, ::stride])
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('stride', [1, 2])
+def test_endless_radius_is_the_mean(stride, kernel):
+    torch.manual_seed(0)
+    attn = GeoPriorAttn2d(3, 2, stride, init_radius=1e4, kernel=kernel, dtype=torch.float64)
+    x = torch.randn(2, 3, 9, 6, dtype=torch.float64)
+    out = attn(x)
+    torch.testing.assert_close(out, attn.value(x).mean((2, 3), keepdim=True).expand_as(out), atol=1e-3, rtol=0)
+
+
+def test_the_dense_map_is_never_built():
+    attn = GeoPriorAttn2d(1, 1, init_radius=1e4)
+    x = torch.rand(1, 1, 1000, 1000)  # a dense map of it is 4 TB
+    torch.testing.assert_close(attn(x).mean(), attn.value(x).mean(), atol=1e-3, rtol=0)
+
+
+axes = st.tuples(st.integers(1, 40), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
+
+
+@given(
+    axis=axes, log_radius=st.lists(st.floats(-100, 100), min_size=1, max_size=3), kernel=st.sampled_from(KERNELS),
+    dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_rows_of_the_map_sum_to_one(axis, log_radius, kernel, dtype):
+    size, stride, dilation = axis
+    rows = attention_map(torch.tensor(log_radius, dtype=dtype), size, stride, dilation, kernel)
+    assert rows.shape == (len(log_radius), -(-size // stride), size)
+    assert rows.min() >= 0
+    torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:2], dtype=dtype))
+
+
+@given(
+    side=st.integers(1, 6), margin=st.integers(4, 9), shift=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    radius=st.floats(0.05, 1.5), stride=st.sampled_from([1, 2]), seed=st.integers(0, 99))
+def test_a_shift_of_the_input_shifts_the_output(side, margin, shift, radius, stride, seed):
+    """Up to what the borders cut off of the Gaussian: at most exp(-m^2 / 4 r^2) times a sum over its flank an axis."""
+    torch.manual_seed(seed)
+    down, right = (stride * s for s in shift)
+    values = torch.zeros(1, 1, side + 2 * margin + down, side + 2 * margin + right, dtype=torch.float64)
+    shifted = values.clone()
+    patch = torch.rand(side, side)
+    values[0, 0, margin:margin + side, margin:margin + side] = patch
+    shifted[0, 0, margin + down:margin + down + side, margin + right:margin + right + side] = patch
+    log_radius = torch.tensor([radius], dtype=torch.float64).log()
+    before, after = (mix_values(v, log_radius, stride)[0, 0] for v in (values, shifted))
+    height, width = before.shape
+    tail = 2 * (1 + 1.26 * radius) ** 2 * math.exp(-margin ** 2 / (4 * radius ** 2))
+    moved = after[shift[0]:, shift[1]:]
+    assert (moved - before[:height - shift[0], :width - shift[1]]).abs().max() <= tail + 1e-14
+
+
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)), stride=st.sampled_from([1, 2]),
+    radius=st.floats(0.1, 20), kernel=st.sampled_from(KERNELS), axis=st.sampled_from([(2,), (3,), (2, 3)]))
+def test_flips_commute(size, stride, radius, kernel, axis):
+    torch.manual_seed(0)
+    if stride == 2:  # the queries of an even size are not symmetric, nor are a convolution's
+        size = tuple(n | 1 for n in size)
+    attn = GeoPriorAttn2d(2, 3, stride, init_radius=radius, kernel=kernel, dtype=torch.float64)
+    x = torch.randn(2, 2, *size, dtype=torch.float64)
+    torch.testing.assert_close(attn(x.flip(axis)), attn(x).flip(axis), atol=1e-12, rtol=0)
+
+
+def test_dilation_keeps_the_window_on_a_finer_grid():
+    """Twice the cells over the same picture: the same average where the picture is smooth."""
+    attn = GeoPriorAttn2d(1, 1, init_radius=2.0, dtype=torch.float64)
+    dilated = GeoPriorAttn2d(1, 1, dilation=2, init_radius=2.0, dtype=torch.float64)
+    dilated.load_state_dict(attn.state_dict())
+    y, x = torch.meshgrid(*[torch.arange(81, dtype=torch.float64) / 80] * 2, indexing='ij')
+    fine = ((3 * x).sin() * (2 * y).cos())[None, None]
+    got, expected = dilated(fine)[..., ::2, ::2], attn(fine[..., ::2, ::2])
+    inside = (..., slice(12, -12), slice(12, -12))  # six radii away the borders no longer count
+    torch.testing.assert_close(got[inside], expected[inside], atol=1e-9, rtol=0)
+    assert relative_error(attn(fine)[..., ::2, ::2][inside], expected[inside]) > 1e-3
+
+
+def test_radius_is_in_cells_of_the_layers_grid():
+    attn = GeoPriorAttn2d(4, 4, dilation=2, num_heads=2, init_radius=3.0)
+    assert attn.radius().tolist() == pytest.approx([6.0, 6.0])
+    nn.init.constant_(attn.log_radius, 100.0)
+    assert attn.radius().tolist() == pytest.approx([2e4, 2e4])
+
+
+@pytest.mark.parametrize(('make', 'fan_out'), [
+    (lambda **dd: GeoPriorAttn2d(512, 32, **dd), 32),
+    (lambda **dd: GeoPriorConv2d(512, 128, 32, **dd).attn, 128),
+], ids=['alone', 'beside a convolution'])
+def test_initial_scale(make, fan_out):
+    """Also when the parameters are only then given memory."""
+    torch.manual_seed(0)
+    attn = make(init_radius=2.5, device='meta').to_empty(device='cpu')
+    for parameter in attn.parameters():
+        nn.init.constant_(parameter, math.nan)
+    attn.reset_parameters()
+    for layer in (attn, make(init_radius=2.5)):
+        assert layer.value.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
+        assert layer.value.weight.mean().item() == pytest.approx(0, abs=0.01)
+        assert layer.log_radius.tolist() == pytest.approx([math.log(2.5)])
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('dilation', [1, 2])
+def test_conv_stands_beside_the_attention(stride, dilation):
+    """Names, shapes, and each part with its own result: a drop-in for a 3x3 convolution."""
+    torch.manual_seed(0)
+    layer = GeoPriorConv2d(6, 10, 4, stride, dilation, num_heads=2)
+    plain = nn.Conv2d(6, 10, 3, stride, padding=dilation, dilation=dilation)
+    x = torch.randn(2, 6, 9, 12)
+    out = layer(x)
+    assert list(layer.state_dict()) == ['conv.weight', 'attn.log_radius', 'attn.value.weight']
+    assert out.shape == plain(x).shape
+    assert torch.equal(out, torch.cat([layer.conv(x), layer.attn(x)], 1))
+    torch.testing.assert_close(layer.conv(x), nn.functional.conv2d(
+        x, layer.conv.weight, stride=stride, padding=dilation, dilation=dilation))
+    assert (layer.attn.stride, layer.attn.dilation, layer.attn.radius().shape) == (stride, dilation, (2,))
+
+
+@pytest.mark.parametrize('make', [GeoPriorAttn2d, lambda *args: GeoPriorConv2d(args[0], 16, args[1])],
+                         ids=['attention', 'convolution and attention'])
+def test_channels_last(make):
+    torch.manual_seed(0)
+    layer = make(6, 4)
+    x = torch.randn(2, 6, 9, 12)
+    out = layer(x.contiguous(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, layer(x))
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_script_and_compile(kernel):
+    """One graph, whatever the size; compiled code for both passes."""
+    torch.manual_seed(0)
+    layer = GeoPriorConv2d(4, 8, 4, stride=2, num_heads=2, kernel=kernel)
+    scripted = torch.jit.script(layer)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for size in ((9, 12), (6, 5)):
+        x = torch.randn(2, 4, *size)
+        expected = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
+        torch.testing.assert_close(scripted(x), layer(x))
+        torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), layer.parameters()), expected)
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'kernel': 'cauchy'}, "The kernel is 'cauchy', expected one of gaussian, laplacian: change attn_kernel."),
+    ({'value_dim': 0}, 'value_dim is 0, expected at least 1: change value_dim.'),
+    ({'value_dim': -8}, 'value_dim is -8, expected at least 1: change value_dim.'),
+    ({'dim': 0}, 'dim is 0, expected at least 1: change dim.'),
+    ({'stride': 0}, 'stride is 0, expected at least 1: change stride.'),
+    ({'dilation': -1}, 'dilation is -1, expected at least 1: change dilation.'),
+    ({'num_heads': 3}, 'num_heads is 3 for 8 value channels, expected a number from 1 to 8 that divides 8: '
+                       'change attn_heads or value_dims.'),
+    ({'num_heads': 16}, 'num_heads is 16 for 8 value channels'),
+    ({'num_heads': 0}, 'num_heads is 0 for 8 value channels'),
+    ({'init_radius': 0.0}, 'The initial radius is 0.0 cells, expected a finite number from 0.0001 to 10000: '
+                           'change attn_radius.'),
+    ({'init_radius': -1.0}, 'The initial radius is -1.0 cells'),
+    ({'init_radius': math.nan}, 'The initial radius is nan cells'),
+    ({'init_radius': math.inf}, 'The initial radius is inf cells'),
+    ({'init_radius': 1e-5}, 'The initial radius is 1e-05 cells'),
+    ({'init_radius': 1e5}, 'The initial radius is 100000.0 cells'),
+], ids=str)
+def test_refused_options(options, message):
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}'):
+        GeoPriorAttn2d(**{'dim': 16, 'value_dim': 8, **options})
+
+
+@pytest.mark.parametrize('value_dim', [-8, 0, 16, 24])
+def test_refused_shares_of_the_convolution(value_dim):
+    message = f'^{value_dim} value channels in a layer of 16, expected from 1 to 15 .*: change value_dims.$'
+    with pytest.raises(ValueError, match=message):
+        GeoPriorConv2d(16, 16, value_dim)
+
+
+def test_examples_of_the_docstrings():
+    assert doctest.testmod(layers).attempted >= 3
+    assert doctest.testmod(layers).failed == 0
