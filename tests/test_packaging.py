@@ -103,8 +103,8 @@ def test_the_source_archive_is_whole(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
     assert package_files() <= names
-    assert {'weights_manifest.json', 'weights_manifest.schema.json', 'README.md', 'LICENSE', 'CHANGELOG.md', 'CITATION.cff',
-            'pyproject.toml'} <= names
+    assert {'weights_manifest.json', 'weights_manifest.schema.json', 'README.md', 'LICENSE', 'CHANGELOG.md',
+            'CITATION.cff', 'pyproject.toml'} <= names
     for folder in ('tests', 'scripts'):
         assert {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob('*.py')} <= names
 
