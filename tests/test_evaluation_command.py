@@ -266,6 +266,7 @@ def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
         summary, = csv.DictReader(file)
     assert (summary['model'], summary['img_size']) == (NANO, '32')
     assert int(summary['top1_correct']) == expected['top1_correct']
+    assert float(summary['top5_low']) < float(summary['top5']) < float(summary['top5_high'])
     assert 'from float32' in capsys.readouterr().out
 
 
@@ -295,7 +296,7 @@ def test_images_of_unknown_classes_are_left_out(pictures, data, checkpoint, expe
     arguments = ['--checkpoint', checkpoint, '--data-dir', tmp_path / 'more', '-j', 0,
                  '--results-file', tmp_path / 'found.json']
     assert validate(*arguments) == 1
-    assert '1 of the 11 classes are not among' in capsys.readouterr().err
+    assert 'The model does not have 1 of the 11 classes (n00000001)' in capsys.readouterr().err
     assert not (tmp_path / 'found.json').exists()
     assert validate(*arguments, '--subset') == 0
     assert counts_of(json.loads((tmp_path / 'found.json').read_text())['results'][0]) == expected
@@ -320,7 +321,7 @@ def test_real_labels(pictures, classifier, large_checkpoint, tmp_path, capsys):
     results = json.loads((tmp_path / 'found.json').read_text())
     assert counts_of(results['real_labels']) == {'num_images': 11, 'top1_correct': 1, 'top5_correct': 11}
     assert results['results'][0]['num_images'] == 12
-    assert 'on 11 images that have such labels' in capsys.readouterr().out
+    assert 'of 11 labelled so' in capsys.readouterr().out
     assert validate(*arguments, '--real-labels') == 0  # those that timm has
     assert json.loads((tmp_path / 'found.json').read_text())['real_labels']['num_images'] == 11
 
@@ -358,7 +359,7 @@ def test_an_image_that_fails_in_the_pass_is_told_and_not_counted(data, checkpoin
     assert validate('--checkpoint', checkpoint, '--data-dir', tmp_path / 'set', '-j', 2,
                     '--results-file', tmp_path / 'found.json') == 1
     name = f'{victim.parent.name}/{victim.stem}.png'
-    assert f'1 images could not be decoded and do not count: {name}' in capfd.readouterr().err
+    assert f'Could not be decoded and do not count, 1 of {COUNT} images: {name}' in capfd.readouterr().err
     results = json.loads((tmp_path / 'found.json').read_text())
     assert results['results'][0]['num_images'] == COUNT - 1
     assert len(results['problems']) == 1
@@ -439,7 +440,7 @@ def test_a_sweep(hub, staged, data, tmp_path, capsys):
 
 @pytest.mark.skipif(not TIN200_VAL.exists(), reason='needs the validation images of Tiny-ImageNet-200')
 @pytest.mark.parametrize('tag', [
-    entry.name for entry in load_manifest().models.values() if entry.status == 'bundled' and entry.label_set == 'tin200'])
+    name for name, entry in load_manifest().models.items() if (entry.status, entry.label_set) == ('bundled', 'tin200')])
 def test_bundled_weights_reproduce_the_figure_of_the_manifest(tag):
     assert validate('--tag', tag, '--data-dir', TIN200_VAL, '-j', 2, '--check') == 0
 

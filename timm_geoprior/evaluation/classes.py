@@ -65,8 +65,8 @@ def match_classes(
     present = sorted(int(i) for i in to_model if i >= 0)
     if unknown and not subset:
         raise ClassMismatchError(
-            f"{len(unknown)} of the {len(data_classes)} classes are not among the model's {len(known)} "
-            f'({_some(unknown)}), expected only those it knows: --subset measures the {len(present)} that both have.')
+            f'The model does not have {len(unknown)} of the {len(data_classes)} classes ({_some(unknown)}), expected '
+            f'all of them: --subset measures the {len(present)} that both have.')
     if subset:
         note = (f'{len(present)} classes are in both, of {len(data_classes)} in the data and {num_classes} in the '
                 f'model: only they are measured, and only their scores compete.')

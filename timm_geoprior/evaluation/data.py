@@ -52,6 +52,11 @@ class EvalSet:
         """What to call an image in a message."""
         return self.names[index] if self.names else f'image {index}'
 
+    def class_of(self, index: int) -> str:
+        """The name of an image's class, else its label."""
+        label = int(self.labels[index])
+        return self.classes[label] if self.classes else str(label)
+
 
 @functools.cache
 def ilsvrc_val_labels() -> NDArray[np.int64]:
@@ -153,7 +158,11 @@ def _downloaded_archive(root: Path, split: str) -> Path:
 def _class_names(source: Any) -> tuple[str, ...]:
     """Names of the classes of a reader (or a torchvision data set) in the order of its labels."""
     found = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}
-    return tuple(str(name) for name, _ in sorted(found.items(), key=lambda item: int(item[1])))
+    names = {int(label): str(name) for name, label in found.items()}
+    if sorted(names) != list(range(len(found))):
+        raise EvaluationError(f'The classes have the labels {sorted(names)[:5]} and so on, expected 0 to '
+                              f'{len(found) - 1}, each once: check --class-map.')
+    return tuple(names[label] for label in sorted(names))
 
 
 def _indexed(dataset: Any, kind: str) -> EvalSet:
@@ -172,8 +181,8 @@ def _indexed(dataset: Any, kind: str) -> EvalSet:
 
 def _hub_names(reader: Any) -> Sequence[str]:
     """File names that a Hugging Face data set keeps beside its images, without reading those."""
-    column = reader.dataset.data.column(reader.image_key)
-    paths = column.combine_chunks().field('path').to_pylist() if column.num_chunks else []
+    chunks = reader.dataset.data.column(reader.image_key).chunks
+    paths = [path for chunk in chunks for path in chunk.field('path').to_pylist()]
     return paths if len(paths) == len(reader) and all(paths) else ()
 
 
@@ -189,8 +198,9 @@ def _with_ilsvrc_labels(data: EvalSet) -> EvalSet:
                 f'{name} lies in no class folder, expected CLASS/IMAGE, or only ILSVRC2012_val_00000001.JPEG to '
                 f'00050000.JPEG: sort the images into one folder a class.')
         numbers.append(int(match[1]))
-    labels = ilsvrc_val_labels()[np.array(numbers) - 1]
-    return dataclasses.replace(data, classes=tuple(ImageNetInfo('imagenet-1k').label_names()), labels=labels)
+    wnids = ImageNetInfo('imagenet-1k').label_names()
+    present, labels = np.unique(ilsvrc_val_labels()[np.array(numbers) - 1], return_inverse=True)
+    return dataclasses.replace(data, classes=tuple(wnids[label] for label in present), labels=labels)
 
 
 def take_shards(dataset: Any, rank: int, world_size: int) -> int:
@@ -230,7 +240,7 @@ def fingerprint(data: EvalSet, indices: NDArray[np.int64], name: str = '') -> di
     """
     if not data.is_stream and data.names:
         sizes = _image_bytes(data, indices)
-        names = [f'{data.classes[data.labels[i]]}/{os.path.basename(data.names[i])}' for i in indices]
+        names = [f'{data.class_of(i)}/{os.path.basename(data.names[i])}' for i in indices]
     else:
         paths = _container_files(data, name)
         sizes, names = [os.path.getsize(path) for path in paths], [os.path.basename(path) for path in paths]
@@ -242,8 +252,9 @@ def _image_bytes(data: EvalSet, indices: NDArray[np.int64]) -> list[int]:
     reader = data.dataset.reader
     if hasattr(reader, 'dataset'):
         import pyarrow.compute as pc
-        column = reader.dataset.data.column(reader.image_key).combine_chunks().field('bytes')
-        return [int(size or 0) for size in pc.binary_length(column).take(indices).to_pylist()]
+        chunks = reader.dataset.data.column(reader.image_key).chunks
+        sizes = [size or 0 for chunk in chunks for size in pc.binary_length(chunk.field('bytes')).to_pylist()]
+        return [sizes[i] for i in indices]
     if isinstance(reader.samples[0][0], tarfile.TarInfo):
         return [int(reader.samples[i][0].size) for i in indices]
     return [os.path.getsize(reader.samples[i][0]) for i in indices]

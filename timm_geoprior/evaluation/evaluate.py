@@ -110,14 +110,16 @@ def check_data(data: EvalSet, settings: Settings) -> None:
         settings.tell('These data are a stream: they are looked at as they come.')
         return
     per_class = np.bincount(data.labels, minlength=len(data.classes))
+    without, per_class = int((per_class == 0).sum()), per_class[per_class > 0]
     spread = ' to '.join(f'{count:,}' for count in sorted({per_class.min(), per_class.max()}))
-    settings.tell(f'{len(data.labels):,} images in {len(per_class):,} classes, {spread} in each.')
+    settings.tell(f'{len(data.labels):,} images in {len(per_class):,} classes, {spread} in each'
+                  f'{f"; {without:,} classes have none" if without else ""}.')
     if repeated := repeated_classes(data):
         places = '; '.join(f'{name}: {", ".join(places[:4])}' for name, places in repeated[:5])
-        raise EvaluationError(f'{len(repeated)} classes stand more than once ({places}), expected one folder a class: '
-                              f'name the folder of one split by --split or --data-dir, or join the folders.')
+        raise EvaluationError(f'Classes stand more than once, {len(repeated)} in number ({places}), expected one '
+                              f'folder a class: name one split by --split or --data-dir, or join the folders.')
     if empty := empty_folders(data):
-        settings.tell(f'{len(empty)} folders are empty: {", ".join(empty[:10])}{" ..." if len(empty) > 10 else ""}.')
+        settings.tell(f'Folders without images: {", ".join(empty[:10])}{" and others" if len(empty) > 10 else ""}.')
     own = np.arange(len(data.labels))[settings.rank::settings.world_size]
     faults = gather(np.array(find_unreadable(data, own, settings.workers, quiet=settings.rank > 0), dtype=object)
                     .reshape(-1, 2))
@@ -237,7 +239,8 @@ def _problems(data: EvalSet, plan: Plan, outcome: Pass) -> tuple[str, ...]:
     if not np.array_equal(seen, plan.indices):
         raise EvaluationError('Some images were evaluated twice or not at all, expected each once: report this fault.')
     names = ', '.join(data.name_of(index) for index in outcome.unreadable)
-    return (f'{len(outcome.unreadable)} images could not be decoded and do not count: {names}.',) if names else ()
+    count = f'{len(outcome.unreadable)} of {len(plan.indices):,} images'
+    return (f'Could not be decoded and do not count, {count}: {names}.',) if names else ()
 
 
 def _real_labels(names: list[str], file: str) -> Any:

@@ -107,10 +107,10 @@ def repeated_classes(data: EvalSet) -> list[tuple[str, list[str]]]:
         A class's name, and the folders that bear it.
     """
     folders: dict[str, set[str]] = defaultdict(set)
-    for name, label in zip(data.names, data.labels, strict=False):
+    for index, name in enumerate(data.names):
         folder = os.path.dirname(name)
-        if os.path.basename(folder) == data.classes[label]:
-            folders[data.classes[label]].add(folder)
+        if os.path.basename(folder) == data.class_of(index):
+            folders[data.class_of(index)].add(folder)
     alike: dict[str, set[str]] = defaultdict(set)
     for name in data.classes:
         alike[name.strip().casefold()].add(name)

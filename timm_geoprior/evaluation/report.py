@@ -66,30 +66,31 @@ def _number(value: float) -> float | None:
 
 def lines(evaluation: Evaluation) -> list[str]:
     """The figures for people, a line each."""
-    images = evaluation.outcome.counts[next(iter(evaluation.outcome.counts))].num_images
+    images = next(iter(evaluation.outcome.counts.values())).num_images
     text = [f'{evaluation.loaded.name}: {images:,} images at {evaluation.plan.img_size} px, '
-            f'{images / evaluation.seconds:,.0f} images/s']
-    rows = figures(evaluation)
-    if evaluation.real is not None:
-        rows.append({'precision': 'ReaL', **_accuracies(evaluation.real)})
-    for row in rows if images else ():
-        parts = [f'  {row["precision"]:<9}']
-        for name, label in (('top1', 'top-1'), ('top5', 'top-5')):
-            low, high = row[f'{name}_interval']
-            correct = row[f'{name}_correct']
-            parts.append(f'{label} {row[name]:.2f}% ({correct:,}; 95% interval {low:.2f} to {high:.2f})')
-        if row.get('calibration_error') is not None:
-            parts.append(f'calibration error {row["calibration_error"]:.2f} points')
-        text.append('  '.join(parts))
+            f'{images / evaluation.seconds:,.0f} images/s; 95% intervals in brackets']
+    for row in figures(evaluation) if images else ():
+        line = _line(row['precision'], row)
+        if row['calibration_error'] is not None:
+            line += f'   calibration error {row["calibration_error"]:.2f} points'
+        text.append(line)
         if 'difference' in row:
             gap = row['difference']
-            text.append(f'{"":<13}from {gap["from"]}: {gap["top1"]:+.2f} points top-1, {gap["top5"]:+.2f} top-5, '
-                        f'{gap["predictions"]:,} first answers, {gap["largest_of_a_score"]:.2g} at most in a score')
-        if row.get('not_finite'):
-            text.append(f'{"":<13}{row["not_finite"]:,} images have scores that are not finite')
+            text.append(f'{"":<12} from {gap["from"]}: top-1 {gap["top1"]:+.2f} points, top-5 {gap["top5"]:+.2f}; '
+                        f'{gap["predictions"]:,} first answers differ, scores by up to {gap["largest_of_a_score"]:.2g}')
+        if row['not_finite']:
+            text.append(f'{"":<12} {row["not_finite"]:,} images have scores that are not finite')
     if evaluation.real is not None:
-        text[-1] += f'  on {evaluation.real.num_images:,} images that have such labels'
+        text.append(f'{_line("ReaL", _accuracies(evaluation.real))}   of {evaluation.real.num_images:,} labelled so')
     return text
+
+
+def _line(label: str, row: Mapping[str, Any]) -> str:
+    parts = [f'  {label:<10}']
+    for key, name in (('top1', 'top-1'), ('top5', 'top-5')):
+        low, high = row[f'{key}_interval']
+        parts.append(f'{name} {row[key]:.2f}% [{low:.2f}, {high:.2f}] {row[f"{key}_correct"]:,}')
+    return '   '.join(parts)
 
 
 def provenance(
@@ -134,16 +135,18 @@ def provenance(
 
 
 def summary_row(evaluation: Evaluation) -> dict[str, Any]:
-    """A model's row of the results file: timm's columns, and the counts behind them."""
+    """A model's row of the results file: timm's columns, then precision, counts and the ends of the 95% intervals."""
     first = figures(evaluation)[0]
     config, parameters = evaluation.plan.config, sum(p.numel() for p in evaluation.loaded.model.parameters())
     top1, top5 = first['top1'] or 0.0, first['top5'] or 0.0
+    ends = {f'{key}_{end}': first[f'{key}_interval'][place]
+            for key in ('top1', 'top5') for place, end in enumerate(('low', 'high'))}
     return {
         'model': evaluation.loaded.name, 'top1': top1, 'top1_err': round(100 - top1, 4), 'top5': top5,
         'top5_err': round(100 - top5, 4), 'param_count': round(parameters / 1e6, 2),
         'img_size': evaluation.plan.img_size, 'crop_pct': config['crop_pct'], 'interpolation': config['interpolation'],
-        'precision': first['precision'], 'num_images': first['num_images'], 'top1_correct': first['top1_correct'],
-        'top5_correct': first['top5_correct'],
+        'precision': first['precision'],
+        **{key: first[key] for key in ('num_images', 'top1_correct', 'top5_correct')}, **ends,
     }
 
 
