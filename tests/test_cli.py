@@ -82,6 +82,7 @@ def test_info_shows_each_layers_radius(capsys, name):
         assert row.split() == [key, str(side), 'x', str(side), f'{radius:.3f}', f'{radius / side:.3f}']
 
 
+@pytest.mark.skipif(not WITH_WEIGHTS, reason='no weights are bundled yet')
 def test_classify_finds_the_cat_in_the_sample_photograph(capsys):
     (result,) = json.loads(output(capsys, 'classify', '--json').out)
     assert result['model'] == default_model(load_manifest()).name
