@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import nn
 
 from timm_geoprior import GeoPriorAttn2d, GeoPriorConv2d, layers
@@ -273,7 +274,9 @@ def test_script_and_compile(kernel):
     layer = GeoPriorConv2d(4, 8, 4, stride=2, num_heads=2, kernel=kernel)
     scripted = torch.jit.script(layer)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
-    for size in ((9, 12), (6, 5)):
+    # torch 2.9 compiles no convolution's backward pass, nn.Conv2d's neither, for a second size on the CPU
+    sizes = ((9, 12), (6, 5)) if Version(torch.__version__) >= Version('2.10') else ((9, 12),)
+    for size in sizes:
         x = torch.randn(2, 4, *size)
         expected = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
         torch.testing.assert_close(scripted(x), layer(x))
