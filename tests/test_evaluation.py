@@ -139,7 +139,7 @@ def encoded(form: str, **options) -> bytes:
     (encoded('GIF')[:-200], 'truncated'),
     (b'', 'cannot identify'),
     (b'<html>not found</html>', 'cannot identify'),
-])
+], ids=['JPEG', 'PNG', 'GIF', 'padded', 'cut JPEG', 'cut PNG', 'cut GIF', 'empty', 'HTML'])
 def test_an_unreadable_image_is_found(content, fault):
     found = image_fault(io.BytesIO(content))
     assert found is None if fault is None else fault in found
@@ -181,11 +181,11 @@ def test_an_archive_of_any_compression(ending, compress, tmp_path):
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
     ('cut.tar.xz', lzma.compress(bytes(9999))[:60], 'cannot be unpacked .* damaged or cut off'),
-    ('cut.tar.gz', gzip.compress(np.random.default_rng(0).bytes(999))[:500], 'cannot be unpacked'),
+    ('cut.tar.gz', gzip.compress(np.random.default_rng(0).bytes(999), mtime=0)[:500], 'cannot be unpacked'),
     ('photo.tar', encoded('JPEG'), 'cannot be opened .ReadError'),
     ('empty.tar', b'', 'cannot be opened'),
     ('missing.tar', None, 'does not exist'),
-])
+], ids=['xz', 'gzip', 'photo', 'empty', 'missing'])
 def test_a_file_that_is_no_archive(name, content, message, tmp_path):
     path = tmp_path / name
     if content is not None:
@@ -411,7 +411,7 @@ def test_a_checkpoint_is_read_as_data(tmp_path):
     (NANO, nano_state(classes=4), 'do not fit'),
     (None, {'a': torch.ones(1)}, 'does not name its architecture'),
     ('geoprior_resnet41', {'a': torch.ones(1)}, 'expected a model of timm, like geoprior_resnet'),
-])
+], ids=['missing', 'damaged', 'other', 'other head', 'no name', 'unknown name'])
 def test_weights_that_do_not_fit(name, content, message, tmp_path):
     path = tmp_path / 'weights.pt'
     if isinstance(content, bytes):

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import torch
 
+from . import __version__
+
 __all__ = ['git_commit', 'hardware', 'versions']
 
-PACKAGES = ('timm_geoprior', 'timm', 'torch', 'torchvision', 'numpy', 'pillow')
+PACKAGES = ('timm', 'torch', 'torchvision', 'numpy', 'pillow')
 
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    return {'python': platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}}
+    return {'python': platform.python_version(), 'timm_geoprior': __version__,
+            **{package: metadata.version(package) for package in PACKAGES}}
 
 
 def git_commit() -> str | None:
