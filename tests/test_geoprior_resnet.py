@@ -1,0 +1,398 @@
+"""The family: exact counts, timm's whole interface, what is refused."""
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers import BlurPool2d
+from timm.models import Bottleneck, ResNet, group_parameters
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_geoprior.geoprior_resnet import GeoPriorResNet
+from timm_geoprior.layers import GeoPriorAttn2d, GeoPriorConv2d
+
+FAMILY = timm.list_models('geoprior_resnet*')
+SIZE = 64
+FEATURE_CLASSES = ('list', 'dict', 'hook', 'getter', 'fx')
+
+# with its own classes: parameters, side of the input, FLOPs (two per multiply-add), attention layers
+COUNTS = {
+    'geoprior_resnet14_nano': (1_095_035, 64, 58_067_200, 3),
+    'geoprior_resnet50': (24_541_237, 224, 7_971_124_384, 13),
+    'geoprior_resnet101': (42_697_798, 224, 15_072_496_032, 30),
+    'geoprior_resnet152': (57_669_719, 224, 22_201_313_952, 47),
+}
+AA_RESNET152 = (61.6e6, 23.8e9)  # parameters and FLOPs, Bello et al., 2019
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Random norms and radii: a fresh network's residual branches are zero, and every radius is the same."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_var, 0.5)):
+                    tensor.copy_(low + torch.rand(tensor.shape, generator=generator))
+            if isinstance(module, GeoPriorAttn2d):
+                module.log_radius.copy_(torch.randn(module.log_radius.shape, generator=generator))
+    return model
+
+
+def attentions(model: nn.Module) -> list[GeoPriorAttn2d]:
+    return [module for module in model.modules() if isinstance(module, GeoPriorAttn2d)]
+
+
+def create(name: str = 'geoprior_resnet14_nano', **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(timm.create_model(name, **{'num_classes': 10, **kwargs})).eval()
+
+
+def small() -> nn.Module:
+    """The smallest network with an attention layer in each of three stages."""
+    return randomize(GeoPriorResNet((1, 1, 1, 1), (0, 8, 8, 8), channels=(8, 16, 16, 16), num_classes=5)).eval()
+
+
+@pytest.fixture(scope='module')
+def nano() -> nn.Module:
+    """Not to be changed."""
+    return create()
+
+
+@pytest.fixture(scope='module')
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+class TestCounts:
+    @pytest.mark.parametrize('name', FAMILY)
+    def test_parameters_and_flops(self, name):
+        parameters, side, flops, layers = COUNTS[name]
+        with torch.device('meta'):
+            model = timm.create_model(name).eval()
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(1, 3, side, side))
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert counter.get_total_flops() == flops
+        assert len(attentions(model)) == layers
+
+    def test_the_published_cost(self):
+        """6.4% fewer parameters and 6.7% fewer FLOPs than AA-ResNet152: the paper's abstract."""
+        parameters, _, flops, _ = COUNTS['geoprior_resnet152']
+        savings = [round(100 * (1 - ours / theirs), 1) for ours, theirs in zip(
+            (parameters, flops), AA_RESNET152, strict=True)]
+        assert savings == [6.4, 6.7]
+
+    def test_the_nano(self, nano):
+        assert [len(getattr(nano, f'layer{i}')) for i in range(1, 5)] == [1, 1, 1, 1]
+        assert [isinstance(getattr(nano, f'layer{i}')[0].conv2, GeoPriorConv2d) for i in range(1, 5)] == [
+            False, True, True, True]
+
+    def test_the_names_of_the_weights(self, nano):
+        assert {name for name in nano.state_dict() if name.startswith('layer2.0.conv2')} == {
+            'layer2.0.conv2.conv.weight', 'layer2.0.conv2.attn.value.weight', 'layer2.0.conv2.attn.log_radius'}
+
+
+class TestOptions:
+    def test_keywords_reach_the_layers(self):
+        model = create('geoprior_resnet50', value_dims=(8, 0, 16, 32), attn_heads=4, attn_kernel='laplacian',
+                       layers=(1, 1, 1, 1))
+        found = [getattr(model, f'layer{i}')[0].conv2 for i in range(1, 5)]
+        assert [conv.attn.value.out_channels if isinstance(conv, GeoPriorConv2d) else 0 for conv in found] == [
+            8, 0, 16, 32]
+        assert {attn.log_radius.shape for attn in attentions(model)} == {(4,)}
+        assert {attn.kernel for attn in attentions(model)} == {'laplacian'}
+        fresh = timm.create_model('geoprior_resnet14_nano', attn_radius=2.5)
+        assert fresh.layer2[0].conv2.attn.radius().tolist() == pytest.approx([2.5])
+
+    def test_without_value_channels_it_is_timms_resnet(self, images):
+        plain = randomize(ResNet(Bottleneck, (1, 1, 1, 1), num_classes=10)).eval()
+        ours = GeoPriorResNet((1, 1, 1, 1), value_dims=(0, 0, 0, 0), num_classes=10).eval()
+        ours.load_state_dict(plain.state_dict())
+        assert torch.equal(ours(images), plain(images))
+
+    @pytest.mark.parametrize('aa_layer', [BlurPool2d, nn.AvgPool2d])
+    def test_anti_aliasing_takes_the_stride(self, aa_layer, images):
+        features = create(aa_layer=aa_layer, features_only=True)(images)
+        assert [f.shape[-1] for f in features] == [32, 16, 8, 4, 2]
+        assert [attn.stride for attn in attentions(create())] == [2, 2, 2]
+        assert [attn.stride for attn in attentions(create(aa_layer=aa_layer))] == [1, 1, 1]
+
+    @pytest.mark.parametrize(('options', 'message'), [
+        ({'attn_kernel': 'box'}, r"The kernel is 'box', expected one of gaussian, laplacian: change attn_kernel"),
+        ({'value_dims': (0, -8, 8, 8)}, r'value_dims is \(0, -8, 8, 8\), expected none below 0: change value_dims'),
+        ({'value_dims': (0, 64, 8, 8)}, r'64 value channels in a layer of 64, expected from 1 to 63'),
+        ({'value_dims': (0, 8, 8)}, r'value_dims is \(0, 8, 8\), expected four numbers, one a stage'),
+        ({'value_dims': 8}, r'value_dims is 8, expected four numbers'),
+        ({'channels': (64, 64, 64, 64, 64)}, r'channels is .*, expected four numbers'),
+        ({'layers': (1, 1)}, r'layers is \(1, 1\), expected four numbers'),
+        ({'attn_radius': 0.0}, r'The initial radius is 0.0 cells, expected a finite number'),
+        ({'attn_radius': -1.0}, r'The initial radius is -1.0 cells, expected a finite number'),
+        ({'attn_radius': float('nan')}, r'The initial radius is nan cells, expected a finite number'),
+        ({'attn_radius': float('inf')}, r'The initial radius is inf cells, expected a finite number'),
+        ({'attn_heads': 16}, r'num_heads is 16 for 8 value channels, expected a number from 1 to 8'),
+        ({'attn_heads': 3}, r'num_heads is 3 for 8 value channels'),
+        ({'attn_heads': 0}, r'num_heads is 0 for 8 value channels'),
+        ({'cardinality': 32}, r'cardinality is 32, expected 1'),
+        ({'block': nn.Identity}, r'block is .*, expected none'),
+    ])
+    def test_refused_by_name(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            timm.create_model('geoprior_resnet14_nano', **options)
+
+    @pytest.mark.parametrize('options', [
+        {'aa_layer': BlurPool2d}, {'avg_down': False}, {'block_args': {'attn_layer': 'se'}}, {'stem_type': ''},
+        {'stem_type': 'deep_tiered'}, {'drop_block_rate': 0.1}, {'base_width': 128}, {'replace_stem_pool': True},
+        {'norm_layer': 'groupnorm1'}, {'act_layer': 'silu'}, {'drop_rate': 0.1}, {'zero_init_last': False},
+        {'down_kernel_size': 3, 'avg_down': False}, {'block_reduce_first': 2}, {'in_chans': 3, 'output_stride': 16},
+    ], ids=str)
+    def test_the_rest_of_timms_resnet(self, options, images):
+        model = create(**options).train()
+        logits = model(images)
+        logits.sum().backward()
+        assert logits.shape == (2, 10)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', FAMILY)
+class TestEveryModel:
+    """On the meta device where shapes are the question."""
+
+    def test_features_and_gradients(self, name):
+        """An odd size, each feature once by timm's extractor and once by the plain forward."""
+        model = create(name)
+        x = torch.randn(2, 3, 33, 41)
+        extractor = create(name, features_only=True)
+        with torch.no_grad():
+            features = [model.act1(model.bn1(model.conv1(x)))]
+            features.append(model.layer1(model.maxpool(features[0])))
+            for layer in (model.layer2, model.layer3, model.layer4):
+                features.append(layer(features[-1]))
+            for found, wanted in zip(extractor(x), features, strict=True):
+                torch.testing.assert_close(found, wanted)
+            torch.testing.assert_close(model.forward_head(features[-1]), model(x))
+        model.train()(x).square().sum().backward()
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad.isfinite().all(), parameter_name
+            assert parameter.grad.any(), parameter_name
+
+    def test_forward_heads_and_channels(self, name):
+        with torch.device('meta'):
+            model = timm.create_model(name, in_chans=1, num_classes=0).eval()
+            features = model(torch.empty(2, 1, SIZE, SIZE))
+            assert features.shape == (2, model.num_features)
+            model.reset_classifier(7, 'max')
+            assert model(torch.empty(2, 1, SIZE, SIZE)).shape == (2, 7)
+            assert model.get_classifier().out_features == 7
+            map_out = timm.create_model(name, num_classes=0, global_pool='')(torch.empty(2, 3, SIZE, SIZE))
+            assert map_out.shape == (2, model.num_features, 2, 2)
+
+    @pytest.mark.parametrize('stride', [8, 16])
+    def test_output_stride(self, name, stride):
+        with torch.device('meta'):
+            model = timm.create_model(name, features_only=True, output_stride=stride)
+            features = model(torch.empty(1, 3, SIZE, SIZE))
+        assert [f.shape[-1] for f in features] == [SIZE // r for r in model.feature_info.reduction()]
+        assert max(model.feature_info.reduction()) == stride
+
+    def test_cfg(self, name):
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.classifier == 'fc'
+        assert cfg.first_conv in ('conv1', 'conv1.0')
+        assert cfg.tag
+
+    def test_groups_cover_every_parameter(self, name):
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        for coarse in (False, True):
+            groups = group_parameters(model, model.group_matcher(coarse=coarse))
+            assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+
+class TestInterface:
+    @pytest.mark.parametrize('feature_cls', FEATURE_CLASSES)
+    def test_features_only(self, feature_cls, nano, images):
+        extractor = create(features_only=True, feature_cls=feature_cls)
+        features = extractor(images)
+        features = list(features.values()) if isinstance(features, dict) else features
+        expected = nano.forward_intermediates(images, intermediates_only=True)
+        assert len(features) == len(expected) == 5
+        for found, wanted in zip(features, expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+        assert list(extractor.feature_info.channels()) == [f.shape[1] for f in features]
+
+    def test_forward_intermediates(self, nano, images):
+        final, intermediates = nano.forward_intermediates(images)
+        torch.testing.assert_close(final, nano.forward_features(images))
+        torch.testing.assert_close(intermediates[-1], final)
+        last_two = nano.forward_intermediates(images, indices=2, intermediates_only=True, stop_early=True)
+        assert all(torch.equal(a, b) for a, b in zip(last_two, intermediates[-2:], strict=True))
+        pruned = copy.deepcopy(nano)
+        pruned.prune_intermediate_layers([1, 2])
+        torch.testing.assert_close(
+            pruned.forward_intermediates(images, indices=[1, 2], intermediates_only=True)[1], intermediates[2])
+
+    def test_output_stride_keeps_the_window_in_the_picture(self):
+        model, dilated = create(), create(output_stride=8)
+        radii = [[m.radius() for m in net.modules() if isinstance(m, GeoPriorAttn2d)] for net in (model, dilated)]
+        factors = [round((b / a).item(), 4) for a, b in zip(*radii, strict=True)]
+        assert factors == [1, 1, 2]  # the first layer of a finer stage still has the grid of the one before
+
+    def test_output_stride_keeps_the_features(self):
+        """On a smooth picture, at the positions that both networks have; exactly where the grid is the same."""
+        coarse, fine = (create(avg_down=False, output_stride=stride) for stride in (32, 8))
+        for attn in attentions(coarse) + attentions(fine):
+            nn.init.constant_(attn.log_radius, math.log(2))
+        x = torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+        x = nn.functional.interpolate(x, (129, 129), mode='bicubic', align_corners=True)
+
+        def differences():
+            pairs = zip(*(model.forward_intermediates(x, [3, 4], intermediates_only=True) for model in (coarse, fine)),
+                        (2, 4), strict=True)
+            return [float(((f[..., ::step, ::step] - c).norm() / c.norm()).detach()) for c, f, step in pairs]
+
+        exact, close = differences()
+        assert exact < 1e-6
+        assert close < 0.03
+        attentions(fine)[-1].dilation = 1  # the radius in cells alone: half the window
+        assert differences()[1] > 1.2 * close
+
+    @pytest.mark.parametrize('pool', ['avg', 'max', 'avgmax', 'catavgmax'])
+    def test_global_pool(self, pool, images):
+        assert create(global_pool=pool)(images).shape == (2, 10)
+
+    def test_drop_path_is_for_training(self, nano, images):
+        model = create(drop_path_rate=0.9)
+        assert torch.equal(model(images), nano(images))
+        model.train()
+        torch.manual_seed(0)
+        assert not torch.equal(model(images), model(images))
+
+    def test_gradient_checkpointing(self, images):
+        gradients = []
+        for enable in (False, True):
+            model = create().train()
+            model.set_grad_checkpointing(enable)
+            model(images).square().sum().backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters()})
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient)
+
+    def test_meta_device_and_back(self):
+        with torch.device('meta'):
+            model = timm.create_model('geoprior_resnet14_nano', attn_radius=2.0)
+        model = model.to_empty(device='cpu')
+        for tensor in model.state_dict().values():
+            tensor.fill_(3)
+        model.init_weights()
+        fresh = timm.create_model('geoprior_resnet14_nano', attn_radius=2.0)
+        for (name, tensor), other in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
+            assert tensor.float().std(correction=0).item() == pytest.approx(
+                other.float().std(correction=0).item(), rel=0.25, abs=1e-6), name
+        assert [attn.radius().item() for attn in attentions(model)] == pytest.approx([2, 2, 2])
+
+    def test_device_and_dtype(self):
+        model = timm.create_model('geoprior_resnet14_nano', device='meta', dtype=torch.bfloat16)
+        assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
+
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+    def test_other_types_run(self, dtype, nano, images):
+        logits = copy.deepcopy(nano).to(dtype)(images.to(dtype))
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.float(), nano(images), rtol=0.1, atol=0.2)
+
+    def test_channels_last(self, nano, images):
+        """Kept through every stage, and the same features."""
+        model = copy.deepcopy(nano).to(memory_format=torch.channels_last)
+        kept = []
+        for layer in model.modules():
+            if isinstance(layer, GeoPriorConv2d):
+                layer.register_forward_hook(
+                    lambda _, args, out: kept.append(out.is_contiguous(memory_format=torch.channels_last)))
+        images = images.contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(images), nano(images.contiguous()), rtol=1e-4, atol=1e-4)
+        assert kept == [True, True, True]
+
+    def test_copies(self, nano, images):
+        file = io.BytesIO()
+        torch.save(nano, file)
+        file.seek(0)
+        for twin in (copy.deepcopy(nano), pickle.loads(pickle.dumps(nano)), torch.load(file, weights_only=False)):
+            assert torch.equal(twin(images), nano(images))
+
+    def test_the_radii_leave_weight_decay(self, nano):
+        optimizer = create_optimizer_v2(nano, opt='sgd', lr=0.1, weight_decay=0.1)
+        decayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] for p in group['params']}
+        radii = [p for name, p in nano.named_parameters() if 'log_radius' in name]
+        assert len(radii) == 3
+        assert not decayed & {id(p) for p in radii}
+
+    def test_branches_start_at_zero_and_values_at_the_layers_scale(self):
+        torch.manual_seed(0)
+        model = GeoPriorResNet((1, 1, 1, 1), num_classes=4)
+        assert model.layer4[0].bn3.weight.abs().sum() == 0
+        assert model.layer4[0].conv2.attn.value.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
+class TestGraphs:
+    def test_torchscript(self, nano, images):
+        scripted, traced = torch.jit.script(nano), torch.jit.trace(nano, images)
+        for inputs in (images, images[..., :45]):
+            torch.testing.assert_close(scripted(inputs), nano(inputs))
+            torch.testing.assert_close(traced(inputs), nano(inputs))
+
+    def test_plain_fx(self, nano, images):
+        traced = torch.fx.symbolic_trace(nano)
+        for inputs in (images, images[..., :45]):
+            torch.testing.assert_close(traced(inputs), nano(inputs))
+
+    def test_compile_with_dynamic_sizes(self, images):
+        """One graph for all sizes, and its backward pass. Generating code for it would take minutes."""
+        model = small()
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='aot_eager')
+
+        def check(inputs):
+            expected = torch.autograd.grad(model(inputs).square().sum(), model.parameters())
+            found = torch.autograd.grad(compiled(inputs).square().sum(), model.parameters())
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+        check(images[..., :48])
+        with torch.compiler.set_stance('fail_on_recompile'):
+            check(torch.randn(3, 3, 45, 70))
+            check(images)
+
+    def test_export_with_named_sizes(self, images):
+        """From 33 px on. timm's `avg_down` forbids names: its pooling makes conditions that no name can carry."""
+        model = small()
+        sizes = {0: torch.export.Dim('batch', max=64), 2: torch.export.Dim('height', min=33, max=1024),
+                 3: torch.export.Dim('width', min=33, max=1024)}
+        program = torch.export.export(model, (images,), dynamic_shapes=(sizes,))
+        for inputs in (images, torch.randn(1, 3, 33, 33), torch.randn(3, 3, 34, 70)):
+            torch.testing.assert_close(program.module()(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+
+    def test_export_and_onnx(self, images, tmp_path, capsys):
+        """One exported program, and one ONNX file, for any batch, height and width."""
+        runtime = pytest.importorskip('onnxruntime')
+        # timm's average pooling with ceil_mode in a ResNet-D's shortcut has no symbolic size in torch.export
+        nano = create(avg_down=False)
+        pytest.importorskip('onnxscript')
+        dynamic = torch.export.Dim.DYNAMIC
+        program = torch.export.export(nano, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+        inputs = (images, torch.randn(1, 3, 33, 33), torch.randn(3, 3, 33, 70))
+        for batch in inputs:
+            torch.testing.assert_close(program.module()(batch), nano(batch), rtol=1e-4, atol=1e-4)
+        for opset in (18, 23):
+            path = tmp_path / f'nano{opset}.onnx'
+            torch.onnx.export(program, (images,), path, opset_version=opset, dynamo=True, verbose=False)
+            session = runtime.InferenceSession(path)
+            name = session.get_inputs()[0].name
+            found = [torch.from_numpy(session.run(None, {name: batch.numpy()})[0]) for batch in inputs]
+            worst = max((f - nano(batch)).abs().max().item() for f, batch in zip(found, inputs, strict=True))
+            with capsys.disabled():
+                print(f'\nONNX Runtime {runtime.__version__}, opset {opset}: maximum difference {worst:.1e}')
+            assert worst < 1e-4
