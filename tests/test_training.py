@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ class TestRun:
         results = json.loads((whole_run / 'results.json').read_text())
         assert results['epochs'] == 3
         assert results['last']['ema_top1'] == float(rows[-1]['ema_top1'])
-        assert results['versions']['torch'] == torch.__version__
+        assert results['versions']['torch'] == metadata.version('torch')
         assert make_recipe(yaml.safe_load((whole_run / 'recipe.yaml').read_text())).mixup == 0.2
         state = load_checkpoint(whole_run / 'best.pt')
         assert state['class_names'] == ['astronaut', 'chelsea', 'coffee', 'rocket']
@@ -174,25 +175,15 @@ class TestResume:
 
 
 class TestProcesses:
-    def test_two_processes_train_as_one_and_come_back_when_one_is_killed(self, photo_folder, tmp_path):
-        """The same global batches give the same loss curve, to 1e-4, with a norm that does not see the batch.
-
-        The second process is killed in the second epoch; `torchrun --max-restarts` brings both back.
-        """
+    def test_two_processes_train_as_one(self, photo_folder, tmp_path):
+        """The same global batches give the same loss curve, to 1e-4, with a norm that does not see the batch."""
         recipe = tmp_path / 'ddp.yaml'
         recipe.write_text(yaml.safe_dump({
             **TINY, 'epochs': 2, 'drop_path': 0, 'in_memory': True, 'holdout': 0, 'lr': 0.01,
             'model_kwargs': {**TINY['model_kwargs'], 'norm_layer': 'groupnorm1'}}))
-        script = tmp_path / 'killed.py'
-        script.write_text(at_update(
-            'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.epoch == 1'
-            f' and open({str(tmp_path / "was_killed")!r}, "w")', signal.SIGKILL))
-        torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1']
+        torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
         arguments = [*command(photo_folder, tmp_path / 'two', recipe)[1:], '-j', '0']
-        done = subprocess.run(
-            [sys.executable, *torchrun, str(script), *arguments], env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / 'was_killed').exists()
+        subprocess.run([sys.executable, *torchrun, *arguments], env=environment(), check=True)
         train(load_recipe(recipe), config(photo_folder, tmp_path / 'one'))
         losses = [[float(row['train_loss']) for row in csv.DictReader((tmp_path / name / 'summary.csv').open())]
                   for name in ('one', 'two')]
