@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hub_server import status
-from releases import NANO, finish, planned, start, using_manifest, with_entry, write_results
+from releases import NANO, files, finish, planned, start, using_manifest, with_entry, write_results
 from timm_geoprior import hub as hub_module
 from timm_geoprior.hub import load_golden, load_verified
 from timm_geoprior.manifest import ManifestError, load_manifest, manifest_path
@@ -36,7 +36,7 @@ from timm_geoprior.training.checkpoint import CheckpointError
 from timm_geoprior.verify import golden_error
 
 ROOT = Path(__file__).parent.parent
-FILES = {'model.safetensors', 'golden.safetensors', 'config.json', 'README.md', 'results.json', 'radii.png',
+FILES = {'model.safetensors', 'golden/outputs.safetensors', 'config.json', 'README.md', 'results.json', 'radii.png',
          'train_log.csv'}
 
 
@@ -109,7 +109,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name):
 
 def test_staged_folder(staged, run_folder):
     entry = read_staged(staged, load_manifest())
-    assert {path.name for path in staged.iterdir()} == FILES
+    assert files(staged) == FILES
     assert (staged.stat().st_mode & 0o777, entry.status) == (0o755, 'staged')
     assert (entry.sha256, entry.bytes) == (
         hashlib.sha256((staged / 'model.safetensors').read_bytes()).hexdigest(),
@@ -124,7 +124,7 @@ def test_staged_folder(staged, run_folder):
                                    'recipe': 'r64_tin200', 'commit': 'a' * 40}
     model = timm.create_model('geoprior_resnet14_nano', num_classes=200)
     model.load_state_dict(read_checkpoint(run_folder / 'last.pt').state_dict)
-    assert golden_error(model, load_file(staged / 'golden.safetensors')) < 0.01
+    assert golden_error(model, load_file(staged / 'golden/outputs.safetensors')) < 0.01
 
 
 def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
@@ -132,8 +132,8 @@ def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
     (tmp_path / 'nano' / 'old.txt').touch()
     stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
           run=run_folder)
-    assert {path.name: path.read_bytes() for path in (tmp_path / 'nano').iterdir()} == {
-        path.name: path.read_bytes() for path in staged.iterdir()}
+    assert files(tmp_path / 'nano') == files(staged)
+    assert all((tmp_path / 'nano' / name).read_bytes() == (staged / name).read_bytes() for name in files(staged))
 
 
 def altered(checkpoint, **changes):
@@ -171,7 +171,7 @@ def test_a_folder_of_something_else_is_left_alone(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
-    ('model.safetensors', b'changed', r'sha256 \w+, expected'), ('golden.safetensors', b'changed', 'sha256'),
+    ('model.safetensors', b'changed', r'sha256 \w+, expected'), ('golden/outputs.safetensors', b'changed', 'sha256'),
     ('results.json', b'{}', 'is no staged folder'), ('results.json', None, 'is no staged folder'),
     ('model.safetensors', None, 'is no staged folder'),
 ])
@@ -222,7 +222,7 @@ def test_released_bytes_do_not_change(staged, run_folder, manifest, weights, tmp
 def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights, tmp_path):
     entry = bundle(staged, manifest)
     again = stage(entry, read_checkpoint(weights / f'{NANO}.safetensors'), tmp_path / 'again')
-    for name in ('model.safetensors', 'golden.safetensors', 'train_log.csv', 'results.json', 'config.json'):
+    for name in ('model.safetensors', 'golden/outputs.safetensors', 'train_log.csv', 'results.json', 'config.json'):
         assert (tmp_path / 'again' / name).read_bytes() == (staged / name).read_bytes()
     assert again.metrics == entry.metrics
 
@@ -270,7 +270,7 @@ def test_the_same_repository_in_timm_and_transformers(hub, staged, manifest, log
     transformers = pytest.importorskip('transformers')
     push(staged, 'owner/nano', public=True, manifest_file=manifest)
     assert not hub.repos['owner/nano'].private
-    golden = load_file(staged / 'golden.safetensors')
+    golden = load_file(staged / 'golden/outputs.safetensors')
     images = golden['input'].float()
     photo = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 20).convert('RGB')
     names = load_manifest().label_sets['tin200'].names
@@ -378,7 +378,7 @@ def test_other_bytes_that_come_back(hub, staged, manifest, login):
             hub.objects[content] = hub.objects[content][:-1] + b'?'
         return False
     hub.fault('HEAD /owner/nano/resolve', spoil)
-    with pytest.raises(PublishError, match=r'golden.safetensors of owner/nano at \w{40} came back with other bytes'):
+    with pytest.raises(PublishError, match=r'golden/\S+ of owner/nano at \w{40} came back with other'):
         push(staged, 'owner/nano', manifest_file=manifest)
     assert load_manifest(manifest).get(NANO).status == 'planned'
 

@@ -100,7 +100,7 @@ def test_offline_the_hub_is_not_asked(published, hub, monkeypatch):
 
 def test_golden_outputs_notice_a_radius(staged):
     model = timm.create_model(f'local-dir:{staged}', pretrained=True)
-    golden = load_file(staged / 'golden.safetensors')
+    golden = load_file(staged / 'golden/outputs.safetensors')
     tolerance = GOLDEN_TOLERANCES['float32']
     assert golden_error(model, golden) <= tolerance
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_download_command(published, hub, capsys, tmp_path):
     place = tmp_path / 'offline' / NANO
     assert capsys.readouterr().out.splitlines()[0] == str(place)
     assert golden_error(timm.create_model(f'local-dir:{place}', pretrained=True),
-                        load_file(place / 'golden.safetensors')) <= 1e-5
+                        load_file(place / 'golden/outputs.safetensors')) <= 1e-5
     hub.requests.clear()
     assert main(['download', NANO, str(tmp_path / 'offline')]) == 0
     assert hub.requests == []

@@ -248,7 +248,7 @@ def download_tag(name: str, folder: str | Path) -> Path:
         folder: Where the tag's folder goes.
 
     Returns:
-        The tag's folder, with model.safetensors, golden.safetensors and config.json.
+        The tag's folder, with model.safetensors, golden/outputs.safetensors and config.json.
 
     Raises:
         ManifestError: There is no such tag.
@@ -258,9 +258,9 @@ def download_tag(name: str, folder: str | Path) -> Path:
 
     entry = load_manifest().get(name)
     target = Path(folder) / entry.name
-    assets = {'model.safetensors': _weights(entry), 'golden.safetensors': _golden(entry)}
+    assets = {'model.safetensors': _weights(entry), 'golden/outputs.safetensors': _golden(entry)}
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        (target / 'golden').mkdir(parents=True, exist_ok=True)
         for file, asset in assets.items():
             if not _is_right(asset, target / file):
                 write_atomically(target / file, bytes(_content(asset, None)))
@@ -358,6 +358,7 @@ def _download(asset: _Asset, cache_dir: str | Path | None, force: bool) -> Path:
     """The file's path in huggingface_hub's cache, from there or from the network."""
     started = time.time() - 1  # file systems' clocks are coarse
     for attempt in range(ATTEMPTS):
+        begun = time.monotonic()
         try:
             path = Path(hf_hub_download(
                 str(asset.hub_id), asset.file, revision=asset.revision, cache_dir=cache_dir, force_download=force,
@@ -365,10 +366,11 @@ def _download(asset: _Asset, cache_dir: str | Path | None, force: bool) -> Path:
             _sweep(path, started)
             return path
         except Exception as error:
-            if attempt + 1 == ATTEMPTS or not _is_transient(error):
+            if attempt + 1 == ATTEMPTS or not _is_transient(error, time.monotonic() - begun):
                 raise WeightsError(
                     f'{asset.title} ({asset.file} of {asset.hub_id} at {asset.revision}) could not be fetched: '
                     f'{explain(error, cache_dir)}.') from None
+            force = force or type(error) is OSError  # a part of the wrong size: not to be resumed
         time.sleep(2 ** attempt)
     raise AssertionError('unreachable')
 
@@ -382,12 +384,19 @@ def _sweep(path: Path, started: float) -> None:
                 part.unlink()
 
 
-def _is_transient(error: Exception) -> bool:
-    """Whether another attempt may help: huggingface_hub retries all but a server's error or a reset in mid-file."""
+def _is_transient(error: Exception, seconds: float) -> bool:
+    """Whether another attempt may help, after one of so many seconds: huggingface_hub retries some trouble itself."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        return http_status(error.__cause__) >= 500 and seconds < 5  # it had no patience: before 1.4 it has none
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500
+        return http_status(error) >= 500
     local = isinstance(error, OSError) and error.errno is not None
     return not local and not isinstance(error, (LocalEntryNotFoundError, ValueError))
+
+
+def http_status(error: BaseException) -> int:
+    """The status that the Hub answered with, 0 where it did not answer."""
+    return getattr(getattr(error, 'response', None), 'status_code', None) or 0
 
 
 def explain(error: Exception, cache_dir: str | Path | None = None) -> str:
@@ -401,8 +410,7 @@ def explain(error: Exception, cache_dir: str | Path | None = None) -> str:
         A clause without a full stop.
     """
     cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) and error.__cause__ else error
-    response = getattr(cause, 'response', None)
-    status = getattr(response, 'status_code', None)
+    status = http_status(cause)
     if constants.HF_HUB_OFFLINE:
         return ('it is not in the cache and HF_HUB_OFFLINE is set, expected a network: unset it, or fetch the file '
                 'first where there is one')
@@ -415,7 +423,7 @@ def explain(error: Exception, cache_dir: str | Path | None = None) -> str:
                 f'check the name, log in with `hf auth login` or set HF_TOKEN')
     if status == 429:
         return 'the Hub answered 429, too many requests: wait some minutes, or log in for a higher limit'
-    if status is not None:
+    if status:
         return f'the Hub answered {status}: try again later'
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
         place = cache_dir or constants.HF_HUB_CACHE
@@ -432,6 +440,6 @@ def endpoint() -> str:
 
 def redact(text: str) -> str:
     """Take tokens, passwords and signatures out of a text: for messages and reports."""
-    text = re.sub(r'hf_\w+', 'hf_***', text)
+    text = re.sub(r'hf_\w+', 'hf_***', ' '.join(text.split()))
     text = re.sub(r'(?<=//)[^/@\s]+@', '***@', text)
     return re.sub(r'(?<=://)(\S*?)\?[^\s\'")]*', r'\1', text).strip().rstrip('.')

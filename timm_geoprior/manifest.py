@@ -44,7 +44,7 @@ def _check_hex(value: str | None, digits: int, where: str) -> None:
 
 
 def _check_file(value: str | None, where: str) -> None:
-    valid = value is None or re.fullmatch(r'[^/\\]+\.safetensors', value) is not None
+    valid = value is None or re.fullmatch(r'(golden/)?[^/\\]+\.safetensors', value) is not None
     _check(valid, where, value, 'a bare file name that ends in .safetensors')
 
 

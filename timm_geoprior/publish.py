@@ -18,13 +18,12 @@ import timm
 import torch
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .cards import hub_config, model_card, plot_radii
-from .hub import bundled_path, explain, load_golden
+from .hub import bundled_path, explain, http_status, load_golden
 from .manifest import (
     Baseline,
     Golden,
@@ -47,7 +46,8 @@ __all__ = [
     'Checkpoint', 'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_checkpoint', 'stage',
 ]
 
-WEIGHTS, GOLDEN, RESULTS, TRAIN_LOG = 'model.safetensors', 'golden.safetensors', 'results.json', 'train_log.csv'
+WEIGHTS, RESULTS, TRAIN_LOG = 'model.safetensors', 'results.json', 'train_log.csv'
+GOLDEN = 'golden/outputs.safetensors'  # a second such file beside the weights confuses timm up to 1.0.27
 
 ROUNDING_TOLERANCE = 2e-2  # of the largest logit, for weights rounded to float16
 
@@ -264,6 +264,7 @@ def _write_weights(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, 
     tensors = load_golden(entry) if released else golden_tensors(model, entry.input.input_size)
     _check_rounding(checkpoint, model, tensors)
     golden = save(tensors)
+    (folder / GOLDEN).parent.mkdir()
     write_atomically(folder / GOLDEN, golden)
     same = entry.sha256 in (None, sha256)
     return replace(
@@ -453,10 +454,16 @@ def describe_push(folder: Path, repo_id: str, public: bool = False) -> str:
         PublishError: It is no staged folder.
     """
     entry = read_staged(folder, load_manifest())
-    files = '\n'.join(f'  {path.name}, {path.stat().st_size:,} bytes' for path in sorted(folder.iterdir()))
+    files = '\n'.join(f'  {name}, {path.stat().st_size:,} bytes' for name, path in _files(folder).items())
     visibility = 'public' if public else 'private'
     return (f'would push {entry.name} to {repo_id}, a {visibility} repository if it is new, in one commit:\n{files}\n'
             f'and then write its commit into the manifest')
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Name in the repository -> file of a staged folder."""
+    paths = sorted(path for path in folder.rglob('*') if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def _commit(entry: ModelEntry, folder: Path, repo_id: str, public: bool) -> tuple[str, str]:
@@ -464,7 +471,7 @@ def _commit(entry: ModelEntry, folder: Path, repo_id: str, public: bool) -> tupl
     api = HfApi(library_name='timm_geoprior')
     repo_id = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id
     head = api.model_info(repo_id).sha
-    files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    files = [CommitOperationAdd(name, path) for name, path in _files(folder).items()]
     # the parent makes a push at the same time from elsewhere fail instead of mixing with this one
     commit = api.create_commit(repo_id, files, commit_message=f'Add {entry.name}', parent_commit=head)
     return repo_id, commit.oid
@@ -473,20 +480,23 @@ def _commit(entry: ModelEntry, folder: Path, repo_id: str, public: bool) -> tupl
 def _read_back(entry: ModelEntry, folder: Path, repo_id: str, revision: str) -> None:
     """Fetch the commit into an empty cache, and compare every file, and the logits."""
     with tempfile.TemporaryDirectory() as cache:
-        for path in sorted(folder.iterdir()):
-            fetched = Path(hf_hub_download(repo_id, path.name, revision=revision, cache_dir=cache))
+        root = Path(cache)
+        for name, path in _files(folder).items():
+            fetched = Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache))
+            root = fetched.parent if name == WEIGHTS else root
             if fetched.read_bytes() != path.read_bytes():
                 raise PublishError(
-                    f'{path.name} of {repo_id} at {revision} came back with other bytes than were sent. The manifest '
+                    f'{name} of {repo_id} at {revision} came back with other bytes than were sent. The manifest '
                     f'is as it was; run it again.')
-        _check_loads(entry, fetched.parent)
+        _check_loads(entry, root)
 
 
 def _explain_push(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
-    if isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412:
+    status = http_status(cause)
+    if status == 412:
         return 'another commit came in between'
-    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
-        return (f'the Hub answered {cause.response.status_code}: the token must have write rights for it '
+    if status in (401, 403):
+        return (f'the Hub answered {status}: the token must have write rights for it '
                 f'(`hf auth whoami` says whose it is)')
     return explain(cause)
