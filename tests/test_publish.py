@@ -232,6 +232,7 @@ def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights, tm
 
 def _load_by_plain_name(manifest, cache):
     time.sleep = lambda seconds: None  # huggingface_hub's retries wait; this process is ours alone
+    os.environ['HF_TOKEN'] = 'hf_writetoken'  # the process that this one is forked from may be older than the login
     with using_manifest(manifest):
         model = timm.create_model('geoprior_resnet14_nano', pretrained=True, cache_dir=cache)
         return golden_error(model, load_golden(load_manifest().get(NANO), cache))
