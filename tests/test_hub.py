@@ -71,7 +71,7 @@ def digest(tensors):
 
 
 def leftovers(cache):
-    """Files among the cache's blobs that are not whole, but for the one that huggingface_hub before 1.5 resumes."""
+    """Files among the cache's blobs that are not whole, but for the one that an older huggingface_hub resumes."""
     blobs = [path for path in cache.rglob('blobs/*') if path.is_file() and len(path.name) != len(f'{"":64}.incomplete')]
     return [path.name for path in blobs if hashlib.sha256(path.read_bytes()).hexdigest() != path.name]
 
@@ -489,6 +489,7 @@ def test_offline_with_and_without_the_file(hub, published, tmp_path):
     count, absent, spoilt = done.stdout.splitlines()
     assert int(count) == len(tensors)
     assert 'not in the cache and HF_HUB_OFFLINE is set, expected a network: unset it' in absent
+    assert 'are 6 bytes, expected' in spoilt
     assert 'HF_HUB_OFFLINE is set' in spoilt
     assert hub.requests == []
 

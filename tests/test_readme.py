@@ -13,7 +13,7 @@ from timm_geoprior.images import sample_image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```$', README, flags=re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r'^ *```(\w+)\n(.*?)^ *```$', README, flags=re.DOTALL | re.MULTILINE)
 PYTHON = [text for language, text in BLOCKS if language == 'python']
 SHELL = [text.strip() for language, text in BLOCKS if language == 'bash']
 

@@ -300,10 +300,14 @@ def _read(asset: _Asset, path: Path, cache_dir: str | Path | None) -> bytearray:
     """A file's verified bytes; a wrong one of the cache is fetched afresh once."""
     try:
         return _read_verified(asset, path)
-    except _DigestError:
+    except _DigestError as wrong:
         if path == asset.bundled:
             raise
-    path = asset.locate(cache_dir, force=True)
+        found = wrong
+    try:
+        path = asset.locate(cache_dir, force=True)
+    except WeightsError as error:
+        raise WeightsError(f'{found} {error}') from None
     try:
         return _read_verified(asset, path)
     except _DigestError:
@@ -351,7 +355,8 @@ def _tensor(content: bytearray, start: int, info: dict[str, Any]) -> Tensor:
 def _discard(path: Path) -> None:
     """Remove a wrong file from the cache, so that nothing else loads it: the name and the blob behind it."""
     for item in (path.resolve(), path):
-        item.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            item.unlink(missing_ok=True)
 
 
 def _download(asset: _Asset, cache_dir: str | Path | None, force: bool) -> Path:
@@ -387,7 +392,7 @@ def _sweep(path: Path, started: float) -> None:
 def _is_transient(error: Exception, seconds: float) -> bool:
     """Whether another attempt may help, after one of so many seconds: huggingface_hub retries some trouble itself."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        return http_status(error.__cause__) >= 500 and seconds < 5  # it had no patience: before 1.4 it has none
+        return http_status(error.__cause__) >= 500 and seconds < 5  # it had no patience: older ones have none
     if isinstance(error, HfHubHTTPError):
         return http_status(error) >= 500
     local = isinstance(error, OSError) and error.errno is not None

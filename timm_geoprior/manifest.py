@@ -390,8 +390,9 @@ def parse_entry(name: str, data: Any, label_sets: dict[str, LabelSet]) -> ModelE
     Raises:
         ManifestError: It is not as the schema has it.
     """
-    label_set = data.get('label_set') if isinstance(data, dict) else None
-    _check(label_set in label_sets, f'label_set of {name}', label_set, f'one of {", ".join(label_sets)}')
+    named = data.get('label_set') if isinstance(data, dict) else None
+    label_set = named if isinstance(named, str) else ''
+    _check(label_set in label_sets, f'label_set of {name}', named, f'one of {", ".join(label_sets)}')
     num_classes = label_sets[label_set].num_classes
     return cast(ModelEntry, _parse(ModelEntry, data, f'models.{name}', name=name, num_classes=num_classes))
 
