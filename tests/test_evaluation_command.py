@@ -22,6 +22,7 @@ from torch import nn
 
 from releases import planned, put_on, using_manifest
 from timm_geoprior.evaluation.command import main
+from timm_geoprior.evaluation.data import open_data, take_shards
 from timm_geoprior.manifest import LabelSet, Metric, load_manifest, to_json
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'validate.py'
@@ -233,6 +234,16 @@ def test_several_processes_count_every_image_once(processes, data, parquet, chec
     assert done.stdout.count('top-1') == len(runs)  # one process speaks
     calibration = {result['results'][0]['calibration_error'] for result in found.values()}
     assert max(calibration) - min(calibration) < 0.01
+
+
+def test_each_shard_goes_to_one_process(data):
+    pytest.importorskip('webdataset')
+    stream = open_data(data / 'shards', 'wds/', f'val-{{0..4}}.tar|{COUNT}')
+    for _ in range(2):  # for a second model too
+        taken = [(take_shards(stream, rank, 3), stream.dataset.reader.split_info.filenames) for rank in range(3)]
+        assert [count for count, _ in taken] == [2, 2, 1]
+        assert sorted(name for _, names in taken for name in names) == [f'val-{shard}.tar' for shard in range(5)]
+    assert take_shards(stream, 5, 6) == 0
 
 
 def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):

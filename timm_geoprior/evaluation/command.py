@@ -37,7 +37,7 @@ class _Run:
     args: argparse.Namespace
     settings: Settings
     command: str
-    done: list[Evaluation] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
     faults: int = 0
 
@@ -143,7 +143,7 @@ def _measure_all(run: _Run) -> None:
                 if not _is_sweep(args) or isinstance(error, ProcessError):
                     raise
                 run.fail(f'{name} failed: {error}')
-    if not run.done and not run.faults:
+    if not run.rows and not run.faults:
         raise EvaluationError('No model was measured, expected one that has the classes of the data: check --data-dir.')
 
 
@@ -162,7 +162,7 @@ def _measure(run: _Run, data: EvalSet, name: str | None) -> None:
             **(fingerprint(data, planned.indices, args.dataset) if not settings.rank else {})}
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
     evaluation = evaluate(data, loaded, planned, settings)
-    run.done.append(evaluation)
+    run.rows.append(summary_row(evaluation))
     for line in lines(evaluation):
         run.say(line)
     for problem in evaluation.problems:
@@ -211,10 +211,10 @@ def _check_figures(run: _Run, evaluation: Evaluation) -> None:
 
 def _write_results(run: _Run) -> None:
     path = run.args.results_file
-    if path is None or run.settings.rank or not run.done:
+    if path is None or run.settings.rank or not run.rows:
         return
     form = run.args.results_format or ('json' if path.suffix == '.json' else 'csv')
-    write_summary(path, [summary_row(evaluation) for evaluation in run.done], run.details, form)
+    write_summary(path, run.rows, run.details, form)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,12 +41,14 @@ class EvalSet:
         labels: Index into `classes` of each image, shape (images,); empty for a stream.
         names: File name of each image, with its folder inside the data set; empty where they are not known.
         is_stream: Whether the images come in an order of their own, without an index.
+        shards: Files of a WebDataset; empty for other data.
     """
     dataset: Any
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
     names: tuple[str, ...]
     is_stream: bool = False
+    shards: tuple[str, ...] = ()
 
     def name_of(self, index: int) -> str:
         """What to call an image in a message."""
@@ -141,7 +143,8 @@ def open_data(root: Path | None, name: str = '', split: str = 'validation', **op
         raise EvaluationError(f'The data set {shown} cannot be opened ({type(error).__name__}: {reason}), expected '
                               f'images that timm reads: check --data-dir, --dataset and --split.') from error
     if kind in STREAMS:
-        return EvalSet(dataset, _class_names(dataset.reader), np.empty(0, np.int64), (), is_stream=True)
+        shards = tuple(dataset.reader.split_info.filenames) if kind == 'wds' else ()
+        return EvalSet(dataset, _class_names(dataset.reader), np.empty(0, np.int64), (), is_stream=True, shards=shards)
     data = _indexed(dataset, kind)
     if not len(data.labels):
         raise EvaluationError(f'{name or root} has no images, expected some: check --data-dir and --split.')
@@ -203,27 +206,26 @@ def _with_ilsvrc_labels(data: EvalSet) -> EvalSet:
     return dataclasses.replace(data, classes=tuple(wnids[label] for label in present), labels=labels)
 
 
-def take_shards(dataset: Any, rank: int, world_size: int) -> int:
+def take_shards(data: EvalSet, rank: int, world_size: int) -> int:
     """Give a stream's process its own shards, each to one process, none to two.
 
     timm's WebDataset reader would cut every process off after the same number of images, so as to leave some out and
     repeat others. Its reader of Hugging Face streams divides them exactly by itself.
 
     Args:
-        dataset: Of timm's `create_dataset`.
+        data: A stream.
         rank: This process.
         world_size: Number of processes.
 
     Returns:
         The number of shards that this process reads; 1 for a stream that is not made of shards.
     """
-    split = getattr(dataset.reader, 'split_info', None)
-    if split is None:
+    if not data.shards:
         return 1
-    shards = tuple(split.filenames)[rank::world_size]
-    dataset.reader.split_info = dataclasses.replace(split, filenames=shards)
-    dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-    return len(shards)
+    reader, own = data.dataset.reader, data.shards[rank::world_size]
+    reader.split_info = dataclasses.replace(reader.split_info, filenames=own)
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return len(own)
 
 
 def fingerprint(data: EvalSet, indices: NDArray[np.int64], name: str = '') -> dict[str, Any]:
@@ -262,9 +264,8 @@ def _image_bytes(data: EvalSet, indices: NDArray[np.int64]) -> list[int]:
 
 def _container_files(data: EvalSet, name: str) -> list[str]:
     """The local files that a stream is read from."""
-    reader: Any = getattr(data.dataset, 'reader', None)
-    if hasattr(reader, 'split_info'):
-        paths = [os.path.join(reader.root or '', file) for file in reader.split_info.filenames]
+    if data.shards:
+        paths = [os.path.join(data.dataset.reader.root or '', file) for file in data.shards]
     else:
         path = Path(name.partition('/')[2])
         paths = [str(file) for file in path.rglob('*')] if path.is_dir() else [str(path)]

@@ -186,10 +186,11 @@ def evaluate(data: EvalSet, loaded: LoadedModel, plan: Plan, settings: Settings)
         model = model.to(memory_format=torch.channels_last)
     if settings.torchcompile:
         model = torch.compile(model, backend=settings.torchcompile)
-    source, shard = (data, None) if data.is_stream else _shard(data, plan, settings)
+    shard = None if data.is_stream else _shard(data, plan, settings)
     loader: Any = make_loader(
-        source, plan.config, settings.batch_size, settings.workers, settings.device, plan.match.to_model,
-        int(loaded.model.num_classes), settings.rank, settings.world_size)  # type: ignore[arg-type]
+        data if shard is None else shard, plan.config, settings.batch_size, settings.workers, settings.device,
+        plan.match.to_model, int(loaded.model.num_classes), settings.rank,  # type: ignore[arg-type]
+        settings.world_size)
     real = None
     if settings.real_labels is not None and shard is not None:
         real = _real_labels([data.names[i] for i in shard.indices], settings.real_labels)
@@ -210,10 +211,9 @@ def _expected(data: EvalSet) -> int:
     return int(getattr(data.dataset.reader, 'num_samples', 0) or 0)
 
 
-def _shard(data: EvalSet, plan: Plan, settings: Settings) -> tuple[Shard, Shard]:
+def _shard(data: EvalSet, plan: Plan, settings: Settings) -> Shard:
     mode = 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as timm's validation
-    shard = Shard(data, plan.indices, plan.targets, settings.rank, settings.world_size, mode)
-    return shard, shard
+    return Shard(data, plan.indices, plan.targets, settings.rank, settings.world_size, mode)
 
 
 def _progress(name: str, total: int, settings: Settings) -> 'tqdm[Any]':

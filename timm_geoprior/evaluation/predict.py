@@ -131,7 +131,7 @@ def make_loader(
     if isinstance(source, EvalSet):
         dataset = source.dataset
         dataset.target_transform = _ToModelClass(np.empty(0, np.int64) if to_model is None else to_model, num_classes)
-        shards = take_shards(dataset, rank, world_size)
+        shards = take_shards(source, rank, world_size)
         if not shards:
             return ()
         workers = min(workers, shards)  # one without a shard has nothing to do
