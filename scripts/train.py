@@ -4,8 +4,7 @@
     python scripts/train.py r64_tin200 --data-dir DATA --output RUN            one process
     torchrun --nproc-per-node 8 scripts/train.py paper_in1k --data-dir ...     eight GPUs of one machine
 
-A run that was stopped, by whatever, goes on with the same command and --resume; under torchrun --max-restarts it does
-so by itself.
+A run that was stopped, by whatever, goes on with the same command and --resume.
 """
 import argparse
 import json
