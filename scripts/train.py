@@ -4,7 +4,11 @@
     python scripts/train.py r64_tin200 --data-dir DATA --output RUN            one process
     torchrun --nproc-per-node 8 scripts/train.py paper_in1k --data-dir ...     eight GPUs of one machine
 
-A run that was stopped, by whatever, goes on with the same command and --resume.
+A run that was stopped, by whatever, goes on with the same command and --resume. To have torchrun do so by itself:
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 8 --max-restarts 3 scripts/train.py ...
+
+(the variable, since torchrun's shared store gives restarted workers the addresses of the dead ones, pytorch/135712)
 """
 import argparse
 import json

@@ -1,6 +1,7 @@
 """The command line, as a user calls it."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -259,6 +260,18 @@ def test_an_error_of_the_script_is_its_own(script, capsys):
     script.write_text('raise BrokenPipeError("a worker died")')  # no reader of ours went away
     assert main(['run', str(script)]) == 1
     assert 'BrokenPipeError: a worker died' in capsys.readouterr().err
+
+
+def test_a_malformed_manifest_is_one_sentence(tmp_path):
+    package = tmp_path / 'timm_geoprior'
+    shutil.copytree(Path(timm_geoprior.__file__).parent, package)
+    text = manifest_path().read_text().replace('"status": "planned"', '"status": "wished for"')
+    (package / 'weights_manifest.json').write_text(text)
+    listing = run(sys.executable, '-m', 'timm_geoprior', 'list', cwd=tmp_path)
+    assert listing.returncode == 1
+    assert listing.stdout == ''
+    assert re.fullmatch(r"timm-geoprior: .* is 'wished for', expected one of .*: restore .*, or install.* again\.\n",
+                        listing.stderr)
 
 
 def test_a_closed_pipe_is_quiet():

@@ -22,6 +22,7 @@ from timm_geoprior.training.recipe import load_recipe, make_recipe
 
 TIMES = ('seconds', 'images_per_second')
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'train.py'
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
 TINY = {
     'name': 'tiny', 'model': 'geoprior_resnet14_nano', 'epochs': 3, 'batch_size': 8, 'lr': 0.05, 'img_size': 32,
     'model_kwargs': {'channels': [8, 16, 16, 16], 'value_dims': [0, 8, 8, 8], 'stem_width': 8},
@@ -89,6 +90,30 @@ def whole_run(photo_folder, recipe_file, tmp_path_factory) -> Path:
     """A run from beginning to end, on files, with workers."""
     output = tmp_path_factory.mktemp('whole') / 'run'
     subprocess.run(command(photo_folder, output, recipe_file, '-j', '2'), env=environment(), check=True)
+    return output
+
+
+@pytest.fixture(scope='module')
+def ddp_recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp('ddp') / 'ddp.yaml'
+    path.write_text(yaml.safe_dump({
+        **TINY, 'epochs': 2, 'drop_path': 0, 'in_memory': True, 'holdout': 0, 'lr': 0.01,
+        'model_kwargs': {**TINY['model_kwargs'], 'norm_layer': 'groupnorm1'}}))
+    return path
+
+
+@pytest.fixture(scope='module')
+def two_processes(photo_folder, ddp_recipe, tmp_path_factory):
+    output = tmp_path_factory.mktemp('two') / 'run'
+    arguments = command(photo_folder, output, ddp_recipe)[1:]
+    subprocess.run([*TORCHRUN, *arguments], env=environment(), check=True)
+    return output
+
+
+@pytest.fixture(scope='module')
+def first_run(photo_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp('first') / 'run'
+    train(tiny(in_memory=True, epochs=2), config(photo_folder, output))
     return output
 
 
@@ -175,19 +200,26 @@ class TestResume:
 
 
 class TestProcesses:
-    def test_two_processes_train_as_one(self, photo_folder, tmp_path):
+    def test_two_processes_train_as_one(self, photo_folder, ddp_recipe, two_processes, tmp_path):
         """The same global batches give the same loss curve, to 1e-4, with a norm that does not see the batch."""
-        recipe = tmp_path / 'ddp.yaml'
-        recipe.write_text(yaml.safe_dump({
-            **TINY, 'epochs': 2, 'drop_path': 0, 'in_memory': True, 'holdout': 0, 'lr': 0.01,
-            'model_kwargs': {**TINY['model_kwargs'], 'norm_layer': 'groupnorm1'}}))
-        torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
-        arguments = [*command(photo_folder, tmp_path / 'two', recipe)[1:], '-j', '0']
-        subprocess.run([sys.executable, *torchrun, *arguments], env=environment(), check=True)
-        train(load_recipe(recipe), config(photo_folder, tmp_path / 'one'))
-        losses = [[float(row['train_loss']) for row in csv.DictReader((tmp_path / name / 'summary.csv').open())]
-                  for name in ('one', 'two')]
+        train(load_recipe(ddp_recipe), config(photo_folder, tmp_path / 'one'))
+        losses = [[float(row['train_loss']) for row in csv.DictReader((output / 'summary.csv').open())]
+                  for output in (tmp_path / 'one', two_processes)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    def test_a_killed_process_comes_back(self, photo_folder, ddp_recipe, two_processes, tmp_path):
+        """The second process is killed in the second epoch; `torchrun --max-restarts` brings both back."""
+        mark, output, script = tmp_path / 'was_killed', tmp_path / 'run', tmp_path / 'killed.py'
+        script.write_text(at_update(
+            'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.epoch == 1'
+            f' and open({str(mark)!r}, "w")', signal.SIGKILL))
+        arguments = command(photo_folder, output, ddp_recipe, '--save-every', '2')[1:]
+        done = subprocess.run(
+            [*TORCHRUN, '--max-restarts=1', str(script), *arguments], capture_output=True, text=True,
+            env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'))
+        assert done.returncode == 0, done.stderr
+        assert mark.exists()
+        assert_same_run(two_processes, output)
 
     def test_a_batch_that_does_not_divide(self, photo_folder, tmp_path):
         with pytest.raises(TrainingError, match='batch_size is 8, expected a multiple of 1 processes times 3'):
@@ -199,12 +231,6 @@ class TestProcesses:
 
 
 class TestStartingPoint:
-    @pytest.fixture(scope='class')
-    def first_run(self, photo_folder, tmp_path_factory):
-        output = tmp_path_factory.mktemp('first') / 'run'
-        train(tiny(in_memory=True, epochs=2), config(photo_folder, output))
-        return output
-
     def test_finetuning_starts_from_a_checkpoint_with_a_new_head(self, photo_folder, first_run, tmp_path):
         root = tmp_path / 'two'
         for name in ('coffee', 'rocket'):

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from .manifest import ModelEntry, load_manifest, write_atomically
+from .manifest import ManifestError, ModelEntry, load_manifest, write_atomically
 
 __all__ = [
     'WeightsError', 'build_with_verified_weights', 'download_tag', 'explain', 'load_golden', 'load_verified',
@@ -63,9 +63,13 @@ def bundled_path(entry: ModelEntry) -> Path:
 def pretrained_cfgs() -> dict[str, Any]:
     """timm's cfgs, from the manifest: for `generate_default_cfgs`; a star marks the default tags.
 
-    A planned tag has no source, so timm lists it among the models but not among the pretrained ones.
+    A planned tag has no source, so timm lists it among the models but not among the pretrained ones. With a malformed
+    manifest there are none: the import succeeds, and whoever asks for weights or runs a command gets the error.
     """
-    models = load_manifest().models.values()
+    try:
+        models = load_manifest().models.values()
+    except ManifestError:
+        return {}
     return {entry.name + '*' * entry.default: pretrained_cfg(entry) for entry in models}
 
 

@@ -363,7 +363,7 @@ def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise ManifestError(f'{where} is no JSON ({error}): restore it, or install timm_geoprior again.') from None
+        raise ManifestError(f'{where} is no JSON ({error}), expected an object.') from None
     _check(isinstance(data, dict), where, data, 'an object')
     data.pop('$schema', None)
     for key in ('schema_version', 'label_sets', 'models'):
@@ -412,7 +412,11 @@ def _load(path: Path) -> Manifest:
         raise ManifestError(
             f'{path} cannot be read ({error.strerror}): install timm_geoprior again, or run from its checkout.'
         ) from None
-    return parse_manifest(text, str(path))
+    try:
+        return parse_manifest(text, str(path))
+    except ManifestError as error:
+        advice = f'restore {path}, or install timm_geoprior again'
+        raise ManifestError(f'{str(error).rstrip(".")}: {advice}.') from None
 
 
 def load_manifest(path: Path | None = None) -> Manifest:
