@@ -1,0 +1,372 @@
+"""Speed and memory of networks side by side: interleaved repetitions in one process, and ratios of neighbours in time.
+
+A machine's speed drifts by more than networks differ. So each repetition measures every network once, in an order that
+alternates, and what is compared are the repetitions' ratios: their median, with the middle half as spread.
+"""
+import contextlib
+import csv
+import dataclasses
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from .manifest import write_atomically
+from .provenance import git_commit, hardware, versions
+
+__all__ = [
+    'ENGINES', 'BenchmarkError', 'Setting', 'Spread', 'compare', 'measure_speed', 'measure_startup', 'plot_ratios',
+    'prepare_step', 'ratios', 'summarize', 'usable_models',
+]
+
+ENGINES = ('eager', 'compile', 'torchscript', 'onnxruntime', 'aotinductor')
+PROCESS = Path('/proc/self')
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+Step = Callable[[], object]
+
+
+class BenchmarkError(RuntimeError):
+    """What was asked for cannot be measured here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How networks are run.
+
+    Attributes:
+        device: 'cpu', 'cuda' or 'cuda:N'.
+        precision: 'float32', or the type of autocast.
+        channels_last: Memory format of network and images.
+        engine: What runs the network, one of `ENGINES`.
+        train: Forward, backward and an SGD step, instead of the forward pass alone.
+        img_size: Side of the images, pixels.
+        batch_size: Images a step.
+        num_threads: Threads of a CPU.
+        model_kwargs: Options of every network.
+    """
+
+    device: str = 'cpu'
+    precision: str = 'float32'
+    channels_last: bool = False
+    engine: str = 'eager'
+    train: bool = False
+    img_size: int = 224
+    batch_size: int = 16
+    num_threads: int = 1
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> str:
+        """Refuse what cannot run here.
+
+        Returns:
+            A remark on what runs but should not be taken for more than it is; mostly empty.
+
+        Raises:
+            BenchmarkError: The device is not there, or the engine cannot do what is asked of it.
+        """
+        device = torch.device(self.device)
+        if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+            raise BenchmarkError(f'device is {self.device}, this machine has {torch.cuda.device_count()} CUDA devices: '
+                                 f'take --device cpu.')
+        if self.engine not in ('eager', 'compile') and (self.train or self.precision != 'float32'):
+            raise BenchmarkError(f'engine is {self.engine} with {"training" if self.train else self.precision}, '
+                                 f'expected inference in float32: leave --train and --amp out.')
+        if self.engine == 'onnxruntime' and device.type != 'cpu':
+            raise BenchmarkError(f'engine is onnxruntime on {self.device}, expected cpu: leave --device out.')
+        if device.type == 'cuda' and self.precision == 'bfloat16' and not torch.cuda.is_bf16_supported(False):
+            raise BenchmarkError(f'{torch.cuda.get_device_name(device)} has no bfloat16: take --amp-dtype float16.')
+        capabilities: dict[str, Any] = getattr(torch.cpu, 'get_capabilities', dict)()  # from torch 2.11 on
+        if device.type == 'cpu' and self.precision == 'bfloat16' and not (
+                capabilities.get('avx512_bf16', True) or capabilities.get('amx_bf16', True)):
+            return 'this CPU has no bfloat16 instructions: it is emulated'
+        return ''
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context that a step runs in."""
+        if self.precision == 'float32':
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.device).type, DTYPES[self.precision])
+
+
+def usable_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Models that this timm has, and sentences about those that it has not.
+
+    Raises:
+        BenchmarkError: The first, which the others are compared with, is not there.
+    """
+    missing = [name for name in names if not timm.is_model(name.split('.')[0])]
+    reasons = [f'{name} is left out: timm {timm.__version__} has no such model.' for name in missing]
+    if names[0] in missing:
+        raise BenchmarkError(f'{reasons[0]} Name one of timm.list_models().')
+    return [name for name in names if name not in missing], reasons
+
+
+# -- one step ----------------------------------------------------------------------------------------------------------
+
+def create_network(name: str, setting: Setting) -> nn.Module:
+    """A network with random weights, for 1,000 classes unless `model_kwargs` say otherwise."""
+    model: nn.Module = timm.create_model(name, **{'num_classes': 1000, **setting.model_kwargs})
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    return model.to(device=setting.device).to(memory_format=layout).train(setting.train)
+
+
+def prepare_step(model: nn.Module, setting: Setting, folder: Path) -> Step:
+    """A function that runs a network once on a fixed batch.
+
+    Args:
+        model: The network, as `create_network` makes it.
+        setting: How it is run.
+        folder: For files of the engine.
+    """
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    shape = (setting.batch_size, 3, setting.img_size, setting.img_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(setting.device).contiguous(memory_format=layout)
+    if setting.train:
+        return _training_step(model, images, setting)
+    run = _engine(model, images, setting, folder)
+
+    @torch.inference_mode()
+    def step() -> object:
+        with setting.autocast():
+            return run(images)
+
+    return step
+
+
+def _training_step(model: nn.Module, images: torch.Tensor, setting: Setting) -> Step:
+    targets = torch.randint(1000, (len(images),), device=images.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=setting.precision == 'float16')
+    network = torch.compile(model, dynamic=False) if setting.engine == 'compile' else model
+
+    def step() -> None:
+        with setting.autocast():
+            loss = F.cross_entropy(network(images), targets)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _engine(
+        model: nn.Module, images: torch.Tensor, setting: Setting, folder: Path) -> Callable[[torch.Tensor], object]:
+    """The network as the setting's engine runs it."""
+    if setting.engine == 'compile':
+        return torch.compile(model, dynamic=False)
+    if setting.engine == 'eager':
+        return model
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')  # TorchScript's deprecation; the exporter's remarks on its own code
+        if setting.engine == 'torchscript':
+            return torch.jit.freeze(torch.jit.trace(model, images))  # type: ignore[no-any-return]
+        if setting.engine == 'aotinductor':
+            from torch._inductor import aoti_compile_and_package, aoti_load_package  # torch's documented entry
+
+            package = aoti_compile_and_package(
+                torch.export.export(model, (images,)), package_path=str(folder / f'{id(model)}.pt2'))
+            return aoti_load_package(package)
+        return _onnx_session(model, images, setting, folder)
+
+
+def _onnx_session(
+        model: nn.Module, images: torch.Tensor, setting: Setting, folder: Path) -> Callable[[torch.Tensor], object]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise BenchmarkError(f'{error.name} is missing: pip install onnx onnxruntime onnxscript.') from None
+    path = folder / f'{id(model)}.onnx'
+    torch.onnx.export(model, (images,), path, dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = setting.num_threads
+    session = onnxruntime.InferenceSession(path, options)
+    inputs = {session.get_inputs()[0].name: images.contiguous().numpy()}
+    return lambda _: session.run(None, inputs)
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+def measure_speed(
+        names: Sequence[str], setting: Setting, repeats: int, min_seconds: float = 1.0) -> Iterator[dict[str, Any]]:
+    """Images a second of each network, one repetition after the other.
+
+    Args:
+        names: The networks.
+        setting: How they are run.
+        repeats: Repetitions.
+        min_seconds: Least time that one network is run in one repetition, seconds.
+
+    Yields:
+        'model', 'repetition' and 'images_per_second', as soon as measured.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        timers = {}
+        for name in names:
+            step = prepare_step(create_network(name, setting), setting, Path(folder))
+            timers[name] = Timer('step()', globals={'step': step}, num_threads=setting.num_threads)
+        warm = {name: timer.blocked_autorange(min_run_time=min_seconds).median for name, timer in timers.items()}
+        for repetition in range(repeats):
+            for name in names if repetition % 2 else reversed(names):
+                number = max(1, round(min_seconds / warm[name]))
+                seconds = timers[name].timeit(number).mean
+                yield {'model': name, 'repetition': repetition, 'images_per_second': setting.batch_size / seconds}
+
+
+# -- model creation, first call, memory --------------------------------------------------------------------------------
+
+def measure_startup(names: Sequence[str], setting: Setting, repeats: int) -> Iterator[dict[str, Any]]:
+    """Creation, first call and peak memory of each network, each in a process of its own.
+
+    Args:
+        names: The networks.
+        setting: How they are run.
+        repeats: Repetitions.
+
+    Yields:
+        'model', 'repetition', 'create_seconds', 'first_call_seconds' and 'peak_bytes' (of a GPU what was allocated, of
+        a CPU what the process grew by), as soon as measured.
+    """
+    context = multiprocessing.get_context('spawn')
+    for repetition in range(repeats):
+        for name in names if repetition % 2 else reversed(names):
+            with context.Pool(1) as pool:
+                yield {'model': name, 'repetition': repetition, **pool.apply(_startup, (name, setting))}
+
+
+def _startup(name: str, setting: Setting) -> dict[str, float]:
+    torch.set_num_threads(setting.num_threads)
+    if PROCESS.exists():
+        (PROCESS / 'clear_refs').write_text('5')  # the peak starts from what is in use, not from that of the imports
+    before = _peak_bytes(setting)
+    started = time.perf_counter()
+    model = create_network(name, setting)
+    created = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        step = prepare_step(model, setting, Path(folder))
+        step()
+        if setting.device != 'cpu':
+            torch.cuda.synchronize()
+        called = time.perf_counter()
+        step()  # momentum and workspaces are there from the second on
+    return {'create_seconds': created - started, 'first_call_seconds': called - created,
+            'peak_bytes': _peak_bytes(setting) - before}
+
+
+def _peak_bytes(setting: Setting) -> int:
+    if torch.device(setting.device).type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    if PROCESS.exists():  # Linux: getrusage would give the parent's peak where that was higher
+        lines = (PROCESS / 'status').read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith('VmHWM')).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and middle half of some repetitions."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def differs_from_one(self) -> bool:
+        """Whether a ratio is further from one than its middle half is wide."""
+        return abs(self.median - 1) > self.high - self.low
+
+
+def summarize(values: Sequence[float]) -> Spread:
+    """Median and quartiles."""
+    points = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+    return Spread(*torch.tensor(values, dtype=torch.float64).quantile(points).tolist())
+
+
+def ratios(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) -> dict[str, list[float]]:
+    """A quantity of the first model over that of each other one, repetition by repetition.
+
+    Args:
+        rows: What `measure_speed` or `measure_startup` gave; a repetition that one of two models lacks is left out.
+        names: The models.
+        quantity: Key of the rows.
+    """
+    values = {(row['model'], row['repetition']): row[quantity] for row in rows}
+    repetitions = sorted({row['repetition'] for row in rows})
+    return {other: [values[names[0], index] / values[other, index] for index in repetitions
+                    if (names[0], index) in values and (other, index) in values] for other in names[1:]}
+
+
+def compare(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) -> Iterator[str]:
+    """Lines about a quantity: of each model, and of the first as a ratio to each other one."""
+    for name in names:
+        spread = summarize([row[quantity] for row in rows if row['model'] == name])
+        yield f'{quantity} of {name}: {spread.median:,.4g} [{spread.low:,.4g}, {spread.high:,.4g}]'
+    for other, values in ratios(rows, names, quantity).items():
+        spread = summarize(values)
+        verdict = '' if spread.differs_from_one else ' (closer to one than its spread is wide: no difference shown)'
+        yield f'ratio to {other}: {spread.median:.3f} [{spread.low:.3f}, {spread.high:.3f}]{verdict}'
+
+
+def plot_ratios(results: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draw every repetition's ratio.
+
+    Args:
+        results: Quantity -> other model -> ratios.
+        path: A PNG file to write.
+    """
+    from matplotlib.figure import Figure  # extra `train`
+
+    figure = Figure(figsize=(3.2 * len(results) + 1, 3.6), layout='constrained')
+    for index, (quantity, by_model) in enumerate(results.items()):
+        axes = figure.add_subplot(1, len(results), index + 1)
+        axes.axhline(1, color='0.7', linewidth=1)
+        axes.boxplot(list(by_model.values()), tick_labels=list(by_model), showfliers=True)
+        axes.set_title(quantity.replace('_', ' '), fontsize=10)
+        axes.tick_params(axis='x', labelrotation=20, labelsize=8)
+    figure.axes[0].set_ylabel('ratio')
+    figure.savefig(path, dpi=120, metadata={'Software': None})
+
+
+class Report:
+    """The output folder: rows as they come, so that a benchmark that is killed keeps those that it finished."""
+
+    def __init__(self, folder: Path, setting: Setting, command: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.setting, self.command = folder, setting, command
+
+    def collect(self, file: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Write rows to a CSV file while they are measured, and return them."""
+        collected: list[dict[str, Any]] = []
+        with (self.folder / file).open('w', newline='', encoding='utf-8') as handle:
+            for row in rows:
+                writer = csv.DictWriter(handle, row)
+                if not collected:
+                    writer.writeheader()
+                writer.writerow(row)
+                handle.flush()
+                collected.append(row)
+        return collected
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write results.json."""
+        device = torch.device(self.setting.device)
+        facts = {'command': self.command, 'setting': dataclasses.asdict(self.setting), 'hardware': hardware(device),
+                 'versions': versions(), 'commit': git_commit(), **results}
+        write_atomically(self.folder / 'results.json', (json.dumps(facts, indent=2) + '\n').encode())
