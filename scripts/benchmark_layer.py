@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Measure the attention layer alone, beside the same attention as a dense map and beside attention that is computed.
+
+    python scripts/benchmark_layer.py --output bench/layer
+
+For each size of the map: GeoPriorAttn2d; its values times the dense (H W) x (H W) map, kept ready; and
+scaled_dot_product_attention of a query, key and value projection. All have the same number of value channels.
+"""
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from timm_geoprior import GeoPriorAttn2d
+from timm_geoprior.benchmark import BenchmarkError, Setting, summarize
+from timm_geoprior.layers import attention_map
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+class DenseAttn2d(nn.Module):
+    """GeoPriorAttn2d with its whole map, shape (H W, H W): what the separable form saves."""
+
+    def __init__(self, attn: GeoPriorAttn2d, size: int) -> None:
+        super().__init__()
+        self.value = attn.value
+        axis = attention_map(attn.log_radius.detach(), size)[0]
+        self.register_buffer('map', torch.kron(axis, axis))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, dim, H, W) to (B, value_dim, H, W)."""
+        values = self.value(x)
+        mixed: torch.Tensor = values.flatten(2) @ self.map.T  # type: ignore[operator]
+        return mixed.view_as(values)
+
+
+class ComputedAttn2d(nn.Module):
+    """Attention whose map is computed from the input, by torch's own function, with one head."""
+
+    def __init__(self, dim: int, value_dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Conv2d(dim, 3 * value_dim, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, dim, H, W) to (B, value_dim, H, W)."""
+        query, key, value = self.qkv(x).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return mixed[:, 0].transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+
+
+def contestants(dim: int, value_dim: int, size: int, max_bytes: float) -> dict[str, nn.Module]:
+    """The layers, without the dense one where its map would not fit."""
+    attn = GeoPriorAttn2d(dim, value_dim)
+    layers: dict[str, nn.Module] = {'GeoPriorAttn2d': attn}
+    if 4 * size ** 4 <= max_bytes:
+        layers['dense map'] = DenseAttn2d(attn, size)
+    else:
+        print(f'dense map at {size} x {size} is left out: it has {4 * size ** 4 / 1e9:.1f} GB.', file=sys.stderr)
+    layers['scaled_dot_product_attention'] = ComputedAttn2d(dim, value_dim)
+    return layers
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of each layer at each size: median and quartiles of interleaved repetitions."""
+    rows = []
+    for size in args.sizes:
+        layers = contestants(args.dim, args.value_dim, size, args.max_gigabytes * 1e9)
+        x = torch.randn(1, args.dim, size, size, device=args.device).to(memory_format=torch.channels_last)
+        timers = {}
+        for name, layer in layers.items():
+            layer.to(args.device)
+            timers[name] = Timer('layer(x)', globals={'layer': layer, 'x': x}, num_threads=args.threads)
+        numbers = {name: max(1, round(args.min_seconds / timer.timeit(1).mean)) for name, timer in timers.items()}
+        times: dict[str, list[float]] = {name: [] for name in timers}
+        for _ in range(args.repeats):
+            for name, timer in timers.items():
+                times[name].append(1e3 * timer.timeit(numbers[name]).mean)
+        for name, values in times.items():
+            spread = summarize(values)
+            rows.append({'layer': name, 'size': size, 'milliseconds': spread.median, 'low': spread.low,
+                         'high': spread.high})
+            print(f'{size:4} x {size:<4} {name:30} {spread.median:10.3f} ms [{spread.low:.3f}, {spread.high:.3f}]')
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time over the number of positions, with lines for the growth of H W (H + W) and of (H W)^2."""
+    figure = Figure(figsize=(6, 4.2), layout='constrained')
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row['layer'] for row in rows):
+        own = [row for row in rows if row['layer'] == name]
+        axes.errorbar([row['size'] for row in own], [row['milliseconds'] for row in own], marker='o', label=name,
+                      yerr=[[row['milliseconds'] - row['low'] for row in own],
+                            [row['high'] - row['milliseconds'] for row in own]])
+    last = next(row for row in reversed(rows) if row['layer'] == 'GeoPriorAttn2d')
+    sizes = sorted({row['size'] for row in rows})
+    for power, label in ((3, 'grows as H W (H + W)'), (4, 'grows as (H W)$^2$')):
+        axes.plot(sizes, [last['milliseconds'] * (size / last['size']) ** power for size in sizes], ':', color='0.5',
+                  linewidth=2 if power == 3 else 1, label=label)
+    axes.set(xscale='log', yscale='log', xlabel='side of the map, cells', ylabel='milliseconds, one image')
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, metadata={'Software': None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--output', type=Path, required=True, help='folder for layer.csv and layer.png')
+    parser.add_argument('--sizes', type=int, nargs='+', default=[14, 28, 56, 128, 256], help='sides of the map, cells')
+    parser.add_argument('--dim', type=int, default=128, help='input channels (default: 128)')
+    parser.add_argument('--value-dim', type=int, default=8, help='value channels (default: 8)')
+    parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of the CPU')
+    parser.add_argument('--repeats', type=int, default=9, help='repetitions (default: 9)')
+    parser.add_argument('--min-seconds', type=float, default=0.2, help='of one repetition (default: 0.2)')
+    parser.add_argument('--max-gigabytes', type=float, default=4, help='largest dense map (default: 4)')
+    args = parser.parse_args()
+    try:
+        Setting(device=args.device).check()
+    except BenchmarkError as error:
+        sys.exit(f'benchmark_layer.py: {error}')
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = measure(args)
+    with (args.output / 'layer.csv').open('w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, args.output / 'layer.png')
+
+
+if __name__ == '__main__':
+    main()
