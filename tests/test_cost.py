@@ -1,0 +1,47 @@
+"""scripts/cost.py, against figures reckoned by hand."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / 'scripts' / 'cost.py'
+
+
+def run(folder):
+    return subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    rows = [f'geoprior_resnet50,{index},{speed}' for index, speed in enumerate([9, 10, 12])]
+    (tmp_path / 'speed.csv').write_text('\n'.join(['model,repetition,images_per_second', *rows]))
+    setting = {'train': True, 'img_size': 224, 'precision': 'float32'}
+    (tmp_path / 'results.json').write_text(json.dumps({'setting': setting, 'hardware': 'a device'}))
+    return tmp_path
+
+
+def test_the_table(measured):
+    done = run(measured)
+    assert done.returncode == 0, done.stderr
+    rows = {cells[1]: cells for line in done.stdout.splitlines()[4:] if (cells := [c.strip() for c in line.split('|')])}
+    assert set(rows) == {'paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2'}
+    _, _, model, epochs, batch, speed, one, eight, many, sent, network, disk, _ = rows['sgd100']
+    assert (model, epochs, speed) == ('geoprior_resnet50', '100', '10.0')
+    assert float(one.replace(',', '')) == pytest.approx(1_281_167 * 100 / 10 / 3600, abs=0.1)
+    assert float(eight.replace(',', '')) == pytest.approx(1_281_167 * 100 / 80 / 3600, abs=0.1)
+    assert float(many.replace(',', '')) == pytest.approx(1_281_167 * 100 / 640 / 3600, abs=0.1)
+    gradients = 2 * 7 / 8 * 4 * 24_541_237 / 1e9
+    assert float(sent) == pytest.approx(gradients, abs=0.01)
+    assert float(network.split(',')[0]) == pytest.approx(gradients * 80 / int(batch), rel=0.01)
+    assert float(disk) == pytest.approx(640 * 147_897_477_120 / 1_281_167 / 1e6, abs=0.1)
+    assert float(rows['a3'][5]) == pytest.approx(10 * (224 / 160) ** 2, abs=0.1)  # trained at 160 px
+
+
+def test_speed_of_inference_is_refused(measured):
+    (measured / 'results.json').write_text((measured / 'results.json').read_text().replace('true', 'false'))
+    done = run(measured)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f'cost.py: {measured} was measured without --train, expected')
+    assert run(measured / 'nowhere').returncode == 1
