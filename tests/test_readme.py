@@ -1,5 +1,6 @@
 """What the README says holds: its code runs, its commands exist."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,18 +14,21 @@ from timm_geoprior.images import sample_image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-BLOCKS = re.findall(r'^ *```(\w+)\n(.*?)^ *```$', README, flags=re.DOTALL | re.MULTILINE)
-PYTHON = [text for language, text in BLOCKS if language == 'python']
-SHELL = [text.strip() for language, text in BLOCKS if language == 'bash']
+PAGES = {path.name: path.read_text(encoding='utf-8') for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]}
+BLOCKS = [(name, language, text.strip()) for name, page in PAGES.items() for language, text in
+          re.findall(r'^ *```(\w+)\n(.*?)^ *```$', page, flags=re.DOTALL | re.MULTILINE)]
+PYTHON = [(name, text) for name, language, text in BLOCKS if language == 'python']
+SHELL = [text for name, language, text in BLOCKS if (name, language) == ('README.md', 'bash')]
+SCRIPTS = [text[text.index('scripts/'):] for _, language, text in BLOCKS if language == 'bash' and 'scripts/' in text]
 
 
-@pytest.mark.parametrize('code', PYTHON, ids=range(len(PYTHON)))
-def test_python_runs(tmp_path, monkeypatch, code):
+@pytest.mark.parametrize(('name', 'code'), PYTHON, ids=[f'{name}-{index}' for index, (name, _) in enumerate(PYTHON)])
+def test_python_runs(tmp_path, monkeypatch, name, code):
     for name in ('cats', 'dogs'):
         (tmp_path / 'photos' / name).mkdir(parents=True)
         sample_image().save(tmp_path / 'photos' / name / 'photo.jpg')
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, 'README.md', 'exec'), {})
+    exec(compile(code, name, 'exec'), {})
 
 
 def test_the_two_lines_to_paste():
@@ -55,13 +59,25 @@ def test_every_command_is_there(capsys):
         assert set(re.findall(r'--[\w-]+', described)) - {'--help'} == set(re.findall(r'--[\w-]+', row)), row
 
 
-@pytest.mark.parametrize('line', [line for line in SHELL if line.startswith('python scripts/')])
+@pytest.mark.parametrize('line', SCRIPTS)
 def test_scripts_take_what_is_written(line):
-    _, script, *arguments = line.replace('\\\n', ' ').split()
+    script, *arguments = line.replace('\\\n', ' ').split()
     described = subprocess.run([sys.executable, script, '--help'], cwd=ROOT, capture_output=True, text=True, check=True)
     for argument in arguments:
         if argument.startswith('--'):
             assert argument in described.stdout
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    pytest.importorskip('mkdocs')
+    pytest.importorskip('material')
+    pytest.importorskip('mkdocstrings')
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', str(tmp_path)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
+    assert built.returncode == 0, built.stderr
+    assert 'A first publication needs from its owner' in (tmp_path / 'publishing' / 'index.html').read_text()
+    assert 'log_radius' in (tmp_path / 'api' / 'index.html').read_text()
 
 
 @pytest.mark.parametrize('path', re.findall(r'\]\((?!http)([^)]+)\)', README))
