@@ -1,39 +1,56 @@
 #!/usr/bin/env python3
 """Measure what verified loading costs: create_model with checked weights beside the same without the check.
 
-    python scripts/benchmark_loading.py geoprior_resnet14_nano
+    python scripts/benchmark_loading.py geoprior_resnet50
 
-The unchecked one is timm's own loading of a copy of the file. Repetitions alternate; the ratio is verified over
+Both load one file of random weights, as `scripts/publish.py` would write it: once as a tag that the package carries,
+once as a file of the user's own, which is timm's loading alone. Repetitions alternate; the ratio is verified over
 unchecked seconds, its median and, in brackets, the middle half.
 """
 import argparse
-import shutil
 import sys
 import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import timm
 import torch
 from torch.utils.benchmark import Timer
 
+from timm_geoprior import hub, manifest
 from timm_geoprior.benchmark import summarize
-from timm_geoprior.hub import WeightsError, bundled_path, read_verified
-from timm_geoprior.manifest import ManifestError, ModelEntry, load_manifest
+from timm_geoprior.manifest import Golden, ManifestError, ModelEntry, load_manifest
+from timm_geoprior.publish import export_weights
+
+
+def bundle_random_weights(entry: ModelEntry, folder: Path) -> ModelEntry:
+    """Let this process have a tag whose weights are random and lie in a folder; its golden outputs are not there."""
+    path = folder / f'{entry.name}.safetensors'
+    sha256 = export_weights(timm.create_model(entry.architecture).state_dict(), path, {})
+    entry = replace(entry, status='bundled', file=path.name, sha256=sha256, bytes=path.stat().st_size, dtype='float16',
+                    golden=Golden('golden.safetensors', '0' * 64))
+    whole = load_manifest()
+    temporary = folder / 'weights_manifest.json'
+    temporary.write_text(replace(whole, models={**whole.models, entry.name: entry}).to_json(), encoding='utf-8')
+    hub.WEIGHTS_DIR, manifest.manifest_path = folder, lambda: temporary
+    return entry
 
 
 def measure(entry: ModelEntry, repeats: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        copy = shutil.copy(bundled_path(entry), folder)
-        call = f'timm.create_model({entry.name!r}, pretrained=True'
-        calls = {'verified': f'{call})', 'unchecked': f'{call}, pretrained_cfg_overlay={{"file": {copy!r}}})'}
-        timers = {name: Timer(text, globals={'timm': timm}, num_threads=torch.get_num_threads())
-                  for name, text in calls.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for repetition in range(repeats + 1):  # timeit's own warm-up is one call; the first round fills the caches
-            for name in sorted(calls, reverse=bool(repetition % 2)):
-                seconds[name].append(timers[name].timeit(1).mean)
-    for name, values in seconds.items():
+    path = hub.bundled_path(entry)
+    copy = path.with_name('copy.safetensors')
+    copy.hardlink_to(path)
+    call = 'timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file})'
+    timers = {what: Timer(call, globals={'timm': timm, 'name': entry.name, 'file': str(file)},
+                          num_threads=torch.get_num_threads()) for what, file in (('verified', path),
+                                                                                  ('unchecked', copy))}
+    seconds: dict[str, list[float]] = {what: [] for what in timers}
+    for repetition in range(repeats + 1):  # the first round fills the caches
+        for what in sorted(timers, reverse=bool(repetition % 2)):
+            seconds[what].append(timers[what].timeit(1).mean)
+    for what, values in seconds.items():
         spread = summarize(values[1:])
-        print(f'{name}: {1e3 * spread.median:.1f} ms [{1e3 * spread.low:.1f}, {1e3 * spread.high:.1f}]')
+        print(f'{what}: {1e3 * spread.median:.1f} ms [{1e3 * spread.low:.1f}, {1e3 * spread.high:.1f}]')
     spread = summarize([a / b for a, b in zip(seconds['verified'][1:], seconds['unchecked'][1:], strict=True)])
     print(f'ratio: {spread.median:.3f} [{spread.low:.3f}, {spread.high:.3f}] of {repeats} pairs, {entry.bytes:,} '
           f'bytes, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}')
@@ -41,15 +58,15 @@ def measure(entry: ModelEntry, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('tag', help='a tag whose weights are in the package')
+    parser.add_argument('model', help='a model of the manifest')
     parser.add_argument('--repeats', type=int, default=40, help='pairs (default: 40)')
     args = parser.parse_args()
-    try:
-        entry = load_manifest().get(args.tag)
-        read_verified(entry, bundled_path(entry))
-    except (ManifestError, WeightsError) as error:
-        sys.exit(f'benchmark_loading.py: {error}')
-    measure(entry, args.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            entry = load_manifest().get(args.model)
+        except ManifestError as error:
+            sys.exit(f'benchmark_loading.py: {error}')
+        measure(bundle_random_weights(entry, Path(folder)), args.repeats)
 
 
 if __name__ == '__main__':
