@@ -43,8 +43,17 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub() -> HubServer:
-    """The Hub, empty."""
+def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A weights folder of the test's own, in place of the package's; it does not exist yet."""
+    from timm_geoprior import hub
+
+    monkeypatch.setattr(hub, 'WEIGHTS_DIR', tmp_path / 'weights')
+    return tmp_path / 'weights'
+
+
+@pytest.fixture
+def hub(weights_dir: Path) -> HubServer:
+    """The Hub, empty, and a package without weights."""
     HUB.reset()
     return HUB
 

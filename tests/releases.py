@@ -19,12 +19,13 @@ import torch
 from timm.models import _registry, generate_default_cfgs, register_model
 
 from hub_server import HubServer
-from timm_geoprior import geoprior_resnet, manifest
+from timm_geoprior import geoprior_resnet, hub, manifest
 from timm_geoprior.hub import pretrained_cfgs
 from timm_geoprior.manifest import Manifest, ModelEntry, load_manifest
 from timm_geoprior.publish import read_checkpoint, read_staged, stage
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
+WEIGHTS_DIR = hub.WEIGHTS_DIR
 
 
 def planned() -> ModelEntry:
@@ -75,9 +76,9 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
 
 
-def put_on(hub: HubServer, folder: Path, repo_id: str = 'owner/nano', private: bool = False) -> ModelEntry:
+def put_on(server: HubServer, folder: Path, repo_id: str = 'owner/nano', private: bool = False) -> ModelEntry:
     """Put a staged folder on the Hub, past the client; the published entry."""
-    revision = hub.publish(repo_id, {name: (folder / name).read_bytes() for name in files(folder)}, private)
+    revision = server.publish(repo_id, {name: (folder / name).read_bytes() for name in files(folder)}, private)
     return replace(read_staged(folder, load_manifest()), status='published', hub_id=repo_id, revision=revision)
 
 
@@ -106,10 +107,14 @@ def using_manifest(path: Path) -> Iterator[None]:
             register()
             yield
     finally:
-        register()
+        with pytest.MonkeyPatch.context() as patch:  # a fixture may undo its folder only later
+            patch.setattr(hub, 'WEIGHTS_DIR', WEIGHTS_DIR)
+            register()
 
 
-def _report(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _report(
+        connection: Connection, weights_dir: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    hub.WEIGHTS_DIR = weights_dir
     try:
         connection.send((function(*arguments), ''))
     except BaseException:
@@ -119,7 +124,7 @@ def _report(connection: Connection, function: Callable[..., Any], arguments: tup
 def start(context: ForkServerContext, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Connection]:
     """Call a function in a process of its own; the process, and where its result or traceback will come."""
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(there, function, arguments))
+    process = context.Process(target=_report, args=(there, hub.WEIGHTS_DIR, function, arguments))
     process.start()
     there.close()
     return process, here

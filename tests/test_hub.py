@@ -1,6 +1,7 @@
 """Loading: verified, as timm adapts it, and through everything that can go wrong between here and the Hub."""
 import gc
 import hashlib
+import logging
 import os
 import pickle
 import resource
@@ -18,7 +19,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from hub_server import SIGNATURE, broken_after, status
+from hub_server import SIGNATURE, broken_after, status, together
 from releases import (
     NANO,
     as_mere_mortal,
@@ -196,9 +197,8 @@ def test_planned_tag_names_those_that_have_weights(plain_name):
 
 
 @pytest.fixture
-def bundled(staged, tmp_path, monkeypatch):
+def bundled(staged, tmp_path, weights_dir):
     """The entry of a tag in a package's weights folder."""
-    monkeypatch.setattr(module, 'WEIGHTS_DIR', tmp_path / 'weights')
     path = tmp_path / 'manifest.json'
     path.write_text(with_entry(planned()).to_json(), encoding='utf-8')
     return bundle(staged, path)
@@ -262,9 +262,16 @@ def large(hub, staged):
                    sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
-def test_a_broken_download_is_resumed(hub, large, tmp_path, waits):
-    hub.fault('GET /objects/', broken_after(15_000_000, reset=False))
-    load_verified(large, tmp_path)
+@pytest.mark.parametrize('reset', [False, True])
+def test_a_broken_download_is_resumed(hub, large, tmp_path, waits, reset):
+    def until_a_piece_is_written():
+        deadline = time.monotonic() + 60
+        while not any(part.stat().st_size for part in tmp_path.rglob('*.incomplete')):
+            assert time.monotonic() < deadline
+
+    hub.fault('GET /objects/', broken_after(15_000_000, reset, until_a_piece_is_written))
+    assert sum(tensor.nbytes for tensor in load_verified(large, tmp_path).values()) == 24_000_000
+    assert hub.count('GET /objects/') == 2
     assert hub.requests[-1].endswith(f'bytes={10 << 20}-')
 
 
@@ -289,6 +296,7 @@ FAULTS = {
 @pytest.mark.parametrize('fault', FAULTS)
 def test_lasting_trouble_is_one_clear_error(hub, published, tmp_path, waits, monkeypatch, caplog, capfd, fault):
     pattern, action, message = FAULTS[fault]
+    caplog.set_level(logging.DEBUG)
     monkeypatch.setenv('HF_TOKEN', 'hf_readtoken')
     hub.fault(pattern, action, times=1000)
     with pytest.raises(WeightsError, match=message) as caught:
@@ -320,6 +328,7 @@ def test_private_repository_needs_a_token(hub, staged, tmp_path, monkeypatch, wa
         load_verified(entry, tmp_path)
     monkeypatch.setenv('HF_TOKEN', 'hf_readtoken')
     load_verified(entry, tmp_path)
+    assert not any(b'hf_readtoken' in path.read_bytes() for path in tmp_path.rglob('*') if path.is_file())
 
 
 @pytest.mark.parametrize(('serve', 'message'), [
@@ -363,17 +372,21 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_is_never_loaded(hub, published, tmp_path):
+def test_a_pickle_is_never_loaded(hub, published, plain_name, tmp_path):
     commit = hub.repos['owner/nano'].find(published.revision)
     pickled = pickle.dumps(Trap(tmp_path / 'sprung'))
+    pickle.loads(pickled)
+    (tmp_path / 'sprung').unlink()  # it works
     del commit.files['model.safetensors']
     commit.files['pytorch_model.bin'] = hub.store(pickled)
     with pytest.raises(WeightsError, match='no such file'):
-        load_verified(published, tmp_path / 'cache')
+        plain_name()
     assert hub.count(r'pytorch_model\.bin') == 0
-    commit.files['model.safetensors'] = hub.store(pickled)
-    with pytest.raises(WeightsError, match='expected'):
-        load_verified(published, tmp_path / 'cache')
+    for content in (pickled, pickled.ljust(published.bytes)):  # of the expected size too
+        commit.files['model.safetensors'] = hub.store(content)
+        with pytest.raises(WeightsError, match='expected'):
+            plain_name()
+    assert hub.count('GET /objects/') == 4
     assert not (tmp_path / 'sprung').exists()
 
 
@@ -409,6 +422,7 @@ def _load(entry, cache, *preparations):
 
 
 def test_four_processes_fetch_one_file(hub, published, tmp_path, staged, forkserver):
+    hub.fault('HEAD /owner/nano/resolve', together(4), times=4)  # all have found the cache empty
     running = [start(forkserver, _load, published, tmp_path) for _ in range(4)]
     outcomes = [finish(*child) for child in running]
     assert outcomes == [(digest(load_file(staged / 'model.safetensors')), '')] * 4
@@ -463,8 +477,9 @@ def test_full_disk(hub, published, tmp_path, forkserver):
 
 OFFLINE = """
 import pickle, sys, timm_geoprior
+from timm_geoprior import hub
 from timm_geoprior.hub import WeightsError, load_verified
-entry, filled, empty = pickle.load(open(sys.argv[1], 'rb'))
+entry, filled, empty, hub.WEIGHTS_DIR = pickle.load(open(sys.argv[1], 'rb'))
 print(len(load_verified(entry, filled)))
 try:
     load_verified(entry, empty)
@@ -481,7 +496,8 @@ except WeightsError as error:
 
 def test_offline_with_and_without_the_file(hub, published, tmp_path):
     tensors = load_verified(published, tmp_path / 'filled')
-    (tmp_path / 'arguments').write_bytes(pickle.dumps((published, tmp_path / 'filled', tmp_path / 'empty')))
+    (tmp_path / 'arguments').write_bytes(pickle.dumps(
+        (published, tmp_path / 'filled', tmp_path / 'empty', module.WEIGHTS_DIR)))
     hub.requests.clear()
     done = subprocess.run(
         [sys.executable, '-c', OFFLINE, str(tmp_path / 'arguments')], env={**os.environ, 'HF_HUB_OFFLINE': '1'},

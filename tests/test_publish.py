@@ -17,9 +17,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hub_server import status
+from hub_server import status, together
 from releases import NANO, files, finish, planned, start, using_manifest, with_entry, write_results
-from timm_geoprior import hub as hub_module
 from timm_geoprior.hub import load_golden, load_verified
 from timm_geoprior.manifest import ManifestError, load_manifest, manifest_path
 from timm_geoprior.publish import (
@@ -187,18 +186,11 @@ def test_a_changed_folder_is_not_released(staged, tmp_path, manifest, name, cont
 # -- the package -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def weights(tmp_path, monkeypatch):
-    """A weights folder of the test's own."""
-    monkeypatch.setattr(hub_module, 'WEIGHTS_DIR', tmp_path / 'weights')
-    return tmp_path / 'weights'
-
-
-def test_bundle(staged, manifest, weights):
+def test_bundle(staged, manifest, weights_dir):
     entry = bundle(staged, manifest)
     assert load_manifest(manifest).get(NANO) == entry
     assert entry.status == 'bundled'
-    assert {path.name for path in weights.iterdir()} == {
+    assert {path.name for path in weights_dir.iterdir()} == {
         f'{NANO}.safetensors', f'{NANO}.golden.safetensors', f'{NANO}.train_log.csv'}
     with using_manifest(manifest):
         model = timm.create_model('geoprior_resnet14_nano', pretrained=True)
@@ -206,10 +198,10 @@ def test_bundle(staged, manifest, weights):
         assert timm.is_model_pretrained(NANO)
 
 
-def test_released_bytes_do_not_change(staged, run_folder, manifest, weights, tmp_path):
+def test_released_bytes_do_not_change(staged, run_folder, manifest, weights_dir, tmp_path):
     entry = bundle(staged, manifest)
     raw = read_checkpoint(run_folder / 'last.pt', raw=True)
-    before = {path: path.read_bytes() for path in (*weights.iterdir(), manifest)}
+    before = {path: path.read_bytes() for path in (*weights_dir.iterdir(), manifest)}
     other = stage(entry, raw, tmp_path / 'other')
     assert other.metrics == ()
     for release in (bundle, lambda folder, manifest: push(folder, 'owner/nano', manifest_file=manifest)):
@@ -219,9 +211,9 @@ def test_released_bytes_do_not_change(staged, run_folder, manifest, weights, tmp
     assert bundle(tmp_path / 'other', manifest, replace_weights=True).sha256 == other.sha256
 
 
-def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights, tmp_path):
+def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights_dir, tmp_path):
     entry = bundle(staged, manifest)
-    again = stage(entry, read_checkpoint(weights / f'{NANO}.safetensors'), tmp_path / 'again')
+    again = stage(entry, read_checkpoint(weights_dir / f'{NANO}.safetensors'), tmp_path / 'again')
     for name in ('model.safetensors', 'golden/outputs.safetensors', 'train_log.csv', 'results.json', 'config.json'):
         assert (tmp_path / 'again' / name).read_bytes() == (staged / name).read_bytes()
     assert again.metrics == entry.metrics
@@ -395,14 +387,16 @@ def test_a_push_needs_a_token_that_may_write(hub, staged, manifest, monkeypatch)
     assert load_manifest(manifest).get(NANO).status == 'planned'
 
 
-def test_two_pushes_at_once(hub, staged, manifest, forkserver):
+def test_two_pushes_at_once(hub, staged, manifest, login, forkserver):
+    hub.fault('commit/main', together(2), times=2)
     running = [start(forkserver, _push, staged, manifest) for _ in range(2)]
-    outcomes = [finish(*child) for child in running]
-    revisions = [revision for revision, _ in outcomes if revision]
-    assert revisions
-    assert all(revision or 'PublishError' in problem for revision, problem in outcomes)
+    (won, no_problem), (lost, problem) = sorted((finish(*child) for child in running), key=lambda outcome: outcome[1])
+    assert (no_problem, lost) == ('', None)
+    assert 'PublishError' in problem
+    assert 'another commit came in between. The manifest is as it was; run it again' in problem
+    assert len(hub.repos['owner/nano'].commits) == 2
     entry = load_manifest(manifest).get(NANO)
-    assert entry.revision in revisions
+    assert entry.revision == won == push(staged, 'owner/nano', manifest_file=manifest).revision
     assert load_verified(entry).keys() == load_file(staged / 'model.safetensors').keys()
 
 
@@ -420,7 +414,7 @@ def script(monkeypatch, *arguments):
 
 
 def test_script_stages_bundles_and_pushes(
-        hub, run_folder, manifest, weights, login, tmp_path, monkeypatch, capsys, staged):
+        hub, run_folder, manifest, weights_dir, login, tmp_path, monkeypatch, capsys, staged):
     shutil.copy(ROOT / 'README.md', tmp_path)
     out, val = tmp_path / 'out', run_folder / 'val.json'
     with using_manifest(manifest):

@@ -33,7 +33,9 @@ def set_numerics(precisions: Sequence[str]) -> None:
     Args:
         precisions: What will be measured, of `PRECISIONS`.
     """
-    torch.backends.fp32_precision = 'ieee'  # type: ignore[attr-defined]
+    # not torch.backends.fp32_precision: after that torch.export and the compiler fail to read these
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.benchmark = 'float32' not in precisions
 
 

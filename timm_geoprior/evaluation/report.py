@@ -129,7 +129,7 @@ def provenance(
         'engine': {'device': hardware(settings.device), 'processes': settings.world_size,
                    'batch_size': settings.batch_size, 'workers': settings.workers,
                    'channels_last': settings.channels_last, 'torchcompile': settings.torchcompile,
-                   'float32': torch.backends.fp32_precision},  # type: ignore[attr-defined]
+                   'allow_tf32': torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32},
         'commit': git_commit(), 'software': versions(),
     }
 
