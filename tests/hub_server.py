@@ -166,6 +166,16 @@ def broken_after(count: int, reset: bool) -> Callable[['Handler'], bool]:
     return action
 
 
+def together(count: int) -> Callable[['Handler'], bool]:
+    """A fault: hold so many requests until all of them are there, then serve them."""
+    barrier = threading.Barrier(count)
+
+    def action(handler: 'Handler') -> bool:
+        barrier.wait(timeout=60)
+        return False
+    return action
+
+
 def git_hash(content: bytes) -> str:
     """Hash of a git blob."""
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
@@ -273,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         """GET /api/whoami-v2."""
         if not self.role:
             return self.error(401, message='Invalid username or password.')
-        self.json({'type': 'user', 'name': 'owner', 'auth': {'accessToken': {'role': self.role}}})
+        self.json({'type': 'user', 'name': 'owner', 'orgs': [], 'auth': {'accessToken': {'role': self.role}}})
 
     def create(self) -> None:
         """POST /api/repos/create."""

@@ -106,15 +106,16 @@ def test_card_text(entry, staged):
     assert '54.32% (5,432)' in text
     assert 'gives the plain `resnet14` (1,180,000 parameters; ' in text
     assert '2 epochs in 2.0 hours on a CPU' in text
-    assert f'python scripts/validate.py --model {NANO} --data-dir DIR --check' in text
+    assert f'python scripts/validate.py --check --data-dir DIR \\\n    --model {NANO}\n' in text
     assert 'non-commercial' in text
     assert recipe in text
     (image,) = re.findall(r'!\[.*?\]\((.*?)\)', text)
     with Image.open(staged / image) as plot:
         assert min(plot.size) > 300
     assert 'train_log.csv' not in model_card(entry, load_manifest(), log=False).text
-    planned = load_manifest().get('geoprior_resnet50')
-    assert 'Figures' not in model_card(planned, load_manifest()).text
+    planned = model_card(load_manifest().get('geoprior_resnet50'), load_manifest())
+    assert 'Figures' not in planned.text
+    assert 'model-index' not in planned.data.to_dict()
 
 
 def test_the_cards_five_lines_run(staged, entry, monkeypatch, tmp_path):

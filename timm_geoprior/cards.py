@@ -123,7 +123,8 @@ def model_card(entry: ModelEntry, manifest: Manifest, recipe: str = '', log: boo
         datasets=[data_set.hub_dataset],
         base_model=entry.base_model,
         model_name=entry.name,
-        eval_results=[result for metric in entry.metrics for result in _eval_results(metric, data_set.hub_dataset)],
+        # not an empty list: that becomes a model-index without results
+        eval_results=[r for metric in entry.metrics for r in _eval_results(metric, data_set.hub_dataset)] or None,
     )
     sections = [_head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, log), _radii(),
                 _reconstruction(), _limits(entry, data_set.title), f'## Citation\n\n```bibtex\n{CITATION}\n```']
@@ -152,7 +153,9 @@ Classification*, AAAI 2021, [arXiv 2006.07872](https://arxiv.org/abs/2006.07872)
 def _use(entry: ModelEntry) -> str:
     return f"""## Use
 
-With timm_geoprior installed:
+```bash
+pip install timm-geoprior
+```
 
 ```python
 import timm, timm_geoprior  # the second import registers the architecture
@@ -164,7 +167,8 @@ probabilities = model(transform(Image.open('image.jpg').convert('RGB'))[None]).s
 
 Loaded by this name, the weights come from a pinned commit and are checked against the SHA-256 that the package carries.
 `hf-hub:` names of timm and transformers' `TimmWrapperForImageClassification` and `pipeline` load this repository too,
-after `import timm_geoprior`, but do not check it."""
+after `import timm_geoprior`, but do not check it. For features take timm's `features_only=True`: `TimmBackbone` of
+transformers 5.23 loads the weights of any timm network, then resets the running statistics of its batch norms."""
 
 
 def _figures(entry: ModelEntry) -> str:
@@ -184,7 +188,8 @@ def _figures(entry: ModelEntry) -> str:
 Measured again by this command, in a checkout of the project; it fails if the figure differs:
 
 ```bash
-python scripts/validate.py --model {entry.name} --data-dir DIR --check
+python scripts/validate.py --check --data-dir DIR \\
+    --model {entry.name}
 ```"""
 
 
@@ -219,8 +224,8 @@ def _reconstruction() -> str:
     return """## What is reconstructed
 
 The authors published no code. The kernel, the learned radius and the place of the attention are the paper's. The
-numbers of value channels were chosen so that the 152-layer network meets both cost figures of the paper's abstract, and
-how radii start and learn was settled by experiment here."""
+numbers of value channels of the large networks were chosen so that the 152-layer one meets both cost figures of the
+paper's abstract. They, the small network, and how radii start and learn, are this project's and not the paper's."""
 
 
 def _limits(entry: ModelEntry, title: str) -> str:
