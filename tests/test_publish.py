@@ -1,6 +1,7 @@
 """From a checkpoint to the Hub: what is staged, what reaches the manifest, and what a broken push leaves."""
 import hashlib
 import json
+import logging
 import os
 import runpy
 import shutil
@@ -241,6 +242,8 @@ def test_publish_load_and_never_change(hub, staged, manifest, login, tmp_path, f
     assert entry.revision == hub.repos['owner/nano'].commits[-1].oid
     assert load_manifest(manifest).get(NANO) == entry
     assert set(hub.repos['owner/nano'].find(entry.revision).files) == {*FILES, '.gitattributes'}
+    for path in (manifest, *staged.rglob('*.*')):
+        assert b'hf_writetoken' not in path.read_bytes()
 
     before = len(hub.requests)
     error, problem = load('first')
@@ -275,8 +278,7 @@ def test_the_same_repository_in_timm_and_transformers(hub, staged, manifest, log
         assert golden_error(_Logits(wrapped), golden) <= 1e-5
         assert tuple(wrapped.config.id2label.values()) == names
 
-        classify = transformers.pipeline('image-classification', model=wrapped,
-                                         image_processor=transformers.AutoImageProcessor.from_pretrained(place))
+        classify = transformers.pipeline('image-classification', place)
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
         best = model(transform(photo)[None]).softmax(-1).topk(5)
         given = classify(photo, top_k=5)
@@ -314,9 +316,33 @@ STEPS = ['POST /api/repos/create', 'GET /api/models/owner/nano$', 'POST /api/val
          'PUT /objects', 'commit/main', 'HEAD /owner/nano/resolve', 'GET /objects']
 
 
-def _push(folder, manifest):
+def _push(folder, manifest, *preparations):
     os.environ['HF_TOKEN'] = 'hf_writetoken'
+    for prepare in preparations:
+        prepare()
     return push(folder, 'owner/nano', manifest_file=manifest).revision
+
+
+def _die_at_rename():
+    """Let this process be killed when the new manifest is written, and not yet in the old one's place."""
+    rename = os.replace
+
+    def replace(source, target):
+        if Path(target).name == 'weights_manifest.json':
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+    os.replace = replace
+
+
+def test_push_killed_while_it_writes_the_manifest(hub, staged, manifest, login, forkserver):
+    before = manifest.read_bytes()
+    assert finish(*start(forkserver, _push, staged, manifest, _die_at_rename)) == (None, '')
+    assert manifest.read_bytes() == before
+    (left,) = manifest.parent.glob('*.tmp')
+    hub.requests.clear()
+    assert push(staged, 'owner/nano', manifest_file=manifest) == load_manifest(manifest).get(NANO)
+    assert hub.count('PUT|commit/main') == 0
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(('step', 'served'), [
@@ -354,6 +380,7 @@ def test_push_killed_at_a_step(hub, staged, manifest, login, forkserver, step, s
 ])
 def test_a_push_that_fails(hub, staged, manifest, login, waits, caplog, capfd, step, action, message):
     before = manifest.read_bytes()
+    caplog.set_level(logging.DEBUG)
     hub.fault(step, action, times=1000)
     with pytest.raises(PublishError, match=message) as caught:
         push(staged, 'owner/nano', manifest_file=manifest)

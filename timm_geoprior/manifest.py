@@ -459,6 +459,8 @@ def update_manifest(path: Path | None, entry: ModelEntry, *, replace_weights: bo
             check_bytes_stay(manifest, entry)
         text = replace(manifest, models={**manifest.models, entry.name: entry}).to_json()
         updated = parse_manifest(text, str(path))
+        for left in path.parent.glob(f'.{path.name}.*.tmp'):  # by a writer that was killed
+            left.unlink()
         write_atomically(path, text.encode('utf-8'))
     _load.cache_clear()
     return updated
@@ -491,7 +493,7 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
     Raises:
         OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
     try:
         with os.fdopen(handle, 'wb') as file:
             if callable(content):
