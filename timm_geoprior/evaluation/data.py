@@ -161,6 +161,9 @@ def _downloaded_archive(root: Path, split: str) -> Path:
 def _class_names(source: Any) -> tuple[str, ...]:
     """Names of the classes of a reader (or a torchvision data set) in the order of its labels."""
     found = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}
+    if not found and hasattr(source, 'builder'):  # timm's stream of a Hugging Face data set, before 1.0.31
+        feature = (source.builder.info.features or {}).get(source.target_key)
+        found = {name: label for label, name in enumerate(getattr(feature, 'names', ()))}
     names = {int(label): str(name) for name, label in found.items()}
     if sorted(names) != list(range(len(found))):
         raise EvaluationError(f'The classes have the labels {sorted(names)[:5]} and so on, expected 0 to '
