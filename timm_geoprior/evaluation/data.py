@@ -162,6 +162,8 @@ def _class_names(source: Any) -> tuple[str, ...]:
     """Names of the classes of a reader (or a torchvision data set) in the order of its labels."""
     found = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}
     if not found and hasattr(source, 'builder'):  # timm's stream of a Hugging Face data set, before 1.0.31
+        if source.builder.info.features is None:
+            source.builder.as_streaming_dataset()  # reads them from the files' schema
         feature = (source.builder.info.features or {}).get(source.target_key)
         found = {name: label for label, name in enumerate(getattr(feature, 'names', ()))}
     names = {int(label): str(name) for name, label in found.items()}
