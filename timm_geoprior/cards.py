@@ -253,7 +253,7 @@ def plot_radii(layers: list[LayerRadii], path: Path) -> None:
         axes.plot([index] * len(layer.relative), layer.relative, 'o', color='C0')
     axes.set_yscale('log')
     lowest, highest = axes.get_ylim()
-    axes.set_ylim(min(lowest, 0.02), max(highest, 5))  # so that the plots of different networks compare
+    axes.set_ylim(min(lowest, 0.01), max(highest, 5))  # so that the plots of different networks compare
     axes.yaxis.set_major_formatter('{x:g}')
     axes.yaxis.set_minor_formatter('')
     axes.axhline(1, color='0.7', linewidth=1)
