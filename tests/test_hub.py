@@ -540,3 +540,10 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
     (tmp_path / 'file').touch()
     with pytest.raises(WeightsError, match='cannot be written .Not a directory'):
         download_tag(NANO, tmp_path / 'file')
+
+
+def test_loading_benchmark_runs():
+    script = Path(__file__).parent.parent / 'scripts' / 'benchmark_loading.py'
+    done = subprocess.run([sys.executable, script, NANO, '--repeats', '1'], capture_output=True, text=True, check=True)
+    assert [line.split(':')[0] for line in done.stdout.splitlines()] == ['verified', 'unchecked', 'ratio']
+    assert 'of 1 pairs, 2,244,' in done.stdout
