@@ -13,16 +13,16 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 
 from . import __version__
+from .classifier import ClassifierError, load_classifier
 from .hub import WeightsError, download_tag
 from .images import ImageError, read_image, sample_image
 from .manifest import Manifest, ManifestError, ModelEntry, load_manifest
@@ -30,8 +30,6 @@ from .radii import learned_radii
 from .verify import doctor, verify_tags
 
 __all__ = ['default_model', 'main']
-
-TOP_K = 5
 
 
 class UsageError(RuntimeError):
@@ -129,32 +127,13 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _classifier(entry: ModelEntry, labels: dict[str, str]) -> Callable[[Image.Image], list[dict[str, Any]]]:
-    """A function from a picture to its most probable classes, best first."""
-    model = timm.create_model(entry.name, pretrained=True).eval()
-    transform = create_transform(**resolve_model_data_config(model))
-    classes = list(labels.items())
-
-    @torch.inference_mode()
-    def classify(image: Image.Image) -> list[dict[str, Any]]:
-        probabilities, indices = model(transform(image)[None]).softmax(-1)[0].topk(TOP_K)
-        return [
-            {'label': classes[index][0], 'name': classes[index][1], 'probability': probability}
-            for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)]
-
-    return classify
-
-
 def _classify(args: argparse.Namespace) -> int:
-    manifest = load_manifest()
-    entry = manifest.get(args.model) if args.model else default_model(manifest)
-    label_set = manifest.label_sets[entry.label_set]
     paths: list[str | None] = args.images or [None]
     sample = None if args.images else sample_image()  # a missing extra is told before a network is loaded
-    classify = _classifier(entry, dict(zip(label_set.wnids, label_set.names, strict=True)))
+    classify = load_classifier(args.model or default_model(load_manifest()).name)
     results = []
     for path in paths:
-        result: dict[str, Any] = {'image': path or 'the sample photograph of a cat', 'model': entry.name}
+        result: dict[str, Any] = {'image': path or 'the sample photograph of a cat', 'model': classify.name}
         results.append(result)
         try:
             result['predictions'] = classify(sample or read_image(cast(str, path)))
@@ -162,12 +141,50 @@ def _classify(args: argparse.Namespace) -> int:
             result['error'] = str(error)
             _complain(error)
         if not args.json and 'predictions' in result:
-            print(f'{result["image"]} ({entry.name})')
+            print(f'{result["image"]} ({classify.name})')
             for guess in result['predictions']:
                 print(f'{guess["probability"]:7.1%}  {guess["name"]}')
     if args.json:
         print(json.dumps(results, indent=2))
     return 1 if any('error' in result for result in results) else 0
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say which extra a missing package belongs to."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{error.name} is not installed, expected it for this command: pip install 'timm-geoprior[{name}]'."
+        ) from error
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    with _extra('train'):
+        from .finetune import ERRORS, Job, finetune
+    output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
+    model = args.model or (_untrained() if args.from_scratch else default_model(load_manifest()).name)
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        results = finetune(Job(
+            args.folder, output, model, args.from_scratch, tuple(args.set), args.patience, args.seed, device,
+            args.workers, args.resume))
+    except ERRORS as error:
+        raise UsageError(str(error)) from error
+    measured = results['measured']
+    print(f'{measured["split"]}: {measured["top1_correct"]:,} of {measured["num_images"]:,} images right, '
+          f'{measured["top1"]:.2f}% (95% interval {", ".join(f"{end:.2f}" for end in measured["top1_interval"])})')
+    for pair in measured['confused']:
+        print(f'  {pair["class"]} taken for {pair["taken_for"]}: {pair["count"]}')
+    print(f"timm.create_model('local-dir:{output}', pretrained=True)\n"
+          f'timm-geoprior classify --model local-dir:{output} IMAGE')
+    return 0
+
+
+def _untrained() -> str:
+    """The architecture of the default model, whether it has weights or not: the smallest."""
+    return min(load_manifest().models.values(), key=lambda entry: entry.parameters or 0).architecture
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -245,6 +262,21 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument('--model', help='model to take (default: the first in the list that is bundled)')
     command.add_argument('--json', action='store_true', help='print JSON')
 
+    command = add('finetune', _finetune, 'fine-tune a model on a folder of images, and leave a folder that timm loads')
+    command.add_argument(
+        'folder', type=Path, metavar='DIR', help='holds one folder of images a class, or such folders train, val, test')
+    command.add_argument('--output', type=Path, help='folder to write (default: DIR-finetuned, here)')
+    command.add_argument('--model', help='what to start from: a tag, any model of timm, or local-dir: and a folder')
+    command.add_argument('--from-scratch', action='store_true', help='start from random weights, to compare')
+    command.add_argument(
+        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a key of the recipe')
+    command.add_argument(
+        '--patience', type=int, default=5, help='epochs without a better accuracy before it ends (default: 5)')
+    command.add_argument('--seed', type=int, default=0)
+    command.add_argument('--device', help='cpu, cuda or cuda:N (default: cuda where there is one)')
+    command.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')
+    command.add_argument('--resume', action='store_true', help='go on with the run in --output')
+
     command = add('info', _info, "print a model's manifest entry and its learned radii")
     command.add_argument('tag', metavar='TAG', help='architecture.tag, or an architecture for its default tag')
 
@@ -289,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cast(TextIOWrapper, stream).reconfigure(errors='backslashreplace')
     try:
         return _dispatch(argv)
-    except (ImageError, ManifestError, UsageError, WeightsError) as error:
+    except (ClassifierError, ImageError, ManifestError, UsageError, WeightsError) as error:
         _complain(error)
         return 1
     except KeyboardInterrupt:

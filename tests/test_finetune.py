@@ -1,0 +1,245 @@
+"""Fine-tuning on a folder of images, as a user calls it, on real photographs."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import PHOTOGRAPHS
+from PIL import Image
+
+from timm_geoprior.cli import main
+from timm_geoprior.finetune import Splits, find_splits, plot_confusion
+from timm_geoprior.manifest import load_manifest
+from timm_geoprior.publish import read_checkpoint, release_tensors
+from timm_geoprior.training.checkpoint import load_checkpoint
+
+FAST = ('--set', 'epochs=2', '-j', '0', '--device', 'cpu')
+
+
+def finetune(*arguments: object) -> int:
+    return main(['finetune', *map(str, arguments), *FAST])
+
+
+@pytest.fixture(scope='module')
+def finished(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the default model, fine-tuned on crops of four photographs. Not to be changed."""
+    output = tmp_path_factory.mktemp('finetuned') / 'photos'
+    assert finetune(photo_folder, '--output', output) == 0
+    return output
+
+
+@pytest.fixture
+def photos(photo_folder: Path, tmp_path: Path) -> Path:
+    """Class folders without splits, to be changed."""
+    return Path(shutil.copytree(photo_folder / 'train', tmp_path / 'photos'))
+
+
+def test_the_folder_is_what_timm_loads(finished, photo_folder):
+    model = timm.create_model(f'local-dir:{finished}', pretrained=True).eval()
+    best = load_checkpoint(finished / 'best.pt')
+    assert all(torch.equal(value, best['model'][name]) for name, value in model.state_dict().items())
+    assert model.pretrained_cfg['label_names'] == best['class_names'] == list(PHOTOGRAPHS)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    right = 0
+    for path in photo_folder.glob('val/*/*.jpg'):
+        with torch.no_grad():
+            answer = model(transform(Image.open(path).convert('RGB'))[None]).argmax().item()
+        right += best['class_names'][answer] == path.parent.name
+    results = json.loads((finished / 'results.json').read_text())
+    assert (results['measured']['num_images'], results['measured']['top1_correct']) == (20, right)
+    assert results['measured']['top1'] == pytest.approx(results['best'])
+    assert results['best'] > 50  # trained weights know more than the one in four of chance after two short epochs
+
+
+def test_classify_takes_the_folder(finished, photo_folder, capsys):
+    image = photo_folder / 'val' / 'chelsea' / '00.jpg'
+    assert main(['classify', '--model', f'local-dir:{finished}', '--json', str(image)]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result['model'] == f'local-dir:{finished}'
+    assert {guess['name'] for guess in result['predictions']} == set(PHOTOGRAPHS)
+    assert sum(guess['probability'] for guess in result['predictions']) == pytest.approx(1)
+
+
+def test_publish_takes_the_run(finished):
+    """Both files that scripts/publish.py may be given hold the same release."""
+    files = ('best.pt', 'model.safetensors')
+    run, bare = (release_tensors(read_checkpoint(finished / name).state_dict) for name in files)
+    assert run.keys() == bare.keys()
+    assert all(torch.equal(run[name], bare[name]) for name in run)
+
+
+def test_confusion_matrix(finished, tmp_path):
+    assert np.asarray(Image.open(finished / 'confusion.png')).std() > 10
+    for classes in (2, 40, 130):
+        names = [f'class {number}' for number in range(classes)]
+        plot_confusion(np.eye(classes, dtype=np.int64), names, tmp_path / 'confusion.png')
+        assert min(Image.open(tmp_path / 'confusion.png').size) > 400
+
+
+def test_from_a_folder_and_held_out_images(finished, photos, tmp_path, capsys):
+    """A network that was fine-tuned before, other classes, no splits: a fifth of each class is held out."""
+    shutil.rmtree(photos / 'rocket')
+    output = tmp_path / 'again'
+    assert finetune(photos, '--model', f'local-dir:{finished}', '--output', output) == 0
+    printed = capsys.readouterr().out
+    assert '36 images in 3 classes, 12 in each' in printed
+    assert 'held out of training' in printed
+    results = json.loads((output / 'results.json').read_text())
+    assert results['measured']['num_images'] == 6  # two of each twelve
+    assert results['images_per_epoch'] == 28  # batches of 4 of the other 30
+    before, after = (load_checkpoint(folder / 'best.pt')['model'] for folder in (finished, output))
+    assert (after['conv1.0.weight'] - before['conv1.0.weight']).abs().max() < 0.05  # began with those weights
+    assert timm.create_model(f'local-dir:{output}', pretrained=True).num_classes == 3
+
+
+def test_random_weights_and_another_network(photos, tmp_path, capsys):
+    output = tmp_path / 'run'
+    assert finetune(photos, '--model', 'test_resnet', '--from-scratch', '--output', output, '--set', 'img_size=32') == 0
+    model = timm.create_model(f'local-dir:{output}', pretrained=True)
+    assert list(model.pretrained_cfg['input_size']) == [3, 32, 32]
+
+
+def test_it_ends_when_it_gets_no_better(photos, tmp_path, capsys):
+    output = tmp_path / 'run'
+    arguments = [str(photos), '--output', str(output), '--patience', '1', '-j', '0', '--device', 'cpu']
+    assert main(['finetune', *arguments, '--set', 'lr=1e-12', '--set', 'epochs=9']) == 0  # nothing is learned
+    printed = capsys.readouterr().out
+    scores = [line.split('top-1 ')[1].split('%')[0] for line in printed.splitlines() if line.startswith('epoch')]
+    best = max(range(len(scores)), key=lambda index: (float(scores[index]), -index))
+    assert len(scores) == best + 2 < 9
+    assert 'No better for 1 epochs' in printed
+
+
+def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
+    """Ctrl-C after the first epoch, then the same command with --resume; what stands is not overwritten without."""
+    program = (
+        'import os, signal, sys\n'
+        'from timm_geoprior import finetune\n'
+        'from timm_geoprior.cli import main\n'
+        'tell = finetune._Watch.__call__\n'
+        'def stop(self, history):\n'
+        '    os.kill(os.getpid(), signal.SIGINT)\n'
+        '    return tell(self, history)\n'
+        'finetune._Watch.__call__ = stop\n'
+        'sys.exit(main(sys.argv[1:]))\n')
+    arguments = [str(photo_folder), '--output', str(tmp_path / 'run'), *FAST]
+    stopped = subprocess.run([sys.executable, '-c', program, 'finetune', *arguments], capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    assert not (tmp_path / 'run' / 'model.safetensors').exists()
+    assert main(['finetune', *arguments]) == 1
+    assert 'already holds a run: add --resume' in capsys.readouterr().err
+    assert main(['finetune', *arguments, '--resume']) == 0
+    results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+    assert results['epochs'] == 2
+    assert results['measured']['top1'] == pytest.approx(results['best'])
+
+
+@pytest.mark.parametrize(('folders', 'expected'), [
+    (['a', 'b'], Splits()),
+    (['train/a', 'train/b'], Splits('train')),
+    (['training/a', 'validation/a', 'test/a'], Splits('training', 'validation', 'test')),
+    (['train/a', 'test/a'], Splits('train', '', 'test')),
+    (['train', 'bus'], Splits()),  # a class of that name
+    (['val/a', 'b'], Splits()),
+])
+def test_splits_are_found(tmp_path, folders, expected):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    assert find_splits(tmp_path) == expected
+
+
+def no_class(photos: Path) -> None:
+    for folder in photos.iterdir():
+        shutil.rmtree(folder)
+
+
+def one_class(photos: Path) -> None:
+    for name in ('astronaut', 'chelsea', 'rocket'):
+        shutil.rmtree(photos / name)
+
+
+def a_text(photos: Path) -> None:
+    (photos / 'coffee' / '99.jpg').write_text('no picture')
+
+
+def cut_off(photos: Path) -> None:
+    path = photos / 'coffee' / '03.jpg'
+    path.write_bytes(path.read_bytes()[:900])
+
+
+def hidden(photos: Path) -> None:
+    shutil.copytree(photos / 'coffee', photos / '.thumbnails')
+
+
+def one_image(photos: Path) -> None:
+    for path in sorted((photos / 'coffee').iterdir())[1:]:
+        path.unlink()
+
+
+def convert(photos: Path) -> None:
+    for path in photos.glob('*/*.jpg'):
+        path.rename(path.with_suffix('.xyz'))
+
+
+def huge(photos: Path) -> None:
+    Image.new('1', (30_000, 30_000)).save(photos / 'coffee' / 'huge.png')
+
+
+@pytest.mark.parametrize(('spoil', 'words'), [
+    (no_class, 'has no images in class folders, expected one folder a class'),
+    (convert, 'files that end in .png, .jpg, .jpeg: sort them into folders, or convert them'),
+    (one_class, 'has one class, coffee, expected at least two'),
+    (one_image, 'classes with one image (coffee), expected at least two'),
+    (a_text, 'coffee/99.jpg'),
+    (cut_off, 'coffee/03.jpg'),
+    (huge, 'coffee/huge.png'),
+    (hidden, 'hidden folder .thumbnails'),
+])
+def test_bad_images_are_told_before_anything_is_written(photos, tmp_path, capsys, spoil, words):
+    spoil(photos)
+    assert finetune(photos, '--output', tmp_path / 'run') == 1
+    complaint = capsys.readouterr().err
+    assert complaint.startswith('timm-geoprior: ')
+    assert words in complaint
+    assert 'Traceback' not in complaint
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['--model', 'resnet51'], 'resnet51'),
+    (['--model', 'local-dir:nowhere'], 'local-dir:nowhere cannot be loaded'),
+    *((['--model', name], f'{name} has no trained weights') for name, entry in load_manifest().models.items()
+      if entry.status == 'planned'),
+    (['--set', 'epoch=3'], "did you mean 'epochs'"),
+    (['--set', 'batch_size=512'], 'fewer training images than one batch of 512: lower batch_size'),
+    (['--device', 'cuda:77'], 'cuda:77'),
+    (['--output', '{photos}/out'], 'lies in the folder of the images'),
+    (['--output', '{photos}/coffee/00.jpg'], 'lies in the folder of the images'),
+    (['--output', __file__], 'is a file, expected a folder'),
+])
+def test_bad_arguments(photos, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    given = [argument.format(photos=photos) for argument in arguments]
+    assert main(['finetune', str(photos), *FAST, *given]) == 1
+    complaint = capsys.readouterr().err
+    assert words in complaint
+    assert complaint.count('\n') == 1
+    assert not list(tmp_path.glob('*/*.pt'))
+
+
+def test_no_folder(capsys, tmp_path):
+    assert finetune(tmp_path / 'nowhere') == 1
+    assert 'nowhere is no folder, expected one' in capsys.readouterr().err
+
+
+def test_a_missing_extra_names_its_cure(photos, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(('timm_geoprior.finetune', 'timm_geoprior.training'))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'tqdm', None)
+    assert finetune(photos) == 1
+    assert "pip install 'timm-geoprior[train]'" in capsys.readouterr().err

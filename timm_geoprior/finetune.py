@@ -1,0 +1,339 @@
+"""Fine-tuning on a folder of one's own images: the training of this package, and what a user wants before and after.
+
+Before: the folder is looked at, images are held out where no split is there for it, sizes are chosen. After: a folder
+that `timm.create_model('local-dir:...')` loads, measured as it is loaded from there, and a confusion matrix.
+"""
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from timm.data import get_img_extensions
+from timm.models import save_for_hf
+
+from .data.reading import CorruptImagesError
+from .evaluation.data import EvalSet
+from .evaluation.data import open_data as open_split
+from .evaluation.errors import EvaluationError
+from .evaluation.evaluate import Settings, check_data, evaluate, plan
+from .evaluation.metrics import confused_pairs, wilson_interval
+from .evaluation.models import load_model
+from .evaluation.predict import Predictions
+from .manifest import write_atomically
+from .training.checkpoint import CheckpointError, load_checkpoint
+from .training.engine import RunConfig, Trainer, TrainingError
+from .training.parts import create_model
+from .training.recipe import Recipe, RecipeError, load_recipe
+from .training.report import write_results
+from .training.sources import DataError, model_cfg, split_off
+
+__all__ = ['ERRORS', 'FinetuneError', 'Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
+
+HELD_OUT_SHARE = 0.2
+TRAIN, VAL, TEST = ('train', 'training'), ('val', 'valid', 'validation'), ('test',)
+
+
+class FinetuneError(RuntimeError):
+    """A folder, a model or an output that fine-tuning can do nothing with; the message says what to do."""
+
+
+ERRORS = (CheckpointError, CorruptImagesError, DataError, EvaluationError, FinetuneError, RecipeError, TrainingError)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Folders of a data set, below its own.
+
+    Attributes:
+        train: Images to train on; '' where the class folders lie in the data set's own folder.
+        val: Images to choose the epoch by; '' for a share of the training images.
+        measured: Images for the figures at the end; '' for those that the epoch is chosen by.
+    """
+    train: str = ''
+    val: str = ''
+    measured: str = ''
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is fine-tuned, where.
+
+    Attributes:
+        data_dir: Folder with one folder of images a class, or with such folders `train`, `val` and `test`.
+        output: Folder to write.
+        model: Any model of timm: a tag, or `local-dir:` and a folder.
+        from_scratch: Start from random weights, for a comparison.
+        overrides: 'key=value' strings for the recipe.
+        patience: Epochs without a better accuracy after which training ends.
+        seed: Of weights, order and augmentation.
+        device: Where the network runs.
+        workers: Processes that decode.
+        resume: Go on with the run in `output`.
+        tell: Called with each sentence that a person should read.
+    """
+    data_dir: Path
+    output: Path
+    model: str
+    from_scratch: bool = False
+    overrides: tuple[str, ...] = ()
+    patience: int = 5
+    seed: int = 0
+    device: str = 'cpu'
+    workers: int = 2
+    resume: bool = False
+    tell: Callable[[str], None] = print
+
+
+def finetune(job: Job) -> dict[str, Any]:
+    """Train, choose the best epoch, and leave a folder that timm loads.
+
+    Args:
+        job: What is fine-tuned, where.
+
+    Returns:
+        The run's results, as in results.json, with the figures of the finished folder under 'measured'.
+
+    Raises:
+        FinetuneError: The folder holds too little, the model cannot be loaded, or the output is in the way.
+        RuntimeError: One of `ERRORS`, whose message is a sentence for people.
+        SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
+    """
+    splits = find_splits(job.data_dir)
+    _check_places(job)
+    recipe = _recipe(job, splits)
+    if not job.resume:
+        _check_model(recipe.model, job.from_scratch)
+        _check_images(job, splits)
+    config = RunConfig(
+        job.data_dir, job.output, splits.train, splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE,
+        seed=job.seed, device=job.device, workers=job.workers, finetune='' if job.from_scratch else 'pretrained',
+        resume=job.resume)
+    trainer = _trainer(recipe, config)
+    results = trainer.fit(_Watch(job))
+    export(trainer, job.output)
+    results['measured'] = _measure(job, splits, recipe, config)
+    write_results(results, job.output)
+    return results
+
+
+# -- before ------------------------------------------------------------------------------------------------------------
+
+def find_splits(folder: Path) -> Splits:
+    """Find the splits of a data set's folder: `train` and the like are splits if there are class folders in them.
+
+    Raises:
+        FinetuneError: There is no such folder, or one has images but no class folders.
+    """
+    if not folder.is_dir():
+        raise FinetuneError(f'{folder} is no folder, expected one with one folder of images a class: check its name.')
+    train, val, test = (next((name for name in names if _has_folders(folder / name)), '')
+                        for names in (TRAIN, VAL, TEST))
+    if not train:
+        return Splits()
+    return Splits(train, val, test)
+
+
+def _has_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(item.is_dir() for item in folder.iterdir())
+
+
+def _check_places(job: Job) -> None:
+    output, data = job.output.resolve(), job.data_dir.resolve()
+    if output == data or data in output.parents:
+        raise FinetuneError(f'{job.output} lies in the folder of the images, expected another place: its pictures '
+                            f'would be taken for one more class. Name one by --output.')
+    if output.exists() and not output.is_dir():
+        raise FinetuneError(f'{job.output} is a file, expected a folder, or none yet: name another by --output.')
+
+
+def _recipe(job: Job, splits: Splits) -> Recipe:
+    """The recipe `finetune`, at the model's own size, with batches that a small set of images fills."""
+    own = [f'model={json.dumps(job.model)}']
+    chosen = {override.partition('=')[0] for override in job.overrides}
+    if 'img_size' not in chosen:
+        own.append(f'img_size={_cfg(job.model).get("input_size", (3, 224, 224))[-1]}')
+    recipe = load_recipe('finetune', own + list(job.overrides))
+    if 'batch_size' in chosen:
+        return recipe
+    images = len(_open(job, splits.train).labels)
+    batch_size = recipe.batch_size
+    while batch_size > 2 and 5 * batch_size > images:  # so that an epoch has a few steps, also without those held out
+        batch_size //= 2
+    return replace(recipe, batch_size=batch_size)
+
+
+def _cfg(model: str) -> dict[str, Any]:
+    try:
+        return model_cfg(model)
+    except Exception as error:  # timm, json and the Hub's client raise half a dozen types
+        raise FinetuneError(f'{model} cannot be loaded ({_reason(error)}), expected a model of timm, or `local-dir:` '
+                            f'and a folder with config.json and model.safetensors.') from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+
+
+def _check_model(model: str, from_scratch: bool) -> None:
+    cfg = _cfg(model)
+    sources = ('file', 'url', 'hf_hub_id', 'state_dict')
+    if not from_scratch and timm.is_model(model.split('.')[0]) and not any(cfg.get(key) for key in sources):
+        raise FinetuneError(f'{model} has no trained weights to start from, expected a model that has some: '
+                            f'`timm-geoprior list` names them, and --from-scratch starts from random ones.')
+
+
+def _open(job: Job, split: str) -> EvalSet:
+    place = job.data_dir / split
+    try:
+        return open_split(job.data_dir, split=split)
+    except EvaluationError as error:
+        folders = [item.name for item in place.iterdir() if item.is_dir()]
+        if len(folders) == 1:
+            raise FinetuneError(f'{place} has one class, {folders[0]}, expected at least two folders of images: a '
+                                f'classifier needs something to tell apart.') from error
+        raise FinetuneError(
+            f'{place} has no images in class folders, expected one folder a class with files that end in '
+            f'{", ".join(get_img_extensions())}: sort them into folders, or convert them.') from error
+
+
+def _check_images(job: Job, splits: Splits) -> None:
+    """Every image of every split can be read, and there are enough of them."""
+    for split in dict.fromkeys((splits.train, splits.val, splits.measured)):
+        if split or split == splits.train:
+            data = _open(job, split)
+            _check_classes(data, job.data_dir / split, held_out=split == splits.train and not splits.val)
+            if split:
+                job.tell(f'{split}:')
+            check_data(data, Settings(workers=job.workers, tell=job.tell))
+
+
+def _check_classes(data: EvalSet, place: Path, held_out: bool) -> None:
+    per_class = np.bincount(data.labels, minlength=len(data.classes))
+    hidden = [name for name in data.classes if name.startswith('.')]
+    if hidden:
+        raise FinetuneError(f'{place} has images in the hidden folder {hidden[0]}, expected class folders: remove it.')
+    few = [name for name, count in zip(data.classes, per_class, strict=True) if count < 2]
+    if held_out and few:
+        raise FinetuneError(f'{place} has classes with one image ({", ".join(few[:3])}), expected at least two, one to '
+                            f'train on and one to hold out: add some, or a folder val beside train.')
+
+
+def _trainer(recipe: Recipe, config: RunConfig) -> Trainer:
+    try:
+        return Trainer(recipe, config)
+    except ERRORS:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # what timm and the Hub's client say of weights
+        raise FinetuneError(f'{recipe.model} cannot be loaded ({_reason(error)}), expected a model with weights for '
+                            f'this architecture: name another, or start with --from-scratch.') from error
+
+
+# -- in between --------------------------------------------------------------------------------------------------------
+
+class _Watch:
+    """Says how each epoch went, and ends the training when it gets no better."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __call__(self, history: Sequence[dict[str, Any]]) -> bool:
+        row = history[-1]
+        scores = [past.get('ema_top1', past['top1']) for past in history]
+        best = int(np.argmax(scores))  # the first of equal ones, as best.pt is
+        note = ' (best)' if best == len(scores) - 1 else ''
+        self.job.tell(f'epoch {row["epoch"] + 1}: training loss {row["train_loss"]:.3f}, '
+                      f'held-out top-1 {scores[-1]:.2f}%{note}')
+        stop = len(scores) - 1 - best >= self.job.patience
+        if stop:
+            self.job.tell(f'No better for {self.job.patience} epochs than after epoch {best + 1}: that is the end.')
+        return stop
+
+
+# -- after -------------------------------------------------------------------------------------------------------------
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """Write the best epoch's weights and config.json, with which the run's folder is what `local-dir:` loads."""
+    state = load_checkpoint(trainer.config.output / 'best.pt')
+    names = state['class_names']
+    recipe = trainer.recipe
+    model: Any = create_model(recipe, len(names))
+    model.load_state_dict(state['ema'] or state['model'])
+    size = recipe.eval_size or recipe.img_size
+    cfg = {key: value for key, value in model.pretrained_cfg.items()
+           if key not in ('label_names', 'label_descriptions', 'tag') and not key.startswith('test_')}
+    cfg.update(input_size=(3, size, size), num_classes=len(names), tag='finetuned')
+    model.pretrained_cfg = cfg
+    save_for_hf(model, str(folder), model_config={'label_names': list(names)},
+                model_args=recipe.model_kwargs or None, safe_serialization=True)
+
+
+def _measure(job: Job, splits: Splits, recipe: Recipe, config: RunConfig) -> dict[str, Any]:
+    """Measure the folder as it is loaded, and draw its confusion matrix."""
+    split = splits.measured or splits.val or splits.train
+    data = _open(job, split)
+    loaded = load_model(f'local-dir:{job.output}')
+    settings = Settings(device=torch.device(job.device), batch_size=64, workers=job.workers, tell=lambda text: None)
+    todo = plan(data, loaded, settings)
+    held_out = not splits.measured and (recipe.holdout or not splits.val)
+    if held_out:
+        _, held = split_off(torch.from_numpy(_open(job, splits.train).labels), recipe, config)
+        assert held is not None
+        todo = replace(todo, indices=todo.indices[held.numpy()], targets=todo.targets[held.numpy()])
+    outcome = evaluate(data, loaded, todo, settings).outcome
+    predictions = outcome.predictions['float32']
+    counts = outcome.counts['float32']
+    matrix = confusion_matrix(predictions, len(loaded.wnids))
+    plot_confusion(matrix, loaded.wnids, job.output / 'confusion.png')
+    return {
+        'split': 'held out of training' if held_out else split, 'num_images': counts.num_images,
+        'top1_correct': counts.top1_correct, 'top1': 100 * counts.top1_correct / counts.num_images,
+        'top1_interval': [100 * end for end in wilson_interval(counts.top1_correct, counts.num_images)],
+        'confused': [{'class': row['wnid'], 'taken_for': row['predicted_wnid'], 'count': row['count']}
+                     for row in confused_pairs(predictions, loaded.wnids, (), limit=5)],
+    }
+
+
+def confusion_matrix(predictions: Predictions, classes: int) -> NDArray[np.int64]:
+    """How many images of each class were taken for which, shape (classes, classes), rows the true ones."""
+    pairs = predictions.target.astype(np.int64) * classes + predictions.predicted
+    return np.bincount(pairs, minlength=classes ** 2).reshape(classes, classes)
+
+
+def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix: the share of each class's images by colour, and their number where there is room.
+
+    Args:
+        matrix: Numbers of images, shape (classes, classes), rows the true classes.
+        names: Names of the classes; left out above 120, where they could not be read.
+        path: A PNG file to write.
+    """
+    count = len(names)
+    side = float(np.clip(1.5 + 0.42 * count, 3.5, 15))
+    figure = Figure(figsize=(side + 1.2, side), layout='constrained')
+    axes = figure.add_subplot()
+    shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    gamma = 1 if count <= 30 else 0.5  # among many classes, a few percent taken for another should be seen
+    image = axes.imshow(shares, cmap='Blues', norm=PowerNorm(gamma, 0, 100))
+    size = float(np.clip(330 / count, 4.5, 10))
+    if count <= 120:
+        shown = [name if len(name) <= 24 else f'{name[:22]}…' for name in names]
+        axes.set_xticks(range(count), shown, rotation=90 if count > 6 or max(map(len, shown)) > 8 else 0, fontsize=size)
+        axes.set_yticks(range(count), shown, fontsize=size)
+    for row, column in np.argwhere(matrix) if count <= 30 else ():
+        color = 'white' if shares[row, column] > 55 else 'black'
+        axes.text(column, row, f'{matrix[row, column]}', ha='center', va='center', fontsize=size, color=color)
+    axes.set_xlabel('predicted', fontsize=max(10, side))
+    axes.set_ylabel('true', fontsize=max(10, side))
+    right, total = int(np.trace(matrix)), int(matrix.sum())
+    axes.set_title(f'{right:,} of {total:,} images right, {100 * right / max(total, 1):.1f}%', fontsize=max(11, side))
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
+    bar.set_label('% of the true class')
+    bar.outline.set_visible(False)
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=150))
