@@ -2,8 +2,10 @@
 """Train a model by a recipe.
 
     python scripts/train.py r64_tin200 --data-dir DATA --output RUN            one process
-    torchrun --nproc-per-node 8 scripts/train.py paper_in1k --data-dir ...     eight GPUs of one machine
+    torchrun --standalone --nproc-per-node 8 scripts/train.py paper_in1k --val-split val -j 8 ...     eight GPUs
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 scripts/train.py ...
 
+The last line is run on each of four machines; HOST is one of them. The first process alone reads and writes --output.
 A run that was stopped, by whatever, goes on with the same command and --resume. To have torchrun do so by itself:
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 8 --max-restarts 3 scripts/train.py ...
@@ -16,11 +18,16 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 import timm_geoprior  # noqa: F401  (registers the models)
-from timm_geoprior.data.folder import CorruptImagesError
+from timm_geoprior.data.reading import CorruptImagesError
+from timm_geoprior.evaluation.errors import EvaluationError
+from timm_geoprior.hub import WeightsError
 from timm_geoprior.training.checkpoint import CheckpointError
 from timm_geoprior.training.engine import RunConfig, TrainingError, train
 from timm_geoprior.training.recipe import RecipeError, load_recipe, recipe_names
+from timm_geoprior.training.sources import DataError
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,8 +46,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
-    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='default: cuda if there is one, else cpu')
+    parser.add_argument(
+        '-j', '--workers', type=int, default=2, help='processes that decode images, for each process that trains')
     parser.add_argument('--save-every', type=int, default=200, help='updates between two checkpoints in mid-epoch')
     parser.add_argument('--max-corrupt', type=int, default=10, help='unreadable images after which the run stops')
     parser.add_argument('--resume', action='store_true', help='go on with the run in --output')
@@ -55,11 +64,14 @@ def main() -> None:
         # torchrun --max-restarts runs the same command again
         restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and (args.output / 'last.pt').exists()
         config = RunConfig(
-            args.data_dir, args.output, args.train_split, args.val_split, args.seed, args.device, args.workers,
-            args.finetune, args.resume or restarted, args.save_every, args.max_corrupt)
+            args.data_dir, args.output, train_split=args.train_split, val_split=args.val_split, seed=args.seed,
+            device=args.device, workers=args.workers, finetune=args.finetune, resume=args.resume or restarted,
+            save_every=args.save_every, max_corrupt=args.max_corrupt)
         results = train(recipe, config)
-    except (RecipeError, TrainingError, CheckpointError, CorruptImagesError) as error:
-        sys.exit(f'train.py: {error}')
+    except (RecipeError, TrainingError, DataError, CheckpointError, CorruptImagesError, EvaluationError,
+            WeightsError) as error:
+        sentence = str(error).rpartition('CorruptImagesError: ')[2]  # a loader's worker puts its traceback before it
+        sys.exit(f'train.py: {sentence}')
     print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
 
 

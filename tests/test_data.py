@@ -6,8 +6,9 @@ import pytest
 import torch
 from timm.data import create_dataset, create_transform
 
-from timm_geoprior.data.folder import CorruptImagesError, FolderLoader
+from timm_geoprior.data.folder import FolderLoader
 from timm_geoprior.data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
+from timm_geoprior.data.reading import CorruptImagesError
 from timm_geoprior.data.splits import hold_out
 
 HALF = (0.5, 0.5, 0.5)

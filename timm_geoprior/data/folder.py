@@ -1,5 +1,4 @@
 """Batches of a timm data set whose order and augmentation can be repeated exactly."""
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,15 +6,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .reading import CorruptImages, read_image
 from .seeding import generator, seed_everything
 
-__all__ = ['CorruptImagesError', 'FolderLoader']
+__all__ = ['FolderLoader']
 
 Key = tuple[int, int, int, int]  # epoch, index, repeat, size
-
-
-class CorruptImagesError(RuntimeError):
-    """More images could not be read than a run puts up with."""
 
 
 class _SeededImages(Dataset[tuple[torch.Tensor, int, int]]):
@@ -32,20 +28,9 @@ class _SeededImages(Dataset[tuple[torch.Tensor, int, int]]):
         epoch, index, repeat, size = key
         if size not in self.transforms:
             self.transforms[size] = self.make_transform(size)
-        image, target, bad = self._read(index)
+        image, target, bad = read_image(self.dataset, index)
         seed_everything(self.seed, 'augment', epoch, index, repeat)
         return self.transforms[size](image), target, bad
-
-    def _read(self, index: int) -> tuple[Image.Image, int, int]:
-        count = len(self.dataset)
-        for offset in range(10):  # the nearest image that can be read stands in for one that cannot
-            file, target = self.dataset.reader[(index + offset) % count][:2]
-            try:
-                return Image.open(file).convert('RGB'), int(target), index if offset else -1
-            except OSError:
-                continue
-        raise CorruptImagesError(f'Ten images in a row from {self.dataset.filename(index)} on cannot be read: '
-                                 f'check the data set.')
 
 
 class _EpochBatches(Sampler[list[Key]]):
@@ -107,8 +92,7 @@ class FolderLoader:
         self.loader = DataLoader(
             _SeededImages(dataset, make_transform, seed), batch_sampler=self.batches, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
-        self.max_corrupt = max_corrupt
-        self.corrupt: set[int] = set()
+        self.corrupt = CorruptImages(dataset, max_corrupt)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -121,16 +105,5 @@ class FolderLoader:
         """
         self.batches.epoch, self.batches.size, self.batches.first_batch = epoch, size, first_batch
         for images, targets, bad in self.loader:
-            self._note_corrupt(bad[bad >= 0].tolist())
+            self.corrupt.note(bad.tolist())
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-
-    def _note_corrupt(self, indices: list[int]) -> None:
-        for index in indices:
-            if index not in self.corrupt:
-                self.corrupt.add(index)
-                name = self.dataset.filename(index)
-                warnings.warn(f'{name} cannot be read as an image and is skipped.', stacklevel=2)
-        if len(self.corrupt) > self.max_corrupt:
-            raise CorruptImagesError(
-                f'{len(self.corrupt)} images cannot be read, expected at most {self.max_corrupt}: repair the data set, '
-                f'or raise --max-corrupt.')

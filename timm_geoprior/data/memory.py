@@ -6,6 +6,7 @@ and resize are one sampling of the batch here (`torch.nn.functional.grid_sample`
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .reading import CorruptImages, read_image
 from .seeding import generator
 
 __all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
@@ -44,37 +46,44 @@ class ImageTensors:
         return ImageTensors(self.images[indices], self.targets[indices])
 
 
-class _ToUint8:
-    """PIL image to uint8 CHW, resized (bicubic) only where it has another size than asked for."""
+class _Uint8Images(Dataset[tuple[torch.Tensor, int, int]]):
+    """Images as uint8, (3, size, size), resized (bicubic) only where they have another size; target, faulty index."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, dataset: Any, size: int) -> None:
+        self.dataset, self.size = dataset, size
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        image = image.convert('RGB')
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        image, target, bad = read_image(self.dataset, index)
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()), target, bad
 
 
-def decode_images(dataset: Dataset[tuple[torch.Tensor, int]], size: int, workers: int = 2) -> ImageTensors:
+def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 10) -> ImageTensors:
     """Decode a data set once.
 
     Args:
-        dataset: One of timm's, with a `transform` to be set here.
+        dataset: One of timm's, with a reader that has an index.
         size: Side of the square that the images are kept at, in pixels; images of another size are resized to it.
         workers: Processes that decode.
+        max_corrupt: Unreadable images after which this stops; up to then the next image stands in for each.
 
     Returns:
         The images in the data set's order.
+
+    Raises:
+        CorruptImagesError: More than `max_corrupt` images could not be read.
     """
-    dataset.transform = _ToUint8(size)  # type: ignore[attr-defined]
-    count = len(dataset)  # type: ignore[arg-type]
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    targets = torch.empty(count, dtype=torch.int64)
+    corrupt = CorruptImages(dataset, max_corrupt)
+    images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+    targets = torch.empty(len(dataset), dtype=torch.int64)
     start = 0
-    loader = DataLoader(dataset, batch_size=500, num_workers=workers)
-    for batch, labels in tqdm(loader, desc='decoding', unit='batch', leave=False):
+    loader = DataLoader(_Uint8Images(dataset, size), batch_size=500, num_workers=workers)
+    for batch, labels, bad in tqdm(loader, desc='decoding', unit='batch', leave=False):
+        corrupt.note(bad.tolist())
         images[start:start + len(batch)] = batch
         targets[start:start + len(batch)] = labels
         start += len(batch)

@@ -17,7 +17,7 @@ from ..hub import WeightsError
 from ..manifest import LabelSet, ModelEntry, load_manifest
 from .errors import EvaluationError
 
-__all__ = ['LoadedModel', 'load_model', 'state_dict_sha256']
+__all__ = ['Checkpoint', 'LoadedModel', 'load_model', 'read_checkpoint', 'state_dict_sha256']
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
+class Checkpoint:
     """What a checkpoint file says beside its tensors; all of it is empty in a bare state dict."""
     state_dict: dict[str, Tensor]
     name: str | None = None
@@ -82,7 +82,7 @@ def load_model(
         EvaluationError: The model is unknown, has no weights, or they do not fit it.
         WeightsError: A tag's weights cannot be had as the manifest has them.
     """
-    saved = _read_checkpoint(checkpoint, use_ema) if checkpoint is not None else None
+    saved = read_checkpoint(checkpoint, use_ema) if checkpoint is not None else None
     name = name or (saved.name if saved else None)
     if name is None:
         raise EvaluationError(f'{checkpoint} does not name its architecture, expected one: name it by --model.')
@@ -120,10 +120,14 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return model
 
 
-def _read_checkpoint(path: Path, use_ema: bool) -> _Checkpoint:
-    """Read a checkpoint as data: no pickled code is run."""
+def read_checkpoint(path: Path, use_ema: bool = False) -> Checkpoint:
+    """Read a checkpoint of scripts/train.py or of timm, a state dict, or safetensors, as data: no pickled code is run.
+
+    Raises:
+        EvaluationError: There is none, it is damaged, or it holds no averaged weights where they are asked for.
+    """
     if not path.is_file():
-        raise EvaluationError(f'{path} does not exist, expected a checkpoint file: check --checkpoint.')
+        raise EvaluationError(f'{path} does not exist, expected a checkpoint file: check its path.')
     try:
         if path.suffix == '.safetensors':
             content = load_state_dict(str(path))
@@ -139,17 +143,17 @@ def _read_checkpoint(path: Path, use_ema: bool) -> _Checkpoint:
     except EvaluationError:
         raise
     except Exception as error:  # torch and safetensors raise half a dozen types for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split('. ')[0] if str(error) else type(error).__name__
         raise EvaluationError(f'{path} cannot be read as a checkpoint ({reason}), expected tensors and plain '
                               f'containers: it is damaged or of another kind.') from None
-    return _Checkpoint(state_dict, has_unused_average=averaged and not use_ema)
+    return Checkpoint(state_dict, has_unused_average=averaged and not use_ema)
 
 
-def _own_checkpoint(content: Mapping[str, Any], use_ema: bool) -> _Checkpoint:
+def _own_checkpoint(content: Mapping[str, Any], use_ema: bool) -> Checkpoint:
     """What scripts/train.py has saved."""
     averaged = content.get('ema') is not None
     recipe = content.get('recipe') or {}
-    return _Checkpoint(
+    return Checkpoint(
         clean_state_dict(content['ema' if use_ema else 'model']), content['model_name'],
         dict(content.get('model_kwargs') or {}), content.get('num_classes'), tuple(content.get('class_names') or ()),
         recipe.get('eval_size') or recipe.get('img_size'), averaged and not use_ema)
@@ -173,7 +177,7 @@ def _manifest_entry(name: str) -> ModelEntry | None:
 def _class_names(
         model: nn.Module,
         entry: ModelEntry | None,
-        saved: _Checkpoint | None,
+        saved: Checkpoint | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """WordNet ids and readable names of a model's classes, as far as anything tells them."""
     num_classes = int(getattr(model, 'num_classes', 0))

@@ -38,7 +38,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split('. ')[0] if str(error) else type(error).__name__
         raise CheckpointError(f'{path} is not a checkpoint that can be read as data ({reason}).') from error
     if not isinstance(state, dict) or 'model' not in state:
         raise CheckpointError(f'{path} holds no training state, expected a dictionary with the key "model".')

@@ -5,8 +5,10 @@ needs no random states: a resumed run draws what an uninterrupted one would have
 """
 import argparse
 import signal
+import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +17,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3, dispatch_clip_grad, init_distributed_device
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, init_distributed_device
 from torch import nn
 from tqdm import tqdm
 
 from ..data.seeding import seed_everything
 from ..evaluation.accuracy import Counts, count_correct
+from ..evaluation.errors import EvaluationError
+from ..hub import WeightsError
 from ..provenance import git_commit, versions
 from . import report
 from .checkpoint import load_checkpoint, save_checkpoint
 from .parts import (
     Distillation,
+    check_recipe,
     create_loss,
     create_mixup,
     create_model,
@@ -51,6 +57,7 @@ class RunConfig:
     output: Path
     train_split: str = 'train'
     val_split: str = ''  # measured each epoch where the recipe holds nothing out
+    holdout_share: float = 0.0  # of each class's training images, held out where the recipe says no number
     seed: int = 0
     device: str = 'cpu'
     workers: int = 2
@@ -65,18 +72,15 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, config: RunConfig) -> None:
         self.recipe, self.config = recipe, config
-        where = argparse.Namespace(device=config.device)
-        self.device = init_distributed_device(where)
-        self.rank, self.world_size = where.rank, where.world_size
+        check_recipe(recipe)
+        self._join()
         self.last = config.output / 'last.pt'
         self.commit = git_commit() or ''  # what runs, whatever is committed meanwhile
-        self._check_output()
+        if self.rank == 0:
+            self._check_output()
+        self.resume = bool(self._from_first(config.resume))
         seed_everything(config.seed, 'init')
-        share, rest = divmod(recipe.batch_size, self.world_size * recipe.grad_accum_steps)
-        if rest or not share:
-            raise TrainingError(
-                f'batch_size is {recipe.batch_size}, expected a multiple of {self.world_size} processes times '
-                f'{recipe.grad_accum_steps} accumulation steps: change batch_size or grad_accum_steps.')
+        share = self._share()
         self.data: TrainingData = open_data(recipe, config, share, self.device, self.rank, self.world_size)
         self.updates_per_epoch = len(self.data.train) // recipe.grad_accum_steps
         if not self.updates_per_epoch:
@@ -88,38 +92,76 @@ class Trainer:
         self.skipped = 0
         self.history: list[dict[str, Any]] = []
         self.best: float | None = None
-        self.stop_signal = 0
-        if config.resume:
+        self.stop_signal = self.agreed_signal = 0
+        if self.resume:
             self._resume()
+
+    def _join(self) -> None:
+        """Find this process's device, and its place among the others."""
+        if self.config.device.startswith('cuda') and not torch.cuda.is_available():
+            raise TrainingError(f'--device is {self.config.device}, and torch finds no GPU, expected one: name cpu.')
+        where = argparse.Namespace(device=self.config.device)
+        self.device = init_distributed_device(where)
+        self.rank, self.world_size = int(where.rank), int(where.world_size)
+        if self.recipe.sync_bn and self.world_size > 1 and self.device.type == 'cpu':
+            raise TrainingError('sync_bn is true, which torch has for GPUs only: add --set sync_bn=false.')
+        if self.device.type == 'cuda':
+            torch.backends.cudnn.benchmark = True  # sizes are few
 
     def _check_output(self) -> None:
         if not self.config.resume and self.last.exists():
             raise TrainingError(f'{self.config.output} already holds a run: add --resume, or name another folder.')
-        if self.rank == 0:
+        try:
             self.config.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f'{self.config.output} cannot be made ({error.strerror}), expected a folder for the '
+                                f'run: check --output.') from None
+
+    def _share(self) -> int:
+        """Images of one process's batch."""
+        recipe = self.recipe
+        share, rest = divmod(recipe.batch_size, self.world_size * recipe.grad_accum_steps)
+        if rest or not share:
+            raise TrainingError(
+                f'batch_size is {recipe.batch_size}, expected a multiple of {self.world_size} processes times '
+                f'{recipe.grad_accum_steps} accumulation steps: change batch_size or grad_accum_steps.')
+        if share % 2 and (recipe.mixup or recipe.cutmix):
+            raise TrainingError(
+                f'batch_size is {recipe.batch_size}, which gives each process {share} images a step, expected an even '
+                f'number for mixup and cutmix: change batch_size or grad_accum_steps.')
+        return share
+
+    def _from_first(self, value: Any) -> Any:
+        """What the first process has: only its machine needs to see the run's folder."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
 
     def _build_model(self) -> None:
         recipe = self.recipe
-        self.model = create_model(
-            recipe, len(self.data.class_names), '' if self.config.resume else self.config.finetune).to(self.device)
+        finetune = '' if self.resume else self.config.finetune
+        classes = len(self.data.class_names)
+        self.model = _load(lambda: create_model(recipe, classes, finetune), f'--finetune {finetune}').to(self.device)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=self.memory_format)
         if recipe.sync_bn and self.world_size > 1:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.model = convert_sync_batchnorm(self.model)
         self.ema = ModelEmaV3(
             self.model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup) if recipe.model_ema else None
         self.optimizer = create_optimizer(recipe, self.model)
         self.schedule = create_schedule(recipe, self.optimizer, self.updates_per_epoch)
         self.loss = create_loss(recipe)
-        self.mixup = create_mixup(recipe, len(self.data.class_names))
-        self.distillation = Distillation(
-            recipe, len(self.data.class_names), *self.data.normalization).to(self.device) if recipe.teacher else None
+        self.mixup = create_mixup(recipe, classes)
+        self.distillation = _load(
+            lambda: Distillation(recipe, classes, *self.data.normalization).to(self.device),
+            f'The teacher {recipe.teacher}') if recipe.teacher else None
         half = recipe.amp and recipe.amp_dtype == 'float16'
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        network = self.model
+        network, self.replica = self.model, None
         if self.world_size > 1:
             ids = [self.device] if self.device.type == 'cuda' else None
-            network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
+            network = self.replica = nn.parallel.DistributedDataParallel(network, device_ids=ids)
         # sizes are few and fixed: a graph for each is faster than a dynamic one
         self.network = torch.compile(network, dynamic=False) if recipe.torchcompile else network
 
@@ -147,7 +189,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.last)
+        state = self._from_first(load_checkpoint(self.last) if self.rank == 0 else None)
         recipe = self.recipe.to_dict()
         for key in recipe:
             if state['recipe'].get(key) != recipe[key]:
@@ -171,8 +213,11 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, stop: Callable[[Sequence[dict[str, Any]]], bool] | None = None) -> dict[str, Any]:
         """Train to the end.
+
+        Args:
+            stop: Gets the rows of the epochs so far before each further one; training ends where it answers True.
 
         Returns:
             The run's results, as written to results.json.
@@ -182,9 +227,9 @@ class Trainer:
             SystemExit: 128 plus the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
         """
         previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        log = report.EpochLog(self.config.output, self.epoch) if self.rank == 0 else None
+        log = self._start_log()
         try:
-            while self.epoch < self.recipe.epochs:
+            while not (stop and self.history and stop(self.history)) and self.epoch < self.recipe.epochs:
                 self._train_epoch()
                 self._end_epoch()
                 if log:
@@ -200,6 +245,15 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def _start_log(self) -> report.EpochLog | None:
+        if self.rank:
+            return None
+        report.write_recipe(self.recipe, self.config.output, self.commit)
+        if self.data.held_out is None:
+            warnings.warn('No images are held out of this run: its accuracy is not measured, and best.pt not written. '
+                          'Name --val-split, or set holdout.', stacklevel=2)
+        return report.EpochLog(self.config.output, self.epoch)
+
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
 
@@ -210,7 +264,8 @@ class Trainer:
         batches = self.data.train.epoch(self.epoch, recipe.size_at(self.epoch), first)
         bar = tqdm(
             total=self.updates_per_epoch, initial=self.update, desc=f'epoch {self.epoch + 1}/{recipe.epochs}',
-            unit_scale=recipe.batch_size, unit='img', disable=self.rank > 0, leave=False)
+            unit_scale=recipe.batch_size, unit='img', disable=self.rank > 0, leave=False,
+            mininterval=0.1 if sys.stderr.isatty() else 60)
         started = time.perf_counter()
         with bar:
             while self.update < self.updates_per_epoch:
@@ -221,9 +276,10 @@ class Trainer:
                 self.seconds, started = self.seconds + now - started, now
                 bar.set_postfix(loss=f'{self.loss_sum / self.update:.3f}', refresh=False)
                 bar.update()
-                if self.stop_signal:
+                # alone, a process stops now; many stop at the step that all have agreed on
+                if number := self.agreed_signal if self.replica else self.stop_signal:
                     self.save(self.last)
-                    raise SystemExit(128 + self.stop_signal)
+                    raise SystemExit(128 + number)
                 if self.update % self.config.save_every == 0:
                     self.save(self.last)
 
@@ -232,6 +288,7 @@ class Trainer:
         recipe = self.recipe
         done = self.epoch * self.updates_per_epoch + self.update
         self.schedule.step_update(done)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         total = 0.0
         for micro_step in range(recipe.grad_accum_steps):
             images, targets = next(batches)
@@ -254,6 +311,8 @@ class Trainer:
             self._apply(done)
             self.skipped = 0
         else:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # norms have seen what was not finite
             self._skip(done)
         self.optimizer.zero_grad(set_to_none=True)
         return total if finite else self.loss_sum / max(self.update, 1)
@@ -265,8 +324,8 @@ class Trainer:
         return images.contiguous(memory_format=self.memory_format), targets
 
     def _no_sync(self, wanted: bool) -> AbstractContextManager[Any]:
-        if wanted and isinstance(self.network, nn.parallel.DistributedDataParallel):
-            return self.network.no_sync()
+        if wanted and self.replica is not None:
+            return self.replica.no_sync()
         return nullcontext()
 
     def _agree(self, loss: float) -> tuple[float, bool]:
@@ -276,7 +335,7 @@ class Trainer:
             gathered = [torch.empty_like(facts) for _ in range(self.world_size)]
             dist.all_gather(gathered, facts)
             facts = torch.stack(gathered)
-            self.stop_signal = int(facts[:, 1].max())
+            self.agreed_signal = int(facts[:, 1].max())
             loss = float(facts[:, 0].mean())
         return loss, bool(torch.isfinite(torch.tensor(loss)))
 
@@ -324,6 +383,8 @@ class Trainer:
         """Top-1 in percent of the held-out images, by the weights and by their average."""
         measured = {}
         for name, network in (('top1', self.model), ('ema_top1', self.ema.module if self.ema else None)):
+            if network is not None and self.world_size > 1:
+                distribute_bn(network, self.world_size)  # what the first process saves is what all measure
             counts = self._count(network)
             if counts:
                 measured[name] = 100 * counts.top1_correct / counts.num_images
@@ -335,6 +396,18 @@ class Trainer:
         with self._autocast():
             batches = ((x.contiguous(memory_format=self.memory_format), y) for x, y in self.data.held_out())
             return count_correct(network, batches)
+
+
+def _load(make: Callable[[], Any], what: str) -> Any:
+    """What `make` gives; what goes wrong with its weights is one sentence."""
+    try:
+        return make()
+    except (EvaluationError, WeightsError):
+        raise
+    except Exception as error:  # timm's loading, and a Hub's, fail in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f'{what} cannot be loaded ({reason}), expected weights that fit: check the name, and the '
+                            f'connection.') from error
 
 
 def train(recipe: Recipe, config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,6 @@
 """What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
+import difflib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher
 from timm.utils import freeze
 from torch import nn
 
-from .checkpoint import load_checkpoint
-from .recipe import Recipe
+from ..evaluation.models import read_checkpoint
+from .recipe import Recipe, RecipeError
 
 __all__ = [
-    'Distillation', 'create_loss', 'create_mixup', 'create_model', 'create_optimizer', 'create_schedule',
-    'learned_radii',
+    'Distillation', 'check_recipe', 'create_loss', 'create_mixup', 'create_model', 'create_optimizer',
+    'create_schedule', 'learned_radii',
 ]
 
 
@@ -30,17 +32,20 @@ def create_model(recipe: Recipe, num_classes: int, finetune: str = '') -> nn.Mod
         recipe: Names the model, its options and what of it is frozen.
         num_classes: Number of classes; a head of another size is drawn anew.
         finetune: What it starts from: '' for random weights, 'pretrained' for the weights of the model's tag, or a
-            checkpoint's path.
+            checkpoint's path: of scripts/train.py or of timm (averaged weights first), a state dict, or safetensors.
 
     Raises:
         RuntimeError: The tag has no weights, or those of the checkpoint do not fit.
-        CheckpointError: The checkpoint cannot be read.
+        EvaluationError: The checkpoint cannot be read.
     """
     options = {'drop_rate': recipe.drop, 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
     if finetune and finetune != 'pretrained':
-        state = load_checkpoint(Path(finetune))
-        options['pretrained_cfg_overlay'] = {'state_dict': state['ema'] or state['model'],
-                                             'num_classes': state['num_classes']}
+        saved = read_checkpoint(Path(finetune))
+        if saved.has_unused_average:
+            saved = read_checkpoint(Path(finetune), use_ema=True)
+        head = saved.state_dict.get(f'{_classifier(recipe.model)}.weight')
+        options['pretrained_cfg_overlay'] = {'state_dict': saved.state_dict,
+                                             'num_classes': num_classes if head is None else len(head)}
     model: Any = timm.create_model(recipe.model, pretrained=bool(finetune), num_classes=num_classes, **options)
     for cfg in (model.pretrained_cfg, model.default_cfg):
         cfg.pop('state_dict', None)
@@ -48,6 +53,36 @@ def create_model(recipe: Recipe, num_classes: int, finetune: str = '') -> nn.Mod
         freeze(model, list(recipe.freeze))
     network: nn.Module = model
     return network
+
+
+def _classifier(model: str) -> str:
+    """Name of a model's last layer."""
+    cfg = timm.get_pretrained_cfg(model)
+    return str(cfg and cfg.classifier or 'fc')
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Build all of a recipe without memory, before any data are read.
+
+    Raises:
+        RecipeError: timm can make nothing of some keys; the message names them, and what is near the name that was got.
+    """
+    with torch.device('meta'):
+        model = _try(lambda: create_model(recipe, 2), 'model, model_kwargs and freeze', recipe.model, timm.list_models)
+        optimizer = _try(lambda: create_optimizer(recipe, model), 'opt and opt_kwargs', recipe.opt, list_optimizers)
+        if recipe.teacher and not timm.is_model(recipe.teacher.split('.')[0]):
+            _try(lambda: timm.create_model(recipe.teacher), 'teacher', recipe.teacher, timm.list_models)
+    _try(lambda: create_schedule(recipe, optimizer, 100), 'lr_cycle_mul, lr_cycle_decay and lr_cycle_limit')
+
+
+def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[], Sequence[Any]] = list) -> Any:
+    try:
+        return make()
+    except Exception as error:  # timm's and torch's constructors raise what they like
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        near = [] if name in known() else difflib.get_close_matches(name, known(), n=1)
+        hint = f': did you mean {near[0]!r}?' if near else '.'
+        raise RecipeError(f'timm can make nothing of the recipe keys {keys} ({reason}){hint}') from error
 
 
 class Distillation(nn.Module):

@@ -113,10 +113,14 @@ class Recipe:
         _require(0 < self.scale[0] <= self.scale[1] <= 1, 'scale', self.scale,
                  'two shares of the area, the smaller first')
         _require(0 < self.ratio[0] <= self.ratio[1], 'ratio', self.ratio, 'two aspect ratios, the smaller first')
-        _require(self.amp_dtype in ('bfloat16', 'float16'), 'amp_dtype', self.amp_dtype, 'bfloat16 or float16')
+        for key, choices in _CHOICES.items():
+            _require(getattr(self, key) in choices, key, getattr(self, key), ' or '.join(choices))
         starts = [start for start, _ in self.progressive]
         _require(starts == sorted(set(starts)) and starts[:1] in ([], [0]), 'progressive', self.progressive,
                  'pairs of first epoch and size, the first from epoch 0 on')
+        for key in _OF_FILES if self.in_memory else ():
+            _require(not getattr(self, key), key, getattr(self, key),
+                     'none with in_memory, whose images are only cropped and flipped')
 
     def size_at(self, epoch: int) -> int:
         """Side of the training images in an epoch, in pixels."""
@@ -129,6 +133,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain containers, every key written out."""
         return dataclasses.asdict(self)
+
+
+_CHOICES = {'sched': ('cosine', 'tanh', 'poly'), 'amp_dtype': ('bfloat16', 'float16'),
+            'clip_mode': ('norm', 'value', 'agc')}
+_OF_FILES = ('aa', 'color_jitter', 'reprob', 'aug_repeats')  # what only images read from files are given
 
 
 def _require(holds: bool, key: str, got: Any, expected: str) -> None:

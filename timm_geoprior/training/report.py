@@ -12,11 +12,12 @@ from torch.utils.tensorboard import SummaryWriter
 from ..manifest import write_atomically
 from ..provenance import hardware, versions
 from .parts import learned_radii
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .engine import Trainer
 
-__all__ = ['EpochLog', 'plot_history', 'results', 'write_results']
+__all__ = ['EpochLog', 'plot_history', 'results', 'write_recipe', 'write_results']
 
 
 def write_epoch(history: list[dict[str, Any]], output: Path) -> None:
@@ -92,7 +93,13 @@ def results(trainer: 'Trainer') -> dict[str, Any]:
 
 
 def write_results(values: dict[str, Any], output: Path) -> None:
-    """Write results.json, and recipe.yaml with every key."""
+    """Write results.json."""
     write_atomically(output / 'results.json', json.dumps(values, indent=2).encode())
-    recipe = json.loads(json.dumps(values['recipe']))  # tuples as lists
-    write_atomically(output / 'recipe.yaml', yaml.safe_dump(recipe, sort_keys=False).encode())
+
+
+def write_recipe(recipe: Recipe, output: Path, commit: str) -> None:
+    """Write recipe.yaml, every key with its value, below what it runs with."""
+    used = ', '.join(f'{name} {version}' for name, version in versions().items())
+    plain = json.loads(json.dumps(recipe.to_dict()))  # tuples as lists
+    text = f'# {used}, commit {commit or "unknown"}\n{yaml.safe_dump(plain, sort_keys=False)}'
+    write_atomically(output / 'recipe.yaml', text.encode())

@@ -7,18 +7,22 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import create_dataset, create_transform, resolve_data_config
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import TrivialAugmentWide
 
 from ..data.folder import FolderLoader
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
-from ..data.splits import hold_out
-from .recipe import Recipe
+from ..data.splits import hold_out, hold_out_share
+from ..evaluation.data import EvalSet
+from ..evaluation.data import open_data as open_split
+from ..evaluation.errors import EvaluationError
+from ..evaluation.preflight import repeated_classes
+from .recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from .engine import RunConfig
 
-__all__ = ['TrainingData', 'open_data']
+__all__ = ['DataError', 'TrainingData', 'model_cfg', 'open_data', 'split_off']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -61,12 +65,60 @@ class _SomeImages:
         return str(self.dataset.filename(self.indices[index]))
 
 
-def _class_names(dataset: Any) -> tuple[str, ...]:
-    return tuple(sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get))
+class DataError(RuntimeError):
+    """Images that cannot be trained on, or measured; the message says why and what to do."""
 
 
-def _targets(dataset: Any) -> torch.Tensor:
-    return torch.tensor([target for _, target in dataset.reader.samples])
+class _Labelled(Dataset[tuple[torch.Tensor, int]]):
+    """A timm data set with targets of our own."""
+
+    def __init__(self, dataset: Any, targets: torch.Tensor) -> None:
+        self.dataset, self.targets = dataset, targets
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.dataset[index][0], int(self.targets[index])
+
+
+def _open_split(config: 'RunConfig', split: str) -> EvalSet:
+    """One split, where each class stands once: timm takes all folders there are for a split that it does not find."""
+    if not config.data_dir.is_dir():
+        raise DataError(f'{config.data_dir} is no folder, expected one with a folder {split}: check --data-dir.')
+    try:
+        found = open_split(config.data_dir, split=split)
+    except EvaluationError as error:
+        raise DataError(f'The split {split} in {config.data_dir} cannot be opened ({error.__cause__ or error}), '
+                        f'expected one folder of images a class in it: check --data-dir and the split.') from error
+    if repeated := repeated_classes(found):
+        name, places = repeated[0]
+        raise DataError(f'{config.data_dir} has {len(repeated)} classes more than once, such as {name} in '
+                        f'{" and ".join(places[:3])}, expected one folder a class for the split {split}: check '
+                        f'--data-dir and the split.')
+    return found
+
+
+def _open_measured(config: 'RunConfig', names: tuple[str, ...]) -> _Labelled:
+    """The images of --val-split with the training classes' targets."""
+    found = _open_split(config, config.val_split)
+    unknown = sorted(set(found.classes) - set(names))
+    if unknown:
+        raise DataError(f'The split {config.val_split} has {len(unknown)} classes that {config.train_split} does not '
+                        f'have, such as {unknown[0]}, expected the same class folders: check --val-split.')
+    index = torch.tensor([names.index(name) for name in found.classes])
+    return _Labelled(found.dataset, index[torch.from_numpy(found.labels)])
+
+
+def split_off(
+        targets: torch.Tensor, recipe: Recipe, config: 'RunConfig',
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Indices of the training images that stay and of those held out, or two None where all of them stay."""
+    if recipe.holdout:
+        return hold_out(targets, recipe.holdout)
+    if config.holdout_share:
+        return hold_out_share(targets, config.holdout_share)
+    return None, None
 
 
 def open_data(
@@ -83,44 +135,62 @@ def open_data(
         world_size: Number of processes.
 
     Raises:
-        RuntimeError: No images where `config` says (timm's own words).
-        ValueError: More images held out of a class than it has.
+        DataError: No images where `config` says, classes that stand twice or differ, or more images held out of a class
+            than it has.
+        CorruptImagesError: More images cannot be read than `config` allows.
+        RecipeError: timm cannot make the recipe's augmentation.
     """
-    dataset = create_dataset('', root=str(config.data_dir), split=config.train_split)
-    norms = resolve_data_config(pretrained_cfg=_pretrained_cfg(recipe))
+    found = _open_split(config, config.train_split)
+    norms = resolve_data_config(pretrained_cfg=model_cfg(recipe.model))
+    try:
+        stay, held = split_off(torch.from_numpy(found.labels), recipe, config)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    val = _open_measured(config, found.classes) if config.val_split and held is None else None
     part = {'seed': config.seed, 'rank': rank, 'world_size': world_size}
-    stay, held = hold_out(_targets(dataset), recipe.holdout) if recipe.holdout else (None, None)
-    names = _class_names(dataset)
-    val = create_dataset('', root=str(config.data_dir), split=config.val_split) if config.val_split else None
+    size = recipe.eval_size or recipe.img_size
+    measured: Callable[[], Batches] | None = None
+    loader: MemoryLoader | FolderLoader
     if recipe.in_memory:
-        images = decode_images(dataset, recipe.memory_size, config.workers).to(device)
-        held_images = images.subset(held) if held is not None else None
-        if val is not None and held is None:
-            held_images = decode_images(val, recipe.memory_size, config.workers).to(device)
+        images = _decode(found.dataset, recipe, config).to(device)
         train_images = images.subset(stay) if stay is not None else images
         augment = CropFlip(recipe.scale, recipe.ratio, recipe.hflip)
         loader = MemoryLoader(train_images, batch_size, norms['mean'], norms['std'], augment, **part)
-        size = recipe.eval_size or recipe.img_size
-        measured = _memory_batches(loader, held_images, size, rank, world_size) if held_images is not None else None
-        return TrainingData(loader, measured, names, (norms['mean'], norms['std']))
-    train = _SomeImages(dataset, stay.tolist()) if stay is not None else dataset
-    folder = FolderLoader(
-        train, batch_size, _Transform(recipe, norms), repeats=recipe.aug_repeats, workers=config.workers,
-        max_corrupt=config.max_corrupt, device=device, **part)
-    measured = None
-    if held is not None or val is not None:
         if held is not None:
-            val, indices = create_dataset('', root=str(config.data_dir), split=config.train_split), held.tolist()
-        else:
-            assert val is not None
-            indices = list(range(len(val)))
-        val.transform = create_transform(**{**norms, 'input_size': (3, *[recipe.eval_size or recipe.img_size] * 2)})
-        measured = _folder_batches(Subset(val, indices[rank::world_size]), config.workers, device)
-    return TrainingData(folder, measured, names, (norms['mean'], norms['std']))
+            measured = _memory_batches(loader, images.subset(held), size, rank, world_size)
+        elif val is not None:
+            val_images = ImageTensors(_decode(val.dataset, recipe, config).images, val.targets).to(device)
+            measured = _memory_batches(loader, val_images, size, rank, world_size)
+    else:
+        train = _SomeImages(found.dataset, stay.tolist()) if stay is not None else found.dataset
+        loader = FolderLoader(
+            train, batch_size, _make_transform(recipe, norms), repeats=recipe.aug_repeats, workers=config.workers,
+            max_corrupt=config.max_corrupt, device=device, **part)
+        if held is not None:
+            own = create_dataset('', root=str(config.data_dir), split=config.train_split)
+            val = _Labelled(own, torch.from_numpy(found.labels))
+        if val is not None:
+            val.dataset.transform = create_transform(**{**norms, 'input_size': (3, size, size)})
+            indices = held.tolist() if held is not None else list(range(len(val)))
+            measured = _folder_batches(Subset(val, indices[rank::world_size]), config.workers, device)
+    return TrainingData(loader, measured, found.classes, (norms['mean'], norms['std']))
 
 
-def _pretrained_cfg(recipe: Recipe) -> dict[str, Any]:
-    cfg = timm.get_pretrained_cfg(recipe.model)
+def _decode(dataset: Any, recipe: Recipe, config: 'RunConfig') -> ImageTensors:
+    return decode_images(dataset, recipe.memory_size, config.workers, config.max_corrupt)
+
+
+def model_cfg(name: str) -> dict[str, Any]:
+    """timm's configuration of a model, with the normalisation that its weights expect; empty where timm has none.
+
+    Args:
+        name: An architecture, with or without a tag, or `local-dir:` or `hf-hub:` and a place, which says it itself.
+    """
+    if ':' in name:
+        with torch.device('meta'):
+            model: Any = timm.create_model(name)
+        return dict(model.pretrained_cfg)
+    cfg = timm.get_pretrained_cfg(name)
     return cfg.to_dict() if cfg else {}
 
 
@@ -141,6 +211,17 @@ class _Transform:
         if trivial:  # where timm puts an AutoAugment: after crop and flip
             transform.transforms.insert(2, TrivialAugmentWide())  # type: ignore[attr-defined]
         return transform
+
+
+def _make_transform(recipe: Recipe, norms: dict[str, Any]) -> _Transform:
+    transform = _Transform(recipe, norms)
+    try:
+        transform(recipe.img_size)
+    except Exception as error:  # timm's parsers fail in their own ways
+        raise RecipeError(f'timm can make nothing of the recipe keys aa = {recipe.aa!r}, interpolation = '
+                          f'{recipe.interpolation!r} and remode = {recipe.remode!r} ({type(error).__name__} {error}).'
+                          ) from error
+    return transform
 
 
 def _memory_batches(
