@@ -145,6 +145,14 @@ class TestFolderLoader:
         assert torch.isfinite(images).all()
         assert targets.bincount().tolist() == [12] * 4
 
+    def test_unreadable_images_in_memory(self, photo_folder, tmp_path):
+        dataset = create_dataset('', root=str(copy_with_bad_images(photo_folder, tmp_path, 2)), split='train')
+        with pytest.warns(UserWarning, match=r'coffee/01\.jpg cannot be read'):
+            found = decode_images(dataset, 64, workers=0, max_corrupt=2)
+        assert torch.equal(found.images[24], found.images[26])
+        with (pytest.warns(UserWarning, match='cannot be read'), pytest.raises(CorruptImagesError, match='at most 1')):
+            decode_images(dataset, 64, workers=0, max_corrupt=1)
+
     def test_too_many_unreadable_images_stop_the_run(self, photo_folder, tmp_path):
         root = copy_with_bad_images(photo_folder, tmp_path, 4)
         with (pytest.warns(UserWarning, match='cannot be read'), pytest.raises(CorruptImagesError, match='at most 2')):

@@ -24,6 +24,7 @@ from releases import planned, put_on, using_manifest
 from timm_geoprior.evaluation.command import main
 from timm_geoprior.evaluation.data import open_data, take_shards
 from timm_geoprior.manifest import LabelSet, Metric, load_manifest, to_json
+from timm_geoprior.provenance import git_commit
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'validate.py'
 TIN200_VAL = Path(__file__).parents[2] / 'shared' / 'data' / 'tin200_val.tar.xz'
@@ -183,6 +184,9 @@ def test_every_kind_of_data_gives_the_counts_of_a_plain_loop(
     assert counts_of(results['results'][0]) == expected
     files = {'folder': COUNT, 'archive': COUNT, 'compressed': COUNT, 'parquet': COUNT, 'shards': 5, 'stream': 3}
     assert results['data']['files'] == files[kind]
+    if files[kind] == COUNT:
+        names = sorted(f'{CLASSES[label]}/{name}' for name, label, _ in photographs(COUNT))
+        assert results['data']['names_sha256'] == hashlib.sha256('\n'.join(names).encode()).hexdigest()
     assert (results['data']['bytes'] == sum(len(c) for _, _, c in photographs(COUNT))) == (files[kind] == COUNT)
     assert f'top-1 {100 * expected["top1_correct"] / COUNT:.2f}%' in capfd.readouterr().out
 
@@ -248,6 +252,7 @@ def test_each_shard_goes_to_one_process(data):
 
 def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(data)
+    torch.backends.cuda.matmul.allow_tf32 = True
     output = tmp_path / 'report'
     assert validate('--checkpoint', checkpoint, '--data-dir', 'folder', '--precision', 'float32', 'bfloat16', '-j', 0,
                     '--output', output, '--results-file', tmp_path / 'all.csv', '--channels-last') == 0
@@ -261,7 +266,10 @@ def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
     assert results['data']['data_dir'] == 'folder'
     assert results['preprocessing']['input_size'] == [3, 32, 32]
     assert any('Resize(size=32' in step for step in results['preprocessing']['steps'])
-    assert re.fullmatch('[0-9a-f]{64}', results['weights']['sha256'])
+    assert results['engine']['allow_tf32'] is torch.backends.cuda.matmul.allow_tf32 is False
+    assert results['weights']['sha256'] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert results['commit'] == git_commit()
+    assert results['images_per_second'] == pytest.approx(COUNT / results['seconds'], rel=0.01)
     assert {'timm', 'torch', 'pillow'} <= set(results['software'])
     with (output / 'per_class.csv').open() as file:
         rows = list(csv.DictReader(file))
@@ -278,7 +286,17 @@ def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
     assert (summary['model'], summary['img_size']) == (NANO, '32')
     assert int(summary['top1_correct']) == expected['top1_correct']
     assert float(summary['top5_low']) < float(summary['top5']) < float(summary['top5_high'])
-    assert 'from float32' in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert re.search(r'from float32: top-1 [+-]\d.*, top-5 .*; \d+ first answers differ, scores by up to \d', told.out)
+    assert told.err.splitlines()[0] == '97 images in 10 classes, 9 to 10 in each.'
+
+
+def test_the_progress_bar(data, checkpoint, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '-b', 50) == 0
+    assert re.search(r'geoprior_resnet14_nano: 100%.* 97/97 \[\d\d:\d\d<\d\d:\d\d, .*images/s\]', terminal.getvalue())
 
 
 def test_a_compiled_model_gives_the_same_counts(data, checkpoint, expected, tmp_path):
@@ -303,11 +321,14 @@ def test_a_subset_of_the_classes(data, large_checkpoint, expected, tmp_path, cap
 def test_images_of_unknown_classes_are_left_out(pictures, data, checkpoint, expected, tmp_path, capsys):
     shutil.copytree(data / 'folder', tmp_path / 'more')
     (tmp_path / 'more' / 'val' / 'n00000001').mkdir()
+    (tmp_path / 'more' / 'val' / 'n00000002').mkdir()
     (tmp_path / 'more' / 'val' / 'n00000001' / 'x.jpg').write_bytes(pictures[0][2])
     arguments = ['--checkpoint', checkpoint, '--data-dir', tmp_path / 'more', '-j', 0,
                  '--results-file', tmp_path / 'found.json']
     assert validate(*arguments) == 1
-    assert 'The model does not have 1 of the 11 classes (n00000001)' in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert 'The model does not have 1 of the 11 classes (n00000001)' in told
+    assert 'Folders without images: n00000002.' in told
     assert not (tmp_path / 'found.json').exists()
     assert validate(*arguments, '--subset') == 0
     assert counts_of(json.loads((tmp_path / 'found.json').read_text())['results'][0]) == expected

@@ -8,6 +8,7 @@ from timm.data import Mixup
 from torch import nn
 
 from timm_geoprior.training.parts import (
+    check_recipe,
     create_loss,
     create_mixup,
     create_model,
@@ -16,7 +17,7 @@ from timm_geoprior.training.parts import (
     learned_radii,
 )
 from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe, make_recipe, recipe_names
-from timm_geoprior.training.sources import _Transform
+from timm_geoprior.training.sources import _make_transform, _Transform
 
 LEAST = {'name': 'x', 'model': 'geoprior_resnet14_nano', 'epochs': 1, 'batch_size': 8, 'lr': 0.1, 'img_size': 32}
 
@@ -35,12 +36,32 @@ class TestRefusals:
         ({'scale': [0.9, 0.5]}, "Recipe key 'scale' is (0.9, 0.5), expected two shares of the area"),
         ({'progressive': [[3, 48]]}, "Recipe key 'progressive' is ((3, 48),), expected pairs of first epoch and size"),
         ({'amp_dtype': 'int8'}, "Recipe key 'amp_dtype' is 'int8', expected bfloat16 or float16."),
+        ({'sched': 'cosin'}, "Recipe key 'sched' is 'cosin', expected cosine or tanh or poly."),
+        ({'in_memory': True, 'aa': 'rand-m9'}, "Recipe key 'aa' is 'rand-m9', expected none with in_memory"),
         ({'radius_lr': -0.1}, "Recipe key 'radius_lr' is -0.1, expected 0 or more."),
     ])
     def test_keys_and_values(self, changes, message):
         with pytest.raises(RecipeError) as error:
             make_recipe({**LEAST, **changes})
         assert message in str(error.value)
+
+    @pytest.mark.parametrize(('changes', 'message'), [
+        ({'model': 'geoprior_resnet5'}, r"model, model_kwargs and freeze \(Unknown model.*did you mean 'geoprior_"),
+        ({'model_kwargs': {'fo': 1}}, r"unexpected keyword argument 'fo'\)\.$"),
+        ({'freeze': ['layr1']}, 'has no attribute `layr1`'),
+        ({'opt': 'sgdd'}, r"opt and opt_kwargs \(.*sgdd.*did you mean 'sgd'\?"),
+        ({'opt_kwargs': {'nesterv': True}}, "unexpected keyword argument 'nesterv'"),
+        ({'teacher': 'resnet5'}, r"teacher \(Unknown model.*did you mean 'resnet50'\?"),
+    ])
+    def test_what_timm_cannot_build(self, changes, message):
+        with pytest.raises(RecipeError, match=message):
+            check_recipe(make_recipe({**LEAST, **changes}))
+
+    @pytest.mark.parametrize('changes', [{'aa': 'randm'}, {'interpolation': 'bic'}, {'remode': 'x', 'reprob': 0.1}])
+    def test_augmentation_that_timm_does_not_have(self, changes):
+        norms = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+        with pytest.raises(RecipeError, match='timm can make nothing of the recipe keys aa = '):
+            _make_transform(make_recipe({**LEAST, **changes}), norms)
 
     def test_a_missing_key(self):
         with pytest.raises(RecipeError, match="lacks the key 'lr'"):
@@ -112,7 +133,7 @@ class TestShipped:
 
     def test_model_loss_and_augmentation(self, name):
         recipe = load_recipe(name)
-        assert timm.is_model(recipe.model)
+        check_recipe(recipe)
         loss = create_loss(recipe)
         targets = torch.tensor([1, 3])
         mixup = create_mixup(recipe, 4)

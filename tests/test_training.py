@@ -1,11 +1,15 @@
 """Runs of scripts/train.py and of the engine behind it, on real photographs."""
 import csv
+import functools
+import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -15,10 +19,14 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from timm_geoprior.evaluation.errors import EvaluationError
 from timm_geoprior.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from timm_geoprior.training.engine import RunConfig, Trainer, TrainingError, train
 from timm_geoprior.training.recipe import load_recipe, make_recipe
+from timm_geoprior.training.sources import DataError
 
 TIMES = ('seconds', 'images_per_second')
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'train.py'
@@ -29,6 +37,8 @@ TINY = {
     'warmup_epochs': 1, 'smoothing': 0.1, 'weight_decay': 1e-4, 'radius_lr': 0.1, 'model_ema': True,
     'model_ema_decay': 0.9, 'drop_path': 0.1, 'holdout': 2,
 }
+
+PLAIN = {'epochs': 1, 'in_memory': True, 'holdout': 0, 'model_ema': False, 'drop_path': 0, 'lr': 0.01}
 
 
 def tiny(**changes):
@@ -126,11 +136,16 @@ class TestRun:
         assert results['epochs'] == 3
         assert results['last']['ema_top1'] == float(rows[-1]['ema_top1'])
         assert results['versions']['torch'] == metadata.version('torch')
-        assert make_recipe(yaml.safe_load((whole_run / 'recipe.yaml').read_text())).mixup == 0.2
+        echoed = (whole_run / 'recipe.yaml').read_text()
+        assert f'torch {metadata.version("torch")}' in echoed.splitlines()[0]
+        assert make_recipe(yaml.safe_load(echoed)).mixup == 0.2
         state = load_checkpoint(whole_run / 'best.pt')
         assert state['class_names'] == ['astronaut', 'chelsea', 'coffee', 'rocket']
         assert {path.name for path in whole_run.glob('*.png')} == {'curves.png', 'radii.png'}
-        assert list((whole_run / 'tensorboard').glob('events.*'))
+        events = EventAccumulator(str(whole_run / 'tensorboard')).Reload()
+        for key in ('train_loss', 'ema_top1', 'lr', 'images_per_second', 'radius.layer2.0.conv2.attn'):
+            logged = [(event.step, event.value) for event in events.Scalars(key.replace('.', '/', 1))]
+            assert logged == [(int(row['epoch']), pytest.approx(float(row[key]))) for row in rows]
         assert not list(whole_run.glob('*.part*')) + list(whole_run.glob('.*.part*'))
 
     def test_it_learns(self, photo_folder, tmp_path):
@@ -145,6 +160,35 @@ class TestRun:
         train(recipe, config(photo_folder, tmp_path / 'run'))
         rows = csv.DictReader((tmp_path / 'run/summary.csv').open())
         assert [row['img_size'] for row in rows] == ['32', '40', '48']
+
+    @pytest.mark.parametrize(('changes', 'tolerance'), [
+        ({'channels_last': True}, 1e-4), ({'amp': True}, 0.03), ({'amp': True, 'amp_dtype': 'float16'}, 0.03),
+        ({'torchcompile': True}, 1e-4)])
+    def test_every_engine_has_the_loss_of_plain_float32(self, changes, tolerance, photo_folder, tmp_path, monkeypatch):
+        if 'torchcompile' in changes:  # traced, without the minute that writing kernels takes
+            monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+        seen = []
+        def note(module, inputs, output):
+            seen.append((output.dtype, inputs[0].is_contiguous(memory_format=torch.channels_last)))
+        losses = []
+        for number, recipe in enumerate((PLAIN, {**PLAIN, **changes})):
+            trainer = Trainer(tiny(**recipe), config(photo_folder, tmp_path / str(number), val_split='val'))
+            trainer.model.layer2.register_forward_hook(note)
+            losses.append(trainer.fit()['last']['train_loss'])
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+        assert (losses[0] == losses[1]) == ('torchcompile' in changes)
+        dtype = getattr(torch, changes.get('amp_dtype', 'bfloat16')) if 'amp' in changes else torch.float32
+        assert seen[0] == (torch.float32, False)
+        assert seen[-1] == (dtype, 'channels_last' in changes)
+        assert bool(trainer.state()['scaler']) == (dtype == torch.float16)
+        assert ('OptimizedModule' in type(trainer.network).__name__) == ('torchcompile' in changes)
+
+    def test_the_progress_bar(self, photo_folder, tmp_path, monkeypatch):
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, 'stderr', terminal)
+        train(tiny(epochs=1, in_memory=True), config(photo_folder, tmp_path / 'run'))
+        assert re.search(r'epoch 1/1: +\d+%.*/40 \[\d\d:\d\d<\d\d:\d\d, .*img/s, loss=\d', terminal.getvalue())
 
     def test_accumulation_is_the_same_update(self, photo_folder, tmp_path):
         """Half the batch twice is the batch, where no norm sees the batch."""
@@ -167,6 +211,7 @@ class TestResume:
         arguments = command(photo_folder, output, recipe_file, '-j', '2', '--save-every', '2')
         killed = subprocess.run([sys.executable, '-c', killer, *arguments[1:]], env=environment())
         assert killed.returncode == -signal.SIGKILL
+        assert (output / 'recipe.yaml').read_text() == (whole_run / 'recipe.yaml').read_text()
         more = ['--resume'] if (output / 'last.pt').exists() else []
         subprocess.run([*arguments, *more], env=environment(), check=True)
         assert_same_run(whole_run, output)
@@ -221,9 +266,49 @@ class TestProcesses:
         assert mark.exists()
         assert_same_run(two_processes, output)
 
+    def test_a_signal_to_one_process_stops_both_at_the_same_step(self, photo_folder, ddp_recipe, tmp_path):
+        """With norms that see the batch: what each process measured by is what the first one saves."""
+        output, script = tmp_path / 'run', tmp_path / 'stopped.py'
+        script.write_text(at_update(
+            'os.environ["RANK"] == "1" and (self.epoch, self.update) == (1, 2)', signal.SIGTERM).replace(
+            'sys.argv =', f"""measure = engine.Trainer._measure
+def saving(self):
+    measured = measure(self)
+    torch.save(dict(self.model.named_buffers(), **dict(self.ema.module.named_buffers(prefix='ema'))),
+               f'{tmp_path}/{{self.rank}}.pt')
+    return measured
+engine.Trainer._measure = saving
+sys.argv =""", 1).replace('import os', 'import torch, os', 1))
+        arguments = command(photo_folder, output, ddp_recipe, '--val-split', 'val', '--set', 'model_kwargs='
+                            + json.dumps(TINY['model_kwargs']))[1:]
+        done = subprocess.run([*TORCHRUN, str(script), *arguments], capture_output=True, text=True, env=environment())
+        assert done.returncode == 1
+        assert done.stderr.count('exitcode  : 143') == 2, done.stderr
+        assert load_checkpoint(output / 'last.pt')['update'] == 4
+        first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+        assert all(torch.equal(first[name], second[name]) for name in first if 'running' in name)
+        assert any('running' in name for name in first)
+
+    def test_two_machines_train_as_one(self, photo_folder, ddp_recipe, two_processes, tmp_path):
+        """Two torchruns that meet on the loopback; only the first process's machine sees the run's folder."""
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        machines = [subprocess.Popen(
+            [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--rdzv-backend=c10d',
+             f'--rdzv-endpoint=127.0.0.1:{port}', '--local-addr=127.0.0.1',
+             *command(photo_folder, tmp_path / str(number), ddp_recipe)[1:]], env=environment()) for number in (0, 1)]
+        assert [machine.wait() for machine in machines] == [0, 0]
+        written, = (tmp_path / number for number in '01' if (tmp_path / number).exists())
+        assert_same_run(two_processes, written)
+
     def test_a_batch_that_does_not_divide(self, photo_folder, tmp_path):
         with pytest.raises(TrainingError, match='batch_size is 8, expected a multiple of 1 processes times 3'):
             Trainer(tiny(grad_accum_steps=3), config(photo_folder, tmp_path))
+
+    def test_mixup_of_an_odd_batch(self, photo_folder, tmp_path):
+        with pytest.raises(TrainingError, match='gives each process 7 images a step, expected an even number'):
+            Trainer(tiny(batch_size=7, mixup=0.2), config(photo_folder, tmp_path))
 
     def test_fewer_images_than_a_batch(self, photo_folder, tmp_path):
         with pytest.raises(TrainingError, match='fewer training images than one batch of 64'):
@@ -243,6 +328,32 @@ class TestStartingPoint:
         assert all(torch.equal(start[name], source[name]) for name in source if not name.startswith('fc.'))
         assert trainer.fit()['epochs'] == 3
 
+    @pytest.mark.parametrize('kind', ['pretrained', 'timm', 'safetensors'])
+    def test_finetuning_starts_from_any_weights(self, kind, photo_folder, tmp_path):
+        path = tmp_path / f'weights.{"safetensors" if kind == "safetensors" else "pth"}'
+        source = timm.create_model('geoprior_resnet14_nano', pretrained=kind == 'pretrained').state_dict()
+        if kind == 'timm':
+            torch.save({'state_dict': {f'module.{name}': value for name, value in source.items()}}, path)
+        elif kind == 'safetensors':
+            save_file(source, path)
+        trainer = Trainer(
+            tiny(in_memory=True, model_kwargs={}),
+            config(photo_folder, tmp_path / 'run', finetune='pretrained' if kind == 'pretrained' else str(path)))
+        start = trainer.model.state_dict()
+        assert start['fc.weight'].shape[0] == 4
+        assert all(torch.equal(start[name], source[name]) for name in source if not name.startswith('fc.'))
+
+    @pytest.mark.parametrize(('changes', 'finetune', 'message'), [
+        ({}, 'no.pt', 'no.pt does not exist'),
+        ({}, str(SCRIPT), r'cannot be read as a checkpoint \([^.]*\), expected'),
+        ({'model': 'test_resnet', 'model_kwargs': {}}, 'bare.pt', '--finetune .*bare.pt cannot be loaded'),
+    ])
+    def test_weights_that_cannot_be_had(self, changes, finetune, message, photo_folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        torch.save({'x': torch.ones(1)}, 'bare.pt')
+        with pytest.raises((TrainingError, EvaluationError), match=message):
+            Trainer(tiny(**changes), config(photo_folder, tmp_path / 'run', finetune=finetune))
+
     def test_distillation_from_a_checkpoint(self, photo_folder, first_run, tmp_path):
         teacher = {'teacher': 'geoprior_resnet14_nano', 'teacher_path': str(tmp_path / 'teacher.pt')}
         torch.save(timm.create_model('geoprior_resnet14_nano', num_classes=4).state_dict(), tmp_path / 'teacher.pt')
@@ -257,7 +368,47 @@ class TestStartingPoint:
         assert trainer.fit()['last']['train_loss'] > 0
 
 
+class TestData:
+    @pytest.mark.parametrize('in_memory', [False, True])
+    def test_measured_classes_are_the_training_ones_by_name(self, in_memory, photo_folder, tmp_path):
+        """ILSVRC's validation images as they are downloaded, in no class folders, of two of three classes."""
+        for wnid, name in (('n01440764', 'chelsea'), ('n02102040', 'coffee'), ('n02979186', 'rocket')):
+            shutil.copytree(photo_folder / 'train' / name, tmp_path / 'train' / wnid)
+        (tmp_path / 'val').mkdir()
+        for number, name in ((557, 'rocket'), (665, 'coffee')):
+            shutil.copy(photo_folder / f'val/{name}/00.jpg', tmp_path / f'val/ILSVRC2012_val_{number:08}.JPEG')
+        data = Trainer(tiny(in_memory=in_memory, holdout=0), config(tmp_path, tmp_path / 'run', val_split='val')).data
+        (images, targets), = data.held_out()
+        assert targets.tolist() == [2, 1]
+        assert images.shape == (2, 3, 32, 32)
+
+    @pytest.mark.parametrize(('changes', 'message'), [
+        ({'data_dir': Path('nowhere')}, 'nowhere is no folder, expected one with a folder train'),
+        ({'train_split': 'tain'}, '4 classes more than once, such as astronaut in train/astronaut and val/astronaut'),
+        ({'val_split': 'more'}, 'The split more has 1 classes that train does not have, such as dog'),
+    ])
+    def test_what_is_no_training_set(self, changes, message, photo_folder, tmp_path):
+        shutil.copytree(photo_folder, tmp_path / 'data')
+        shutil.copytree(photo_folder / 'val' / 'coffee', tmp_path / 'data' / 'more' / 'dog')
+        if 'train_split' in changes:
+            shutil.rmtree(tmp_path / 'data' / 'more')
+        with pytest.raises(DataError, match=message):
+            Trainer(tiny(holdout=0), config(**{'folder': tmp_path / 'data', 'output': tmp_path / 'run', **changes}))
+
+    def test_more_held_out_than_there_is(self, photo_folder, tmp_path):
+        with pytest.raises(DataError, match='Class 0 has 12 images, more than 12 are needed'):
+            Trainer(tiny(holdout=12), config(photo_folder, tmp_path / 'run'))
+
+
 class TestFaults:
+    def test_a_skipped_step_leaves_no_trace(self, photo_folder, tmp_path):
+        trainer = Trainer(tiny(in_memory=True), config(photo_folder, tmp_path / 'run'))
+        before = {name: value.clone() for name, value in trainer.state()['model'].items()}
+        trainer.model.train()
+        trainer._step(iter([(torch.full((8, 3, 32, 32), torch.inf), torch.zeros(8, dtype=torch.int64))]))
+        assert trainer.skipped == 1
+        assert all(torch.equal(value, before[name]) for name, value in trainer.state()['model'].items())
+
     def test_a_loss_that_is_not_finite_stops_the_run(self, photo_folder, tmp_path):
         recipe = tiny(lr=1e30, warmup_epochs=0, max_skipped_steps=3, epochs=20)
         with pytest.raises(TrainingError, match=r'not finite for 3 steps in a row, up to step \d+ with a learn'):

@@ -201,6 +201,8 @@ def _with_ilsvrc_labels(data: EvalSet) -> EvalSet:
     numbers = []
     for name in data.names:
         match = ILSVRC_FILE.fullmatch(os.path.basename(name))
+        if match is None and '/' in name:  # one class, in a folder of its own
+            return data
         if match is None or not 1 <= int(match[1]) <= len(ilsvrc_val_labels()):
             raise EvaluationError(
                 f'{name} lies in no class folder, expected CLASS/IMAGE, or only ILSVRC2012_val_00000001.JPEG to '
