@@ -192,15 +192,15 @@ def _check_model(model: str, from_scratch: bool) -> None:
 def _open(job: Job, split: str) -> EvalSet:
     place = job.data_dir / split
     try:
-        return open_split(job.data_dir, split=split)
+        data = open_split(job.data_dir, split=split)
     except EvaluationError as error:
-        folders = [item.name for item in place.iterdir() if item.is_dir()]
-        if len(folders) == 1:
-            raise FinetuneError(f'{place} has one class, {folders[0]}, expected at least two folders of images: a '
-                                f'classifier needs something to tell apart.') from error
         raise FinetuneError(
             f'{place} has no images in class folders, expected one folder a class with files that end in '
             f'{", ".join(get_img_extensions())}: sort them into folders, or convert them.') from error
+    if len(data.classes) < 2:
+        raise FinetuneError(f'{place} has one class, {data.classes[0]}, expected at least two folders of images: a '
+                            f'classifier needs something to tell apart.')
+    return data
 
 
 def _check_images(job: Job, splits: Splits) -> None:
