@@ -40,7 +40,7 @@ def measured_speed(folder: Path) -> tuple[dict[str, float], int, str]:
         for row in csv.DictReader(file):
             speeds.setdefault(row['model'], []).append(float(row['images_per_second']))
     device = f'{results["hardware"]}, {results["setting"]["precision"]}'
-    return {name: summarize(values).median for name, values in speeds.items()}, results['setting']['img_size'], device
+    return {name: summarize(speeds[name]).median for name in results['models']}, results['setting']['img_size'], device
 
 
 def parameter_bytes(name: str) -> int:

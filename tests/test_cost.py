@@ -18,7 +18,8 @@ def measured(tmp_path):
     rows = [f'geoprior_resnet50,{index},{speed}' for index, speed in enumerate([9, 10, 12])]
     (tmp_path / 'speed.csv').write_text('\n'.join(['model,repetition,images_per_second', *rows]))
     setting = {'train': True, 'img_size': 224, 'precision': 'float32'}
-    (tmp_path / 'results.json').write_text(json.dumps({'setting': setting, 'hardware': 'a device'}))
+    (tmp_path / 'results.json').write_text(json.dumps(
+        {'models': ['geoprior_resnet50'], 'setting': setting, 'hardware': 'a device'}))
     return tmp_path
 
 

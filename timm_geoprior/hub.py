@@ -296,11 +296,11 @@ def read_verified(entry: ModelEntry, path: Path) -> None:
     _read_verified(_weights(entry), path)
 
 
-def _content(asset: _Asset, cache_dir: str | Path | None) -> bytearray:
+def _content(asset: _Asset, cache_dir: str | Path | None) -> memoryview:
     return _read(asset, asset.locate(cache_dir), cache_dir)
 
 
-def _read(asset: _Asset, path: Path, cache_dir: str | Path | None) -> bytearray:
+def _read(asset: _Asset, path: Path, cache_dir: str | Path | None) -> memoryview:
     """A file's verified bytes; a wrong one of the cache is fetched afresh once."""
     try:
         return _read_verified(asset, path)
@@ -319,7 +319,7 @@ def _read(asset: _Asset, path: Path, cache_dir: str | Path | None) -> bytearray:
         raise
 
 
-def _read_verified(asset: _Asset, path: Path) -> bytearray:
+def _read_verified(asset: _Asset, path: Path) -> memoryview:
     """Read a file once, and check size and hash on what was read."""
     advice = 'install timm_geoprior again' if path == asset.bundled else 'try again, and report it if it stays so'
     where, digest = f'{asset.title} in {path}', hashlib.sha256()
@@ -328,10 +328,10 @@ def _read_verified(asset: _Asset, path: Path) -> bytearray:
             size = os.fstat(file.fileno()).st_size
             if asset.size not in (size, None):
                 raise _DigestError(f'{where} are {size} bytes, expected {asset.size}: {advice}.')
-            content = bytearray(size)
-            view, position = memoryview(content), 0
-            while count := file.readinto(view[position:position + CHUNK]):
-                digest.update(view[position:position + count])
+            # not a bytearray, whose zeros take as long as the reading, from the model's creation beside it
+            content, position = memoryview(torch.empty(size, dtype=torch.uint8).numpy()), 0
+            while count := file.readinto(content[position:position + CHUNK]):
+                digest.update(content[position:position + count])
                 position += count
     except OSError as error:
         raise WeightsError(f'{where} cannot be read ({error.strerror}), expected a file: {advice}.') from None
@@ -340,15 +340,15 @@ def _read_verified(asset: _Asset, path: Path) -> bytearray:
     return content
 
 
-def _tensors(content: bytearray) -> dict[str, Tensor]:
+def _tensors(content: memoryview) -> dict[str, Tensor]:
     """Tensors on a safetensors file's own bytes: safetensors' reader would copy them, and so hold the file twice."""
     start = 8 + int.from_bytes(content[:8], 'little')
-    header = json.loads(content[8:start])
+    header = json.loads(bytes(content[8:start]))
     header.pop('__metadata__', None)
     return {name: _tensor(content, start, info) for name, info in header.items()}
 
 
-def _tensor(content: bytearray, start: int, info: dict[str, Any]) -> Tensor:
+def _tensor(content: memoryview, start: int, info: dict[str, Any]) -> Tensor:
     dtype, (begin, end) = _DTYPES[info['dtype']], info['data_offsets']
     if begin == end:
         return torch.empty(info['shape'], dtype=dtype)
