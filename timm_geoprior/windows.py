@@ -1,0 +1,256 @@
+"""Where each attention layer looks from a point of a picture, drawn to scale."""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse, Patch, Polygon, Rectangle
+from matplotlib.patheffects import withStroke
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from .classifier import Classifier
+from .layers import GeoPriorAttn2d, attention_map
+from .radii import learned_radii
+
+__all__ = ['View', 'Window', 'WindowsError', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
+           'learned_windows', 'to_input', 'view_of']
+
+COLORS = ('#2ec4b6', '#ffb703', '#ff5d8f', '#8ecae6')  # one a stage
+PHOTO_SIDE = 600  # pixels of a drawn photograph
+
+
+class WindowsError(RuntimeError):
+    """There is no window to draw at this point, or in this network; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a picture that a network sees.
+
+    Attributes:
+        box: Left, top, right and bottom, in pixels of the picture.
+        height: Of the network's input, in pixels.
+        width: Of the network's input, in pixels.
+    """
+    box: tuple[float, float, float, float]
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where one head of an attention layer looks from a point.
+
+    Attributes:
+        stage: Name of the layer's stage.
+        weights: Attention on each cell of the layer's map, shape (height, width); their sum is one.
+        center: The middle of the query's cell, x and y in pixels of the input.
+        cell: Width and height of a cell, in pixels of the input.
+        radius: In cells.
+        kernel: 'gaussian' or 'laplacian'.
+    """
+    stage: str
+    weights: Tensor
+    center: tuple[float, float]
+    cell: tuple[float, float]
+    radius: float
+    kernel: str
+
+    def outline(self, center: tuple[float, float], **style: Any) -> Patch:
+        """The radius around a place, in pixels of the input: where the weight has fallen to e^-1/2, or to e^-1."""
+        (x, y), across, down = center, self.radius * self.cell[0], self.radius * self.cell[1]
+        if self.kernel == 'laplacian':
+            return Polygon([(x - across, y), (x, y - down), (x + across, y), (x, y + down)], fill=False, **style)
+        return Ellipse(center, 2 * across, 2 * down, fill=False, **style)
+
+
+def view_of(classifier: Classifier, image: Image.Image) -> View:
+    """The part of a picture that the classifier's preprocessing leaves.
+
+    Args:
+        classifier: Its model's configuration is that of its transform.
+        image: The picture.
+
+    Returns:
+        The view; with the crop mode 'border' it reaches beyond the picture.
+    """
+    config = resolve_model_data_config(classifier.model)
+    height, width = config['input_size'][1:]
+    rows, columns = (math.floor(side / config['crop_pct']) for side in (height, width))  # as timm resizes
+    scales = image.width / columns, image.height / rows
+    if config['crop_mode'] != 'squash':
+        scales = (max(scales) if config['crop_mode'] == 'border' else min(scales),) * 2
+    (x, y), across, down = (image.width / 2, image.height / 2), scales[0] * width / 2, scales[1] * height / 2
+    return View((x - across, y - down, x + across, y + down), height, width)
+
+
+def to_input(view: View, image: Image.Image, point: tuple[float, float] | None) -> tuple[float, float]:
+    """A point of a picture as the network sees it.
+
+    Args:
+        view: What the network sees of the picture.
+        image: The picture.
+        point: x and y in pixels of the picture, from its top left corner; None for the middle.
+
+    Returns:
+        x and y in pixels of the input.
+
+    Raises:
+        WindowsError: The point is outside the picture, or of what the network sees of it.
+    """
+    x, y = point or (image.width / 2, image.height / 2)
+    left, top, right, bottom = view.box
+    if not (0 <= x <= image.width and 0 <= y <= image.height):  # nan too
+        raise WindowsError(f'The point {x:g},{y:g} is outside the picture of {image.width} x {image.height} pixels, '
+                           f'expected x from 0 to {image.width} and y from 0 to {image.height}: choose another.')
+    if not (left <= x <= right and top <= y <= bottom):
+        raise WindowsError(f'The point {x:g},{y:g} is in the margin that the network does not see, expected x from '
+                           f'{max(left, 0):.0f} to {min(right, image.width):.0f} and y from {max(top, 0):.0f} to '
+                           f'{min(bottom, image.height):.0f}: choose another, or crop the picture.')
+    return (x - left) / (right - left) * view.width, (y - top) / (bottom - top) * view.height
+
+
+@torch.no_grad()
+def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) -> list[Window]:
+    """Where each head of each attention layer looks from a point.
+
+    Args:
+        model: The network.
+        view: What it sees.
+        point: x and y in pixels of the input; a layer's window stands at its query that is nearest.
+
+    Returns:
+        The windows, in the order of the network.
+
+    Raises:
+        WindowsError: The network has no `GeoPriorAttn2d` layer.
+    """
+    windows = []
+    for found in learned_radii(model, (3, view.height, view.width)):
+        layer = model.get_submodule(found.name)
+        assert isinstance(layer, GeoPriorAttn2d)
+        cell = view.width / found.width, view.height / found.height
+        down, across = (attention_map(layer.log_radius.float(), size, layer.stride, layer.dilation, layer.kernel)
+                        for size in (found.height, found.width))
+        column, row = (min(max(round((place / length - 0.5) / layer.stride), 0), maps.shape[1] - 1)
+                       for place, length, maps in zip(point, cell, (across, down), strict=True))
+        center = (layer.stride * column + 0.5) * cell[0], (layer.stride * row + 0.5) * cell[1]
+        for head, radius in enumerate(found.cells):
+            weights = torch.outer(down[head, row], across[head, column])
+            windows.append(Window(found.name.split('.')[0], weights, center, cell, radius, layer.kernel))
+    if not windows:
+        raise WindowsError('The network has no attention layers, expected a GeoPrior ResNet: name another model.')
+    return windows
+
+
+def draw_heading(axes: Axes, title: str, line: str = '') -> None:
+    """A title, and a smaller line below it."""
+    axes.set_title(title, loc='left', fontsize=12, fontweight='bold', pad=22 if line else 8)
+    axes.text(0, 1.02, line, transform=axes.transAxes, fontsize=9.5, color='0.35', va='bottom')
+
+
+def draw_photo(axes: Axes, image: Image.Image, view: View) -> None:
+    """What the network sees of a picture, on axes in pixels of the input."""
+    left, top, right, bottom = view.box
+    box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+    photo = image.resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS, box=box)
+    across, down = view.width / (right - left), view.height / (bottom - top)
+    extent = (box[0] - left) * across, (box[2] - left) * across, (box[3] - top) * down, (box[1] - top) * down
+    axes.imshow(photo, extent=extent, interpolation='antialiased')
+    axes.set(xlim=(0, view.width), ylim=(view.height, 0))
+    axes.set_axis_off()
+
+
+def _draw_cross(axes: Axes, point: tuple[float, float]) -> None:
+    axes.plot(*point, '+', color='white', markersize=13, markeredgewidth=2.2,
+              path_effects=[withStroke(linewidth=4, foreground='black')])
+
+
+def _draw_stage(axes: Axes, windows: Sequence[Window], color: str) -> None:
+    """Light where the query looks, in the layers' own cells, and the radius of each layer around it."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    finest = max(tuple(window.weights.shape) for window in windows)
+    weights = torch.stack([
+        F.interpolate((window.weights / window.weights.max())[None, None], finest)[0, 0] for window in windows]).mean(0)
+    shade = np.zeros((*finest, 4))
+    shade[..., 3] = 0.88 * (1 - weights / weights.max())
+    axes.imshow(shade, extent=(left, right, bottom, top), interpolation='nearest')
+    for window in windows:
+        axes.add_patch(window.outline(window.center, edgecolor=color, linewidth=2.2))
+    (x, y), (width, height) = windows[-1].center, windows[-1].cell
+    axes.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, fill=False, edgecolor='white',
+                             linewidth=1.2, linestyle=':'))
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    return ' to '.join(sorted({f'{value:.{digits}f}' for value in (min(values), max(values))}, key=float))
+
+
+def _radii_line(windows: Sequence[Window], view: View) -> str:
+    """The radii of a stage's layers in pixels, and in cells where its maps have the same number of them."""
+    pixels = f'{_range([window.radius * window.cell[1] for window in windows], 0)} of {view.height} px'
+    if len({window.weights.shape for window in windows}) > 1:
+        return f'radius {pixels}'
+    return f'radius {_range([window.radius for window in windows], 1)} of {len(windows[0].weights)} cells = {pixels}'
+
+
+def fill_windows(
+        panels: Sequence[Axes], image: Image.Image, view: View, windows: Sequence[Window],
+        point: tuple[float, float]) -> None:
+    """Draw the windows of every stage: all of them on the first panel, each stage on one of the others.
+
+    Args:
+        panels: As many as there are stages, and one.
+        image: The picture.
+        view: What the network sees of it.
+        windows: What `learned_windows` found.
+        point: x and y in pixels of the input.
+    """
+    stages = list(dict.fromkeys(window.stage for window in windows))
+    draw_heading(panels[0], 'How far it looks', 'learned radius of each layer, to scale')
+    for axes in panels:
+        draw_photo(axes, image, view)
+    for axes, stage, color in zip(panels[1:], stages, COLORS, strict=False):
+        own = [window for window in windows if window.stage == stage]
+        _draw_stage(axes, own, color)
+        draw_heading(axes, f'Attention in {stage}', _radii_line(own, view))
+        for window in own:
+            panels[0].add_patch(window.outline(
+                point, edgecolor=color, linewidth=2, path_effects=[withStroke(linewidth=3.4, foreground='black',
+                                                                              alpha=0.55)]))
+    for axes in panels:
+        _draw_cross(axes, point)
+
+
+def draw_windows(classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
+    """Draw where the attention layers look from a point of a picture.
+
+    Args:
+        classifier: Its model is a GeoPrior ResNet.
+        image: In mode 'RGB'.
+        point: x and y in pixels of the picture, from its top left corner; None for the middle.
+
+    Returns:
+        The figure, two panels wide.
+
+    Raises:
+        WindowsError: The network has no attention layers, or the point is outside of what it sees.
+    """
+    view = view_of(classifier, image)
+    place = to_input(view, image, point)
+    windows = learned_windows(classifier.model, view, place)
+    count = 1 + len({window.stage for window in windows})
+    rows = math.ceil(count / 2)
+    figure = Figure(figsize=(7, 3.8 * rows), layout='constrained')
+    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    fill_windows(panels[:count], image, view, windows, place)
+    return figure
