@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 
 from . import __version__
 from .classifier import ClassifierError, load_classifier
@@ -160,6 +161,46 @@ def _extra(name: str) -> Iterator[None]:
         ) from error
 
 
+def _point(text: str) -> tuple[float, float]:
+    try:
+        x, y = map(float, text.split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is no point, expected X,Y in pixels, as in 120,80') from None
+    return x, y
+
+
+def _explain(args: argparse.Namespace) -> int:
+    model = args.model or default_model(load_manifest()).name
+    if args.layers:
+        return _print_layers(model)
+    with _extra('explain'):
+        from .explain import ExplainError, explain
+        from .windows import WindowsError
+    image = read_image(args.image) if args.image else sample_image()
+    try:
+        explain(load_classifier(model), image, args.output, args.point)
+    except (ExplainError, WindowsError) as error:
+        raise UsageError(str(error)) from error
+    print(f'Wrote {args.output}.')
+    return 0
+
+
+def _print_layers(name: str) -> int:
+    model = load_classifier(name).model
+    _, height, width = size = resolve_model_data_config(model)['input_size']
+    rows = [('attention layer', 'map', 'a cell in px', 'radius in cells', 'radius in px')]
+    for layer in learned_radii(model, size):
+        pixels = height / layer.height
+        rows.append((
+            layer.name, f'{layer.height} x {layer.width}', f'{pixels:g}',
+            ', '.join(f'{radius:.2f}' for radius in layer.cells),
+            ', '.join(f'{radius * pixels:.1f}' for radius in layer.cells),
+        ))
+    print(f'{name} at {width} x {height} px')
+    print('\n'.join(_table(rows, left=1)))
+    return 0
+
+
 def _finetune(args: argparse.Namespace) -> int:
     with _extra('train'):
         from .finetune import ERRORS, Job, finetune
@@ -261,6 +302,15 @@ def _build_parser() -> argparse.ArgumentParser:
         'images', nargs='*', metavar='IMAGE', help="image files (with none, scikit-image's photograph of a cat)")
     command.add_argument('--model', help='model to take (default: the first in the list that is bundled)')
     command.add_argument('--json', action='store_true', help='print JSON')
+
+    command = add('explain', _explain, 'draw what a model attends to in an image: windows, Grad-CAM, receptive field')
+    command.add_argument(
+        'image', nargs='?', metavar='IMAGE', help="an image file (with none, scikit-image's photograph of a cat)")
+    command.add_argument('-o', '--output', type=Path, default=Path('explain.png'), help='default: explain.png')
+    command.add_argument('--model', help='model to take (default: the first in the list that is bundled)')
+    command.add_argument(
+        '--point', type=_point, metavar='X,Y', help='where it looks from, in pixels of the image (default: the middle)')
+    command.add_argument('--layers', action='store_true', help="print each layer's radius in cells and pixels, only")
 
     command = add('finetune', _finetune, 'fine-tune a model on a folder of images, and leave a folder that timm loads')
     command.add_argument(

@@ -1,0 +1,219 @@
+"""What a network attends to, on one page: its windows over a photograph, Grad-CAM, its effective receptive field.
+
+Grad-CAM: Selvaraju et al., ICCV 2017, arXiv 1610.02391, by the library grad-cam. Effective receptive field: Luo et al.,
+NeurIPS 2016, arXiv 1701.04128, the gradient of the last map's central position with respect to the input.
+"""
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from PIL import Image
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import Tensor, nn
+
+from .classifier import Classifier
+from .layers import GeoPriorConv2d
+from .manifest import write_atomically
+from .windows import View, draw_heading, draw_photo, fill_windows, learned_windows, to_input, view_of
+
+__all__ = ['ExplainError', 'draw', 'effective_field', 'explain', 'receptive_pair']
+
+DRAWS, IMAGES = 4, 2  # random weights, and noise images for each, that an effective receptive field is the mean of
+FAINTEST = 1e-4  # of the strongest gradient, that is drawn
+DPI = 150
+
+
+class ExplainError(RuntimeError):
+    """The figure cannot be written; the message says what to do."""
+
+
+def effective_field(model: nn.Module, images: Tensor) -> Tensor:
+    """The effective receptive field of the last map's central position.
+
+    Args:
+        model: A timm network with `forward_features`, in eval mode.
+        images: Inputs, shape (B, 3, H, W).
+
+    Returns:
+        Mean over the images of the gradient's magnitude, summed over the colours, shape (H, W).
+    """
+    images = images.clone().requires_grad_()
+    features = model.forward_features(images)  # type: ignore[operator]
+    center = features[:, :, features.shape[2] // 2, features.shape[3] // 2].sum()
+    (gradient,) = torch.autograd.grad(center, images)
+    return gradient.abs().sum(1).mean(0)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The ResNet of the same widths and depth: a plain convolution where there is one with attention."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, GeoPriorConv2d):
+                conv = module.conv
+                setattr(parent, name, nn.Conv2d(
+                    conv.in_channels, conv.out_channels + module.attn.value.out_channels, 3, conv.stride[0],
+                    padding=conv.dilation[0], dilation=conv.dilation[0], bias=False))
+    return model
+
+
+def receptive_pair(model: nn.Module, size: int) -> tuple[Tensor, Tensor]:
+    """Effective receptive fields of a network and of the plain ResNet of its widths and depth.
+
+    Both have random weights, so that they compare; the first has its learned radii.
+
+    Args:
+        model: A `GeoPriorResNet`; it stays as it is.
+        size: Side of the noise images, in pixels.
+
+    Returns:
+        Two maps, shape (size, size), each the mean over the same draws.
+    """
+    own, plain = copy.deepcopy(model).eval(), _plain(model).eval()
+    radii = {name: value for name, value in model.state_dict().items() if name.endswith('log_radius')}
+    fields = torch.zeros(2, size, size)
+    with torch.random.fork_rng(devices=()):
+        for draw in range(DRAWS):
+            noise = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(draw))
+            for field, network in zip(fields, (own, plain), strict=True):
+                torch.manual_seed(draw)
+                network.init_weights(zero_init_last=False)  # type: ignore[operator]  # a zero branch sees nothing
+                if network is own:
+                    network.load_state_dict(radii, strict=False)
+                field += effective_field(network, noise) / DRAWS
+    return fields[0], fields[1]
+
+
+def _field_size(model: Any, view: View) -> int:
+    """A side with room around the input, one pixel more than whole cells: the middle cell sees around the middle."""
+    cells: int = 2 * model.feature_info[-1]['reduction']
+    return cells * math.ceil(max(256, 2 * view.width, 2 * view.height) / cells) + 1
+
+
+def _radius_of_share(field: Tensor, share: float) -> float:
+    """Radius of the circle around the middle that holds a share of the field, in pixels."""
+    places = torch.arange(len(field)) + 0.5 - len(field) / 2
+    distance = (places[:, None] ** 2 + places ** 2).sqrt().flatten()
+    order = distance.argsort()
+    inside = field.flatten().double()[order].cumsum(0)
+    return float(distance[order][int(torch.searchsorted(inside, share * inside[-1]))])
+
+
+def _short(name: str, length: int = 26) -> str:
+    """The first of a class's names, not too long."""
+    first = name.split(',')[0]
+    return first if len(first) <= length else f'{first[:length - 1]}…'
+
+
+def _draw_guesses(axes: Axes, classifier: Classifier, guesses: Sequence[dict[str, Any]]) -> None:
+    for row, guess in enumerate(guesses):
+        weight, color = ('bold', '#1d3557') if row == 0 else ('normal', '#a8b8cc')
+        axes.barh(row, guess['probability'], height=0.34, color=color)
+        axes.text(0, row - 0.27, _short(guess['name']), fontsize=11, va='bottom', fontweight=weight)
+        axes.text(1, row - 0.27, f'{guess["probability"]:.1%}', fontsize=11, va='bottom', ha='right')
+    axes.set(xlim=(0, 1), ylim=(4.5, -0.75), box_aspect=1)
+    axes.set_axis_off()
+    draw_heading(axes, 'What it says', _short(classifier.name.rstrip('/').split('/')[-1], 40))
+
+
+def _draw_grad_cam(
+        axes: Axes, classifier: Classifier, image: Image.Image, view: View, guess: dict[str, Any]) -> None:
+    """Grad-CAM for a class, from the last stage whose map has four cells a side: the last of all may have fewer."""
+    model: Any = classifier.model
+    side = min(view.height, view.width)
+    stages = [info for info in model.feature_info if side // info['reduction'] >= 4] or model.feature_info
+    stage = stages[-1]['module']
+    target = ClassifierOutputTarget([label for label, _ in classifier.classes].index(guess['label']))
+    with GradCAM(model=model, target_layers=[model.get_submodule(stage)]) as cam:
+        heat = cam(input_tensor=classifier.transform(image)[None], targets=[target])[0]
+    draw_photo(axes, image, view)
+    axes.imshow(heat, cmap='inferno', alpha=0.55, extent=(0, view.width, view.height, 0), interpolation='bicubic')
+    cells = side // stages[-1]['reduction']
+    draw_heading(axes, f'Grad-CAM: {_short(guess["name"], 18)}', f'{stage}, {cells} × {cells} cells')
+
+
+def _draw_fields(figure: Figure, panels: Sequence[Axes], model: nn.Module, view: View) -> None:
+    size = _field_size(model, view)
+    half = size / 2
+    names = 'Receptive field: GeoPrior', 'Receptive field: plain ResNet'
+    lines = 'random weights, learned radii', 'same depth and widths, random weights'
+    text: dict[str, Any] = {'color': 'white', 'fontsize': 9, 'ha': 'center', 'va': 'center'}
+    for axes, field, name, line in zip(panels, receptive_pair(model, size), names, lines, strict=True):
+        drawn = axes.imshow((field / field.max()).clamp(min=FAINTEST), cmap='magma', norm=LogNorm(FAINTEST, 1),
+                            extent=(-half, half, half, -half))
+        axes.add_patch(Rectangle((-view.width / 2, -view.height / 2), view.width, view.height, fill=False,
+                                 edgecolor='white', linestyle=':'))
+        axes.text(0, view.height / 2 + 0.04 * size, f'input, {view.width} px', **text)
+        axes.text(0, 0.45 * size, f'99% of it within {_radius_of_share(field, 0.99):.0f} px', **text)
+        axes.set(xticks=(), yticks=())
+        draw_heading(axes, name, line)
+    bar = figure.colorbar(drawn, ax=list(panels), location='right', shrink=0.5, aspect=30, pad=0.02)
+    bar.set_label(f'relative gradient, {DRAWS * IMAGES} noise images', fontsize=9, color='0.35')
+    bar.outline.set_visible(False)
+
+
+def draw(classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
+    """Draw what a network attends to in a picture.
+
+    Args:
+        classifier: Its model is a `GeoPriorResNet`.
+        image: In mode 'RGB'.
+        point: Where its windows are drawn, x and y in pixels of the picture, from its top left corner; None for the
+            middle.
+
+    Returns:
+        The figure, for slides of 16:9.
+
+    Raises:
+        WindowsError: The network has no attention layers, or the point is outside of what it sees.
+    """
+    view = view_of(classifier, image)
+    place = to_input(view, image, point)
+    windows = learned_windows(classifier.model, view, place)
+    stages = len({window.stage for window in windows})
+    columns = max(stages, 3) + 1
+    figure = Figure(figsize=(3.3 * columns + 0.3, 7.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    panels = figure.subplots(2, columns)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    fill_windows([panels[0, 0], *panels[1, :stages]], image, view, windows, place)
+    guesses = classifier(image)
+    _draw_guesses(panels[0, 1], classifier, guesses)
+    _draw_grad_cam(panels[0, 2], classifier, image, view, guesses[0])
+    _draw_fields(figure, panels[:, -1], classifier.model, view)
+    return figure
+
+
+def explain(
+        classifier: Classifier, image: Image.Image, path: Path, point: tuple[float, float] | None = None) -> None:
+    """Write the figure of `draw`.
+
+    Args:
+        classifier: Its model is a `GeoPriorResNet`.
+        image: In mode 'RGB'.
+        path: The file: PNG, PDF, SVG or what else matplotlib writes, by its ending.
+        point: As `draw` has it.
+
+    Raises:
+        ExplainError: matplotlib writes no such file, or it cannot be written there.
+        WindowsError: As `draw`.
+    """
+    kind = path.suffix.removeprefix('.').lower()
+    if kind not in Figure().canvas.get_supported_filetypes():
+        raise ExplainError(f'{path} ends in {path.suffix or "nothing"}, expected .png, .pdf, .svg or .jpg: rename it.')
+    if not path.parent.is_dir():
+        raise ExplainError(f'{path.parent} is no folder, expected one for {path.name}: make it, or name another.')
+    figure = draw(classifier, image, point)
+    try:
+        write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=DPI))
+    except OSError as error:
+        raise ExplainError(f'{path} cannot be written ({error.strerror}): name another place by --output.') from None
