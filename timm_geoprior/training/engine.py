@@ -22,6 +22,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, init_distr
 from torch import nn
 from tqdm import tqdm
 
+from ..data.memory import ImageTensors
 from ..data.seeding import seed_everything
 from ..evaluation.accuracy import Counts, count_correct
 from ..evaluation.errors import EvaluationError
@@ -70,7 +71,13 @@ class RunConfig:
 class Trainer:
     """One run of a recipe."""
 
-    def __init__(self, recipe: Recipe, config: RunConfig) -> None:
+    def __init__(self, recipe: Recipe, config: RunConfig, decoded: ImageTensors | None = None) -> None:
+        """
+        Args:
+            recipe: What is trained, and how.
+            config: Where.
+            decoded: The images of the training split, as `open_data` takes them.
+        """
         self.recipe, self.config = recipe, config
         check_recipe(recipe)
         self._join()
@@ -81,7 +88,8 @@ class Trainer:
         self.resume = bool(self._from_first(config.resume))
         seed_everything(config.seed, 'init')
         share = self._share()
-        self.data: TrainingData = open_data(recipe, config, share, self.device, self.rank, self.world_size)
+        self.data: TrainingData = open_data(
+            recipe, config, share, self.device, self.rank, self.world_size, decoded)
         self.updates_per_epoch = len(self.data.train) // recipe.grad_accum_steps
         if not self.updates_per_epoch:
             raise TrainingError(

@@ -123,6 +123,7 @@ def split_off(
 
 def open_data(
         recipe: Recipe, config: 'RunConfig', batch_size: int, device: torch.device, rank: int, world_size: int,
+        decoded: ImageTensors | None = None,
 ) -> TrainingData:
     """Open the data of a run.
 
@@ -133,6 +134,7 @@ def open_data(
         device: Where the batches go; a set in memory lies there whole.
         rank: This process among `world_size`.
         world_size: Number of processes.
+        decoded: The images of the training split where a recipe holds them in memory; decoded anew where it is None.
 
     Raises:
         DataError: No images where `config` says, classes that stand twice or differ, or more images held out of a class
@@ -152,7 +154,7 @@ def open_data(
     measured: Callable[[], Batches] | None = None
     loader: MemoryLoader | FolderLoader
     if recipe.in_memory:
-        images = _decode(found.dataset, recipe, config).to(device)
+        images = (_decode(found.dataset, recipe, config) if decoded is None else decoded).to(device)
         train_images = images.subset(stay) if stay is not None else images
         augment = CropFlip(recipe.scale, recipe.ratio, recipe.hflip)
         loader = MemoryLoader(train_images, batch_size, norms['mean'], norms['std'], augment, **part)

@@ -1,0 +1,187 @@
+"""scripts/compare.py and what it is made of, on real photographs."""
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from scipy.stats import ttest_rel
+
+from timm_geoprior import comparison
+from timm_geoprior.comparison import ComparisonError, compare, differences, load_variants, paired_interval, report
+from timm_geoprior.training.checkpoint import load_checkpoint
+from timm_geoprior.training.engine import RunConfig, train
+from timm_geoprior.training.recipe import RecipeError
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / 'scripts' / 'compare.py'
+TINY = {
+    'epochs': 2, 'batch_size': 8, 'lr': 0.05, 'img_size': 32, 'eval_size': 32, 'progressive': [], 'warmup_epochs': 1,
+    'model_kwargs': {'channels': [8, 16, 16, 16], 'value_dims': [0, 8, 8, 8], 'stem_width': 8}, 'holdout': 2,
+    'torchcompile': False, 'memory_size': 32}
+VARIANTS = {
+    'prior': {},
+    'plain': {'model_kwargs': {'value_dims': [0, 0, 0, 0]}},
+    'heads': {'radius_lr': 1, 'model_kwargs': {'attn_heads': 2, 'attn_radius': 2.0}},
+}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / 'variants.yaml'
+    path.write_text(yaml.safe_dump({'recipe': 'r64_tin200', 'set': TINY, 'variants': VARIANTS}, sort_keys=False))
+    return path
+
+
+def run(plan, data, output, *more, program=(str(SCRIPT),)):
+    command = [sys.executable, *program, str(plan), '--data-dir', str(data), '--output', str(output),
+               '--device', 'cpu', '-j', '0', *map(str, more)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def rows_of(output):
+    return list(csv.DictReader((output / 'runs.csv').open()))
+
+
+# the process ends, as by SIGKILL, after the first epoch of the third run
+KILLED = (
+    'import os, runpy, sys\n'
+    'from timm_geoprior.training import engine\n'
+    'end = engine.Trainer._end_epoch\n'
+    'def killed(self):\n'
+    '    end(self)\n'
+    "    if 'heads' in str(self.config.output): os._exit(9)\n"
+    'engine.Trainer._end_epoch = killed\n'
+    f'sys.argv[0] = {str(SCRIPT)!r}\n'
+    'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+
+
+def test_killed_and_gone_on(plan, photo_folder, tmp_path):
+    """Seed by seed; what was finished stays as it is, what was begun is not begun again; each run is train.py's."""
+    output = tmp_path / 'out'
+    assert run(plan, photo_folder, output, '--seeds', 0, 1, program=('-c', KILLED)).returncode == 9
+    assert [(row['variant'], row['seed']) for row in rows_of(output)] == [('prior', '0'), ('plain', '0')]
+    first = output / 'runs' / 'prior' / '0' / 'results.json'
+    before = first.stat().st_mtime_ns
+    done = run(plan, photo_folder, output, '--seeds', 0, 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('decoding') < 5  # once, not for each of the four runs
+    assert first.stat().st_mtime_ns == before
+    rows = rows_of(output)
+    assert [(row['variant'], row['seed']) for row in rows] == [(name, seed) for seed in '01' for name in VARIANTS]
+    alone = RunConfig(photo_folder, tmp_path / 'alone', workers=0)
+    recipe = load_variants(str(plan))['heads']
+    last = train(recipe, alone)['last']
+    row = rows[2]
+    assert float(row['top1']) == pytest.approx(last['top1'])
+    one, other = (load_checkpoint(folder / 'last.pt')['model'] for folder in (output / 'runs/heads/0', alone.output))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    radii = [float(value) for value in row['radius.layer2.0'].split()]
+    assert radii == pytest.approx(last['radius.layer2.0.conv2.attn'], abs=1e-4)
+    assert [float(value) for value in row['share.layer2.0'].split()] == pytest.approx(
+        [radius / 8 for radius in radii], abs=1e-4)  # 32 px, a stem of stride 4
+    assert rows[1]['radius.layer2.0'] == rows[1]['top1_x2_share'] == ''
+    assert int(rows[1]['parameters']) > int(rows[0]['parameters'])
+    text = (output / 'comparison.md').read_text()
+    assert text in done.stdout
+    assert '2 seeds are too few' in text
+    assert Image.open(output / 'comparison.png').size[0] > 1000
+
+
+def test_finished_runs_are_done_once_and_must_be_the_same(plan, photo_folder, tmp_path):
+    config = RunConfig(photo_folder, tmp_path / 'out', workers=0)
+    recipes = load_variants(str(plan), ['epochs=1'])
+    recipes.pop('heads')
+    said = []
+    *_, rows = compare(recipes, [3], config, said.append)
+    assert len(said) == len(rows) == 2
+    assert next(compare(recipes, [3], config)) == rows
+    assert list(compare(recipes, [3], RunConfig(tmp_path / 'nowhere', config.output))) == [rows]  # nothing is read
+    changed = load_variants(str(plan), ['epochs=1', 'lr=0.01'])
+    with pytest.raises(ComparisonError, match=r'was trained with lr = 0.05, variant prior has 0.01: give changed'):
+        next(compare(changed, [3], config))
+
+
+def test_radii_are_scaled_with_the_map(plan, photo_folder, tmp_path, monkeypatch):
+    """What the network has while each accuracy is measured, and that it is left as it was."""
+    seen = []
+    count = comparison.count_correct
+
+    def look(network, batches):
+        batches = list(batches)
+        seen.append((batches[0][0].shape[-1], network.layer2[0].conv2.attn.radius().item()))
+        return count(network, batches)
+
+    monkeypatch.setattr(comparison, 'count_correct', look)
+    recipes = load_variants(str(plan), ['epochs=1'])
+    *_, rows = compare({'prior': recipes['prior']}, [0], RunConfig(photo_folder, tmp_path / 'out', workers=0))
+    radius = float(rows[0]['radius.layer2.0'])
+    assert seen == [(24, pytest.approx(radius, rel=1e-3)), (24, pytest.approx(0.75 * radius, rel=1e-3)),
+                    (32, pytest.approx(radius, rel=1e-3)),
+                    (64, pytest.approx(radius, rel=1e-3)), (64, pytest.approx(2 * radius, rel=1e-3))]
+
+
+def test_paired_interval():
+    one, other = [31.5, 30.9, 32.2, 31.0], [30.6, 30.8, 31.1, 30.9]
+    rows = [{'variant': name, 'seed': seed, 'top1': value} for name, values in (('a', one), ('b', other))
+            for seed, value in enumerate(values)]
+    rows.append({'variant': 'a', 'seed': 9, 'top1': 99.0})  # no partner
+    found = differences(rows, 'a', 'b')
+    assert found == pytest.approx([x - y for x, y in zip(one, other, strict=True)])
+    mean, half = paired_interval(found)
+    low, high = ttest_rel(one, other).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert str(paired_interval([0.5, 0.7])) == '+0.60'
+
+
+def test_the_report(tmp_path):
+    rows = [{'variant': name, 'seed': seed, 'parameters': 1000, 'eval_size': 64, 'num_images': 50, 'top1': top1 + seed,
+             'top1_x0.75_cells': 20.0, 'top1_x2_cells': 20.0, **more}
+            for name, top1, more in (('base', 30.0, {}), ('wide', 31.0, {
+                'top1_x0.75_share': 21.0, 'top1_x2_share': 18.0,
+                'map.layer2.0': 16, 'radius.layer2.0': '2.0000 4.0000', 'share.layer2.0': '0.1250 0.2500'}))
+            for seed in (0, 1, 2)]
+    text = report(rows, tmp_path, 'python scripts/compare.py')
+    assert '| wide | 1,000 | 31.00 | 32.00 | 33.00 | 32.00 | +1.00 ± 0.00 | 3 |' in text
+    assert '| variant | layer2.0, map of 16 |\n| --- | ---: |\n| wide | 2.00 (0.12), 4.00 (0.25) |' in text
+    assert '| wide | 20.00 | 21.00 | +1.00 ± 0.00 | 32.00 | 20.00 | 18.00 | -2.00 ± 0.00 |' in text
+    assert 'too few' not in text
+
+
+def test_the_variants_that_the_project_has():
+    variants = load_variants(str(ROOT / 'scripts' / 'nano_variants.yaml'))
+    assert next(iter(variants)) == 'prior'
+    assert variants['heads_4_rate_1'].model_kwargs == {'attn_heads': 4}
+    assert len({json.dumps(recipe.to_dict()) for recipe in variants.values()}) == len(variants)
+
+
+@pytest.mark.parametrize(('overrides', 'variants', 'error', 'words'), [
+    ([], ['a: {}'], ComparisonError, 'name 1 variants, expected at least two'),
+    ([], ['a: {}', 'b'], ComparisonError, "--variant holds 'b', expected 'NAME: {KEY: VALUE}'"),
+    ([], ['a: {', 'b: {}'], ComparisonError, '--variant is not YAML'),
+    ([], ['a: {}', 'b: 3'], ComparisonError, 'variant b is 3, expected keys and values'),
+    ([], ['a: {}', 'b/c: {lr: 1}'], ComparisonError, "named 'b/c', expected letters"),
+    (['holdout=0'], [], ComparisonError, 'has holdout = 0 and in_memory = True, expected images held out'),
+    ([], ['a: {}', 'b: {holdout: 5}'], ComparisonError, 'holdout is 2 and 5, expected the same'),
+    ([], ['a: {}', 'b: {radius: 5}'], RecipeError, "'radius' in variant b: did you mean 'radius_lr'"),
+    ([], ['a: {}', 'b: {model_kwargs: {attn_heads: 3}}'], RecipeError, 'Variant b: .*attn_?heads|Variant b: .*3'),
+])
+def test_what_cannot_be_compared(plan, overrides, variants, error, words):
+    with pytest.raises(error, match=words):
+        load_variants(str(plan), overrides, variants)
+
+
+def test_bad_input_is_one_sentence(plan, tmp_path):
+    done = run(plan, tmp_path / 'nowhere', tmp_path / 'out')
+    assert done.returncode == 1
+    assert done.stderr.startswith('compare.py: ')
+    assert 'nowhere is no folder' in done.stderr
+    assert done.stderr.count('\n') == 1
+    plan.write_text('variants: {a: {}, b: {}}')
+    assert 'has the keys variants, expected recipe, set and variants' in run(plan, tmp_path, tmp_path / 'out').stderr

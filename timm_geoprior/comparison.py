@@ -1,0 +1,425 @@
+"""Variants of a recipe side by side: runs paired by seed, measured on images held out of training.
+
+Runs of one seed see the same images in the same order with the same crops, so what is compared are differences within a
+seed: their mean, and Student's interval for it. The validation set takes no part.
+"""
+import csv
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+from torch import nn
+
+from .data.memory import ImageTensors, decode_images
+from .evaluation.accuracy import count_correct
+from .evaluation.data import open_data as open_split
+from .layers import GeoPriorAttn2d
+from .manifest import write_atomically
+from .radii import learned_radii
+from .training.engine import RunConfig, Trainer
+from .training.parts import check_recipe
+from .training.recipe import Recipe, RecipeError, load_recipe, make_recipe
+from .training.report import write_results
+from .training.sources import open_data
+
+__all__ = ['ComparisonError', 'Interval', 'compare', 'load_variants', 'paired_interval', 'report', 'write_csv']
+
+FACTORS = (0.75, 1, 2)  # sizes that the networks are measured at, as multiples of the recipe's own
+LEAST_SEEDS = 3  # Student's factor for a mean of two is 12.7
+Row = dict[str, Any]
+
+
+class ComparisonError(RuntimeError):
+    """Variants, or runs of an earlier start, that cannot be compared; the message says why and what to do."""
+
+
+# -- what is compared --------------------------------------------------------------------------------------------------
+
+def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str, Recipe]:
+    """Read what is to be compared.
+
+    Args:
+        source: A YAML file with the keys `recipe`, `set` (other values for its keys) and `variants` (for each name the
+            keys that it changes; options of `model_kwargs` and `opt_kwargs` are added to the recipe's), or a recipe.
+        overrides: 'key=value' strings for every variant.
+        variants: 'name: {key: value, ...}' strings, in place of the file's; the first is the base.
+
+    Returns:
+        The recipe of each variant by its name, the base first.
+
+    Raises:
+        ComparisonError: Fewer than two variants, or such as cannot be compared.
+        RecipeError: Keys or values that a recipe refuses.
+    """
+    path = Path(source)
+    plan = _mapping(path.read_text(), source) if path.suffix in ('.yaml', '.yml') and path.is_file() else {}
+    if 'variants' not in plan:
+        plan = {'recipe': source}
+    unknown = sorted(set(plan) - {'recipe', 'set', 'variants'})
+    if unknown or 'recipe' not in plan:
+        raise ComparisonError(f'{source} has the keys {", ".join(map(str, plan))}, expected recipe, set and variants.')
+    own = [f'{key}={json.dumps(value)}' for key, value in _changes(plan.get('set'), f'{source}, set').items()]
+    base = load_recipe(plan['recipe'], own + list(overrides))
+    named = {name: changes for text in variants for name, changes in _mapping(text, '--variant').items()}
+    named = named or _changes(plan.get('variants'), f'{source}, variants')
+    if len(named) < 2:
+        raise ComparisonError(f'{source} and --variant name {len(named)} variants, expected at least two: write '
+                              f"--variant 'NAME: {{KEY: VALUE}}' for each, the base first.")
+    recipes = {str(name): _vary(base, str(name), _changes(changes, f'variant {name}'))
+               for name, changes in named.items()}
+    _check_comparable(recipes)
+    return recipes
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ComparisonError(f'{where} is not YAML ({str(error).splitlines()[0]}).') from None
+    if not isinstance(values, dict):
+        raise ComparisonError(f"{where} holds {text.strip()[:60]!r}, expected 'NAME: {{KEY: VALUE}}'.")
+    return values
+
+
+def _changes(values: Any, where: str) -> dict[str, Any]:
+    if values is not None and not isinstance(values, dict):
+        raise ComparisonError(f'{where} is {values!r}, expected keys and values.')
+    return values or {}
+
+
+def _vary(base: Recipe, name: str, changes: Mapping[str, Any]) -> Recipe:
+    values = base.to_dict()
+    for key, value in changes.items():
+        both = isinstance(values.get(key), dict) and isinstance(value, dict)
+        values[key] = {**values[key], **value} if both else value
+    recipe = make_recipe(values, f'variant {name}')
+    try:
+        check_recipe(recipe)
+    except RecipeError as error:
+        raise RecipeError(f'Variant {name}: {error}') from error
+    return recipe
+
+
+def _check_comparable(recipes: Mapping[str, Recipe]) -> None:
+    for name, recipe in recipes.items():
+        if not re.fullmatch(r'\w[\w.-]*', name):
+            raise ComparisonError(f'A variant is named {name!r}, expected letters, digits, _, - and dots.')
+        if not (recipe.holdout and recipe.in_memory):
+            raise ComparisonError(
+                f'Variant {name} has holdout = {recipe.holdout} and in_memory = {recipe.in_memory}, expected images '
+                f'held out to compare by, and images in memory: add --set holdout=50 --set in_memory=true.')
+    for key in ('holdout', 'memory_size', 'eval_size'):
+        values = {getattr(recipe, key) for recipe in recipes.values()}
+        if len(values) > 1:
+            raise ComparisonError(f'{key} is {" and ".join(map(str, sorted(values)))}, expected the same in all '
+                                  f'variants: they are compared on the same images.')
+
+
+# -- the runs ----------------------------------------------------------------------------------------------------------
+
+def compare(
+        recipes: Mapping[str, Recipe], seeds: Sequence[int], config: RunConfig, tell: Callable[[str], None] = print,
+) -> Iterator[list[Row]]:
+    """Run every variant with every seed, seed by seed, so that what is there at any time is paired.
+
+    A finished run is kept, an unfinished one goes on. The images are decoded once, and only if there is a run to do.
+
+    Args:
+        recipes: The variants' recipes.
+        seeds: Of weights, order and augmentation.
+        config: Where the runs are done; each gets the folder `runs/VARIANT/SEED` of its `output`.
+        tell: Called with a sentence for each run.
+
+    Yields:
+        The rows of all runs so far, at the start and after each run.
+
+    Raises:
+        ComparisonError: A finished run had another recipe.
+        RuntimeError: As `Trainer` has it.
+        SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
+    """
+    places = [(name, seed, replace(config, output=config.output / 'runs' / name / str(seed), seed=seed))
+              for seed in seeds for name in recipes]
+    rows = [row for name, seed, place in places if (row := _finished(name, recipes[name], place))]
+    yield rows
+    done = {(row['variant'], row['seed']) for row in rows}
+    decoded: ImageTensors | None = None
+    for name, seed, place in places:
+        if (name, seed) in done:
+            continue
+        if decoded is None:
+            decoded = _decode(recipes[name], config)
+        row = run(name, recipes[name], place, decoded)
+        tell(f'{name}, seed {seed}: held-out top-1 {row["top1"]:.2f}% after {row["hours"]:.2f} hours')
+        rows = [*rows, row]
+        yield rows
+
+
+def _finished(name: str, recipe: Recipe, place: RunConfig) -> Row | None:
+    path = place.output / 'results.json'
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    if 'measured' not in results:
+        return None
+    now = json.loads(json.dumps(recipe.to_dict()))  # tuples as lists
+    for key in now:
+        if results['recipe'].get(key) != now[key]:
+            raise ComparisonError(
+                f'{place.output} was trained with {key} = {results["recipe"].get(key)!r}, variant {name} has '
+                f'{now[key]!r}: give changed variants another name, or compare in another --output.')
+    return _row(name, results)
+
+
+def _decode(recipe: Recipe, config: RunConfig) -> ImageTensors | None:
+    """The training images, or None where they cannot be opened: the first run then says why."""
+    try:
+        dataset = open_split(config.data_dir, split=config.train_split).dataset
+    except RuntimeError:
+        return None
+    return decode_images(dataset, recipe.memory_size, config.workers, config.max_corrupt)
+
+
+def run(name: str, recipe: Recipe, place: RunConfig, decoded: ImageTensors | None) -> Row:
+    """Do one run, or what is left of it, and measure what it has learned."""
+    torch.compiler.reset()  # after eight networks, torch.compile would run the next one as it is
+    trainer = Trainer(recipe, replace(place, resume=(place.output / 'last.pt').exists()), decoded)
+    results = trainer.fit()
+    network = trainer.ema.module if trainer.ema else trainer.model
+    results['measured'] = measure(network, recipe, place, trainer.device, decoded)
+    write_results(results, place.output)
+    return _row(name, results)
+
+
+def measure(
+        network: nn.Module, recipe: Recipe, place: RunConfig, device: torch.device, decoded: ImageTensors | None,
+) -> dict[str, Any]:
+    """Measure the held-out images at several sizes, with radii in cells and as shares of the map.
+
+    A radius is learned in cells. At another size it either stays so many cells, or grows with the map.
+
+    Args:
+        network: The trained network; its radii are as they were when this returns.
+        recipe: Says what is held out, and the size that the factors multiply.
+        place: Says where the images are.
+        device: Where the network is.
+        decoded: The images, decoded.
+
+    Returns:
+        Accuracies in percent, as `top1` and `top1_xFACTOR_UNIT`, and the radii of each layer.
+    """
+    size = recipe.eval_size or recipe.img_size
+    radii = learned_radii(network, (3, size, size))
+    measured: dict[str, Any] = {'eval_size': size}
+    for factor in FACTORS:
+        other = replace(recipe, eval_size=round(factor * size))
+        held_out = open_data(other, place, 1, device, 0, 1, decoded).held_out
+        assert held_out is not None  # as load_variants has seen to
+        for unit in ('cells', 'share') if radii and factor != 1 else ('cells',):
+            with _scaled_radii(network, other.eval_size / size if unit == 'share' else 1):
+                counts = count_correct(network, held_out())
+            key = 'top1' if factor == 1 else f'top1_x{factor}_{unit}'
+            measured[key] = 100 * counts.top1_correct / counts.num_images
+            measured['num_images'] = counts.num_images
+    measured['radii'] = {layer.name: {'map': max(layer.height, layer.width), 'cells': layer.cells,
+                                      'share': layer.relative} for layer in radii}
+    return measured
+
+
+@contextmanager
+def _scaled_radii(network: nn.Module, scale: float) -> Iterator[None]:
+    radii = [module.log_radius for module in network.modules() if isinstance(module, GeoPriorAttn2d)]
+    learned = [radius.detach().clone() for radius in radii]
+    try:
+        with torch.no_grad():
+            for radius in radii:
+                radius.add_(math.log(scale))
+        yield
+    finally:
+        with torch.no_grad():
+            for radius, value in zip(radii, learned, strict=True):
+                radius.copy_(value)
+
+
+def _row(name: str, results: Mapping[str, Any]) -> Row:
+    """One run as a flat row; a layer's heads stand side by side."""
+    row = {'variant': name, 'seed': results['seed'], 'parameters': results['parameters'], **results['measured']}
+    for layer, radii in row.pop('radii').items():
+        short = layer.removesuffix('.conv2.attn')
+        row[f'map.{short}'] = radii['map']
+        row[f'radius.{short}'] = ' '.join(f'{value:.4f}' for value in radii['cells'])
+        row[f'share.{short}'] = ' '.join(f'{value:.4f}' for value in radii['share'])
+    return {**row, 'hours': results['hours'], 'commit': results['commit']}
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+class Interval(NamedTuple):
+    """A mean, and half the width of its 95% interval by Student's t; NaN where there are too few values for one."""
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f'{self.mean:+.2f}' + ('' if math.isnan(self.half) else f' ± {self.half:.2f}')
+
+
+def paired_interval(differences: Sequence[float]) -> Interval:
+    """The mean of differences between runs of the same seed, and how far it may be from the true one."""
+    count = len(differences)
+    if count < LEAST_SEEDS:
+        return Interval(statistics.fmean(differences) if count else math.nan, math.nan)
+    half = student.ppf(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return Interval(statistics.fmean(differences), float(half))
+
+
+def differences(rows: Sequence[Row], name: str, base: str, key: str = 'top1', other: str = '') -> list[float]:
+    """What a variant's runs have of `key` beyond the base's runs of the same seeds (of `other`, where named)."""
+    own, others = ({row['seed']: row for row in rows if row['variant'] == wanted} for wanted in (name, base))
+    return [own[seed][key] - others[seed][other or key] for seed in own if seed in others]
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as CSV, with the columns that any of them has."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def report(rows: Sequence[Row], output: Path, command: str) -> str:
+    """Write runs.csv, comparison.md and comparison.png.
+
+    Args:
+        rows: Of all runs so far; the first row's variant is the base.
+        output: Folder to write them in.
+        command: How they were made, for the report.
+
+    Returns:
+        The text of comparison.md.
+    """
+    names = list(dict.fromkeys(row['variant'] for row in rows))
+    seeds = list(dict.fromkeys(row['seed'] for row in rows))
+    first = rows[0]
+    head = (f'Top-1 in percent of {first["num_images"]:,} images held out of training, after the last epoch, at '
+            f'{first["eval_size"]} px. Differences are to {names[0]} within a seed: their mean ± the half width of '
+            f'its 95% interval (Student), for one comparison by itself, not corrected for {len(names) - 1} of them.')
+    if len(seeds) < LEAST_SEEDS:
+        head += f' No intervals: {len(seeds)} seeds are too few, expected at least {LEAST_SEEDS}.'
+    sections = [f'`{command}`', head, _accuracy_table(rows, names, seeds)]
+    if radii := _radii_table(rows, names):
+        sections += ['Radii at the end, means over the seeds: cells (share of the map); heads side by side.', radii,
+                     'Top-1 at other sizes than the one trained for. A radius stays so many cells, or is scaled with '
+                     'the map (share).', _size_table(rows, names)]
+    text = '\n\n'.join(sections) + '\n'
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, output / 'runs.csv')
+    write_atomically(output / 'comparison.md', text.encode())
+    _plot(rows, names, output / 'comparison.png')
+    return text
+
+
+def _markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    cells = list(header)
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [cells, ['---'] + ['---:'] * (len(cells) - 1), *lines])
+
+
+def _accuracy_table(rows: Sequence[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
+    lines = []
+    for name in names:
+        own = {row['seed']: row for row in rows if row['variant'] == name}
+        pairs = differences(rows, name, names[0])
+        mean = statistics.fmean(row['top1'] for row in own.values())
+        lines.append([name, f'{next(iter(own.values()))["parameters"]:,}',
+                      *(f'{own[seed]["top1"]:.2f}' if seed in own else '' for seed in seeds), f'{mean:.2f}',
+                      'base' if name == names[0] else str(paired_interval(pairs)), str(len(pairs))])
+    return _markdown(['variant', 'parameters', *(f'seed {seed}' for seed in seeds), 'mean', 'difference', 'n'], lines)
+
+
+def _heads(rows: Iterable[Row], key: str) -> list[float]:
+    """The means over runs of what a column has for each head."""
+    values = [[float(part) for part in row[key].split()] for row in rows if row.get(key)]
+    return [statistics.fmean(column) for column in zip(*values, strict=True)]
+
+
+def _radii_table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """A line a variant with attention, a column a layer; nothing where no variant has any."""
+    layers = sorted({key.removeprefix('radius.') for row in rows for key in row if key.startswith('radius.')})
+    lines = []
+    for name in names:
+        own = [row for row in rows if row['variant'] == name]
+        pairs = [zip(_heads(own, f'radius.{layer}'), _heads(own, f'share.{layer}'), strict=True) for layer in layers]
+        cells = [', '.join(f'{radius:.2f} ({share:.2f})' for radius, share in pair) for pair in pairs]
+        lines += [[name, *cells]] if any(cells) else []
+    maps = {layer: next(row[f'map.{layer}'] for row in rows if f'map.{layer}' in row) for layer in layers}
+    header = ['variant', *(f'{layer}, map of {cells}' for layer, cells in maps.items())]
+    return _markdown(header, lines) if lines else ''
+
+
+def _size_table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    header, lines = ['variant'], []
+    size = rows[0]['eval_size']
+    for factor in FACTORS:
+        pixels = f'{round(factor * size)} px'
+        header += [pixels] if factor == 1 else [f'{pixels}, cells', f'{pixels}, share', 'share - cells']
+    for name in names:
+        own = [row for row in rows if row['variant'] == name]
+        line = [name]
+        for factor in FACTORS:
+            cells, share = ('top1', '') if factor == 1 else (f'top1_x{factor}_cells', f'top1_x{factor}_share')
+            line.append(f'{statistics.fmean(row[cells] for row in own):.2f}')
+            if share and share in own[0]:
+                line += [f'{statistics.fmean(row[share] for row in own):.2f}',
+                         str(paired_interval(differences(own, name, name, share, cells)))]
+            elif share:
+                line += ['', '']
+        lines.append(line)
+    return _markdown(header, lines)
+
+
+def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
+    """Differences to the base, radii over their maps, and what the radius' unit does, a line a variant."""
+    figure = Figure(figsize=(13, 1.6 + 0.36 * len(names)), layout='constrained')
+    accuracy, radii, sizes = figure.subplots(1, 3, sharey=True)
+    for place, name in enumerate(names):
+        _draw(accuracy, place, differences(rows, name, names[0]), 'C0')
+        own = [row for row in rows if row['variant'] == name]
+        for offset, factor in ((-0.12, FACTORS[0]), (0.12, FACTORS[-1])):
+            if f'top1_x{factor}_share' in own[0]:
+                pairs = differences(own, name, name, f'top1_x{factor}_share', f'top1_x{factor}_cells')
+                _draw(sizes, place + offset, pairs, 'C1' if offset < 0 else 'C2', f'{factor} times the size')
+    for index, layer in enumerate(sorted({key for row in rows for key in row if key.startswith('share.')})):
+        points = [(share, place) for place, name in enumerate(names)
+                  for share in _heads((row for row in rows if row['variant'] == name), layer)]
+        radii.plot(*zip(*points, strict=True), 'o', color=f'C{index % 10}', markersize=5, alpha=0.8,
+                   label=layer.removeprefix('share.'))
+    accuracy.set_yticks(range(len(names)), names)
+    accuracy.invert_yaxis()
+    accuracy.set(xlabel=f'top-1 beyond {names[0]} (points)')
+    radii.set(xlabel="radius over its map's extent", xscale='log')
+    sizes.set(xlabel='top-1: radius as share - in cells (points)')
+    for axes in (accuracy, radii, sizes):
+        axes.grid(alpha=0.3)
+        labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        if labels:
+            axes.legend(labels.values(), labels.keys(), fontsize='small')
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=130))
+
+
+def _draw(axes: Axes, place: float, values: Sequence[float], color: str, label: str = '') -> None:
+    """Each seed's value, faint, and their mean with its interval."""
+    axes.axvline(0, color='0.6', linewidth=0.8)
+    if values:
+        mean, half = paired_interval(values)
+        axes.plot(values, [place] * len(values), '|', color=color, alpha=0.6)
+        axes.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt='o', color=color, capsize=3, label=label)
