@@ -13,7 +13,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from PIL import Image
 from pytorch_grad_cam import GradCAM
@@ -23,11 +22,12 @@ from torch import Tensor, nn
 from .classifier import Classifier
 from .layers import GeoPriorConv2d
 from .manifest import write_atomically
-from .windows import View, draw_heading, draw_photo, fill_windows, learned_windows, to_input, view_of
+from .windows import (
+    ON_PHOTO, View, draw_heading, draw_photo, fill_windows, learned_windows, new_figure, to_input, view_of)
 
 __all__ = ['ExplainError', 'draw', 'effective_field', 'explain', 'receptive_pair']
 
-DRAWS, IMAGES = 4, 2  # random weights, and noise images for each, that an effective receptive field is the mean of
+DRAWS = 4  # random weights, and noise images, that an effective receptive field is the mean of
 FAINTEST = 1e-4  # of the strongest gradient, that is drawn
 DPI = 150
 
@@ -83,7 +83,7 @@ def receptive_pair(model: nn.Module, size: int) -> tuple[Tensor, Tensor]:
     fields = torch.zeros(2, size, size)
     with torch.random.fork_rng(devices=()):
         for draw in range(DRAWS):
-            noise = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(draw))
+            noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(draw))
             for field, network in zip(fields, (own, plain), strict=True):
                 torch.manual_seed(draw)
                 network.init_weights(zero_init_last=False)  # type: ignore[operator]  # a zero branch sees nothing
@@ -108,7 +108,7 @@ def _radius_of_share(field: Tensor, share: float) -> float:
     return float(distance[order][int(torch.searchsorted(inside, share * inside[-1]))])
 
 
-def _short(name: str, length: int = 26) -> str:
+def _short(name: str, length: int = 22) -> str:
     """The first of a class's names, not too long."""
     first = name.split(',')[0]
     return first if len(first) <= length else f'{first[:length - 1]}…'
@@ -122,7 +122,7 @@ def _draw_guesses(axes: Axes, classifier: Classifier, guesses: Sequence[dict[str
         axes.text(1, row - 0.27, f'{guess["probability"]:.1%}', fontsize=11, va='bottom', ha='right')
     axes.set(xlim=(0, 1), ylim=(4.5, -0.75), box_aspect=1)
     axes.set_axis_off()
-    draw_heading(axes, 'What it says', _short(classifier.name.rstrip('/').split('/')[-1], 40))
+    draw_heading(axes, 'What it says', _short(classifier.name.rstrip('/').split('/')[-1], 34))
 
 
 def _draw_grad_cam(
@@ -146,18 +146,17 @@ def _draw_fields(figure: Figure, panels: Sequence[Axes], model: nn.Module, view:
     half = size / 2
     names = 'Receptive field: GeoPrior', 'Receptive field: plain ResNet'
     lines = 'random weights, learned radii', 'same depth and widths, random weights'
-    text: dict[str, Any] = {'color': 'white', 'fontsize': 9, 'ha': 'center', 'va': 'center'}
     for axes, field, name, line in zip(panels, receptive_pair(model, size), names, lines, strict=True):
         drawn = axes.imshow((field / field.max()).clamp(min=FAINTEST), cmap='magma', norm=LogNorm(FAINTEST, 1),
                             extent=(-half, half, half, -half))
         axes.add_patch(Rectangle((-view.width / 2, -view.height / 2), view.width, view.height, fill=False,
                                  edgecolor='white', linestyle=':'))
-        axes.text(0, view.height / 2 + 0.04 * size, f'input, {view.width} px', **text)
-        axes.text(0, 0.45 * size, f'99% of it within {_radius_of_share(field, 0.99):.0f} px', **text)
+        axes.text(0, view.height / 2 + 0.09 * size, f'input, {view.width} px', **ON_PHOTO)
+        axes.text(0, 0.45 * size, f'99% of it within {_radius_of_share(field, 0.99):.0f} px', **ON_PHOTO)
         axes.set(xticks=(), yticks=())
         draw_heading(axes, name, line)
     bar = figure.colorbar(drawn, ax=list(panels), location='right', shrink=0.5, aspect=30, pad=0.02)
-    bar.set_label(f'relative gradient, {DRAWS * IMAGES} noise images', fontsize=9, color='0.35')
+    bar.set_label(f'relative gradient, {DRAWS} noise images', fontsize=9, color='0.35')
     bar.outline.set_visible(False)
 
 
@@ -181,7 +180,7 @@ def draw(classifier: Classifier, image: Image.Image, point: tuple[float, float] 
     windows = learned_windows(classifier.model, view, place)
     stages = len({window.stage for window in windows})
     columns = max(stages, 3) + 1
-    figure = Figure(figsize=(3.3 * columns + 0.3, 7.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    figure = new_figure(3.3 * columns + 0.3, 7.3)
     panels = figure.subplots(2, columns)
     for axes in panels.flat:
         axes.set_axis_off()

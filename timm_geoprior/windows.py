@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Ellipse, Patch, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
@@ -19,11 +20,15 @@ from .classifier import Classifier
 from .layers import GeoPriorAttn2d, attention_map
 from .radii import learned_radii
 
-__all__ = ['View', 'Window', 'WindowsError', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
-           'learned_windows', 'to_input', 'view_of']
+__all__ = ['ON_PHOTO', 'View', 'Window', 'WindowsError', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
+           'learned_windows', 'new_figure', 'to_input', 'view_of']
 
 COLORS = ('#2ec4b6', '#ffb703', '#ff5d8f', '#8ecae6')  # one a stage
 PHOTO_SIDE = 600  # pixels of a drawn photograph
+DARK_EDGE = [withStroke(linewidth=3, foreground='black', alpha=0.55)]  # lines are seen on anything
+ON_PHOTO: dict[str, Any] = {  # text, likewise
+    'color': 'white', 'fontsize': 9, 'ha': 'center', 'va': 'center',
+    'path_effects': [withStroke(linewidth=2, foreground='black')]}
 
 
 class WindowsError(RuntimeError):
@@ -150,6 +155,11 @@ def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) ->
     return windows
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure whose panels keep clear of its edges, in inches."""
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, rect=(0, 0, 1, 0.98)))
+
+
 def draw_heading(axes: Axes, title: str, line: str = '') -> None:
     """A title, and a smaller line below it."""
     axes.set_title(title, loc='left', fontsize=12, fontweight='bold', pad=22 if line else 8)
@@ -183,19 +193,19 @@ def _draw_stage(axes: Axes, windows: Sequence[Window], color: str) -> None:
     shade[..., 3] = 0.88 * (1 - weights / weights.max())
     axes.imshow(shade, extent=(left, right, bottom, top), interpolation='nearest')
     for window in windows:
-        axes.add_patch(window.outline(window.center, edgecolor=color, linewidth=2.2))
+        axes.add_patch(window.outline(window.center, edgecolor=color, linewidth=2, path_effects=DARK_EDGE))
     (x, y), (width, height) = windows[-1].center, windows[-1].cell
     axes.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, fill=False, edgecolor='white',
-                             linewidth=1.2, linestyle=':'))
+                             linewidth=1.2, linestyle=':', path_effects=DARK_EDGE))
 
 
 def _range(values: Sequence[float], digits: int) -> str:
-    return ' to '.join(sorted({f'{value:.{digits}f}' for value in (min(values), max(values))}, key=float))
+    return '–'.join(sorted({f'{value:.{digits}f}' for value in (min(values), max(values))}, key=float))
 
 
-def _radii_line(windows: Sequence[Window], view: View) -> str:
+def _radii_line(windows: Sequence[Window]) -> str:
     """The radii of a stage's layers in pixels, and in cells where its maps have the same number of them."""
-    pixels = f'{_range([window.radius * window.cell[1] for window in windows], 0)} of {view.height} px'
+    pixels = f'{_range([window.radius * window.cell[1] for window in windows], 0)} px'
     if len({window.weights.shape for window in windows}) > 1:
         return f'radius {pixels}'
     return f'radius {_range([window.radius for window in windows], 1)} of {len(windows[0].weights)} cells = {pixels}'
@@ -214,31 +224,33 @@ def fill_windows(
         point: x and y in pixels of the input.
     """
     stages = list(dict.fromkeys(window.stage for window in windows))
-    draw_heading(panels[0], 'How far it looks', 'learned radius of each layer, to scale')
+    draw_heading(panels[0], 'How far it looks', f'learned radii to scale, {view.width} × {view.height} px')
     for axes in panels:
         draw_photo(axes, image, view)
     for axes, stage, color in zip(panels[1:], stages, COLORS, strict=False):
         own = [window for window in windows if window.stage == stage]
         _draw_stage(axes, own, color)
-        draw_heading(axes, f'Attention in {stage}', _radii_line(own, view))
+        draw_heading(axes, f'Attention in {stage}', _radii_line(own))
         for window in own:
-            panels[0].add_patch(window.outline(
-                point, edgecolor=color, linewidth=2, path_effects=[withStroke(linewidth=3.4, foreground='black',
-                                                                              alpha=0.55)]))
+            panels[0].add_patch(window.outline(point, edgecolor=color, linewidth=2, path_effects=DARK_EDGE))
     for axes in panels:
         _draw_cross(axes, point)
+    panels[-1].text(0.5, 0.05, 'dotted: the cell that looks', transform=panels[-1].transAxes, **ON_PHOTO)
 
 
-def draw_windows(classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
+def draw_windows(
+        classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None,
+        columns: int = 2) -> Figure:
     """Draw where the attention layers look from a point of a picture.
 
     Args:
         classifier: Its model is a GeoPrior ResNet.
         image: In mode 'RGB'.
         point: x and y in pixels of the picture, from its top left corner; None for the middle.
+        columns: Panels beside each other.
 
     Returns:
-        The figure, two panels wide.
+        The figure, 3.5 inches wide a column.
 
     Raises:
         WindowsError: The network has no attention layers, or the point is outside of what it sees.
@@ -247,9 +259,9 @@ def draw_windows(classifier: Classifier, image: Image.Image, point: tuple[float,
     place = to_input(view, image, point)
     windows = learned_windows(classifier.model, view, place)
     count = 1 + len({window.stage for window in windows})
-    rows = math.ceil(count / 2)
-    figure = Figure(figsize=(7, 3.8 * rows), layout='constrained')
-    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
+    rows = math.ceil(count / columns)
+    figure = new_figure(3.5 * columns, 3.9 * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_axis_off()
     fill_windows(panels[:count], image, view, windows, place)
