@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +39,19 @@ def plan(tmp_path):
     return path
 
 
-def run(plan, data, output, *more, program=(str(SCRIPT),)):
-    command = [sys.executable, *program, str(plan), '--data-dir', str(data), '--output', str(output),
-               '--device', 'cpu', '-j', '0', *map(str, more)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+def arguments(plan, data, output, *more):
+    return [str(SCRIPT), str(plan), '--data-dir', str(data), '--output', str(output), '--device', 'cpu', '-j', '0',
+            *map(str, more)]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Run the script in this process."""
+    def run(*given):
+        monkeypatch.setattr(sys, 'argv', arguments(*given))
+        runpy.run_path(str(SCRIPT), run_name='__main__')
+
+    return run
 
 
 def rows_of(output):
@@ -62,16 +71,16 @@ KILLED = (
     'runpy.run_path(sys.argv[0], run_name="__main__")\n')
 
 
-def test_killed_and_gone_on(plan, photo_folder, tmp_path):
+def test_killed_and_gone_on(plan, photo_folder, tmp_path, script, capsys):
     """Seed by seed; what was finished stays as it is, what was begun is not begun again; each run is train.py's."""
     output = tmp_path / 'out'
-    assert run(plan, photo_folder, output, '--seeds', 0, 1, program=('-c', KILLED)).returncode == 9
+    given = (plan, photo_folder, output, '--seeds', 0, 1)
+    killed = [sys.executable, '-c', KILLED, *arguments(*given)[1:]]
+    assert subprocess.run(killed, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode == 9
     assert [(row['variant'], row['seed']) for row in rows_of(output)] == [('prior', '0'), ('plain', '0')]
     first = output / 'runs' / 'prior' / '0' / 'results.json'
     before = first.stat().st_mtime_ns
-    done = run(plan, photo_folder, output, '--seeds', 0, 1)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count('decoding') < 5  # once, not for each of the four runs
+    script(*given)
     assert first.stat().st_mtime_ns == before
     rows = rows_of(output)
     assert [(row['variant'], row['seed']) for row in rows] == [(name, seed) for seed in '01' for name in VARIANTS]
@@ -89,18 +98,22 @@ def test_killed_and_gone_on(plan, photo_folder, tmp_path):
     assert rows[1]['radius.layer2.0'] == rows[1]['top1_x2_share'] == ''
     assert int(rows[1]['parameters']) > int(rows[0]['parameters'])
     text = (output / 'comparison.md').read_text()
-    assert text in done.stdout
+    assert text in capsys.readouterr().out
     assert '2 seeds are too few' in text
     assert Image.open(output / 'comparison.png').size[0] > 1000
 
 
-def test_finished_runs_are_done_once_and_must_be_the_same(plan, photo_folder, tmp_path):
+def test_finished_runs_are_done_once_and_must_be_the_same(plan, photo_folder, tmp_path, monkeypatch):
+    decoded = []
+    decode = comparison.decode_images
+    monkeypatch.setattr(comparison, 'decode_images', lambda *given: decoded.append(given) or decode(*given))
     config = RunConfig(photo_folder, tmp_path / 'out', workers=0)
     recipes = load_variants(str(plan), ['epochs=1'])
     recipes.pop('heads')
     said = []
     *_, rows = compare(recipes, [3], config, said.append)
     assert len(said) == len(rows) == 2
+    assert len(decoded) == 1
     assert next(compare(recipes, [3], config)) == rows
     assert list(compare(recipes, [3], RunConfig(tmp_path / 'nowhere', config.output))) == [rows]  # nothing is read
     changed = load_variants(str(plan), ['epochs=1', 'lr=0.01'])
@@ -177,11 +190,9 @@ def test_what_cannot_be_compared(plan, overrides, variants, error, words):
         load_variants(str(plan), overrides, variants)
 
 
-def test_bad_input_is_one_sentence(plan, tmp_path):
-    done = run(plan, tmp_path / 'nowhere', tmp_path / 'out')
-    assert done.returncode == 1
-    assert done.stderr.startswith('compare.py: ')
-    assert 'nowhere is no folder' in done.stderr
-    assert done.stderr.count('\n') == 1
+def test_bad_input_is_one_sentence(plan, tmp_path, script):
+    with pytest.raises(SystemExit, match=r'^compare.py: .*nowhere is no folder.*$'):
+        script(plan, tmp_path / 'nowhere', tmp_path / 'out')
     plan.write_text('variants: {a: {}, b: {}}')
-    assert 'has the keys variants, expected recipe, set and variants' in run(plan, tmp_path, tmp_path / 'out').stderr
+    with pytest.raises(SystemExit, match='has the keys variants, expected recipe, set and variants'):
+        script(plan, tmp_path, tmp_path / 'out')

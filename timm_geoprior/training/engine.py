@@ -80,13 +80,13 @@ class Trainer:
         """
         self.recipe, self.config = recipe, config
         check_recipe(recipe)
+        _check_config(config)
         self._join()
         self.last = config.output / 'last.pt'
         self.commit = git_commit() or ''  # what runs, whatever is committed meanwhile
         if self.rank == 0:
             self._check_output()
         self.resume = bool(self._from_first(config.resume))
-        seed_everything(config.seed, 'init')
         share = self._share()
         self.data: TrainingData = open_data(
             recipe, config, share, self.device, self.rank, self.world_size, decoded)
@@ -94,6 +94,7 @@ class Trainer:
         if not self.updates_per_epoch:
             raise TrainingError(
                 f'{config.data_dir} has fewer training images than one batch of {recipe.batch_size}: lower batch_size.')
+        seed_everything(config.seed, 'init')  # here, since what decodes draws too
         self._build_model()
         self.epoch = self.update = 0  # epochs and, within this one, updates that are behind us
         self.loss_sum = self.seconds = 0.0
@@ -109,7 +110,12 @@ class Trainer:
         if self.config.device.startswith('cuda') and not torch.cuda.is_available():
             raise TrainingError(f'--device is {self.config.device}, and torch finds no GPU, expected one: name cpu.')
         where = argparse.Namespace(device=self.config.device)
-        self.device = init_distributed_device(where)
+        try:
+            torch.empty(0, device=self.config.device)
+            self.device = init_distributed_device(where)
+        except Exception as error:  # torch's own differ from device to device
+            raise TrainingError(f'--device {self.config.device} cannot be used ({str(error).splitlines()[0]}), '
+                                f'expected cuda, cpu or another one of torch: check --device.') from None
         self.rank, self.world_size = int(where.rank), int(where.world_size)
         if self.recipe.sync_bn and self.world_size > 1 and self.device.type == 'cpu':
             raise TrainingError('sync_bn is true, which torch has for GPUs only: add --set sync_bn=false.')
@@ -198,6 +204,9 @@ class Trainer:
 
     def _resume(self) -> None:
         state = self._from_first(load_checkpoint(self.last) if self.rank == 0 else None)
+        if missing := self.state().keys() - state.keys():
+            raise TrainingError(f'{self.last} lacks {", ".join(sorted(missing))}, expected a checkpoint of this '
+                                f'version of train.py: train into another folder.')
         recipe = self.recipe.to_dict()
         for key in recipe:
             if state['recipe'].get(key) != recipe[key]:
@@ -206,6 +215,9 @@ class Trainer:
                     f'resume with the same recipe, or train into another folder.')
         if state['seed'] != self.config.seed:
             raise TrainingError(f'{self.last} has seed {state["seed"]}, this run {self.config.seed}: use the same.')
+        if state['class_names'] != list(self.data.class_names):
+            raise TrainingError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
+                                f'{len(self.data.class_names)} in {self.config.data_dir}: check --data-dir.')
         self.model.load_state_dict(state['model'])
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
@@ -215,8 +227,8 @@ class Trainer:
             setattr(self, key, state[key])
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; only the first process does."""
-        if self.rank == 0:
+        """Write a checkpoint; only the first process does. Weights that are not finite replace no good ones."""
+        if self.rank == 0 and all(bool(p.isfinite().all()) for p in self.model.parameters()):
             save_checkpoint(self.state(), path)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -404,6 +416,12 @@ class Trainer:
         with self._autocast():
             batches = ((x.contiguous(memory_format=self.memory_format), y) for x, y in self.data.held_out())
             return count_correct(network, batches)
+
+
+def _check_config(config: RunConfig) -> None:
+    for key, least in (('workers', 0), ('save_every', 1), ('max_corrupt', 0)):
+        if getattr(config, key) < least:
+            raise TrainingError(f'--{key.replace("_", "-")} is {getattr(config, key)}, expected {least} or more.')
 
 
 def _load(make: Callable[[], Any], what: str) -> Any:
