@@ -8,14 +8,18 @@ import pytest
 import timm
 import torch
 from packaging.version import Version
+from timm.data import create_transform, resolve_model_data_config
 from timm.layers import BlurPool2d
 from timm.models import Bottleneck, ResNet, group_parameters
 from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_geoprior.geoprior_resnet import GeoPriorResNet
+from timm_geoprior.images import sample_image
 from timm_geoprior.layers import GeoPriorAttn2d, GeoPriorConv2d
+from timm_geoprior.radii import learned_radii
 
 FAMILY = timm.list_models('geoprior_resnet*')
 SIZE = 64
@@ -344,15 +348,70 @@ class TestInterface:
         assert model.layer4[0].conv2.attn.value.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
 
 
+class TestReparameterized:
+    """timm's `reparameterize_model`: one convolution of both parts, and the batch norms folded."""
+
+    @pytest.mark.parametrize('options', [
+        {}, {'attn_heads': 4, 'attn_kernel': 'laplacian', 'output_stride': 8}, {'aa_layer': BlurPool2d},
+        {'avg_down': True, 'value_dims': (4, 8, 8, 8), 'block_args': {'attn_layer': 'se'}}], ids=str)
+    def test_the_same_outputs(self, options, images):
+        model = randomize(GeoPriorResNet((2, 1, 2, 1), **{
+            'value_dims': (0, 8, 8, 8), 'channels': (8, 16, 16, 16), 'num_classes': 5, **options})).eval()
+        expected = model(images)
+        fast = reparameterize_model(model)
+        assert torch.equal(model(images), expected)  # a copy was changed
+        # all but the stem's, of which timm's walk knows nothing
+        assert [name for name, m in fast.named_modules() if isinstance(m, nn.BatchNorm2d)] == ['bn1']
+        assert not [name for name, m in fast.named_modules() if name.endswith('value') and isinstance(m, nn.Conv2d)
+                    and fast.get_submodule(name.removesuffix('.value')).stride == 1]
+        with torch.inference_mode():
+            torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+            fast = reparameterize_model(model.double())
+            torch.testing.assert_close(fast(images.double()), model(images.double()), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str)
+    def test_trained_weights(self, dtype, tolerance):
+        """To what `verify` allows a precision to differ."""
+        model = timm.create_model('geoprior_resnet14_nano', pretrained=True).eval()
+        picture = create_transform(**resolve_model_data_config(model))(sample_image())[None]
+        with torch.inference_mode():
+            expected = model(picture)
+            found = reparameterize_model(model.to(dtype))(picture.to(dtype))
+        assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
+        assert found.argmax() == expected.argmax()
+
+    def test_other_norms_stay(self, images):
+        model = small()
+        for block in model.layer2:
+            block.bn2 = nn.GroupNorm(4, 16)
+            block.bn3 = nn.BatchNorm2d(64, track_running_stats=False)
+        fast = reparameterize_model(model)
+        assert isinstance(fast.layer2[0].bn2, nn.GroupNorm)
+        assert isinstance(fast.layer2[0].bn3, nn.BatchNorm2d)
+        torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-4)
+
+    def test_its_radii_can_still_be_read(self, nano):
+        radii = learned_radii(reparameterize_model(nano), (3, SIZE, SIZE))
+        assert radii == learned_radii(nano, (3, SIZE, SIZE))
+
+
+@pytest.fixture(scope='module', params=['plain', 'reparameterized'])
+def graph_nano(request, nano) -> nn.Module:
+    """Not to be changed."""
+    return nano if request.param == 'plain' else reparameterize_model(nano)
+
+
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
 class TestGraphs:
-    def test_torchscript(self, nano, images):
+    def test_torchscript(self, graph_nano, images):
+        nano = graph_nano
         scripted, traced = torch.jit.script(nano), torch.jit.trace(nano, images)
         for inputs in (images, images[..., :45]):
             torch.testing.assert_close(scripted(inputs), nano(inputs))
             torch.testing.assert_close(traced(inputs), nano(inputs))
 
-    def test_plain_fx(self, nano, images):
+    def test_plain_fx(self, graph_nano, images):
+        nano = graph_nano
         traced = torch.fx.symbolic_trace(nano)
         for inputs in (images, images[..., :45]):
             torch.testing.assert_close(traced(inputs), nano(inputs))
@@ -381,8 +440,9 @@ class TestGraphs:
         for inputs in (images, torch.randn(1, 3, *SIDES), torch.randn(3, 3, SIDES[1], SIDES[0])):
             torch.testing.assert_close(program.module()(inputs), model(inputs), rtol=1e-4, atol=1e-4)
 
-    def test_export_and_onnx(self, nano, images, tmp_path, capsys):
+    def test_export_and_onnx(self, graph_nano, images, tmp_path, capsys):
         """One exported program, and one ONNX file, for any batch, height and width."""
+        nano = graph_nano
         runtime = pytest.importorskip('onnxruntime')
         pytest.importorskip('onnxscript')
         program = torch.export.export(nano, (images,), dynamic_shapes=(UNNAMED,))

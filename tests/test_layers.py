@@ -76,6 +76,42 @@ def test_output_and_gradients_are_the_dense_attentions(dtype, size, stride, dila
 
 
 @pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('radii', RADII, ids=['one head', 'two heads'])
+@pytest.mark.parametrize('dilation', [1, 2])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+def test_one_convolution_of_both_parts(dtype, stride, dilation, radii, kernel):
+    """Reparameterized, with a bias as a norm leaves it: still convolution and dense attention, gradients included."""
+    torch.manual_seed(0)
+    layer = GeoPriorConv2d(3, 9, 4, stride, dilation, len(radii), kernel=kernel, dtype=dtype)
+    randomized(layer.attn, radii)
+    weights = [p.detach().double() for p in (layer.conv.weight, layer.attn.value.weight)]
+    layer = layer.to(memory_format=torch.channels_last)
+    layer.reparameterize()
+    layer.reparameterize()  # a walk over blocks and their parts meets it twice
+    bias = torch.randn(9, dtype=dtype)
+    layer.conv.bias = nn.Parameter(bias)
+    if stride == 2:
+        layer.attn.value.bias = nn.Parameter(bias[-4:])
+    x = torch.randn(2, 3, 7, 10, dtype=dtype, requires_grad=True)
+    out = layer(x)
+    seed = torch.randn_like(out)
+    got = [out, *torch.autograd.grad(out, [x, layer.attn.log_radius], seed)]
+
+    inputs = [t.detach().double().requires_grad_() for t in (x, layer.attn.log_radius)]
+    values = torch.einsum('oi,bihw->bohw', weights[1][..., 0, 0], inputs[0])
+    dense = torch.cat([
+        nn.functional.conv2d(inputs[0], weights[0], stride=stride, padding=dilation, dilation=dilation),
+        dense_attention(values, inputs[1], stride, dilation, kernel)], 1) + bias.double()[:, None, None]
+    expected = [dense, *torch.autograd.grad(dense, inputs, seed.double())]
+    assert layer.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(got[:-1], expected[:-1], strict=True):
+        assert relative_error(one, other) < TOLERANCES[dtype]
+    scale = float((seed.double() * dense).detach().abs().sum())
+    assert float((got[-1].double() - expected[-1]).abs().max()) < TOLERANCES[dtype] * scale
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize(('stride', 'dilation', 'num_heads'), [(1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 4)])
 def test_gradcheck(kernel, stride, dilation, num_heads):
     torch.manual_seed(0)
@@ -155,7 +191,7 @@ def test_the_dense_map_is_never_built():
     torch.testing.assert_close(attn(x).mean(), attn.value(x).mean(), atol=1e-3, rtol=0)
 
 
-axes = st.tuples(st.integers(1, 40), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
+axes = st.tuples(st.integers(1, 60), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
 
 
 @given(
@@ -165,7 +201,7 @@ def test_rows_of_the_map_sum_to_one(axis, log_radius, kernel, dtype):
     size, stride, dilation = axis
     rows = attention_map(torch.tensor(log_radius, dtype=dtype), size, stride, dilation, kernel)
     assert rows.shape == (len(log_radius), -(-size // stride), size)
-    assert rows.min() >= 0
+    assert ((rows == 0) | (rows >= 1e-30)).all()  # subnormal numbers make the products many times slower
     torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:2], dtype=dtype))
 
 

@@ -7,13 +7,29 @@ paper's; the numbers of value channels are reconstructed from the two cost figur
 from functools import partial
 from typing import Any
 
+import torch
 from timm.models import Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .hub import build_with_verified_weights, pretrained_cfgs
 from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType
 
 __all__ = ['GeoPriorBottleneck', 'GeoPriorResNet']
+
+
+@torch.no_grad()
+def _fold(conv: nn.Conv2d, norm: nn.Module, last: int = 0) -> nn.Module:
+    """Put a batch norm, or its last channels, into the convolution before it; what then stands in the norm's place."""
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+        return norm
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+    mean, var = norm.running_mean[-last:].to(dtype), norm.running_var[-last:].to(dtype)
+    scale, shift, bias = (t if t is None else t[-last:].to(dtype) for t in (norm.weight, norm.bias, conv.bias))
+    fused = fuse_conv_bn_weights(conv.weight.to(dtype), bias, mean, var, norm.eps, scale, shift)
+    conv.weight, conv.bias = (
+        nn.Parameter(t.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad) for t in fused)
+    return nn.Identity()
 
 
 class GeoPriorBottleneck(Bottleneck):
@@ -46,6 +62,26 @@ class GeoPriorBottleneck(Bottleneck):
             self.conv2 = GeoPriorConv2d(  # type: ignore[assignment]
                 plain.in_channels, plain.out_channels, value_dim, plain.stride[0], plain.dilation[0],
                 attn_heads, attn_radius, attn_kernel, device=plain.weight.device, dtype=plain.weight.dtype)
+
+    def reparameterize(self) -> None:
+        """Fold the batch norms into the convolutions, and merge the attention's projection into the 3x3, for inference.
+
+        `timm.utils.reparameterize_model` calls it. The outputs are those of eval mode up to rounding.
+        """
+        self.bn1 = _fold(self.conv1, self.bn1)
+        if isinstance(self.conv2, GeoPriorConv2d):
+            self.conv2.reparameterize()
+            if self.conv2.attn.stride > 1:  # its values pass the 3x3 by
+                _fold(self.conv2.attn.value, self.bn2, last=self.conv2.value_dim)
+            # the attention's weights sum to one: the shift of its values is that of its outputs
+            self.bn2 = _fold(self.conv2.conv, self.bn2)
+        else:
+            self.bn2 = _fold(self.conv2, self.bn2)
+        self.bn3 = _fold(self.conv3, self.bn3)
+        if isinstance(self.downsample, nn.Sequential):  # a convolution and its norm, after a pooling or not
+            conv = self.downsample[-2]
+            assert isinstance(conv, nn.Conv2d)
+            self.downsample[-1] = _fold(conv, self.downsample[-1])
 
 
 class _StageBlock(partial[GeoPriorBottleneck]):

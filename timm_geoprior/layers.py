@@ -47,15 +47,13 @@ def attention_map(
     radius = dilation * log_radius.clamp(-limit, limit).exp()
     distance = (queries[:, None] - keys[None, :]).abs() / radius[:, None, None]
     scores = -distance if kernel == 'laplacian' else -0.5 * distance * distance
-    return scores.softmax(dim=-1)
+    # far weights are nothing: below 1e-38 they would be subnormal numbers, on which a CPU multiplies many times slower
+    return torch.nn.functional.threshold(scores.softmax(dim=-1), 1e-30, 0.0)
 
 
 def _attend(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Average (B, N, M, C) over N by weights (Q, N): (B, Q, M, C), contiguous."""
-    batch, _, rest, channels = values.shape
-    mixed = torch.bmm(weights.expand(batch, -1, -1), values.flatten(2))
-    # by way of one axis and two: what torch.export can split where a size is (H - 1) // 2 + 1
-    return mixed.flatten().view(-1, channels).view(batch, weights.shape[0], rest, channels)
+    """Average (B, N, C) over N by weights (Q, N): (B, Q, C)."""
+    return torch.bmm(weights.expand(values.shape[0], -1, -1), values)
 
 
 def mix_values(
@@ -79,15 +77,20 @@ def mix_values(
     Returns:
         Shape (B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), in the values' dtype and in channels_last format.
     """
-    num_heads, height, width = log_radius.shape[0], values.shape[2], values.shape[3]
+    height, width = values.shape[2], values.shape[3]
     log_radius = log_radius.to(torch.promote_types(values.dtype, torch.float32))
     rows = attention_map(log_radius, height, stride, dilation, kernel).to(values.dtype)
     cols = attention_map(log_radius, width, stride, dilation, kernel).to(values.dtype)
     heads = []
-    for head, value in enumerate(values.chunk(num_heads, dim=1)):
-        mixed = _attend(rows[head], value.permute(0, 2, 3, 1)).transpose(1, 2)
-        heads.append(_attend(cols[head], mixed).transpose(1, 2))
-    return torch.cat(heads, dim=3).contiguous().permute(0, 3, 1, 2)
+    for head, value in enumerate(values.chunk(log_radius.shape[0], dim=1)):
+        batch, channels = value.shape[0], value.shape[1]
+        mixed = _attend(rows[head], value.permute(0, 2, 3, 1).flatten(2))
+        # both products on the layout of a channels_last network: nothing is copied in between. By way of one axis and
+        # two: what torch.export can split where a size is (H - 1) // 2 + 1
+        mixed = mixed.flatten().view(-1, channels).view(batch * rows.shape[1], width, channels)
+        heads.append(_attend(cols[head], mixed).view(batch, rows.shape[1], cols.shape[1], channels))
+    mixed = heads[0] if len(heads) == 1 else torch.cat(heads, dim=3)
+    return mixed.permute(0, 3, 1, 2)
 
 
 # sizes are values in a traced graph: plain torch.fx keeps the call whole instead of tracing `shape`
@@ -244,7 +247,36 @@ class GeoPriorConv2d(nn.Module):
             in_channels, out_channels - value_dim, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
         self.attn = GeoPriorAttn2d(
             in_channels, value_dim, stride, dilation, num_heads, init_radius, kernel, fan_out=out_channels, **dd)
+        self.value_dim = value_dim
+        self.merged = False
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Make one convolution of both parts, for inference; `timm.utils.reparameterize_model` calls it.
+
+        The value projection becomes the middle tap of further 3x3 filters, whose channels the attention then averages
+        in their place: the input is read once, and nothing is concatenated. Under a stride the values are needed where
+        the convolution makes none, so there the projection stays, and zero filters hold the place of its channels. The
+        outputs are the same up to rounding; the parameters have other names and shapes.
+        """
+        if self.merged:
+            return
+        conv, weight = self.conv, self.attn.value.weight
+        weight = nn.functional.pad(weight if self.attn.stride == 1 else torch.zeros_like(weight), (1, 1, 1, 1))
+        memory_format = (torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last)
+                         else torch.contiguous_format)
+        merged = torch.cat([conv.weight, weight]).contiguous(memory_format=memory_format)
+        conv.weight = nn.Parameter(merged, requires_grad=conv.weight.requires_grad)
+        conv.out_channels += self.value_dim
+        if self.attn.stride == 1:
+            self.attn.value = nn.Identity()  # type: ignore[assignment]
+        self.merged = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, (H - 1) // stride + 1, (W - 1) // stride + 1)."""
-        return torch.cat([self.conv(x), self.attn(x)], dim=1)
+        out: torch.Tensor = self.conv(x)
+        if not self.merged:
+            return torch.cat([out, self.attn(x)], dim=1)
+        values = out[:, -self.value_dim:]
+        values.copy_(self.attn(values if self.attn.stride == 1 else x))
+        return out
