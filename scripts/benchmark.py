@@ -49,6 +49,8 @@ def parse_args() -> argparse.Namespace:
     engine.add_argument('--compile', action='store_true', help='torch.compile; as --engine compile')
     engine.add_argument('--engine', default='eager', choices=ENGINES, help='what runs the models (default: eager)')
     parser.add_argument('--train', action='store_true', help='forward, backward and an SGD step')
+    parser.add_argument(
+        '--reparameterize', action='store_true', help="timm's reparameterize_model: norms folded, where a model has it")
     parser.add_argument('--img-size', type=int, default=224, metavar='N', help='pixels (default: 224)')
     parser.add_argument('--batch-size', '-b', type=int, default=16, metavar='N', help='default: 16')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='of the CPU')
@@ -65,7 +67,7 @@ def measure(args: argparse.Namespace) -> None:
     setting = Setting(
         args.device, args.amp_dtype if args.amp else 'float32', args.channels_last,
         'compile' if args.compile else args.engine, args.train, args.img_size, args.batch_size, args.threads,
-        args.model_kwargs)
+        args.reparameterize, args.model_kwargs)
     names, reasons = usable_models(args.models)
     for remark in filter(None, [setting.check(), *reasons]):
         print(f'benchmark.py: {remark}', file=sys.stderr)

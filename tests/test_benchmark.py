@@ -41,7 +41,8 @@ def test_every_engine_runs_the_same_network(engine, tmp_path):
     if engine == 'onnxruntime':
         pytest.importorskip('onnxruntime')
         pytest.importorskip('onnxscript')
-    model = torch.nn.Sequential(GeoPriorConv2d(3, 8, 2, stride=2), torch.nn.ReLU()).eval()
+    model = torch.nn.Sequential(GeoPriorConv2d(3, 8, 2, stride=2), GeoPriorConv2d(8, 8, 2), torch.nn.ReLU()).eval()
+    model[1].reparameterize()
     result = prepare_step(model, setting(engine=engine), tmp_path)()
     expected = prepare_step(model, setting(channels_last=True), tmp_path)()
     (result,) = result if engine == 'onnxruntime' else (result,)
@@ -54,6 +55,12 @@ def test_a_training_step_trains(tmp_path):
     prepare_step(model, setting(train=True, precision='bfloat16'), tmp_path)()
     assert not torch.equal(model.conv1[0].weight, before)
     assert model.conv1[0].weight.grad is None
+
+
+def test_a_reparameterized_network():
+    networks = [create_network(NANO, setting(reparameterize=flag)) for flag in (False, True)]
+    norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) for network in networks]
+    assert norms == [19, 3]  # those of the deep stem stay
 
 
 def test_repetitions_are_interleaved():
@@ -95,6 +102,8 @@ def test_what_cannot_be_measured_is_refused():
         setting(device=f'cuda:{count}').check()
     with pytest.raises(BenchmarkError, match='engine is onnxruntime with bfloat16, expected inference in float32'):
         setting(engine='onnxruntime', precision='bfloat16').check()
+    with pytest.raises(BenchmarkError, match='asked for in training, expected inference'):
+        setting(train=True, reparameterize=True).check()
     with pytest.raises(BenchmarkError, match='nonesuch is left out: timm .* has no such model. Name one of'):
         usable_models(['nonesuch', NANO])
     assert usable_models([NANO, 'nonesuch'])[0] == [NANO]

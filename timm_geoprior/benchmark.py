@@ -20,6 +20,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.benchmark import Timer
 
@@ -55,6 +56,7 @@ class Setting:
         img_size: Side of the images, pixels.
         batch_size: Images a step.
         num_threads: Threads of a CPU.
+        reparameterize: By `timm.utils.reparameterize_model`, which leaves networks that have nothing of the kind alone.
         model_kwargs: Options of every network.
     """
 
@@ -66,6 +68,7 @@ class Setting:
     img_size: int = 224
     batch_size: int = 16
     num_threads: int = 1
+    reparameterize: bool = False
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self) -> str:
@@ -84,6 +87,9 @@ class Setting:
         if self.engine not in ('eager', 'compile') and (self.train or self.precision != 'float32'):
             raise BenchmarkError(f'engine is {self.engine} with {"training" if self.train else self.precision}, '
                                  f'expected inference in float32: leave --train and --amp out.')
+        if self.train and self.reparameterize:
+            raise BenchmarkError('A reparameterized network was asked for in training, expected inference: it has no '
+                                 'batch norms left to train, leave --train or --reparameterize out.')
         if self.engine == 'onnxruntime' and device.type != 'cpu':
             raise BenchmarkError(f'engine is onnxruntime on {self.device}, expected cpu: leave --device out.')
         if device.type == 'cuda' and self.precision == 'bfloat16' and not torch.cuda.is_bf16_supported(False):
@@ -120,7 +126,8 @@ def create_network(name: str, setting: Setting) -> nn.Module:
     """A network with random weights, for 1,000 classes unless `model_kwargs` say otherwise."""
     model: nn.Module = timm.create_model(name, **{'num_classes': 1000, **setting.model_kwargs})
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-    return model.to(device=setting.device).to(memory_format=layout).train(setting.train)
+    model = model.to(device=setting.device).to(memory_format=layout).train(setting.train)
+    return reparameterize_model(model) if setting.reparameterize else model
 
 
 def prepare_step(model: nn.Module, setting: Setting, folder: Path) -> Step:
