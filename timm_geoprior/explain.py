@@ -23,7 +23,16 @@ from .classifier import Classifier
 from .layers import GeoPriorConv2d
 from .manifest import write_atomically
 from .windows import (
-    ON_PHOTO, View, draw_heading, draw_photo, fill_windows, learned_windows, new_figure, to_input, view_of)
+    ON_PHOTO,
+    View,
+    draw_heading,
+    draw_photo,
+    fill_windows,
+    learned_windows,
+    new_figure,
+    to_input,
+    view_of,
+)
 
 __all__ = ['ExplainError', 'draw', 'effective_field', 'explain', 'receptive_pair']
 
@@ -147,7 +156,7 @@ def _draw_fields(figure: Figure, panels: Sequence[Axes], model: nn.Module, view:
     names = 'Receptive field: GeoPrior', 'Receptive field: plain ResNet'
     lines = 'random weights, learned radii', 'same depth and widths, random weights'
     for axes, field, name, line in zip(panels, receptive_pair(model, size), names, lines, strict=True):
-        drawn = axes.imshow((field / field.max()).clamp(min=FAINTEST), cmap='magma', norm=LogNorm(FAINTEST, 1),
+        drawn = axes.imshow((field / field.max()).clamp(min=FAINTEST).numpy(), cmap='magma', norm=LogNorm(FAINTEST, 1),
                             extent=(-half, half, half, -half))
         axes.add_patch(Rectangle((-view.width / 2, -view.height / 2), view.width, view.height, fill=False,
                                  edgecolor='white', linestyle=':'))

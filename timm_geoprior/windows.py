@@ -190,7 +190,7 @@ def _draw_stage(axes: Axes, windows: Sequence[Window], color: str) -> None:
     weights = torch.stack([
         F.interpolate((window.weights / window.weights.max())[None, None], finest)[0, 0] for window in windows]).mean(0)
     shade = np.zeros((*finest, 4))
-    shade[..., 3] = 0.88 * (1 - weights / weights.max())
+    shade[..., 3] = 0.88 * (1 - weights / weights.max()).numpy()
     axes.imshow(shade, extent=(left, right, bottom, top), interpolation='nearest')
     for window in windows:
         axes.add_patch(window.outline(window.center, edgecolor=color, linewidth=2, path_effects=DARK_EDGE))
