@@ -34,7 +34,10 @@ from .training.recipe import Recipe, RecipeError, load_recipe, make_recipe
 from .training.report import write_results
 from .training.sources import open_data
 
-__all__ = ['ComparisonError', 'Interval', 'compare', 'load_variants', 'paired_interval', 'report', 'write_csv']
+__all__ = [
+    'ComparisonError', 'Interval', 'compare', 'load_variants', 'markdown_table', 'paired_interval', 'report',
+    'write_csv',
+]
 
 FACTORS = (0.75, 1, 2)  # sizes that the networks are measured at, as multiples of the recipe's own
 LEAST_SEEDS = 3  # Student's factor for a mean of two is 12.7
@@ -329,7 +332,8 @@ def report(rows: Sequence[Row], output: Path, command: str) -> str:
     return text
 
 
-def _markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+def markdown_table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, its first column to the left, the others to the right."""
     cells = list(header)
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [cells, ['---'] + ['---:'] * (len(cells) - 1), *lines])
 
@@ -343,7 +347,8 @@ def _accuracy_table(rows: Sequence[Row], names: Sequence[str], seeds: Sequence[i
         lines.append([name, f'{next(iter(own.values()))["parameters"]:,}',
                       *(f'{own[seed]["top1"]:.2f}' if seed in own else '' for seed in seeds), f'{mean:.2f}',
                       'base' if name == names[0] else str(paired_interval(pairs)), str(len(pairs))])
-    return _markdown(['variant', 'parameters', *(f'seed {seed}' for seed in seeds), 'mean', 'difference', 'n'], lines)
+    header = ['variant', 'parameters', *(f'seed {seed}' for seed in seeds), 'mean', 'difference', 'n']
+    return markdown_table(header, lines)
 
 
 def _heads(rows: Iterable[Row], key: str) -> list[float]:
@@ -363,7 +368,7 @@ def _radii_table(rows: Sequence[Row], names: Sequence[str]) -> str:
         lines += [[name, *cells]] if any(cells) else []
     maps = {layer: next(row[f'map.{layer}'] for row in rows if f'map.{layer}' in row) for layer in layers}
     header = ['variant', *(f'{layer}, map of {cells}' for layer, cells in maps.items())]
-    return _markdown(header, lines) if lines else ''
+    return markdown_table(header, lines) if lines else ''
 
 
 def _size_table(rows: Sequence[Row], names: Sequence[str]) -> str:
@@ -384,7 +389,7 @@ def _size_table(rows: Sequence[Row], names: Sequence[str]) -> str:
             elif share:
                 line += ['', '']
         lines.append(line)
-    return _markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:

@@ -1,0 +1,169 @@
+"""scripts/transfer.py and what it is made of, on real photographs."""
+import csv
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from timm_geoprior import transfer as module
+from timm_geoprior.evaluation.data import open_data
+from timm_geoprior.transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, report, transfer
+
+SCRIPT = Path(__file__).parents[1] / 'scripts' / 'transfer.py'
+NANO = 'geoprior_resnet14_nano'
+
+
+def job(photo_folder, output, **changes):
+    return Transfer(**{'data_dir': photo_folder, 'output': output, 'model': NANO, 'seeds': (0,), 'img_size': 32,
+                       'overrides': ('epochs=2',), 'workers': 0, **changes})
+
+
+def arguments(data, output, *more):
+    return [str(SCRIPT), NANO, '--data-dir', str(data), '--output', str(output), '--device', 'cpu', '-j', '0',
+            '--img-size', '32', '--seeds', '0', '--set', 'epochs=2', *map(str, more)]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Run the script in this process."""
+    def run(*given):
+        monkeypatch.setattr(sys, 'argv', arguments(*given))
+        runpy.run_path(str(SCRIPT), run_name='__main__')
+
+    return run
+
+
+# the process ends, as by SIGKILL, after the first epoch of the first fine-tuning
+KILLED = (
+    'import os, runpy, sys\n'
+    'from timm_geoprior.training import engine\n'
+    'end = engine.Trainer._end_epoch\n'
+    'def killed(self):\n'
+    '    end(self)\n'
+    '    os._exit(9)\n'
+    'engine.Trainer._end_epoch = killed\n'
+    f'sys.argv[0] = {str(SCRIPT)!r}\n'
+    'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+
+
+def test_killed_and_gone_on(photo_folder, tmp_path, script, capsys, monkeypatch):
+    given = (photo_folder, tmp_path, '--per-class', 6)
+    killed = [sys.executable, '-c', KILLED, *arguments(*given)[1:]]
+    assert subprocess.run(killed, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode == 9
+    folder = tmp_path / photo_folder.name
+    features = {path.name: path.stat().st_mtime_ns for path in folder.glob('features/*')}
+    assert set(features) == {'train-pretrained.pt', 'train-random0.pt', 'test-pretrained.pt', 'test-random0.pt'}
+    assert (folder / 'runs' / '0-6-pretrained' / 'last.pt').exists()
+    script(*given)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob('features/*')} == features
+    rows = list(csv.DictReader((tmp_path / 'transfer.csv').open()))
+    by_case = {(row['method'], row['start']): float(row['top1']) for row in rows}
+    assert len(by_case) == len(rows) == 6
+    assert by_case['linear', 'pretrained'] > 50  # one in four by chance
+    assert all(row['labels'] == '24' and row['test_images'] == '20' for row in rows)
+    left = [path.name for path in (folder / 'runs' / '0-6-pretrained').iterdir()]
+    assert 'results.json' in left
+    assert not {'last.pt', 'best.pt', 'model.safetensors', 'images'} & set(left)
+    assert json.loads((folder / 'runs' / '0-6-random' / 'results.json').read_text())['epochs'] == 2
+    text = (tmp_path / 'transfer.md').read_text()
+    assert text in capsys.readouterr().out
+    assert f'| 6 | 24 | linear probe | {by_case["linear", "pretrained"]:.2f} |' in text
+    assert Image.open(tmp_path / 'transfer.png').size[0] > 500
+    monkeypatch.setattr(module, '_open_splits', None)  # nothing is left to do
+    assert list(transfer(job(photo_folder, tmp_path, per_class=(6,)))) == [module._rows(tmp_path)]
+    with pytest.raises(TransferError, match='was made with img_size = 32, expected 64: name another'):
+        next(transfer(job(photo_folder, tmp_path, img_size=64)))
+
+
+def test_features_are_those_of_the_drawn_images(photo_folder, tmp_path):
+    """More seeds and labels than were there need new features; each row has its own images'."""
+    few = job(photo_folder, tmp_path, methods=('knn',), per_class=(3,), img_size=64)
+    more = job(photo_folder, tmp_path, methods=('knn',), per_class=(3, 5), seeds=(1, 0), img_size=64)
+    *_, first = transfer(few)
+    *_, rows = transfer(more)
+    assert len(rows) == 8
+    assert all(row in rows for row in first)
+    train, test = (open_data(photo_folder, split=split) for split in ('train', 'val'))
+    everything = torch.arange(len(train.labels)), torch.arange(len(test.labels))
+    full = [module._forward(more, data, indices, module._network(more, 'pretrained', 1), '')
+            for data, indices in zip((train, test), everything, strict=True)]
+    drawn = draw(train, 5, 1)
+    answers = knn(full[0][drawn], torch.from_numpy(train.labels)[drawn], full[1])
+    right = (answers == torch.from_numpy(test.labels)).double().mean().item()
+    (row,) = (row for row in rows if (row['seed'], row['per_class'], row['start']) == (1, 5, 'pretrained'))
+    assert row['top1'] == pytest.approx(100 * right)
+
+
+def test_draws(photo_folder):
+    train = open_data(photo_folder, split='train')
+    few, more, other = (draw(train, *given).tolist() for given in ((3, 0), (7, 0), (7, 1)))
+    assert set(few) < set(more) != set(other)
+    assert torch.from_numpy(train.labels)[few].bincount().tolist() == [3, 3, 3, 3]
+    assert draw(train, 0, 5).tolist() == list(range(48))
+
+
+def test_knn_votes_by_similarity():
+    """Three that are a little alike count less than one that is nearly the same."""
+    features = torch.tensor([[1.0, 0.05], [0.6, 1.0], [0.6, 1.1], [0.6, 1.2]])
+    labels = torch.tensor([0, 1, 1, 1])
+    assert knn(features, labels, torch.tensor([[9.0, 0.0], [0.1, 0.2]])).tolist() == [0, 1]
+
+
+def test_linear_probe_is_at_its_optimum():
+    """The gradient of the penalized loss vanishes; a penalty is chosen that generalizes."""
+    noise = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 40, generator=noise) + 2 * torch.nn.functional.one_hot(labels, 40)
+    features[:, 39] = 5.0  # constant
+    logits = fit_linear(features, labels, 0.1)
+    columns = torch.zeros(1, 40).add(features.mean(0))
+    weight = (logits(columns + torch.eye(40) * features.std(0)) - logits(columns))[:39]
+    inputs = ((features - features.mean(0)) / features.std(0))[:, :39]
+    error = (logits(features).softmax(1) - torch.nn.functional.one_hot(labels, 3)) / 60
+    torch.testing.assert_close(inputs.T @ error, -0.1 * weight, atol=1e-4, rtol=1e-3)
+    assert choose_penalty(features, labels) > module.PENALTIES[0]
+
+
+def test_the_report(tmp_path):
+    rows = [{'data': 'cats', 'per_class': per_class, 'labels': 40, 'method': method, 'start': start, 'seed': seed,
+             'top1': top1 + seed, 'test_images': 1000, 'model': NANO, 'command': 'python scripts/transfer.py'}
+            for per_class in ('all', 10) for method in ('knn', 'finetune')
+            for start, top1 in (('pretrained', 40.0), ('random', 30.0)) for seed in range(3)]
+    lines = report(rows, tmp_path).splitlines()
+    table = [line for line in lines if line.startswith('| ')]
+    assert table[2] == '| 10 | 40 | k-NN | 41.00 (40.00 to 42.00) | 31.00 (30.00 to 32.00) | +10.00 ± 0.00 | 3 |'
+    assert [line.split(' | ')[0] for line in table[2:]] == ['| 10', '| 10', '| all', '| all']
+    assert lines[-1] == '`python scripts/transfer.py`'
+
+
+@pytest.mark.parametrize(('given', 'words'), [
+    (['--per-class', '13'], r'13 labels of the class astronaut are wanted, expected from 2 .* to the 12'),
+    (['--per-class', '1'], r'1 labels of the class astronaut are wanted'),
+    (['--data-dir', 'nowhere'], 'nowhere is no folder'),
+    (['--set', 'epoch=2', '--methods', 'finetune'], "did you mean 'epochs'"),
+])
+def test_bad_arguments(photo_folder, tmp_path, script, given, words):
+    with pytest.raises(SystemExit, match=f'^transfer.py: .*{words}.*$'):
+        script(photo_folder, tmp_path / 'out', *given)
+    assert not list(tmp_path.glob('out/*/rows/*'))
+
+
+def test_bad_folders_and_models(photo_folder, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(photo_folder, data)
+    shutil.rmtree(data / 'val' / 'coffee')
+    with pytest.raises(TransferError, match='has the class coffee in one split only'):
+        list(transfer(job(data, tmp_path / 'out')))
+    shutil.rmtree(data / 'val')
+    with pytest.raises(TransferError, match=r'no class folders in train/ and test/ \(or val/\)'):
+        list(transfer(job(data, tmp_path / 'out')))
+    with pytest.raises(TransferError, match=r'resnet51 cannot be loaded \(Unknown model \(resnet51\)\), expected a'):
+        list(transfer(job(photo_folder, tmp_path / 'out', model='resnet51')))
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,437 @@
+"""What trained weights are worth on another set of images, beside random ones: few labels, probes and fine-tuning.
+
+Both networks get the same labels, the same number of them a class, drawn by a seed; a draw of fewer labels is a part of
+the draw of more. The test images choose nothing.
+"""
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from .comparison import markdown_table, paired_interval, write_csv
+from .data.seeding import generator, seed_everything
+from .data.splits import hold_out_share
+from .evaluation.data import EvalSet, open_data
+from .finetune import HELD_OUT_SHARE, Job, find_splits, finetune
+from .manifest import write_atomically
+from .provenance import git_commit
+from .training.checkpoint import save_checkpoint
+from .training.sources import model_cfg
+
+__all__ = ['METHODS', 'Transfer', 'TransferError', 'draw', 'fit_linear', 'knn', 'report', 'transfer']
+
+METHODS = {'knn': 'k-NN', 'linear': 'linear probe', 'finetune': 'fine-tuned'}
+STARTS = ('pretrained', 'random')
+# k and temperature of the weighted vote in Wu et al., 2018 (arXiv 1805.01978), as Caron et al., 2021 (arXiv 2104.14294)
+# found them to serve best
+NEIGHBORS, TEMPERATURE = 20, 0.07
+PENALTIES = tuple(10.0 ** power for power in range(-5, 2))
+Row = dict[str, Any]
+
+
+class TransferError(RuntimeError):
+    """Images, labels or a model that nothing can be transferred to or from; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What is transferred, to what.
+
+    Attributes:
+        data_dir: Folder with the splits `train` and `test` (or `val`), each with one folder of images a class.
+        output: Folder of the rows, the features and the report; several data sets may share it.
+        model: Any model of timm with weights.
+        per_class: Labels a class, 0 for all there are.
+        seeds: Of the labels' draw, of random weights, and of fine-tuning.
+        methods: Some of `METHODS`.
+        img_size: Side of the images, 0 for the model's own.
+        overrides: 'key=value' strings for the recipe of fine-tuning.
+        device: Where the network runs.
+        workers: Processes that decode.
+        command: How it was called, for the rows.
+        tell: Called with a sentence for each row.
+    """
+    data_dir: Path
+    output: Path
+    model: str
+    per_class: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    methods: tuple[str, ...] = tuple(METHODS)
+    img_size: int = 0
+    overrides: tuple[str, ...] = ()
+    device: str = 'cpu'
+    workers: int = 2
+    command: str = ''
+    tell: Callable[[str], None] = print
+
+    @property
+    def name(self) -> str:
+        """The data set's name, its folder's."""
+        return self.data_dir.resolve().name
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this data set goes."""
+        return self.output / self.name
+
+
+def transfer(job: Transfer) -> Iterator[list[Row]]:
+    """Make the rows that are not there yet, seed by seed.
+
+    Args:
+        job: What is transferred, to what.
+
+    Yields:
+        The rows of all data sets in the output, at the start and after each new one.
+
+    Raises:
+        TransferError: Bad images, too few of them, a model without weights, or an output with other settings.
+        RuntimeError: One of `finetune.ERRORS`, whose message is a sentence for people.
+        SystemExit: On SIGTERM and Ctrl-C.
+    """
+    todo = [(seed, per_class, method, start) for seed in job.seeds for per_class in job.per_class
+            for method in job.methods for start in STARTS
+            if not _row_path(job, seed, per_class, method, start).exists()]
+    _check_settings(job)
+    yield _rows(job.output)
+    if not todo:
+        return
+    train, test = _open_splits(job)
+    draws = {(seed, per_class): draw(train, per_class, seed) for seed in job.seeds for per_class in job.per_class}
+    _network(job, 'pretrained', 0)  # that it has weights is known before anything is written
+    write_settings(job)
+    for seed, per_class, method, start in todo:
+        if method == 'finetune':
+            row = _finetuned(job, train, draws[seed, per_class], seed, per_class, start)
+        else:
+            needed = [drawn for (other, _), drawn in draws.items() if other == seed or start == 'pretrained']
+            row = _probed(job, method, start, seed, draws[seed, per_class], torch.cat(needed).unique(), (train, test))
+        row = {'data': job.name, 'per_class': per_class or 'all', 'labels': len(draws[seed, per_class]),
+               'method': method, 'start': start, 'seed': seed, **row, 'model': job.model, 'commit': git_commit(),
+               'command': job.command}
+        path = _row_path(job, seed, per_class, method, start)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(row, indent=2).encode())
+        job.tell(f'{job.name}, {row["per_class"]} labels a class, seed {seed}, {METHODS[method]}, {start}: '
+                 f'top-1 {row["top1"]:.2f}%')
+        yield _rows(job.output)
+
+
+def _row_path(job: Transfer, seed: int, per_class: int, method: str, start: str) -> Path:
+    return job.folder / 'rows' / f'{seed}-{per_class or "all"}-{method}-{start}.json'
+
+
+def _rows(output: Path) -> list[Row]:
+    return [json.loads(path.read_text()) for path in sorted(output.glob('*/rows/*.json'))]
+
+
+# -- before ------------------------------------------------------------------------------------------------------------
+
+def _settings(job: Transfer) -> dict[str, Any]:
+    return {'model': job.model, 'img_size': job.img_size, 'overrides': list(job.overrides)}
+
+
+def _check_settings(job: Transfer) -> None:
+    path = job.folder / 'settings.json'
+    there = json.loads(path.read_text()) if path.is_file() else _settings(job)
+    for key, value in _settings(job).items():
+        if there[key] != value:
+            raise TransferError(f'{job.folder} was made with {key} = {there[key]!r}, expected {value!r}: name another '
+                                f'folder by --output, or leave it the same.')
+
+
+def write_settings(job: Transfer) -> None:
+    """Write what the rows of a data set have in common."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(job.folder / 'settings.json', json.dumps(_settings(job)).encode())
+
+
+def _test_split(job: Transfer) -> str:
+    splits = find_splits(job.data_dir)
+    test = splits.measured or splits.val
+    if not (splits.train and test):
+        raise TransferError(f'{job.data_dir} has no class folders in train/ and test/ (or val/), expected both: sort '
+                            f'the images into them.')
+    return test
+
+
+def _open_splits(job: Transfer) -> tuple[EvalSet, EvalSet]:
+    test = _test_split(job)
+    train, measured = (open_data(job.data_dir, split=split) for split in (find_splits(job.data_dir).train, test))
+    if train.classes != measured.classes:
+        other = sorted(set(train.classes) ^ set(measured.classes))[0]
+        raise TransferError(f'{job.data_dir} has the class {other} in one split only, expected the same class folders '
+                            f'in train and {test}: add or remove it.')
+    return train, measured
+
+
+def draw(data: EvalSet, per_class: int, seed: int) -> Tensor:
+    """Draw labelled images of each class.
+
+    Args:
+        data: The training images.
+        per_class: Images of each class, 0 for all.
+        seed: Of the draw; for one seed, fewer images are some of more.
+
+    Returns:
+        Indices, ascending.
+
+    Raises:
+        TransferError: A class has fewer images, or so few that none can be held out.
+    """
+    labels = torch.from_numpy(data.labels)
+    drawn = []
+    for index, name in enumerate(data.classes):
+        members = (labels == index).nonzero().flatten()
+        wanted = per_class or len(members)
+        if not 2 <= wanted <= len(members):
+            raise TransferError(f'{wanted} labels of the class {name} are wanted, expected from 2 (one to learn from, '
+                                f'one to choose by) to the {len(members)} that there are: change --per-class.')
+        order = torch.randperm(len(members), generator=generator(seed, 'labels', index))
+        drawn.append(members[order[:wanted]])
+    return torch.cat(drawn).sort().values
+
+
+# -- probes ------------------------------------------------------------------------------------------------------------
+
+def _network(job: Transfer, start: str, seed: int) -> nn.Module:
+    """The network without its classifier, with the weights of its tag or random ones."""
+    seed_everything(seed, 'init')
+    try:
+        model: nn.Module = timm.create_model(job.model, pretrained=start == 'pretrained', num_classes=0)
+    except Exception as error:  # timm, json and the Hub's client raise half a dozen types
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+        raise TransferError(f'{job.model} cannot be loaded ({reason}), expected a model with trained weights: '
+                            f'`timm-geoprior list` names some.') from error
+    return model.to(device=job.device).to(memory_format=torch.channels_last).eval()
+
+
+def _features(job: Transfer, data: EvalSet, split: str, wanted: Tensor, start: str, seed: int) -> Tensor:
+    """Pooled features of some images, (images, features), computed once and kept in a file."""
+    folder = job.folder / 'features'
+    path = folder / f'{split}-{start if start == "pretrained" else f"{start}{seed}"}.pt'
+    kept = torch.load(path, weights_only=True) if path.exists() else {'indices': torch.zeros(0, dtype=torch.int64)}
+    if not torch.isin(wanted, kept['indices']).all():
+        kept = {'indices': wanted, 'features': _forward(job, data, wanted, _network(job, start, seed), path.stem)}
+        folder.mkdir(exist_ok=True)
+        save_checkpoint(kept, path)
+    return kept['features'][torch.searchsorted(kept['indices'], wanted)]
+
+
+@torch.inference_mode()
+def _forward(job: Transfer, data: EvalSet, wanted: Tensor, network: nn.Module, what: str) -> Tensor:
+    cfg = resolve_data_config(pretrained_cfg=model_cfg(job.model))
+    size = (3, job.img_size, job.img_size) if job.img_size else cfg['input_size']
+    data.dataset.transform = create_transform(**{**cfg, 'input_size': size})
+    loader = DataLoader(Subset(data.dataset, wanted.tolist()), 64, num_workers=job.workers)
+    batches = tqdm(loader, f'features, {what}', leave=False, mininterval=5)
+    return torch.cat([network(images.to(job.device)).float().cpu() for images, _ in batches])
+
+
+def _probed(
+        job: Transfer, method: str, start: str, seed: int, drawn: Tensor, needed: Tensor,
+        splits: tuple[EvalSet, EvalSet],
+) -> Row:
+    """A row of a probe."""
+    train, test = splits
+    everything = _features(job, train, 'train', needed, start, seed)
+    features = everything[torch.searchsorted(needed, drawn)]
+    measured = _features(job, test, 'test', torch.arange(len(test.labels)), start, seed)
+    labels, truth = torch.from_numpy(train.labels)[drawn], torch.from_numpy(test.labels)
+    if method == 'knn':
+        answers, chosen = knn(features, labels, measured), {}
+    else:
+        penalty = choose_penalty(features, labels)
+        answers, chosen = fit_linear(features, labels, penalty)(measured).argmax(1), {'penalty': penalty}
+    return {'top1': 100 * (answers == truth).double().mean().item(), 'test_images': len(truth), **chosen}
+
+
+def knn(features: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    """Classify by the nearest features, each voting by its cosine similarity (Wu et al., 2018, arXiv 1805.01978).
+
+    Args:
+        features: Of images whose class is known, shape (N, F).
+        labels: Their classes, shape (N,).
+        queries: Features to classify, shape (M, F).
+
+    Returns:
+        Classes, shape (M,).
+    """
+    known = F.normalize(features).T
+    answers = []
+    for part in F.normalize(queries).split(1000):
+        similar = (part @ known).topk(min(NEIGHBORS, len(features)))
+        votes = torch.zeros(len(part), int(labels.max()) + 1)
+        votes.scatter_add_(1, labels[similar.indices], (similar.values / TEMPERATURE).exp())
+        answers.append(votes.argmax(1))
+    return torch.cat(answers)
+
+
+def fit_linear(features: Tensor, labels: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+    """Fit a softmax regression on standardized features, to its optimum.
+
+    Args:
+        features: Shape (N, F).
+        labels: Classes, shape (N,).
+        penalty: Of the weights: half of it times the sum of their squares is added to the mean cross entropy.
+
+    Returns:
+        What gives logits (M, K) for features (M, F).
+    """
+    mean, std = features.mean(0), features.std(0)
+    std = torch.where(std > 1e-6, std, 1.0)  # of a channel that is always the same
+    inputs = (features - mean) / std
+    weight = torch.zeros(features.shape[1], int(labels.max()) + 1, requires_grad=True)
+    bias = torch.zeros(weight.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn='strong_wolfe')
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(inputs @ weight + bias, labels) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return lambda others: ((others - mean) / std) @ weight.detach() + bias.detach()
+
+
+def choose_penalty(features: Tensor, labels: Tensor) -> float:
+    """The penalty with the least cross entropy on a fifth of each class, held out."""
+    stay, held = hold_out_share(labels, HELD_OUT_SHARE)
+    losses = [F.cross_entropy(fit_linear(features[stay], labels[stay], penalty)(features[held]), labels[held]).item()
+              for penalty in PENALTIES]
+    return PENALTIES[losses.index(min(losses))]
+
+
+# -- fine-tuning -------------------------------------------------------------------------------------------------------
+
+def _finetuned(job: Transfer, train: EvalSet, drawn: Tensor, seed: int, per_class: int, start: str) -> Row:
+    """A row of `finetune` on a folder of the drawn images; the weights are removed when it is done."""
+    place = job.folder / 'runs' / f'{seed}-{per_class or "all"}-{start}'
+    images = place / 'images'
+    _link(job, train, drawn, images)
+    # few labels are seen more often: 30,000 images in all, from 10 to 100 times each
+    epochs = min(max(math.ceil(30_000 / len(drawn)), 10), 100)
+    size = [f'img_size={job.img_size}'] if job.img_size else []
+    results = finetune(Job(
+        images, place, job.model, from_scratch=start == 'random', overrides=(f'epochs={epochs}', *size, *job.overrides),
+        patience=10_000, seed=seed, device=job.device, workers=job.workers, resume=(place / 'last.pt').exists(),
+        tell=lambda text: None))
+    for name in ('last.pt', 'best.pt', 'model.safetensors'):
+        (place / name).unlink(missing_ok=True)
+    shutil.rmtree(images)
+    measured = results['measured']
+    return {'top1': measured['top1'], 'test_images': measured['num_images'], 'epochs': results['epochs'],
+            'hours': results['hours']}
+
+
+def _link(job: Transfer, train: EvalSet, drawn: Tensor, folder: Path) -> None:
+    """Make a folder with links to the drawn images, as `finetune` takes one."""
+    test = _test_split(job)
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+    split = job.data_dir.resolve() / find_splits(job.data_dir).train
+    try:
+        for index in drawn.tolist():
+            target = folder / 'train' / train.classes[train.labels[index]] / f'{index}{Path(train.names[index]).suffix}'
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(split / train.names[index])
+        (folder / 'test').symlink_to(job.data_dir.resolve() / test, target_is_directory=True)
+    except OSError as error:
+        raise TransferError(f'Links to images cannot be made in {folder} ({error.strerror}), expected a file system '
+                            f'that has them: name another --output.') from error
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+def report(rows: Sequence[Row], output: Path) -> str:
+    """Write transfer.csv, transfer.md and transfer.png.
+
+    Args:
+        rows: Of all data sets.
+        output: Folder to write them in.
+
+    Returns:
+        The text of transfer.md.
+    """
+    names = list(dict.fromkeys(row['data'] for row in rows))
+    sections = ['Top-1 in percent of the test images: the mean over the seeds (least to greatest), and the mean '
+                'difference within a seed ± the half width of its 95% interval (Student; from three seeds on). Both '
+                'networks have the same labels, recipe and epochs; a fifth of the labels chooses.']
+    for name in names:
+        own = [row for row in rows if row['data'] == name]
+        sections += [f'{name}, {own[0]["test_images"]:,} test images, {own[0]["model"]}:', _table(own),
+                     *(f'`{command}`' for command in dict.fromkeys(row['command'] for row in own) if command)]
+    text = '\n\n'.join(sections) + '\n'
+    write_csv(rows, output / 'transfer.csv')
+    write_atomically(output / 'transfer.md', text.encode())
+    _plot(rows, names, output / 'transfer.png')
+    return text
+
+
+def _cases(rows: Sequence[Row]) -> list[Any]:
+    """Labels a class, the fewest first."""
+    return sorted({row['per_class'] for row in rows}, key=lambda value: math.inf if value == 'all' else value)
+
+
+def _by_seed(rows: Sequence[Row], per_class: Any, method: str, start: str) -> dict[int, float]:
+    return {row['seed']: row['top1'] for row in rows
+            if (row['per_class'], row['method'], row['start']) == (per_class, method, start)}
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = []
+    for per_class in _cases(rows):
+        labels = next(row['labels'] for row in rows if row['per_class'] == per_class)
+        for method, title in METHODS.items():
+            pretrained, random = (_by_seed(rows, per_class, method, start) for start in STARTS)
+            if pretrained or random:
+                pairs = [value - random[seed] for seed, value in pretrained.items() if seed in random]
+                lines.append([f'{per_class}', f'{labels:,}', title, _spread(pretrained), _spread(random),
+                              str(paired_interval(pairs)) if pairs else '', str(len(pairs))])
+    return markdown_table(['labels a class', 'labels', 'method', *STARTS, 'difference', 'n'], lines)
+
+
+def _spread(values: dict[int, float]) -> str:
+    if not values:
+        return ''
+    numbers = list(values.values())
+    mean = f'{statistics.fmean(numbers):.2f}'
+    return mean if len(numbers) == 1 else f'{mean} ({min(numbers):.2f} to {max(numbers):.2f})'
+
+
+def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
+    """A panel a data set: accuracy over the labels a class, a colour a method, filled for trained weights."""
+    figure = Figure(figsize=(1.8 + 4.2 * len(names), 4), layout='constrained')
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        own = [row for row in rows if row['data'] == name]
+        cases = _cases(own)
+        for color, method in enumerate(METHODS):
+            for start, line, face in zip(STARTS, ('-', '--'), (f'C{color}', 'white'), strict=True):
+                seen = [(place + 0.08 * (color - 1), values) for place, case in enumerate(cases)
+                        if (values := list(_by_seed(own, case, method, start).values()))]
+                if seen:
+                    means = [statistics.fmean(values) for _, values in seen]
+                    ends = [[mean - min(values) for mean, (_, values) in zip(means, seen, strict=True)],
+                            [max(values) - mean for mean, (_, values) in zip(means, seen, strict=True)]]
+                    axes.errorbar([x for x, _ in seen], means, yerr=ends, color=f'C{color}', linestyle=line, marker='o',
+                                  markerfacecolor=face, capsize=3, label=f'{METHODS[method]}, {start}')
+        axes.set_xticks(range(len(cases)), [str(case) for case in cases])
+        axes.set(title=name, xlabel='labels a class', xlim=(-0.5, len(cases) - 0.5))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel('top-1 of the test images (%)')
+    panels[-1].legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=130))
