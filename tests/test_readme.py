@@ -32,7 +32,7 @@ def test_python_runs(tmp_path, monkeypatch, name, code):
 
 
 def test_the_two_lines_to_paste():
-    assert SHELL[0] == "python -m pip install '.[demo]' && python -m timm_geoprior classify"
+    assert SHELL[0] == "python -m pip install '.[sample]' && python -m timm_geoprior classify"
     assert SHELL[1] == "python -m pip install -e '.[test]' && python -m pytest"
     # .ci/run takes them by these words, each from the first line that has them
     assert next(line for line in README.splitlines() if 'timm_geoprior classify' in line) == SHELL[0]
@@ -41,7 +41,7 @@ def test_the_two_lines_to_paste():
 
 def test_every_extra_exists():
     named = {extra for line in SHELL for extra in re.findall(r"'\.\[(\w+)\]'", line)}
-    assert named == {'demo', 'test', 'train'}
+    assert named == {'sample', 'test', 'train'}
     assert named <= set(metadata('timm-geoprior').get_all('Provides-Extra'))
 
 

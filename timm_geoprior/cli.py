@@ -201,6 +201,20 @@ def _print_layers(name: str) -> int:
     return 0
 
 
+def _demo(args: argparse.Namespace) -> int:
+    with _extra('demo'):
+        from .demo import DemoError, serve, write_space
+    try:
+        if args.space is None:
+            serve(args.model, args.port)
+        else:
+            write_space(args.space, args.model)
+            print(f'Wrote {args.space}: push it to a Space of the Hugging Face Hub, or run its app.py.')
+    except DemoError as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
 def _finetune(args: argparse.Namespace) -> int:
     with _extra('train'):
         from .finetune import ERRORS, Job, finetune
@@ -311,6 +325,11 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--point', type=_point, metavar='X,Y', help='where it looks from, in pixels of the image (default: the middle)')
     command.add_argument('--layers', action='store_true', help="print each layer's radius in cells and pixels, only")
+
+    command = add('demo', _demo, 'serve a page to try the models on, or write the folder of a Hugging Face Space')
+    command.add_argument('--model', help='model that is chosen at first (default: as for classify)')
+    command.add_argument('--port', type=int, default=7860, help='port of this machine (default: 7860)')
+    command.add_argument('--space', type=Path, metavar='DIR', help='write the folder of a Space instead')
 
     command = add('finetune', _finetune, 'fine-tune a model on a folder of images, and leave a folder that timm loads')
     command.add_argument(

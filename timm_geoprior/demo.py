@@ -1,7 +1,9 @@
 """A page to try the models on: a picture in, its five most probable classes out, and where the attention looks."""
 import html
+import os
 import platform
 import shutil
+import socket
 import tempfile
 from functools import lru_cache
 from importlib.metadata import requires, version
@@ -12,6 +14,7 @@ import gradio as gr
 import skimage
 from huggingface_hub import SpaceCardData
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from packaging.requirements import Requirement
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -25,19 +28,21 @@ from .windows import WindowsError, draw_windows
 
 __all__ = ['DemoError', 'build', 'serve', 'write_space']
 
-SAMPLES = [Path(skimage.data.data_dir, name) for name in (
-    'coffee.png', 'chelsea.png', 'rocket.jpg', 'astronaut.png', 'motorcycle_left.png')]
+SAMPLES = [Path(skimage.data.data_dir, name) for name in ('coffee.png', 'chelsea.png', 'rocket.jpg', 'astronaut.png')]
 PREVIEW_SIDE = 1024  # pixels; what is shown and drawn on, the network gets the picture itself
 MAX_UPLOAD = '50mb'
 ERRORS = (ClassifierError, ImageError, WeightsError, WindowsError)
 
-TITLE = 'What it sees, and how far it looks'
-LEAD = ('Drop a picture or pick a sample. Then click into it: the attention layers look at what is light from there. How '
-        'far they look is all that they have learned of it, one radius each; it is the same in every picture.')
+TITLE = 'GeoPrior ResNet: what it sees, and how far it looks'
+LEAD = ('Drop a picture or pick a sample, then click into it: what stays light is where the attention layers look from '
+        'that point. How far they look is all they have learned of it, a radius each, the same in every picture.')
 CSS = """
-#message p {border-left: 4px solid #d97706; padding: 8px 12px; margin: 0; overflow-wrap: anywhere}
 #picture img {cursor: crosshair}
+#samples img {width: 72px; height: 72px; object-fit: cover}
 """
+# the last input of every event: a figure is drawn to fit the window that it is for
+WINDOW_JS = """(...inputs) => [...inputs.slice(0, -1), {
+    dark: document.body.classList.contains('dark'), narrow: window.innerWidth < 640}]"""
 
 APP = '''"""The page of timm_geoprior, as a Hugging Face Space serves it."""
 from timm_geoprior.demo import serve
@@ -70,16 +75,10 @@ def _about(name: str) -> str:
     """What a visitor has to know of a model: what it can tell apart, and how well."""
     classifier, entry = load(name), load_manifest().models.get(name)
     _, height, width = resolve_model_data_config(classifier.model)['input_size']
-    about = f'It knows {len(classifier.classes)} classes, and sees {width} x {height} pixels'
+    about = f'Knows {len(classifier.classes)} classes, sees {width} x {height} pixels'
     for metric in entry.metrics[:1] if entry else ():
-        about += f'; of the {metric.num_images:,} {metric.split} images of {metric.dataset} it names {metric.top1:.1f}%'
+        about += f', names {metric.top1:.1f}% of the {metric.num_images:,} images of {metric.dataset} {metric.split}'
     return about + '.'
-
-
-def _notice(error: Exception, path: str = '') -> str:
-    """A message as HTML, in which a file is called as its owner knows it."""
-    message = str(error).replace(path, Path(path).name) if path else str(error)
-    return f'<p role="alert">{html.escape(message)}</p>'
 
 
 def _guesses(classifier: Classifier, image: Image.Image) -> dict[str, float]:
@@ -91,41 +90,65 @@ def _guesses(classifier: Classifier, image: Image.Image) -> dict[str, float]:
     return guesses
 
 
-def _open(path: str, name: str) -> tuple[Any, ...]:
-    """Show a picture: message, path, picture, point, classes and windows; a bad one leaves what was there."""
+def _windows(
+        classifier: Classifier, image: Image.Image, point: tuple[float, float] | None,
+        window: dict[str, bool]) -> Figure:
+    """The windows from a point, on a figure for a light or a dark, a wide or a narrow window of the browser."""
+    figure = draw_windows(classifier, image, point, columns=1 if window['narrow'] else 2)
+    figure.patch.set_alpha(0)
+    if window['dark']:
+        for text in figure.findobj(Text):
+            text.set_color('white')
+    return figure
+
+
+def _tell(error: Exception, path: str = '') -> None:
+    """Put an error's sentence on the page, a file called by the name that its owner knows."""
+    sentence = str(error).replace(path, Path(path).name) if path else str(error)
+    gr.Warning(html.escape(sentence), duration=60)
+
+
+def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
+    """Show a picture: its path, itself, no point, the classes and the windows; a bad one leaves what was there."""
     try:
         image, classifier = read_image(path), load(name)
         guesses = _guesses(classifier, image)
         image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        return '', path, image, None, guesses, draw_windows(classifier, image)
+        return path, image, None, guesses, _windows(classifier, image, None, window)
     except ERRORS as error:
-        return _notice(error, path), *[gr.skip()] * 5
+        _tell(error, path)
+        return (gr.skip(),) * 5
 
 
-def _upload(path: str, name: str) -> tuple[Any, ...]:
+def _upload(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
     """Show an uploaded picture, and empty the field it was dropped into for the next."""
-    return None, *_open(path, name)
+    return None, *_open(path, name, window)
 
 
-def _pick(name: str, event: gr.SelectData) -> tuple[Any, ...]:
-    return _open(str(SAMPLES[event.index]), name)
+def _pick(index: int, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
+    return _open(str(SAMPLES[index]), name, window)
 
 
-def _click(image: Image.Image, name: str, event: gr.SelectData) -> tuple[Any, ...]:
-    """Draw the windows at another point: message, point and windows."""
+def _click(image: Image.Image, name: str, window: dict[str, bool], event: gr.SelectData) -> tuple[Any, ...]:
+    """Draw the windows at another point: the point and the windows."""
     try:
-        return '', event.index, draw_windows(load(name), image, tuple(event.index))
+        return event.index, _windows(load(name), image, tuple(event.index), window)
     except ERRORS as error:
-        return _notice(error), gr.skip(), gr.skip()
+        _tell(error)
+        return gr.skip(), gr.skip()
 
 
-def _switch(name: str, path: str, image: Image.Image, point: tuple[float, float] | None) -> tuple[Any, ...]:
-    """Ask another model the same: message, what it is, classes and windows."""
+def _switch(
+        name: str, path: str, image: Image.Image, point: tuple[float, float] | None,
+        window: dict[str, bool]) -> tuple[Any, ...]:
+    """Ask another model the same: what it is, the classes and the windows."""
     try:
         classifier = load(name)
-        return '', _about(name), _guesses(classifier, read_image(path)), draw_windows(classifier, image, point)
+        guesses = _guesses(classifier, read_image(path))
+        return gr.Dropdown(info=_about(name)), guesses, _windows(classifier, image, point, window)
     except ERRORS as error:
-        return _notice(error, path), *[gr.skip()] * 3
+        _tell(error, path)
+        return (gr.skip(),) * 3
 
 
 def build(model: str | None = None) -> gr.Blocks:
@@ -144,30 +167,48 @@ def build(model: str | None = None) -> gr.Blocks:
     chosen = load(model or default_model(manifest).name).name
     names = [entry.name for entry in manifest.models.values() if entry.has_weights]
     with gr.Blocks(title='timm_geoprior', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        path, point = gr.State(str(SAMPLES[0])), gr.State()
+        path, point, window = gr.State(str(SAMPLES[0])), gr.State(), gr.JSON(visible=False)
         gr.Markdown(f'# {TITLE}\n{LEAD}')
-        message = gr.HTML(elem_id='message')
+        with gr.Row(equal_height=True):
+            file = gr.File(label='Your own picture', height=140, min_width=280, elem_id='file')
+            samples = gr.Dataset(
+                components=[gr.Image(render=False)], samples=[[path] for path in SAMPLES], type='index',
+                label='Samples', min_width=280, elem_id='samples')
+            tag = gr.Dropdown(
+                list(dict.fromkeys([*names, chosen])), value=chosen, label='Model', info=_about(chosen),
+                min_width=280, elem_id='model')
         with gr.Row():
             with gr.Column(scale=2):
                 picture = gr.Image(
                     label='Picture', type='pil', interactive=False, buttons=[], height=320, elem_id='picture',
-                    alt_text='The chosen picture. Click into it to see the windows there.')
-                samples = gr.Gallery(
-                    SAMPLES, label='Samples', columns=len(SAMPLES), rows=1, height=110, object_fit='cover',
-                    allow_preview=False, interactive=False, buttons=[], elem_id='samples')
-                file = gr.File(label='Your own picture', height=130, elem_id='file')
-                tag = gr.Dropdown(dict.fromkeys([*names, chosen]), value=chosen, label='Model', elem_id='model')
-                about = gr.Markdown(_about(chosen))
+                    alt_text='The chosen picture: a click shows the windows from there.')
+                guesses = gr.Label(label='Most probable classes', show_heading=False, elem_id='guesses')
             with gr.Column(scale=3):
-                guesses = gr.Label(label='Five most probable classes', elem_id='guesses')
-                windows = gr.Plot(label='Where the attention looks from there', elem_id='windows')
-        shown = [message, path, picture, point, guesses, windows]
-        page.load(_open, [path, tag], shown)
-        samples.select(_pick, tag, shown)
-        file.upload(_upload, [file, tag], [file, *shown])
-        picture.select(_click, [picture, tag], [message, point, windows])
-        tag.input(_switch, [tag, path, picture, point], [message, about, guesses, windows])
+                windows = gr.Plot(label='Where the attention looks', show_label=False, elem_id='windows')
+        shown = [path, picture, point, guesses, windows]
+        page.load(_open, [path, tag, window], shown, js=WINDOW_JS)
+        samples.click(_pick, [samples, tag, window], shown, js=WINDOW_JS)
+        file.upload(_upload, [file, tag, window], [file, *shown], js=WINDOW_JS)
+        picture.select(_click, [picture, tag, window], [point, windows], js=WINDOW_JS)
+        tag.input(_switch, [tag, path, picture, point, window], [tag, guesses, windows], js=WINDOW_JS)
     return page
+
+
+def _check_port(port: int) -> None:
+    """Find out before anything is loaded: Gradio's threads outlive a port that it cannot have."""
+    try:
+        if port < 1:
+            raise OverflowError('not a port')
+        socket.create_server((os.environ.get('GRADIO_SERVER_NAME', '127.0.0.1'), port)).close()
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else 'Not from 1 to 65535'
+        raise DemoError(f'Port {port} cannot be opened ({reason}), expected a free one: name another by --port.') from None
+
+
+def _spare_proxies() -> None:
+    """Gradio asks its own server whether it is up, and would ask a proxy of the environment for it."""
+    for name in ('no_proxy', 'NO_PROXY'):
+        os.environ[name] = ','.join(filter(None, (os.environ.get(name), '127.0.0.1', 'localhost')))
 
 
 def serve(model: str | None = None, port: int | None = None) -> None:
@@ -181,13 +222,13 @@ def serve(model: str | None = None, port: int | None = None) -> None:
     Raises:
         DemoError: The port cannot be opened.
     """
+    if port is not None:
+        _check_port(port)
+    _spare_proxies()
     page = build(model)
-    try:
-        _, url, _ = page.launch(
-            server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False, prevent_thread_lock=True, quiet=True, css=CSS,
-            footer_links=['settings'], theme=gr.themes.Default(font=['system-ui', 'sans-serif']))
-    except OSError:
-        raise DemoError(f'Port {port} is in use or not open to you, expected a free one: name another by --port.') from None
+    _, url, _ = page.launch(
+        server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False, prevent_thread_lock=True, quiet=True, css=CSS,
+        footer_links=['settings'], theme=gr.themes.Default(font=['system-ui', 'sans-serif']))
     print(f'Open {url} (Ctrl-C ends it).', flush=True)
     page.block_thread()
 

@@ -102,5 +102,5 @@ def sample_image() -> Image.Image:
     except ImportError:
         raise ImageError(
             'No image was named, and the sample photograph comes with scikit-image, which is not installed: '
-            'name an image, or `pip install scikit-image` (the extra "demo").') from None
+            'name an image, or `pip install scikit-image` (the extra "sample").') from None
     return Image.fromarray(data.cat())
