@@ -202,7 +202,8 @@ def _check_port(port: int) -> None:
         socket.create_server((os.environ.get('GRADIO_SERVER_NAME', '127.0.0.1'), port)).close()
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else 'Not from 1 to 65535'
-        raise DemoError(f'Port {port} cannot be opened ({reason}), expected a free one: name another by --port.') from None
+        raise DemoError(
+            f'Port {port} cannot be opened ({reason}), expected a free one: name another by --port.') from None
 
 
 def _spare_proxies() -> None:
