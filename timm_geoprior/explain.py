@@ -147,7 +147,7 @@ def _draw_grad_cam(
     draw_photo(axes, image, view)
     axes.imshow(heat, cmap='inferno', alpha=0.55, extent=(0, view.width, view.height, 0), interpolation='bicubic')
     cells = side // stages[-1]['reduction']
-    draw_heading(axes, f'Grad-CAM: {_short(guess["name"], 18)}', f'{stage}, {cells} × {cells} cells')
+    draw_heading(axes, f'Grad-CAM: {_short(guess["name"], 15)}', f'{stage}, {cells} × {cells} cells')
 
 
 def _draw_fields(figure: Figure, panels: Sequence[Axes], model: nn.Module, view: View) -> None:
