@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from timm_geoprior.data.reading import CorruptImagesError
 from timm_geoprior.evaluation.errors import EvaluationError
 from timm_geoprior.training import engine
 from timm_geoprior.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -148,7 +149,9 @@ class TestRun:
         for key in ('train_loss', 'ema_top1', 'lr', 'images_per_second', 'radius.layer2.0.conv2.attn'):
             logged = [(event.step, event.value) for event in events.Scalars(key.replace('.', '/', 1))]
             assert logged == [(int(row['epoch']), pytest.approx(float(row[key]))) for row in rows]
-        assert not list(whole_run.glob('*.part*')) + list(whole_run.glob('.*.part*'))
+        assert {path.name for path in whole_run.iterdir()} == {
+            'last.pt', 'best.pt', 'recipe.yaml', 'summary.csv', 'tensorboard', 'results.json', 'curves.png',
+            'radii.png'}
 
     def test_it_learns(self, photo_folder, tmp_path):
         """Four photographs are told apart after a few epochs, in memory, by images that were held out."""
@@ -205,6 +208,41 @@ class TestRun:
             torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
 
 
+    def test_mixup_ends_when_the_recipe_says(self, photo_folder, tmp_path):
+        trainer = Trainer(tiny(in_memory=True, mixup=0.2, mixup_off_epoch=2), config(photo_folder, tmp_path / 'run'))
+        batch = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
+        shapes = []
+        for trainer.epoch in range(3):
+            shapes.append(trainer._augment(*batch)[1].shape)
+        assert shapes == [(8, 4), (8, 4), (8,)]
+
+    def test_gradients_are_clipped(self, photo_folder, tmp_path):
+        """Plain SGD with rate 1 moves the weights by the gradient: by its norm's limit."""
+        trainer = Trainer(
+            tiny(in_memory=True, opt='momentum', momentum=0, lr=1, warmup_epochs=0, weight_decay=0, radius_lr=1,
+                 clip_grad=0.01),
+            config(photo_folder, tmp_path / 'run'))
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        trainer._step(trainer.data.train.epoch(0, 32))
+        moved = [after.detach() - was for after, was in zip(trainer.model.parameters(), before, strict=True)]
+        assert torch.cat([part.flatten() for part in moved]).norm() == pytest.approx(0.01, rel=1e-3)
+
+    def test_the_moving_average(self, photo_folder, tmp_path):
+        trainer = Trainer(tiny(in_memory=True, model_ema_decay=0.75), config(photo_folder, tmp_path / 'run'))
+        batches, expected = trainer.data.train.epoch(0, 32), torch.zeros(())
+        for trainer.update in range(4):  # timm's begins with the second step's weights
+            trainer._step(batches)
+            old = 0 if trainer.update < 2 else 0.75
+            expected = old * expected + (1 - old) * trainer.model.fc.weight.detach()
+        torch.testing.assert_close(trainer.ema.module.fc.weight, expected)
+
+    def test_repeated_augmentation_and_workers_arrive(self, photo_folder, tmp_path):
+        recipe = tiny(aug_repeats=2, hflip=0, scale=[0.2, 0.3])
+        images, targets = next(Trainer(recipe, config(photo_folder, tmp_path / 'run')).data.train.epoch(0, 32))
+        assert (targets[::2] == targets[1::2]).all()
+        assert not torch.equal(images[0], images[1])
+
+
 class TestResume:
     @pytest.mark.parametrize('updates', [1, 6, 12])
     def test_killed_anywhere_the_run_ends_with_the_same_bits(
@@ -238,6 +276,17 @@ class TestResume:
             Trainer(changed, config(photo_folder, whole_run, resume=True))
         with pytest.raises(TrainingError, match='has seed 0, this run 5'):
             Trainer(recipe, config(photo_folder, whole_run, resume=True, seed=5))
+
+    def test_other_data_or_another_checkpoint_is_refused(self, whole_run, photo_folder, recipe_file, tmp_path):
+        recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
+        shutil.copytree(photo_folder, tmp_path / 'data')
+        (tmp_path / 'data/train/rocket').rename(tmp_path / 'data/train/robot')
+        with pytest.raises(TrainingError, match='trained on 4 other classes than the 4 in .*data: check --data-dir'):
+            Trainer(recipe, config(tmp_path / 'data', whole_run, resume=True))
+        (tmp_path / 'run').mkdir()
+        torch.save({'model': {}}, tmp_path / 'run' / 'last.pt')
+        with pytest.raises(TrainingError, match='last.pt lacks best, class_names, .*, expected a checkpoint of this'):
+            Trainer(recipe, config(photo_folder, tmp_path / 'run', resume=True))
 
     def test_a_run_is_not_overwritten(self, whole_run, photo_folder):
         with pytest.raises(TrainingError, match='already holds a run: add --resume'):
@@ -372,6 +421,19 @@ class TestStartingPoint:
         assert logits.grad.abs().sum() > 0
         assert trainer.fit()['last']['train_loss'] > 0
 
+    @pytest.mark.parametrize('alpha', [1.0, 0.5])
+    def test_the_share_of_the_teacher(self, alpha, photo_folder, tmp_path):
+        """With all of it, the labels make no difference."""
+        losses, path = [], tmp_path / 'teacher.pt'
+        torch.save(timm.create_model('test_resnet', num_classes=4).state_dict(), path)
+        for label in (0, 1):
+            trainer = Trainer(
+                tiny(in_memory=True, teacher='test_resnet', teacher_path=str(path), distill_alpha=alpha, drop_path=0),
+                config(photo_folder, tmp_path / 'run'))
+            torch.manual_seed(0)
+            losses.append(trainer._step(iter([(torch.randn(8, 3, 32, 32), torch.full((8,), label))])))
+        assert (losses[0] == losses[1]) == (alpha == 1)
+
 
 class TestData:
     @pytest.mark.parametrize('in_memory', [False, True])
@@ -400,6 +462,19 @@ class TestData:
         with pytest.raises(DataError, match=message):
             Trainer(tiny(holdout=0), config(**{'folder': tmp_path / 'data', 'output': tmp_path / 'run', **changes}))
 
+    def test_what_cannot_be_read_is_not_measured(self, photo_folder, tmp_path):
+        shutil.copytree(photo_folder, tmp_path / 'data')
+        for name in ('coffee/01.jpg', 'rocket/04.jpg'):
+            (tmp_path / 'data/val' / name).write_bytes(b'no photograph')
+        options = {'folder': tmp_path / 'data', 'output': tmp_path / 'run', 'val_split': 'val'}
+        held_out = Trainer(tiny(holdout=0), config(**options)).data.held_out
+        with pytest.warns(UserWarning, match=r'coffee/01\.jpg cannot be read'):
+            (images, targets), = held_out()
+        assert (len(images), targets.bincount().tolist()) == (18, [5, 5, 4, 4])
+        with (pytest.warns(UserWarning, match='cannot be read'),
+              pytest.raises(CorruptImagesError, match='2 images cannot be read, expected at most 1')):
+            list(Trainer(tiny(holdout=0), config(**options, max_corrupt=1)).data.held_out())
+
     def test_more_held_out_than_there_is(self, photo_folder, tmp_path):
         with pytest.raises(DataError, match='Class 0 has 12 images, more than 12 are needed'):
             Trainer(tiny(holdout=12), config(photo_folder, tmp_path / 'run'))
@@ -415,9 +490,50 @@ class TestFaults:
         assert all(torch.equal(value, before[name]) for name, value in trainer.state()['model'].items())
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, photo_folder, tmp_path):
-        recipe = tiny(lr=1e30, warmup_epochs=0, max_skipped_steps=3, epochs=20)
-        with pytest.raises(TrainingError, match=r'not finite for 3 steps in a row, up to step \d+ with a learn'):
-            train(recipe, config(photo_folder, tmp_path / 'run'))
+        recipe = tiny(lr=1e30, warmup_epochs=0, max_skipped_steps=3, epochs=20, in_memory=True)
+        for number, (every, good) in enumerate(((1, r'the last good checkpoint is \S*last\.pt'), (99, 'there is no'))):
+            expected = rf'not finite for 3 steps in a row, up to step \d+ with a learning rate of \S+e\+\d+; {good}'
+            with pytest.raises(TrainingError, match=expected):
+                train(recipe, config(photo_folder, tmp_path / str(number), save_every=every))
+        saved = load_checkpoint(tmp_path / '0' / 'last.pt')['model']
+        assert all(value.isfinite().all() for value in saved.values())
+
+    def test_weights_that_are_not_finite_replace_no_good_ones(self, photo_folder, tmp_path):
+        trainer = Trainer(tiny(in_memory=True), config(photo_folder, tmp_path / 'run'))
+        trainer.save(trainer.last)
+        before = trainer.last.read_bytes()
+        with torch.no_grad():
+            trainer.model.fc.weight[0, 0] = torch.inf
+        trainer.save(trainer.last)
+        assert trainer.last.read_bytes() == before
+
+    @pytest.mark.parametrize(('changes', 'message'), [
+        ({'save_every': 0}, '--save-every is 0, expected 1 or more'),
+        ({'workers': -1}, '--workers is -1, expected 0 or more'),
+        ({'max_corrupt': -1}, '--max-corrupt is -1, expected 0 or more'),
+        ({'device': 'gpu'}, r'--device gpu cannot be used \(.*, expected cuda, cpu'),
+    ])
+    def test_a_wrong_command(self, changes, message, photo_folder, tmp_path):
+        with pytest.raises(TrainingError, match=message):
+            Trainer(tiny(), config(photo_folder, tmp_path / 'run', **changes))
+        assert not (tmp_path / 'run').exists()
+
+    def test_a_disk_that_fills_up_in_mid_run(self, whole_run, photo_folder, recipe_file, tmp_path):
+        """From the second epoch on no file may be larger than 20,000 bytes; with room again, the run goes on."""
+        output = tmp_path / 'run'
+        arguments = command(photo_folder, output, recipe_file, '-j', '0')
+        fill = at_update('(self.epoch, self.update) == (1, 2)', signal.SIGTERM).replace(
+            f'os.kill(os.getpid(), {int(signal.SIGTERM)})',
+            'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))')
+        filled = subprocess.run(
+            [sys.executable, '-c', fill, *arguments[1:]], env=environment(), capture_output=True, text=True)
+        assert filled.returncode == 1, filled.stderr
+        assert re.fullmatch(
+            r'train\.py: Could not write the checkpoint \S*(best|last)\.pt \(File too large\); the one before it is '
+            r'untouched: free some space and run again with --resume\.', filled.stderr.splitlines()[-1])
+        assert load_checkpoint(output / 'last.pt')['epoch'] == 1
+        subprocess.run([*arguments, '--resume'], env=environment(), check=True)
+        assert_same_run(whole_run, output)
 
     def test_a_full_disk_leaves_the_old_checkpoint(self, tmp_path):
         path = tmp_path / 'last.pt'

@@ -4,11 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.utils import ParseKwargs
 
 from .predict import PRECISIONS
 
 __all__ = ['parse_arguments']
+
+
+class _ModelKwargs(ParseKwargs):
+    """timm's, where a word without an equals sign is a wrong command."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if not value.partition('=')[1]:
+                parser.error(f'{option_string} is {value}, expected KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
 
 DESCRIPTION = """\
 Measure the accuracy of a model on a data set: every image exactly once, whatever the batch size and the number of
@@ -57,7 +68,7 @@ def _add_model_arguments(group: Any) -> None:
     group.add_argument(
         '--num-classes', type=int, metavar='N', help="where it is not the model's or the checkpoint's own")
     group.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='options of the model')
+        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE', help='options of the model')
 
 
 def _add_data_arguments(group: Any) -> None:
@@ -141,11 +152,18 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.amp and args.precision:
         parser.error('--amp and --precision say the same: name one of them')
     overriding = ('subset', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
-    overridden = [name for name in overriding if getattr(args, name)]
+    overridden = [name for name in overriding if getattr(args, name) not in (None, False)]
     if args.check and overridden:
         parser.error(f'--check measures a tag as it is published: leave out --{overridden[0].replace("_", "-")}')
     for name, least in (('batch_size', 1), ('workers', 0), ('tolerance', 0), ('img_size', 1), ('num_samples', 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f'--{name.replace("_", "-")} is {value}, expected {least} or more')
+    if args.input_size and min(args.input_size) < 1:
+        parser.error(f'--input-size is {args.input_size}, expected channels, height and width of 1 or more')
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f'--crop-pct is {args.crop_pct}, expected a share, more than 0 and at most 1')
+    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        known = ', '.join(torch.compiler.list_backends())
+        parser.error(f'--torchcompile is {args.torchcompile}, expected a backend that torch has, as {known}')
     args.precision = tuple(dict.fromkeys([args.amp_dtype] if args.amp else args.precision or ['float32']))

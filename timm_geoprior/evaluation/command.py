@@ -66,6 +66,8 @@ def _check_output(args: argparse.Namespace) -> None:
     if args.results_file and not args.results_file.absolute().parent.is_dir():
         raise EvaluationError(f'{args.results_file.parent} does not exist, expected a folder for the results file: '
                               f'make it, or check --results-file.')
+    if args.results_file and args.results_file.is_dir():
+        raise EvaluationError(f'{args.results_file} is a folder, expected a file: name one in it by --results-file.')
 
 
 def _device(args: argparse.Namespace) -> torch.device:

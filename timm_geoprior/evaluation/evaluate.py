@@ -16,7 +16,7 @@ from .data import ILSVRC_FILE, EvalSet, ilsvrc_val_labels
 from .errors import EvaluationError
 from .models import LoadedModel
 from .predict import Forward, Pass, Shard, gather, make_loader, predict
-from .preflight import empty_folders, find_unreadable, repeated_classes
+from .preflight import empty_folders, find_unreadable, nested_folders, repeated_classes
 
 __all__ = ['Evaluation', 'Plan', 'Settings', 'check_data', 'evaluate', 'plan']
 
@@ -118,6 +118,9 @@ def check_data(data: EvalSet, settings: Settings) -> None:
         places = '; '.join(f'{name}: {", ".join(places[:4])}' for name, places in repeated[:5])
         raise EvaluationError(f'Classes stand more than once, {len(repeated)} in number ({places}), expected one '
                               f'folder a class: name one split by --split or --data-dir, or join the folders.')
+    if nested := nested_folders(data):
+        settings.tell(f'Class folders lie deeper than one level, as {nested[0]} does: no folder of this split was '
+                      f'found, or classes are grouped; all of them are taken.')
     if empty := empty_folders(data):
         settings.tell(f'Folders without images: {", ".join(empty[:10])}{" and others" if len(empty) > 10 else ""}.')
     own = np.arange(len(data.labels))[settings.rank::settings.world_size]

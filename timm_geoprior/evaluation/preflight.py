@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .data import EvalSet
 
-__all__ = ['empty_folders', 'find_unreadable', 'image_fault', 'repeated_classes']
+__all__ = ['empty_folders', 'find_unreadable', 'image_fault', 'nested_folders', 'repeated_classes']
 
 _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
 
@@ -88,10 +88,22 @@ def find_unreadable(
     return found
 
 
+def _root(data: EvalSet) -> str | None:
+    """The folder whose folders are the classes; None where the data are no folder."""
+    root = getattr(getattr(data.dataset, 'reader', None), 'root', None)
+    return root if data.names and root is not None and os.path.isdir(root) else None
+
+
+def nested_folders(data: EvalSet) -> list[str]:
+    """Class folders that lie in another folder, by name: timm takes all it finds where the split has none."""
+    folders = {os.path.dirname(name) for name in data.names} if _root(data) is not None else set()
+    return sorted(folder for folder in folders if '/' in folder)
+
+
 def empty_folders(data: EvalSet) -> list[str]:
     """Folders beside the class folders that hold no image, by name; none where the data are no folder."""
-    root = getattr(getattr(data.dataset, 'reader', None), 'root', None)
-    if data.is_stream or root is None or not os.path.isdir(root) or not data.names:
+    root = _root(data)
+    if root is None:
         return []
     filled = {name.split('/', 1)[0] for name in data.names}
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name not in filled)

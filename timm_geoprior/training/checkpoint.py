@@ -21,9 +21,13 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """
     try:
         write_atomically(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:  # torch wraps a failed write into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's comes after the file system's, and says less
+        cause: BaseException = error
+        while not isinstance(cause, OSError) and cause.__context__ is not None:
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]
         raise CheckpointError(
-            f'Could not write the checkpoint {path} ({error}); the one before it is untouched: free some space and '
+            f'Could not write the checkpoint {path} ({reason}); the one before it is untouched: free some space and '
             f'run again with --resume.') from error
 
 
@@ -39,7 +43,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
         reason = str(error).splitlines()[0].split('. ')[0] if str(error) else type(error).__name__
-        raise CheckpointError(f'{path} is not a checkpoint that can be read as data ({reason}).') from error
+        raise CheckpointError(f'{path} is not a checkpoint that can be read as data ({reason}), expected one of '
+                              f'scripts/train.py: put a whole copy there, or train into another folder.') from error
     if not isinstance(state, dict) or 'model' not in state:
-        raise CheckpointError(f'{path} holds no training state, expected a dictionary with the key "model".')
+        raise CheckpointError(f'{path} holds no training state, expected a dictionary with the key "model": name the '
+                              f'folder of a run of scripts/train.py.')
     return state

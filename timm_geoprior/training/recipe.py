@@ -1,6 +1,7 @@
 """Recipes: everything that decides a training run, as one flat YAML file in timm's vocabulary."""
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -99,7 +100,8 @@ class Recipe:
     max_skipped_steps: int = 10  # steps in a row with a loss that is not finite before the run stops
 
     def __post_init__(self) -> None:
-        for key in ('epochs', 'batch_size', 'img_size', 'grad_accum_steps', 'memory_size', 'max_skipped_steps'):
+        for key in ('epochs', 'batch_size', 'img_size', 'grad_accum_steps', 'memory_size', 'max_skipped_steps',
+                    'lr_cycle_limit'):
             _require(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
         for key in ('drop', 'drop_path', 'hflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'smoothing',
                     'distill_alpha', 'bce_target_thresh'):
@@ -107,8 +109,10 @@ class Recipe:
         for key in ('weight_decay', 'radius_lr', 'clip_grad', 'min_lr', 'warmup_lr', 'warmup_epochs', 'holdout',
                     'mixup', 'cutmix', 'mixup_off_epoch', 'aug_repeats', 'eval_size', 'decay_epochs'):
             _require(getattr(self, key) >= 0, key, getattr(self, key), '0 or more')
-        for key in ('lr', 'distill_temperature'):
+        for key in ('lr', 'distill_temperature', 'lr_cycle_mul', 'lr_cycle_decay'):
             _require(getattr(self, key) > 0, key, getattr(self, key), 'more than 0')
+        for key in ('min_lr', 'warmup_lr'):
+            _require(getattr(self, key) <= self.lr, key, getattr(self, key), f'at most lr, {self.lr}')
         _require(0 < self.model_ema_decay < 1, 'model_ema_decay', self.model_ema_decay, 'between 0 and 1')
         _require(0 < self.scale[0] <= self.scale[1] <= 1, 'scale', self.scale,
                  'two shares of the area, the smaller first')
@@ -116,7 +120,8 @@ class Recipe:
         for key, choices in _CHOICES.items():
             _require(getattr(self, key) in choices, key, getattr(self, key), ' or '.join(choices))
         starts = [start for start, _ in self.progressive]
-        _require(starts == sorted(set(starts)) and starts[:1] in ([], [0]), 'progressive', self.progressive,
+        _require(starts == sorted(set(starts)) and starts[:1] in ([], [0])
+                 and all(size >= 1 for _, size in self.progressive), 'progressive', self.progressive,
                  'pairs of first epoch and size, the first from epoch 0 on')
         for key in _OF_FILES if self.in_memory else ():
             _require(not getattr(self, key), key, getattr(self, key),
@@ -159,13 +164,13 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
         if isinstance(value, dict):
             return value
     elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
-                return float(value)
+                number = float(value)  # YAML 1.1 reads 1e-4 as a string
             except ValueError:
-                pass
+                number = math.nan
+            if math.isfinite(number):
+                return number
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = getattr(kind, '__name__', str(kind)) if origin is None else str(kind).replace('typing.', '')
@@ -198,6 +203,14 @@ def recipe_names() -> list[str]:
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith('.yaml'))
 
 
+def _parse(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f'{what} is not YAML ({" ".join(str(error).split())}), expected keys and values: check '
+                          f'brackets, colons and quotes.') from None
+
+
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
 
@@ -214,21 +227,21 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         if not path.is_file():
             raise RecipeError(
                 f'There is no recipe file {source}: give a YAML file, or one of {", ".join(recipe_names())}.')
-        text = path.read_text()
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f'{source} cannot be read ({error}), expected a YAML file: check its path.') from None
     elif shipped.is_file():
         text = shipped.read_text()
     else:
         raise RecipeError(
             f'There is no recipe {str(source)!r}: give one of {", ".join(recipe_names())}, or a YAML file.')
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f'Recipe {source} is not YAML: {error}') from None
+    values = _parse(text, f'Recipe {source}')
     if not isinstance(values, dict):
         raise RecipeError(f'Recipe {source} holds a {type(values).__name__}, expected keys and values.')
     for override in overrides or []:
         key, equals, value = override.partition('=')
         if not equals:
             raise RecipeError(f'Override {override!r} has no value, expected key=value.')
-        values[key] = yaml.safe_load(value)
+        values[key] = _parse(value, f'The value of {override!r}')
     return make_recipe(values, f'recipe {source}')

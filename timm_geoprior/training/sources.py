@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms import TrivialAugmentWide
+from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
 from ..data.folder import FolderLoader
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
+from ..data.reading import CorruptImages
 from ..data.splits import hold_out, hold_out_share
 from ..evaluation.data import EvalSet
 from ..evaluation.data import open_data as open_split
@@ -69,8 +71,8 @@ class DataError(RuntimeError):
     """Images that cannot be trained on, or measured; the message says why and what to do."""
 
 
-class _Labelled(Dataset[tuple[torch.Tensor, int]]):
-    """A timm data set with targets of our own."""
+class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
+    """A timm data set with targets of our own: image, target, index; -1 is the target of what cannot be read."""
 
     def __init__(self, dataset: Any, targets: torch.Tensor) -> None:
         self.dataset, self.targets = dataset, targets
@@ -78,8 +80,13 @@ class _Labelled(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.dataset[index][0], int(self.targets[index])
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        try:
+            with self.dataset.reader[index][0] as file, Image.open(file) as opened:
+                image, target = opened.convert('RGB'), int(self.targets[index])
+        except Exception:  # a decoder fed with damaged bytes may raise anything
+            image, target = Image.new('RGB', (8, 8)), -1
+        return self.dataset.transform(image), target, index
 
 
 def _open_split(config: 'RunConfig', split: str) -> EvalSet:
@@ -174,7 +181,8 @@ def open_data(
         if val is not None:
             val.dataset.transform = create_transform(**{**norms, 'input_size': (3, size, size)})
             indices = held.tolist() if held is not None else list(range(len(val)))
-            measured = _folder_batches(Subset(val, indices[rank::world_size]), config.workers, device)
+            corrupt = CorruptImages(val.dataset, config.max_corrupt)
+            measured = _folder_batches(Subset(val, indices[rank::world_size]), config.workers, device, corrupt)
     return TrainingData(loader, measured, found.classes, (norms['mean'], norms['std']))
 
 
@@ -211,7 +219,8 @@ class _Transform:
             interpolation=recipe.interpolation,
             mean=self.norms['mean'], std=self.norms['std'], re_prob=recipe.reprob, re_mode=recipe.remode)
         if trivial:  # where timm puts an AutoAugment: after crop and flip
-            transform.transforms.insert(2, TrivialAugmentWide())  # type: ignore[attr-defined]
+            mode = InterpolationMode('bilinear' if recipe.interpolation == 'random' else recipe.interpolation)
+            transform.transforms.insert(2, TrivialAugmentWide(interpolation=mode))  # type: ignore[attr-defined]
         return transform
 
 
@@ -238,8 +247,10 @@ def _memory_batches(
     return batches
 
 
-def _folder_batches(dataset: Subset[Any], workers: int, device: torch.device) -> Callable[[], Batches]:
+def _folder_batches(
+        dataset: Subset[Any], workers: int, device: torch.device, corrupt: CorruptImages) -> Callable[[], Batches]:
     def batches() -> Batches:
-        for images, targets in DataLoader(dataset, 250, num_workers=workers):
-            yield images.to(device), targets.to(device)
+        for images, targets, indices in DataLoader(dataset, 250, num_workers=workers):
+            corrupt.note(indices[targets < 0].tolist())
+            yield images[targets >= 0].to(device), targets[targets >= 0].to(device)
     return batches
