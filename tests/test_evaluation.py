@@ -25,6 +25,7 @@ from timm_geoprior.evaluation.check import deviations, find_metric
 from timm_geoprior.evaluation.classes import ClassMismatchError, match_classes
 from timm_geoprior.evaluation.data import ilsvrc_val_labels, open_data, plain_archive
 from timm_geoprior.evaluation.errors import EvaluationError
+from timm_geoprior.evaluation.evaluate import Settings, check_data
 from timm_geoprior.evaluation.metrics import calibrate, confused_pairs, per_class, wilson_interval
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.evaluation.predict import Forward, Predictions, predict
@@ -162,6 +163,19 @@ def test_folders_that_are_empty_or_stand_twice(tmp_path):
     make_folder(tmp_path, 'train/a/1.jpg', 'train/B/3.jpg')
     assert repeated_classes(open_data(tmp_path, split='testing')) == [
         ('a', ['train/a', 'val/a']), ('b', ['B', 'b'])]
+
+
+def test_two_splits_taken_for_one_end_the_preflight(tmp_path):
+    told = []
+    make_folder(tmp_path, 'train/a/1.jpg', 'train/b/2.jpg')
+    check_data(open_data(tmp_path), Settings(workers=0, tell=told.append))  # timm takes what there is
+    assert any('Class folders lie deeper than one level, as train/a does' in line for line in told)
+    make_folder(tmp_path, 'val/a/3.jpg')
+    with pytest.raises(EvaluationError, match=r'Classes stand more than once, 1 in number \(a: train/a, val/a\)'):
+        check_data(open_data(tmp_path, split='testing'), Settings(workers=0))
+    told.clear()
+    check_data(open_data(tmp_path), Settings(workers=0, tell=told.append))
+    assert told == ['1 images in 1 classes, 1 in each.']
 
 
 def test_a_set_of_one_class(tmp_path):

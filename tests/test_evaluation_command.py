@@ -299,10 +299,31 @@ def test_the_progress_bar(data, checkpoint, monkeypatch):
     assert re.search(r'geoprior_resnet14_nano: 100%.* 97/97 \[\d\d:\d\d<\d\d:\d\d, .*images/s\]', terminal.getvalue())
 
 
-def test_a_compiled_model_gives_the_same_counts(data, checkpoint, expected, tmp_path):
-    assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '-b', COUNT, '--torchcompile',
-                    'eager', '--results-file', tmp_path / 'found.json') == 0
+@pytest.mark.parametrize('options', [[], ['--channels-last'], ['--torchcompile', 'eager']])
+def test_layout_and_compiler_are_as_asked_and_give_the_same_counts(
+        options, data, checkpoint, expected, tmp_path, monkeypatch):
+    layouts, backends = set(), []
+    compiler = torch.compile
+
+    def note(module, inputs, output):
+        if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
+            tensors = (inputs[0], module.weight)
+            layouts.add(all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors))
+
+    def compile_noted(model, backend):
+        backends.append(backend)
+        return compiler(model, backend=backend)
+
+    monkeypatch.setattr(torch, 'compile', compile_noted)
+    hook = nn.modules.module.register_module_forward_hook(note) if '--torchcompile' not in options else None
+    try:
+        assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '-b', COUNT, *options,
+                        '--results-file', tmp_path / 'found.json') == 0
+    finally:
+        if hook:
+            hook.remove()
     assert counts_of(json.loads((tmp_path / 'found.json').read_text())['results'][0]) == expected
+    assert (True in layouts, backends) == ('--channels-last' in options, options[1:])
 
 
 def test_a_subset_of_the_classes(data, large_checkpoint, expected, tmp_path, capsys):
@@ -426,13 +447,15 @@ def with_figure(checkpoint, expected, tmp_path):
 @pytest.mark.parametrize(('changes', 'options', 'code', 'message'), [
     ({}, [], 0, 'top-1 in float32 is +0.0000 points'),
     ({'top1_correct': -1}, [], 1, 'The check failed: top-1 in float32 is'),
+    ({'top1_correct': +1}, [], 1, 'The check failed: top-1 in float32 is -1.0309 points'),
+    ({'top5_correct': -1}, [], 1, 'The check failed: top-5 in float32 is +1.0309 points'),
     ({'top1_correct': -1}, ['--tolerance', '1.1'], 0, 'within 1.1'),
     ({'num_images': 10_000}, [], 1, '97 images, not the set that the figure of'),
     ({}, ['--precision', 'bfloat16'], 1, 'has no figure of geoprior_resnet14_nano.r64_tin200 for bfloat16 at 32 px'),
 ])
 def test_the_check_against_the_manifest(
         changes, options, code, message, with_figure, data, checkpoint, expected, capsys):
-    changes = {key: expected[key] + value if value < 0 else value for key, value in changes.items()}
+    changes = {key: expected[key] + value if abs(value) == 1 else value for key, value in changes.items()}
     with with_figure(**changes):
         assert validate('--model', NANO, '--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '--check',
                         *options) == code
@@ -484,6 +507,10 @@ def test_bundled_weights_reproduce_the_figure_of_the_manifest(tag):
     (['--model', NANO, '--check', '--crop-pct', '0.9'], 'leave out --crop-pct'),
     (['--model', NANO, '-b', '0'], '--batch-size is 0, expected 1 or more'),
     (['--model', NANO, '--precision', 'float8'], 'invalid choice'),
+    (['--model', NANO, '--input-size', '3', '0', '64'], '--input-size is [3, 0, 64], expected'),
+    (['--model', NANO, '--crop-pct', '0'], '--crop-pct is 0.0, expected a share'),
+    (['--model', NANO, '--model-kwargs', 'attn_heads'], '--model-kwargs is attn_heads, expected KEY=VALUE'),
+    (['--model', NANO, '--torchcompile', 'nosuch'], '--torchcompile is nosuch, expected a backend that torch has'),
 ])
 def test_wrong_commands(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
@@ -503,6 +530,7 @@ def test_wrong_commands(arguments, message, capsys):
     (['--data-dir', 'folder', '--model', 'nosuch'], 'Unknown model'),
     (['--data-dir', 'folder', '--model', 'geoprior_resnet50'], 'has no weights'),
     (['--data-dir', 'folder', '--results-file', 'missing/x.csv'], 'missing does not exist'),
+    (['--data-dir', 'folder', '--results-file', 'folder'], 'folder is a folder, expected a file'),
     (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),
     (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),
     (['--data-dir', 'folder', '--check', '--model', 'resnet50'], "'resnet50', expected one of geoprior_"),
