@@ -5,11 +5,14 @@
     python scripts/cost.py bench/train
 
 Assumptions, column by column:
-- images/s: measured on one device; at another size in proportion to the pixels.
-- hours on 1, 8, 64 devices: the images over as many times that speed, so data and gradients must keep up.
+- device-hours: the images of all epochs over the speed measured on one device, at another image size in proportion to
+  the pixels. The measuring after each epoch is left out: 50,000 forward passes beside 1,281,167 trained images.
+- hours on 8, 64: these, shared evenly: a device is as fast with its share of the batch as it was measured, and nothing
+  waits for data or gradients; what that takes is in the other columns.
+- images/s needed on 1, 8, 64: what the loader has to deliver, decoded and augmented: that many times the speed.
 - gradients: float32, all-reduced in a ring each step: a device sends 2 (n - 1) / n times the parameters' bytes.
-- network: that over the duration of a step, n devices sharing the batch, for gradients that hide behind the step.
-- disk: images/s of 64 devices times the mean size of a training image, read anew each epoch.
+- network: that over the duration of a step, n devices sharing the batch, so that gradients hide behind the step.
+- disk: images/s needed times the mean size of a training image: each is read from the disk each time, none is cached.
 """
 import argparse
 import csv
@@ -26,7 +29,7 @@ from timm_geoprior.training.recipe import Recipe, load_recipe
 
 RECIPES = ('paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2')
 IMAGES = 1_281_167
-IMAGE_BYTES = 147_897_477_120 / IMAGES  # ILSVRC2012_img_train.tar
+IMAGE_BYTES = 147_897_477_120 / IMAGES  # of ILSVRC2012_img_train.tar, 115 kB
 DEVICES = (1, 8, 64)
 
 
@@ -57,9 +60,9 @@ def pixels_seen(recipe: Recipe) -> float:
 
 def table(speeds: dict[str, float], img_size: int) -> Iterator[str]:
     """The table's lines."""
-    yield ('| recipe | model | epochs | batch | images/s, last size | hours on 1 | on 8 | on 64 | gradients a step, '
-           'GB sent a device (8) | network, GB/s a device (8, 64) | disk, MB/s (64) |')
-    yield '| --- | --- |' + ' ---: |' * 9
+    yield ('| recipe | model | epochs | batch | device-hours | hours on 8 | on 64 | images/s needed on 1 | 8 | 64 | '
+           'gradients, GB sent a device and step (8, 64) | network, GB/s a device (8, 64) | disk, MB/s (1, 8, 64) |')
+    yield '| --- | --- |' + ' ---: |' * 11
     for name in RECIPES:
         recipe = load_recipe(name)
         for model, speed in speeds.items():
@@ -67,10 +70,10 @@ def table(speeds: dict[str, float], img_size: int) -> Iterator[str]:
             hours = IMAGES * pixels_seen(recipe) / (speed * img_size ** 2) / 3600
             sent = {n: 2 * (n - 1) / n * parameter_bytes(model) / 1e9 for n in DEVICES}
             network = {n: sent[n] * at_size * n / recipe.batch_size for n in DEVICES}
-            disk = at_size * DEVICES[-1] * IMAGE_BYTES / 1e6
-            cells = [name, model, recipe.epochs, recipe.batch_size, f'{at_size:,.1f}',
-                     *(f'{hours / n:,.1f}' for n in DEVICES), f'{sent[8]:.2f}',
-                     f'{network[8]:.3g}, {network[64]:.3g}', f'{disk:,.1f}']
+            disk = [f'{at_size * n * IMAGE_BYTES / 1e6:,.1f}' for n in DEVICES]
+            cells = [name, model, recipe.epochs, recipe.batch_size, *(f'{hours / n:,.1f}' for n in DEVICES),
+                     *(f'{at_size * n:,.1f}' for n in DEVICES), f'{sent[8]:.3f}, {sent[64]:.3f}',
+                     f'{network[8]:.3g}, {network[64]:.3g}', '; '.join(disk)]
             yield '| ' + ' | '.join(map(str, cells)) + ' |'
 
 

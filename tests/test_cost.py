@@ -28,16 +28,18 @@ def test_the_table(measured):
     assert done.returncode == 0, done.stderr
     rows = {cells[1]: cells for line in done.stdout.splitlines()[4:] if (cells := [c.strip() for c in line.split('|')])}
     assert set(rows) == {'paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2'}
-    _, _, model, epochs, batch, speed, one, eight, many, sent, network, disk, _ = rows['sgd100']
-    assert (model, epochs, speed) == ('geoprior_resnet50', '100', '10.0')
+    _, _, model, epochs, batch, one, eight, many, *speeds, sent, network, disk, _ = rows['sgd100']
+    assert (model, epochs, speeds) == ('geoprior_resnet50', '100', ['10.0', '80.0', '640.0'])
     assert float(one.replace(',', '')) == pytest.approx(1_281_167 * 100 / 10 / 3600, abs=0.1)
     assert float(eight.replace(',', '')) == pytest.approx(1_281_167 * 100 / 80 / 3600, abs=0.1)
     assert float(many.replace(',', '')) == pytest.approx(1_281_167 * 100 / 640 / 3600, abs=0.1)
-    gradients = 2 * 7 / 8 * 4 * 24_541_237 / 1e9
-    assert float(sent) == pytest.approx(gradients, abs=0.01)
-    assert float(network.split(',')[0]) == pytest.approx(gradients * 80 / int(batch), rel=0.01)
-    assert float(disk) == pytest.approx(640 * 147_897_477_120 / 1_281_167 / 1e6, abs=0.1)
-    assert float(rows['a3'][5]) == pytest.approx(10 * (224 / 160) ** 2, abs=0.1)  # trained at 160 px
+    gradients = {n: 2 * (n - 1) / n * 4 * 24_541_237 / 1e9 for n in (8, 64)}
+    assert [float(x) for x in sent.split(',')] == pytest.approx([*gradients.values()], abs=0.001)
+    assert [float(x) for x in network.split(',')] == pytest.approx(
+        [gradients[n] * 10 * n / int(batch) for n in (8, 64)], rel=0.01)
+    assert [float(x) for x in disk.split(';')] == pytest.approx(
+        [n * 10 * 147_897_477_120 / 1_281_167 / 1e6 for n in (1, 8, 64)], abs=0.1)
+    assert float(rows['a3'][8]) == pytest.approx(10 * (224 / 160) ** 2, abs=0.1)  # trained at 160 px
 
 
 def test_speed_of_inference_is_refused(measured):
