@@ -19,6 +19,7 @@ import torch
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from scipy.stats import t as student
 from torch import nn
 
@@ -412,18 +413,23 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     accuracy.invert_yaxis()
     accuracy.set(xlabel=f'top-1 beyond {names[0]} (points)')
     radii.set(xlabel="radius over its map's extent", xscale='log')
-    sizes.set(xlabel='top-1: radius as share - in cells (points)')
+    radii.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    radii.xaxis.set_major_formatter('{x:g}')
+    radii.xaxis.set_minor_formatter('')
+    sizes.set(xlabel='top-1: radii as shares minus in cells (points)')
+    for axes in (accuracy, sizes):
+        axes.axvline(0, color='0.6', linewidth=0.8)
     for axes in (accuracy, radii, sizes):
         axes.grid(alpha=0.3)
         labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         if labels:
-            axes.legend(labels.values(), labels.keys(), fontsize='small')
+            axes.legend(labels.values(), labels.keys(), fontsize='small', loc='lower center', bbox_to_anchor=(0.5, 1),
+                        ncols=3, frameon=False)
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=130))
 
 
 def _draw(axes: Axes, place: float, values: Sequence[float], color: str, label: str = '') -> None:
     """Each seed's value, faint, and their mean with its interval."""
-    axes.axvline(0, color='0.6', linewidth=0.8)
     if values:
         mean, half = paired_interval(values)
         axes.plot(values, [place] * len(values), '|', color=color, alpha=0.6)
