@@ -1,0 +1,241 @@
+"""The page to try: served by real processes, used in a real browser."""
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+from timm_geoprior.classifier import load_classifier
+from timm_geoprior.cli import main
+from timm_geoprior.hub import download_tag
+from timm_geoprior.images import read_image, sample_image
+
+NANO = 'geoprior_resnet14_nano.r64_tin200'
+# the command, in a process that tells of every connection to another machine
+WATCHED = """
+import sys
+
+def watch(event, args):
+    if event in ('socket.connect', 'socket.getaddrinfo'):
+        host = args[0] if event == 'socket.getaddrinfo' else args[1][0] if isinstance(args[1], tuple) else 'localhost'
+        if host not in (None, '', 'localhost', '127.0.0.1', '::1', '0.0.0.0'):
+            print('reached for', host, file=sys.stderr, flush=True)
+
+sys.addaudithook(watch)
+from timm_geoprior.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
+def names(picture):
+    return [guess['name'] for guess in load_classifier(NANO)(picture)]
+
+
+@contextmanager
+def running(command, log, **options):
+    """A process that serves the page; its address."""
+    with open(log, 'w') as stderr, subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=stderr, text=True, **options) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith('Open http://127.0.0.1:'), log.read_text()
+            yield line.split()[1]
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def demo():
+    pytest.importorskip('gradio')
+    pytest.importorskip('matplotlib')
+    pytest.importorskip('skimage')
+    from timm_geoprior import demo
+
+    return demo
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    with pytest.importorskip('playwright.sync_api').sync_playwright() as playwright:
+        found = [path for name in ('chromium', 'chromium-browser', 'google-chrome') if (path := shutil.which(name))]
+        path = next(iter([*found, playwright.chromium.executable_path]))
+        if not os.path.exists(path):
+            pytest.skip('no Chromium is installed')
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope='module')
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp('demo') / 'stderr.txt'
+
+
+@pytest.fixture(scope='module')
+def url(log):
+    """The page, with a second model beside the bundled one and chosen at first: a copy of it."""
+    pytest.importorskip('gradio')
+    pytest.importorskip('skimage')
+    copy = download_tag(NANO, log.parent / 'copies')
+    command = ['-c', WATCHED, 'demo', '--port', str(free_port()), '--model', f'local-dir:{copy}']
+    with running(command, log, env={**os.environ, 'GRADIO_TEMP_DIR': str(log.parent / 'files')}) as url:
+        yield url
+
+
+@contextmanager
+def opened(chromium, url, **options):
+    """The page, and the machines that it has sent requests to."""
+    with chromium.new_context(**options) as context:
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        hosts = set()
+        page.on('request', lambda request: hosts.add(urlsplit(request.url).hostname))
+        page.goto(url)
+        page.wait_for_selector('#windows img')
+        yield page, hosts
+
+
+def wait_for_names(page, expected):
+    page.wait_for_function(
+        'names => JSON.stringify([...document.querySelectorAll("#guesses dt")].map(e => e.innerText)) == '
+        'JSON.stringify(names)', arg=expected)
+
+
+def windows(page):
+    return page.get_attribute('#windows img', 'src')
+
+
+def click(page, across, down):
+    """Click into the picture, and wait for other windows."""
+    before, box = windows(page), page.locator('#picture img').bounding_box()
+    page.locator('#picture img').click(position={'x': box['width'] * across, 'y': box['height'] * down})
+    page.wait_for_function('src => document.querySelector("#windows img").src != src', arg=before)
+    return windows(page)
+
+
+def message(page, name):
+    found = page.locator('[data-testid=toast-text]', has_text=name).first
+    found.wait_for()
+    return found.inner_text()
+
+
+def test_without_gradio(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    monkeypatch.delitem(sys.modules, 'timm_geoprior.demo', raising=False)
+    assert main(['demo']) == 1
+    assert capsys.readouterr().err == (
+        "timm-geoprior: gradio is not installed, expected it for this command: pip install 'timm-geoprior[demo]'.\n")
+
+
+@pytest.mark.usefixtures('demo')
+def test_a_port_in_use(capsys):
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+        assert main(['demo', '--port', str(port)]) == 1
+    assert capsys.readouterr().err == (
+        f'timm-geoprior: Port {port} cannot be opened (Address already in use), expected a free one: '
+        f'name another by --port.\n')
+
+
+@pytest.mark.usefixtures('demo')
+@pytest.mark.parametrize('port', ['0', '65536'])
+def test_no_port(capsys, port):
+    assert main(['demo', '--port', port]) == 1
+    assert f'Port {port} cannot be opened (Not from 1 to 65535)' in capsys.readouterr().err
+
+
+def test_samples_and_clicks(demo, chromium, url):
+    with opened(chromium, url, viewport={'width': 1400, 'height': 1200}) as (page, _):
+        wait_for_names(page, names(read_image(demo.SAMPLES[0])))
+        one, other = click(page, 0.3, 0.3), click(page, 0.7, 0.6)
+        assert other != one
+        assert click(page, 0.3, 0.3) == one
+        box = page.locator('#picture img').bounding_box()
+        page.locator('#picture img').click(position={'x': 0.05 * box['width'], 'y': 0.5 * box['height']})
+        x, y = map(float, re.search(r'The point ([\d.]+),([\d.]+) is in the margin', message(page, 'margin')).groups())
+        assert (x, y) == (pytest.approx(0.05 * 600, abs=3), pytest.approx(0.5 * 400, abs=3))
+        page.locator('#samples button').nth(1).click()
+        wait_for_names(page, names(sample_image()))
+
+
+def test_another_model(demo, chromium, url):
+    with opened(chromium, url) as (page, _):
+        assert 'Knows 200 classes, sees 64 x 64 pixels.' in page.inner_text('#model')
+        page.locator('#model input').click()
+        page.get_by_role('option', name=NANO, exact=True).click()
+        page.locator('#model', has_text='of the 10,000 images of Tiny-ImageNet-200 val').wait_for()
+        wait_for_names(page, names(read_image(demo.SAMPLES[0])))
+
+
+def test_bad_files_then_a_good_one(demo, chromium, url, tmp_path):
+    """Each bad file is told on the page and changes nothing; the next picture is taken, though no browser shows TIFF."""
+    bad = {
+        'notes.txt': ('not a picture', 'is not an image that Pillow can read'),
+        'renamed.jpg': ('not a picture', 'is not an image that Pillow can read'),
+        'empty.png': ('', 'is not an image that Pillow can read'),
+        'large.png': ('', 'exceed the maximum allowed size of 50.0 Mb'),
+        'bomb.png': ('', 'has too many pixels, expected at most 178,956,970: scale it down.'),
+    }
+    for name, (text, _) in bad.items():
+        (tmp_path / name).write_text(text)
+    os.truncate(tmp_path / 'large.png', 100_000_000)
+    Image.new('1', (20_000, 20_000)).save(tmp_path / 'bomb.png')
+    sample_image().save(tmp_path / 'cat.tif')
+    with opened(chromium, url) as (page, _):
+        before = page.inner_text('#guesses'), windows(page), page.get_attribute('#picture img', 'src')
+        for name, (_, sentence) in bad.items():
+            page.set_input_files('#file input[type=file]', tmp_path / name)
+            assert sentence in message(page, name)
+        assert (page.inner_text('#guesses'), windows(page), page.get_attribute('#picture img', 'src')) == before
+        page.set_input_files('#file input[type=file]', tmp_path / 'cat.tif')
+        wait_for_names(page, names(read_image(tmp_path / 'cat.tif')))
+        page.wait_for_function('document.querySelector("#picture img").naturalWidth == 451')
+
+
+def test_narrow_and_dark_without_a_network(chromium, url, log):
+    with opened(chromium, url, viewport={'width': 400, 'height': 800}, color_scheme='dark') as (page, hosts):
+        width, height = page.evaluate('(i => [i.naturalWidth, i.naturalHeight])(document.querySelector("#windows img"))')
+        assert height > 3 * width  # one panel under the other
+        assert page.evaluate('document.documentElement.scrollWidth') == 400
+        assert hosts == {'127.0.0.1'}
+    assert log.read_text() == ''
+
+
+def test_a_space(demo, chromium, tmp_path, capsys):
+    from huggingface_hub import SpaceCard
+
+    folder = tmp_path / 'space'
+    assert main(['demo', '--space', str(folder)]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'README.md', 'app.py', 'requirements.txt', 'timm_geoprior']
+    card = SpaceCard.load(folder / 'README.md')
+    assert (card.data.sdk, card.data.app_file) == ('gradio', 'app.py')
+    assert re.fullmatch(r'6\.\d+\.\d+', card.data.sdk_version)
+    assert NANO in card.text
+    needed = dict(line.split('==') for line in (folder / 'requirements.txt').read_text().split())
+    assert needed['gradio'] == card.data.sdk_version
+    assert {'matplotlib', 'scikit-image', 'timm', 'torch'} <= set(needed)
+
+    assert main(['demo', '--space', str(folder)]) == 1
+    assert 'has files in it, expected a new or an empty folder' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['space']
+
+    find = 'import importlib.util; print(importlib.util.find_spec("timm_geoprior").origin)'
+    found = subprocess.run([sys.executable, '-c', find], cwd=folder, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(folder / 'timm_geoprior' / '__init__.py')
+    environment = {
+        **os.environ, 'GRADIO_SERVER_PORT': str(free_port()), 'GRADIO_TEMP_DIR': str(tmp_path / 'files')}
+    with running(['app.py'], tmp_path / 'stderr.txt', cwd=folder, env=environment) as url:
+        with opened(chromium, url) as (page, _):
+            wait_for_names(page, names(read_image(demo.SAMPLES[0])))
