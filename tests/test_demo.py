@@ -164,7 +164,7 @@ def test_samples_and_clicks(demo, chromium, url):
         box = page.locator('#picture img').bounding_box()
         page.locator('#picture img').click(position={'x': 0.05 * box['width'], 'y': 0.5 * box['height']})
         x, y = map(float, re.search(r'The point ([\d.]+),([\d.]+) is in the margin', message(page, 'margin')).groups())
-        assert (x, y) == (pytest.approx(0.05 * 600, abs=3), pytest.approx(0.5 * 400, abs=3))
+        assert (x, y) == (pytest.approx(0.05 * 1024, abs=5), pytest.approx(0.5 * 683, abs=5))
         page.locator('#samples button').nth(1).click()
         wait_for_names(page, names(sample_image()))
 
@@ -200,7 +200,7 @@ def test_bad_files_then_a_good_one(demo, chromium, url, tmp_path):
         assert (page.inner_text('#guesses'), windows(page), page.get_attribute('#picture img', 'src')) == before
         page.set_input_files('#file input[type=file]', tmp_path / 'cat.tif')
         wait_for_names(page, names(read_image(tmp_path / 'cat.tif')))
-        page.wait_for_function('document.querySelector("#picture img").naturalWidth == 451')
+        page.wait_for_function('document.querySelector("#picture img").naturalHeight == 681')
 
 
 def test_narrow_and_dark_without_a_network(chromium, url, log):

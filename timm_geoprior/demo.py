@@ -16,7 +16,7 @@ from huggingface_hub import SpaceCardData
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from packaging.requirements import Requirement
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 
 from .classifier import Classifier, ClassifierError, load_classifier
@@ -29,7 +29,7 @@ from .windows import WindowsError, draw_windows
 __all__ = ['DemoError', 'build', 'serve', 'write_space']
 
 SAMPLES = [Path(skimage.data.data_dir, name) for name in ('coffee.png', 'chelsea.png', 'rocket.jpg', 'astronaut.png')]
-PREVIEW_SIDE = 1024  # pixels; what is shown and drawn on, the network gets the picture itself
+PREVIEW_SIDE = 1024  # pixels of what is shown, clicked into and drawn on; the network gets the picture itself
 MAX_UPLOAD = '50mb'
 ERRORS = (ClassifierError, ImageError, WeightsError, WindowsError)
 
@@ -38,7 +38,8 @@ LEAD = ('Drop a picture or pick a sample, then click into it: what stays light i
         'that point. How far they look is all they have learned of it, a radius each, the same in every picture.')
 CSS = """
 #picture img {cursor: crosshair}
-#samples img {width: 72px; height: 72px; object-fit: cover}
+#samples .container {width: 72px; height: 72px}
+#samples img {width: 100%; height: 100%; object-fit: cover}
 """
 # the last input of every event: a figure is drawn to fit the window that it is for
 WINDOW_JS = """(...inputs) => [...inputs.slice(0, -1), {
@@ -113,8 +114,8 @@ def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
     try:
         image, classifier = read_image(path), load(name)
         guesses = _guesses(classifier, image)
-        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        return path, image, None, guesses, _windows(classifier, image, None, window)
+        preview = ImageOps.contain(image, (PREVIEW_SIDE, PREVIEW_SIDE))
+        return path, preview, None, guesses, _windows(classifier, preview, None, window)
     except ERRORS as error:
         _tell(error, path)
         return (gr.skip(),) * 5
@@ -189,7 +190,9 @@ def build(model: str | None = None) -> gr.Blocks:
         page.load(_open, [path, tag, window], shown, js=WINDOW_JS)
         samples.click(_pick, [samples, tag, window], shown, js=WINDOW_JS)
         file.upload(_upload, [file, tag, window], [file, *shown], js=WINDOW_JS)
-        picture.select(_click, [picture, tag, window], [point, windows], js=WINDOW_JS)
+        picture.select(
+            _click, [picture, tag, window], [point, windows], js=WINDOW_JS,
+            trigger_mode='always_last', show_progress='hidden')  # who clicks about wants no flicker, and the last one
         tag.input(_switch, [tag, path, picture, point, window], [tag, guesses, windows], js=WINDOW_JS)
     return page
 
