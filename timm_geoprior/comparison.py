@@ -147,40 +147,44 @@ def compare(
         tell: Called with a sentence for each run.
 
     Yields:
-        The rows of all runs so far, at the start and after each run.
+        The rows of all runs so far, those of other seeds in `output` too, at the start and after each run: by variant,
+        the base first.
 
     Raises:
         ComparisonError: A finished run had another recipe.
         RuntimeError: As `Trainer` has it.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
-    places = [(name, seed, replace(config, output=config.output / 'runs' / name / str(seed), seed=seed))
-              for seed in seeds for name in recipes]
-    rows = [row for name, seed, place in places if (row := _finished(name, recipes[name], place))]
+    order = list(recipes)
+
+    def place_of(row: Row) -> tuple[int, int]:
+        return order.index(row['variant']), row['seed']
+
+    rows = [row for name in recipes for path in (config.output / 'runs' / name).glob('*/results.json')
+            if (row := _finished(name, recipes[name], path))]
+    rows.sort(key=place_of)
     yield rows
     done = {(row['variant'], row['seed']) for row in rows}
     decoded: ImageTensors | None = None
-    for name, seed, place in places:
-        if (name, seed) in done:
-            continue
+    for seed, name in ((seed, name) for seed in seeds for name in recipes if (name, seed) not in done):
         if decoded is None:
             decoded = _decode(recipes[name], config)
+        place = replace(config, output=config.output / 'runs' / name / str(seed), seed=seed)
         row = run(name, recipes[name], place, decoded)
         tell(f'{name}, seed {seed}: held-out top-1 {row["top1"]:.2f}% after {row["hours"]:.2f} hours')
-        rows = [*rows, row]
+        rows = sorted([*rows, row], key=place_of)
         yield rows
 
 
-def _finished(name: str, recipe: Recipe, place: RunConfig) -> Row | None:
-    path = place.output / 'results.json'
-    results = json.loads(path.read_text()) if path.is_file() else {}
+def _finished(name: str, recipe: Recipe, path: Path) -> Row | None:
+    results = json.loads(path.read_text())
     if 'measured' not in results:
         return None
     now = json.loads(json.dumps(recipe.to_dict()))  # tuples as lists
     for key in now:
         if results['recipe'].get(key) != now[key]:
             raise ComparisonError(
-                f'{place.output} was trained with {key} = {results["recipe"].get(key)!r}, variant {name} has '
+                f'{path.parent} was trained with {key} = {results["recipe"].get(key)!r}, variant {name} has '
                 f'{now[key]!r}: give changed variants another name, or compare in another --output.')
     return _row(name, results)
 
@@ -313,7 +317,7 @@ def report(rows: Sequence[Row], output: Path, command: str) -> str:
         The text of comparison.md.
     """
     names = list(dict.fromkeys(row['variant'] for row in rows))
-    seeds = list(dict.fromkeys(row['seed'] for row in rows))
+    seeds = sorted({row['seed'] for row in rows})
     first = rows[0]
     head = (f'Top-1 in percent of {first["num_images"]:,} images held out of training, after the last epoch, at '
             f'{first["eval_size"]} px. Differences are to {names[0]} within a seed: their mean ± the half width of '
