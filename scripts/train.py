@@ -44,15 +44,21 @@ def parse_args() -> argparse.Namespace:
         '--finetune', default='', metavar='pretrained|FILE',
         help="start from the weights of the model's tag, or from a checkpoint; another head is drawn anew")
     parser.add_argument(
-        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key')
-    parser.add_argument('--seed', type=int, default=0)
+        '--set', action='append', default=[], metavar='KEY=VALUE',
+        help='another value for a recipe key, as in --set epochs=30; as often as need be')
+    parser.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation (default: 0)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
     parser.add_argument(
-        '-j', '--workers', type=int, default=2, help='processes that decode images, for each process that trains')
-    parser.add_argument('--save-every', type=int, default=200, help='updates between two checkpoints in mid-epoch')
-    parser.add_argument('--max-corrupt', type=int, default=10, help='unreadable images after which the run stops')
-    parser.add_argument('--resume', action='store_true', help='go on with the run in --output')
+        '-j', '--workers', type=int, default=2,
+        help='processes that decode images, for each process that trains (default: 2)')
+    parser.add_argument(
+        '--save-every', type=int, default=200, help='updates between two checkpoints in mid-epoch (default: 200)')
+    parser.add_argument(
+        '--max-corrupt', type=int, default=10,
+        help='unreadable images that are named and skipped; at one more the run stops (default: 10)')
+    parser.add_argument(
+        '--resume', action='store_true', help='go on with the run in --output, by the same recipe and seed')
     return parser.parse_args()
 
 

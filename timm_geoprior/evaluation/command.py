@@ -190,7 +190,8 @@ def _compare_with_figures(run: _Run, data: EvalSet, loaded: LoadedModel, planned
                                   f'{entry.sha256} of {entry.name} for --check: leave one of them out.')
         for precision in run.settings.precisions:
             find_metric(entry, precision, planned.img_size, count)
-    elif entry is not None and count is not None and count not in {metric.num_images for metric in entry.metrics}:
+    elif (entry is not None and loaded.weights.get('sha256') == entry.sha256 and count is not None
+          and count not in {metric.num_images for metric in entry.metrics}):
         for metric in entry.metrics:
             run.settings.tell(f"These {count:,} images are not the set that the manifest's figure is for: "
                               f'{metric.dataset} {metric.split}, {metric.num_images:,} images.')
