@@ -65,6 +65,17 @@ def test_classify_takes_the_folder(finished, photo_folder, capsys):
     assert sum(guess['probability'] for guess in result['predictions']) == pytest.approx(1)
 
 
+def test_transformers_takes_the_folder(finished, photo_folder):
+    transformers = pytest.importorskip('transformers')
+    model = timm.create_model(f'local-dir:{finished}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    photo = Image.open(photo_folder / 'val' / 'chelsea' / '00.jpg')
+    ours = model(transform(photo)[None]).softmax(-1)[0]
+    given = transformers.pipeline('image-classification', str(finished))(photo)
+    assert {answer['label']: answer['score'] for answer in given} == pytest.approx(
+        dict(zip(PHOTOGRAPHS, ours.tolist(), strict=True)), rel=1e-4)
+
+
 def test_publish_takes_the_run(finished):
     """Both files that scripts/publish.py may be given hold the same release."""
     files = ('best.pt', 'model.safetensors')

@@ -272,6 +272,10 @@ def export(trainer: Trainer, folder: Path) -> None:
     model.pretrained_cfg = cfg
     save_for_hf(model, str(folder), model_config={'label_names': list(names)},
                 model_args=recipe.model_kwargs or None, safe_serialization=True)
+    config = json.loads((folder / 'config.json').read_text())
+    # timm 1.0.31 repeats it among the options, where transformers refuses it; it stands at the root in any case
+    config.get('model_args', {}).pop('num_classes', None)
+    write_atomically(folder / 'config.json', json.dumps(config, indent=2).encode())
 
 
 def _measure(job: Job, splits: Splits, recipe: Recipe, config: RunConfig) -> dict[str, Any]:
