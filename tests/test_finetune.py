@@ -84,6 +84,24 @@ def test_publish_takes_the_run(finished):
     assert all(torch.equal(run[name], bare[name]) for name in run)
 
 
+def test_curves_of_several_runs(finished, tmp_path):
+    script = Path(__file__).parent.parent / 'scripts' / 'draw_finetune_curves.py'
+    for place in ('photos/pretrained/0', 'photos/random/0', 'photos/random/1', 'others/pretrained/0'):
+        shutil.copytree(finished, tmp_path / 'runs' / place, ignore=shutil.ignore_patterns('*.pt', 'tensorboard'))
+    (tmp_path / 'runs' / 'photos' / 'random' / '2').mkdir()  # one that is not finished
+    command = [sys.executable, script, tmp_path / 'runs', '--output', tmp_path / 'curves.png']
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[2:]
+    measured = json.loads((finished / 'results.json').read_text())['measured']
+    assert [line.split(' | ')[:2] for line in printed] == [
+        ['| others', 'pretrained'], ['| photos', 'pretrained'], ['| photos', 'random'], ['| photos', 'random']]
+    assert f'| 20 | {measured["top1_correct"]} | {measured["top1"]:.2f} (' in printed[0]
+    assert Image.open(tmp_path / 'curves.png').width > 900  # two panels
+    command[2] = tmp_path / 'nothing'
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert 'no finished runs' in refused.stderr
+
+
 def test_confusion_matrix(finished, tmp_path):
     assert np.asarray(Image.open(finished / 'confusion.png')).std() > 10
     for classes in (2, 40, 130):
