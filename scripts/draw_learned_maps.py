@@ -45,7 +45,7 @@ def main() -> None:
     for axes, layer in zip(panels[0], layers, strict=True):
         draw_map(axes, photo, layer.width, layer.cells[0], at=0.4)
         axes.set_title(f'{layer.name}\n{layer.cells[0]:.2f} cells of {layer.width}', fontsize=9)
-    figure.savefig(args.output, dpi=100)
+    figure.savefig(args.output, dpi=100, bbox_inches='tight', pad_inches=0.05)
     Image.open(args.output).convert('RGB').quantize(256).save(args.output, optimize=True)
     print(f'Wrote {args.output}.')
 

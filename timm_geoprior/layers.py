@@ -126,7 +126,7 @@ class GeoPriorAttn2d(nn.Module):
     grid. A radius below about 0.3 cells makes the identity, one far beyond the map's extent its mean; the gradient of
     the radius vanishes at both ends.
 
-    Example:
+    Examples:
         >>> attn = GeoPriorAttn2d(64, 16, stride=2)
         >>> attn(torch.randn(2, 64, 15, 20)).shape
         torch.Size([2, 16, 8, 10])
@@ -203,7 +203,7 @@ class GeoPriorConv2d(nn.Module):
     convolution, concatenated, is that of AA-ResNet (Bello et al., 2019, arXiv 1904.09925), which the paper compares
     with.
 
-    Example:
+    Examples:
         >>> GeoPriorConv2d(128, 128, value_dim=8, stride=2)(torch.randn(2, 128, 28, 28)).shape
         torch.Size([2, 128, 14, 14])
     """
