@@ -26,21 +26,21 @@ def find_runs(folder: Path) -> Runs:
 
 
 def measured(run: Path) -> dict[str, float]:
-    """What was measured at the end, with the hours that training took."""
+    """What was measured at the end, with the seed and the hours that training took."""
     results = json.loads((run / 'results.json').read_text())
     return {**results['measured'], 'hours': results['hours'], 'seed': results['seed']}
 
 
 def table(runs: Runs) -> str:
-    """A row a run: accuracy with its 95% interval."""
-    lines = ['| data | start | seed | images measured | right | top-1 % (95% interval) | minutes of training |',
-             '| --- | --- | ---: | ---: | ---: | --- | ---: |']
+    """A row a run: accuracy of the measured images, with its interval, and the minutes that training took."""
+    lines = ['| data | start | seed | right | top-1 % | 95% interval | minutes |',
+             '| --- | --- | ---: | ---: | ---: | ---: | ---: |']
     for data, starts in runs.items():
         for start, folders in starts.items():
             for values in map(measured, folders):
                 low, high = values['top1_interval']
-                lines.append(f'| {data} | {start} | {values["seed"]} | {values["num_images"]:,} | '
-                             f'{values["top1_correct"]:,} | {values["top1"]:.2f} ({low:.2f} to {high:.2f}) | '
+                lines.append(f'| {data} | {start} | {values["seed"]} | {values["top1_correct"]:,} of '
+                             f'{values["num_images"]:,} | {values["top1"]:.2f} | {low:.2f}, {high:.2f} | '
                              f'{60 * values["hours"]:.1f} |')
     return '\n'.join(lines)
 

@@ -94,7 +94,7 @@ def test_curves_of_several_runs(finished, tmp_path):
     measured = json.loads((finished / 'results.json').read_text())['measured']
     assert [line.split(' | ')[:2] for line in printed] == [
         ['| others', 'pretrained'], ['| photos', 'pretrained'], ['| photos', 'random'], ['| photos', 'random']]
-    assert f'| 20 | {measured["top1_correct"]} | {measured["top1"]:.2f} (' in printed[0]
+    assert f'| {measured["top1_correct"]} of 20 | {measured["top1"]:.2f} | ' in printed[0]
     assert Image.open(tmp_path / 'curves.png').width > 900  # two panels
     command[2] = tmp_path / 'nothing'
     refused = subprocess.run(command, capture_output=True, text=True)
