@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_geoprior
 from timm_geoprior import GeoPriorAttn2d
-from timm_geoprior.cli import default_model, main
+from timm_geoprior.cli import default_architecture, default_model, main
 from timm_geoprior.images import sample_image
 from timm_geoprior.manifest import ManifestError, load_manifest, manifest_path
 
@@ -171,7 +171,7 @@ def test_a_wrong_use_is_exit_code_2(capsys, arguments):
 
 def test_the_default_model_is_bundled_first_then_published(tmp_path):
     data = json.loads(load_manifest().to_json())
-    weights = {'file': 'model.safetensors', 'sha256': '0' * 64, 'bytes': 1, 'dtype': 'float16', 'parameters': 1,
+    weights = {'file': 'model.safetensors', 'sha256': '0' * 64, 'bytes': 1, 'dtype': 'float16',
                'golden': {'file': 'golden.safetensors', 'sha256': '0' * 64}, 'hub_id': 'a/b', 'revision': '0' * 40}
 
     def default(**statuses):
@@ -179,12 +179,16 @@ def test_the_default_model_is_bundled_first_then_published(tmp_path):
             entry.update(weights, status=statuses.get(name.split('.')[0], 'planned'))
         path = tmp_path / f'{len(list(tmp_path.iterdir()))}.json'
         path.write_text(json.dumps(data))
-        return default_model(load_manifest(path)).architecture
+        manifest = load_manifest(path)
+        scratch.append(default_architecture(manifest))
+        return default_model(manifest).architecture
 
+    scratch = []  # finetune's network without trained weights: the same, so that the two compare
     assert default(geoprior_resnet50='published', geoprior_resnet14_nano='bundled') == 'geoprior_resnet14_nano'
     assert default(geoprior_resnet50='staged', geoprior_resnet101='published') == 'geoprior_resnet101'
     with pytest.raises(ManifestError, match='has weights'):
         default(geoprior_resnet50='staged')
+    assert scratch == ['geoprior_resnet14_nano', 'geoprior_resnet101', 'geoprior_resnet14_nano']  # the smallest at last
 
 
 def test_damaged_weights_are_told(tmp_path):

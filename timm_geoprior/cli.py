@@ -30,7 +30,7 @@ from .manifest import Manifest, ManifestError, ModelEntry, load_manifest
 from .radii import learned_radii
 from .verify import doctor, verify_tags
 
-__all__ = ['default_model', 'main']
+__all__ = ['default_architecture', 'default_model', 'main']
 
 
 class UsageError(RuntimeError):
@@ -54,6 +54,18 @@ def default_model(manifest: Manifest) -> ModelEntry:
             if entry.default and entry.status == status:
                 return entry
     raise ManifestError('No default tag in the manifest has weights, expected one: train one, or name one by --model.')
+
+
+def default_architecture(manifest: Manifest) -> str:
+    """Name what `finetune` trains from random weights: the architecture of the default model, else the smallest.
+
+    Args:
+        manifest: The manifest.
+    """
+    try:
+        return default_model(manifest).architecture
+    except ManifestError:
+        return min(manifest.models.values(), key=lambda entry: entry.parameters or 0).architecture
 
 
 def _table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
@@ -219,7 +231,8 @@ def _finetune(args: argparse.Namespace) -> int:
     with _extra('train'):
         from .finetune import ERRORS, Job, finetune
     output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
-    model = args.model or (_untrained() if args.from_scratch else default_model(load_manifest()).name)
+    manifest = load_manifest()
+    model = args.model or (default_architecture(manifest) if args.from_scratch else default_model(manifest).name)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         results = finetune(Job(
@@ -235,11 +248,6 @@ def _finetune(args: argparse.Namespace) -> int:
     print(f"timm.create_model('local-dir:{output}', pretrained=True)\n"
           f'timm-geoprior classify --model local-dir:{output} IMAGE')
     return 0
-
-
-def _untrained() -> str:
-    """The architecture of the default model, whether it has weights or not: the smallest."""
-    return min(load_manifest().models.values(), key=lambda entry: entry.parameters or 0).architecture
 
 
 def _verify(args: argparse.Namespace) -> int:
