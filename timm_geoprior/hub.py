@@ -329,7 +329,7 @@ def _read_verified(asset: _Asset, path: Path) -> memoryview:
             if asset.size not in (size, None):
                 raise _DigestError(f'{where} are {size} bytes, expected {asset.size}: {advice}.')
             # not a bytearray, whose zeros take as long as the reading, from the model's creation beside it
-            content, position = memoryview(torch.empty(size, dtype=torch.uint8).numpy()), 0
+            content, position = torch.empty(size, dtype=torch.uint8).numpy().data, 0
             while count := file.readinto(content[position:position + CHUNK]):
                 digest.update(content[position:position + count])
                 position += count
