@@ -57,6 +57,13 @@ def test_a_training_step_trains(tmp_path):
     assert model.conv1[0].weight.grad is None
 
 
+def test_a_network_with_five_axes_in_channels_last():
+    network = create_network('lambda_resnet26t', setting(channels_last=True, model_kwargs={}))
+    axes = {parameter.dim() for parameter in network.parameters()}
+    assert axes == {1, 2, 4, 5}
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.dim() == 4)
+
+
 def test_a_reparameterized_network():
     networks = [create_network(NANO, setting(reparameterize=flag)) for flag in (False, True)]
     norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) for network in networks]

@@ -126,7 +126,10 @@ def create_network(name: str, setting: Setting) -> nn.Module:
     """A network with random weights, for 1,000 classes unless `model_kwargs` say otherwise."""
     model: nn.Module = timm.create_model(name, **{'num_classes': 1000, **setting.model_kwargs})
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-    model = model.to(device=setting.device).to(memory_format=layout).train(setting.train)
+    model = model.to(device=setting.device).train(setting.train)
+    for parameter in model.parameters():
+        if parameter.dim() == 4:  # `model.to(memory_format=...)` fails at the five axes of a lambda layer's weights
+            parameter.data = parameter.data.contiguous(memory_format=layout)
     return reparameterize_model(model) if setting.reparameterize else model
 
 
