@@ -4,12 +4,12 @@
     python scripts/benchmark_layer.py --output bench/layer
 
 For each size of the map: GeoPriorAttn2d; its values times the dense (H W) x (H W) map, kept ready; and
-scaled_dot_product_attention of a query, key and value projection. All have the same number of value channels.
+scaled_dot_product_attention of a query, key and value projection. All have the same number of value channels. The maps'
+bytes are those of the tensors; scaled_dot_product_attention keeps none.
 """
 import argparse
 import csv
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from torch.utils.benchmark import Timer
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.benchmark import BenchmarkError, Setting, summarize
 from timm_geoprior.layers import attention_map
-
-Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 class DenseAttn2d(nn.Module):
@@ -40,6 +38,13 @@ class DenseAttn2d(nn.Module):
         values = self.value(x)
         mixed: torch.Tensor = values.flatten(2) @ self.map.T  # type: ignore[operator]
         return mixed.view_as(values)
+
+
+def map_bytes(layer: nn.Module, size: int) -> int | None:
+    """Bytes of the attention maps that a layer keeps or makes for a map of `size` x `size` cells."""
+    if isinstance(layer, GeoPriorAttn2d):
+        return 2 * attention_map(layer.log_radius, size).nbytes  # rows and columns
+    return layer.map.nbytes if isinstance(layer, DenseAttn2d) else None  # type: ignore[operator,return-value]
 
 
 class ComputedAttn2d(nn.Module):
@@ -86,30 +91,40 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 times[name].append(1e3 * timer.timeit(numbers[name]).mean)
         for name, values in times.items():
             spread = summarize(values)
+            kept = map_bytes(layers[name], size)
             rows.append({'layer': name, 'size': size, 'milliseconds': spread.median, 'low': spread.low,
-                         'high': spread.high})
-            print(f'{size:4} x {size:<4} {name:30} {spread.median:10.3f} ms [{spread.low:.3f}, {spread.high:.3f}]')
+                         'high': spread.high, 'map_bytes': kept})
+            print(f'{size:4} x {size:<4} {name:30} {spread.median:10.3f} ms [{spread.low:.3f}, {spread.high:.3f}]'
+                  + (f'  maps {kept:,} bytes' if kept else ''))
     return rows
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over the number of positions, with lines for the growth of H W (H + W) and of (H W)^2."""
-    figure = Figure(figsize=(6, 4.2), layout='constrained')
-    axes = figure.add_subplot()
+    """Time and maps over the side of the map, with lines for their growth as H W (H + W), (H W)^2 and H^2 + W^2."""
+    figure = Figure(figsize=(11, 4.2), layout='constrained')
+    times, maps = figure.subplots(1, 2)
+    sizes = sorted({row['size'] for row in rows})
     for name in dict.fromkeys(row['layer'] for row in rows):
         own = [row for row in rows if row['layer'] == name]
-        axes.errorbar([row['size'] for row in own], [row['milliseconds'] for row in own], marker='o', label=name,
-                      yerr=[[row['milliseconds'] - row['low'] for row in own],
-                            [row['high'] - row['milliseconds'] for row in own]])
+        sides = [row['size'] for row in own]
+        times.errorbar(sides, [row['milliseconds'] for row in own], marker='o', label=name,
+                       yerr=[[row['milliseconds'] - row['low'] for row in own],
+                             [row['high'] - row['milliseconds'] for row in own]])
+        if own[0]['map_bytes']:
+            maps.plot(sides, [row['map_bytes'] for row in own], marker='o', label=name)
     last = next(row for row in reversed(rows) if row['layer'] == 'GeoPriorAttn2d')
-    sizes = sorted({row['size'] for row in rows})
-    for power, label in ((3, 'grows as H W (H + W)'), (4, 'grows as (H W)$^2$')):
-        axes.plot(sizes, [last['milliseconds'] * (size / last['size']) ** power for size in sizes], ':', color='0.5',
-                  linewidth=2 if power == 3 else 1, label=label)
-    axes.set(xscale='log', yscale='log', xlabel='side of the map, cells', ylabel='milliseconds, one image')
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
+    for axes, key, powers in (
+            (times, 'milliseconds', {3: 'grows as H W (H + W)', 4: 'grows as (H W)$^2$'}),
+            (maps, 'map_bytes', {2: 'grows as H$^2$ + W$^2$', 4: 'grows as (H W)$^2$'})):
+        for style, (power, label) in zip((':', '--'), powers.items(), strict=True):
+            growth = [last[key] * (size / last['size']) ** power for size in sizes]
+            axes.plot(sizes, growth, style, color='0.5', label=label)
+        axes.set(xscale='log', yscale='log', xlabel='side of the map, cells')
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
+    times.set_ylabel('milliseconds, one image')
+    maps.set_ylabel('bytes of the maps')
     figure.savefig(path, dpi=120, metadata={'Software': None})
 
 

@@ -145,3 +145,27 @@ def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith('benchmark.py: nonesuch is left out')
     assert not (tmp_path / 'out').exists()
+
+
+def test_the_layer_alone(tmp_path):
+    script = SCRIPT.with_name('benchmark_layer.py')
+    arguments = ['--output', str(tmp_path), '--sizes', '4', '12', '--dim', '8', '--value-dim', '2', '--repeats', '1',
+                 '--min-seconds', '0.001', '--max-gigabytes', '0.00001']
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True)
+    rows = list(csv.DictReader((tmp_path / 'layer.csv').open()))
+    assert [(row['layer'], row['size'], row['map_bytes']) for row in rows] == [
+        ('GeoPriorAttn2d', '4', '128'), ('dense map', '4', '1024'), ('scaled_dot_product_attention', '4', ''),
+        ('GeoPriorAttn2d', '12', '1152'), ('scaled_dot_product_attention', '12', '')]
+    assert 'dense map at 12 x 12 is left out' in done.stderr
+    assert (tmp_path / 'layer.png').stat().st_size > 5000
+
+
+def test_the_layers_beside_it_compute_the_same():
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        from benchmark_layer import contestants
+    finally:
+        sys.path.pop(0)
+    layers = contestants(dim=4, value_dim=2, size=5, max_bytes=1e9)
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(layers['dense map'](x), layers['GeoPriorAttn2d'](x))
