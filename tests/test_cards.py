@@ -70,7 +70,7 @@ def test_config_is_what_timm_would_save(tmp_path):
                 'pool_size', 'first_conv', 'classifier', 'license', 'custom_load'):
         assert ours['pretrained_cfg'][key] == timms['pretrained_cfg'][key], key
     assert ours['label_names'] == list(load_manifest().label_sets[entry.label_set].names)
-    assert 'label_names' not in hub_config(load_manifest().get('geoprior_resnet50'))  # known by their number
+    assert 'label_names' not in hub_config(load_manifest().get('geoprior_resnet101'))  # known by their number
 
 
 def test_front_matter(staged, entry):
@@ -113,7 +113,7 @@ def test_card_text(entry, staged):
     with Image.open(staged / image) as plot:
         assert min(plot.size) > 300
     assert 'train_log.csv' not in model_card(entry, load_manifest(), log=False).text
-    planned = model_card(load_manifest().get('geoprior_resnet50'), load_manifest())
+    planned = model_card(load_manifest().get('geoprior_resnet101'), load_manifest())
     assert 'Figures' not in planned.text
     assert 'model-index' not in planned.data.to_dict()
 

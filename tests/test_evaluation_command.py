@@ -528,7 +528,7 @@ def test_wrong_commands(arguments, message, capsys):
     (['--data-dir', '.', '--dataset', 'wds/', '--split', 'val'], 'cannot be opened'),
     (['--dataset', 'hfids/PARQUET'], 'Dataset length is unknown'),
     (['--data-dir', 'folder', '--model', 'nosuch'], 'Unknown model'),
-    (['--data-dir', 'folder', '--model', 'geoprior_resnet50'], 'has no weights'),
+    (['--data-dir', 'folder', '--model', 'geoprior_resnet101'], 'has no weights'),
     (['--data-dir', 'folder', '--results-file', 'missing/x.csv'], 'missing does not exist'),
     (['--data-dir', 'folder', '--results-file', 'folder'], 'folder is a folder, expected a file'),
     (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),

@@ -187,7 +187,7 @@ def test_a_network_without_attention_is_refused(coffee):
 
 def test_the_plain_network_is_the_resnet_of_the_same_depth():
     with torch.device('meta'):
-        plain, resnet = _plain(timm.create_model('geoprior_resnet50')), timm.create_model('resnet50')
+        plain, resnet = _plain(timm.create_model('geoprior_resnet50', num_classes=1000)), timm.create_model('resnet50')
     assert {name: value.shape for name, value in plain.state_dict().items()} == {
         name: value.shape for name, value in resnet.state_dict().items()}
 

@@ -190,8 +190,8 @@ def test_unchecked_names_of_the_users_own(published, hub, staged, tmp_path):
 
 
 def test_planned_tag_names_those_that_have_weights(plain_name):
-    with pytest.raises(WeightsError, match=f'geoprior_resnet50.paper_in1k has no weights.*planned.*{NANO}') as caught:
-        timm.create_model('geoprior_resnet50', pretrained=True)
+    with pytest.raises(WeightsError, match=f'geoprior_resnet101.paper_in1k has no weights.*planned.*{NANO}') as caught:
+        timm.create_model('geoprior_resnet101', pretrained=True)
     assert isinstance(caught.value, RuntimeError)
     assert NANO in timm.list_pretrained('*geoprior*')
 
@@ -535,8 +535,8 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
     assert (folder / 'golden/outputs.safetensors').stat().st_mtime_ns == written
     assert hub.requests == []
     with pytest.raises(WeightsError, match='has no weights'):
-        download_tag('geoprior_resnet50', tmp_path / 'offline')
-    assert not (tmp_path / 'offline' / 'geoprior_resnet50.paper_in1k').exists()
+        download_tag('geoprior_resnet101', tmp_path / 'offline')
+    assert not (tmp_path / 'offline' / 'geoprior_resnet101.paper_in1k').exists()
     (tmp_path / 'file').touch()
     with pytest.raises(WeightsError, match='cannot be written .Not a directory'):
         download_tag(NANO, tmp_path / 'file')

@@ -188,15 +188,15 @@ def released(entry, sha256='1' * 64):
 
 
 def test_update_writes_one_entry_and_leaves_the_rest(copy):
-    entry = released(MANIFEST.get('geoprior_resnet50'))
+    entry = released(MANIFEST.get('geoprior_resnet101'))
     update_manifest(copy, entry)
     assert load_manifest(copy).models == {**MANIFEST.models, entry.name: entry}
-    new = replace(entry, name='geoprior_resnet50.a1_in1k', default=False)
+    new = replace(entry, name='geoprior_resnet101.a1_in1k', default=False)
     assert list(update_manifest(copy, new).models) == [*MANIFEST.models, new.name]
 
 
 def test_update_keeps_released_bytes(copy):
-    entry = released(MANIFEST.get('geoprior_resnet50'))
+    entry = released(MANIFEST.get('geoprior_resnet101'))
     update_manifest(copy, entry)
     update_manifest(copy, replace(entry, license='mit'))
     before = copy.read_bytes()
@@ -204,12 +204,12 @@ def test_update_keeps_released_bytes(copy):
         update_manifest(copy, released(entry, '4' * 64))
     assert copy.read_bytes() == before
     update_manifest(copy, released(entry, '4' * 64), replace_weights=True)
-    assert load_manifest(copy).get('geoprior_resnet50').sha256 == '4' * 64
+    assert load_manifest(copy).get('geoprior_resnet101').sha256 == '4' * 64
 
 
 def test_update_refuses_what_does_not_fit(copy):
-    with pytest.raises(ManifestError, match='default of geoprior_resnet50'):
-        update_manifest(copy, replace(MANIFEST.get('geoprior_resnet50'), default=False))
+    with pytest.raises(ManifestError, match='default of geoprior_resnet101'):
+        update_manifest(copy, replace(MANIFEST.get('geoprior_resnet101'), default=False))
     assert copy.read_text(encoding='utf-8') == TEXT
 
 
@@ -218,7 +218,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(copy, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(module.os, 'fsync', full)
     with pytest.raises(OSError, match='No space'):
-        update_manifest(copy, released(MANIFEST.get('geoprior_resnet50')))
+        update_manifest(copy, released(MANIFEST.get('geoprior_resnet101')))
     assert copy.read_text(encoding='utf-8') == TEXT
     assert {path.name for path in copy.parent.iterdir()} <= {copy.name, f'.{copy.name}.lock'}
 
@@ -226,7 +226,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(copy, monkeypatch):
 def _add_tags(path, worker, barrier):
     barrier.wait()
     for number in range(5):
-        entry = replace(load_manifest().get('geoprior_resnet50'), name=f'geoprior_resnet50.w{worker}_{number}',
+        entry = replace(load_manifest().get('geoprior_resnet101'), name=f'geoprior_resnet101.w{worker}_{number}',
                         default=False)
         update_manifest(path, entry)
 
@@ -239,5 +239,5 @@ def test_two_writers_at_once_lose_nothing(copy, forkserver):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0]
-    added = {f'geoprior_resnet50.w{worker}_{number}' for worker in range(2) for number in range(5)}
+    added = {f'geoprior_resnet101.w{worker}_{number}' for worker in range(2) for number in range(5)}
     assert set(load_manifest(copy).models) == {*MANIFEST.models, *added}

@@ -139,9 +139,9 @@ def make_loader(
         workers = min(workers, shards)  # one without a shard has nothing to do
     elif not len(source):
         return ()
-    loader: Iterable[Batch] = create_loader(
+    loader: Iterable[Batch] = create_loader(  # workers that outlive the pass: the time of their end is not the pass's
         dataset, batch_size=batch_size, num_workers=workers, device=device, pin_memory=device.type == 'cuda',
-        persistent_workers=False, **config)
+        persistent_workers=workers > 0, **config)
     return loader
 
 
