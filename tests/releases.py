@@ -28,10 +28,10 @@ NANO = 'geoprior_resnet14_nano.r64_tin200'
 WEIGHTS_DIR = hub.WEIGHTS_DIR
 
 
-def planned() -> ModelEntry:
-    """The nano network's entry as it was before it had weights."""
+def planned(name: str = NANO) -> ModelEntry:
+    """A network's entry as it was before it had weights."""
     return replace(
-        load_manifest().get(NANO), status='planned', hub_id=None, revision=None, file=None, sha256=None, bytes=None,
+        load_manifest().get(name), status='planned', hub_id=None, revision=None, file=None, sha256=None, bytes=None,
         dtype=None, golden=None, metrics=(), baseline=None, train_log=None, recipe_commit=None, seed=None)
 
 
@@ -83,9 +83,9 @@ def put_on(server: HubServer, folder: Path, repo_id: str = 'owner/nano', private
 
 
 def with_entry(entry: ModelEntry) -> Manifest:
-    """The manifest with an entry in place of the one of its name."""
+    """The manifest with an entry in place of the one of its name; no other has weights."""
     whole = load_manifest()
-    return replace(whole, models={**whole.models, entry.name: entry})
+    return replace(whole, models={**{name: planned(name) for name in whole.models}, entry.name: entry})
 
 
 @contextmanager
