@@ -149,7 +149,9 @@ class TestFolderLoader:
         dataset = create_dataset('', root=str(copy_with_bad_images(photo_folder, tmp_path, 2)), split='train')
         with pytest.warns(UserWarning, match=r'coffee/01\.jpg cannot be read'):
             found = decode_images(dataset, 64, workers=0, max_corrupt=2)
-        assert torch.equal(found.images[24], found.images[26])
+        assert found.targets.tolist() == [0] * 12 + [1] * 12 + [-1] * 2 + [2] * 10 + [3] * 12
+        assert found.readable().targets.tolist() == [target for target in found.targets.tolist() if target >= 0]
+        assert torch.equal(found.readable(torch.tensor([30, 25, 3])).images, found.images[[30, 3]])
         with (pytest.warns(UserWarning, match='cannot be read'), pytest.raises(CorruptImagesError, match='at most 1')):
             decode_images(dataset, 64, workers=0, max_corrupt=1)
 

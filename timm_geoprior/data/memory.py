@@ -27,7 +27,7 @@ class ImageTensors:
 
     Attributes:
         images: uint8, shape (N, 3, H, W).
-        targets: Class indices, int64, shape (N,).
+        targets: Class indices, -1 of an image that could not be read, int64, shape (N,).
     """
 
     images: torch.Tensor
@@ -45,9 +45,17 @@ class ImageTensors:
         indices = indices.to(self.images.device)
         return ImageTensors(self.images[indices], self.targets[indices])
 
+    def readable(self, indices: torch.Tensor | None = None) -> 'ImageTensors':
+        """The images of some indices, or all, without those that could not be read."""
+        read = (self.targets >= 0).cpu()
+        if indices is None:
+            return self if read.all() else self.subset(read.nonzero()[:, 0])
+        return self.subset(indices[read[indices]])
+
 
 class _Uint8Images(Dataset[tuple[torch.Tensor, int, int]]):
-    """Images as uint8, (3, size, size), resized (bicubic) only where they have another size; target, faulty index."""
+    """Images as uint8, (3, size, size), resized (bicubic) only where they have another size; target and
+    faulty index, -1 of which there is one."""
 
     def __init__(self, dataset: Any, size: int) -> None:
         self.dataset, self.size = dataset, size
@@ -59,7 +67,7 @@ class _Uint8Images(Dataset[tuple[torch.Tensor, int, int]]):
         image, target, bad = read_image(self.dataset, index)
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()), target, bad
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()), target if bad < 0 else -1, bad
 
 
 def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 10) -> ImageTensors:
@@ -69,7 +77,7 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
         dataset: One of timm's, with a reader that has an index.
         size: Side of the square that the images are kept at, in pixels; images of another size are resized to it.
         workers: Processes that decode.
-        max_corrupt: Unreadable images after which this stops; up to then the next image stands in for each.
+        max_corrupt: Unreadable images after which this stops; up to then the target of each is -1.
 
     Returns:
         The images in the data set's order.

@@ -162,14 +162,14 @@ def open_data(
     loader: MemoryLoader | FolderLoader
     if recipe.in_memory:
         images = (_decode(found.dataset, recipe, config) if decoded is None else decoded).to(device)
-        train_images = images.subset(stay) if stay is not None else images
         augment = CropFlip(recipe.scale, recipe.ratio, recipe.hflip)
-        loader = MemoryLoader(train_images, batch_size, norms['mean'], norms['std'], augment, **part)
+        loader = MemoryLoader(images.readable(stay), batch_size, norms['mean'], norms['std'], augment, **part)
         if held is not None:
-            measured = _memory_batches(loader, images.subset(held), size, rank, world_size)
+            measured = _memory_batches(loader, images.readable(held), size, rank, world_size)
         elif val is not None:
-            val_images = ImageTensors(_decode(val.dataset, recipe, config).images, val.targets).to(device)
-            measured = _memory_batches(loader, val_images, size, rank, world_size)
+            found_val = _decode(val.dataset, recipe, config)
+            val_images = ImageTensors(found_val.images, val.targets.where(found_val.targets >= 0, -1)).to(device)
+            measured = _memory_batches(loader, val_images.readable(), size, rank, world_size)
     else:
         train = _SomeImages(found.dataset, stay.tolist()) if stay is not None else found.dataset
         loader = FolderLoader(
