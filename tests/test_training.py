@@ -469,11 +469,11 @@ class TestData:
         with pytest.warns(UserWarning, match='cannot be read'):
             data = Trainer(tiny(holdout=0, in_memory=True),
                            config(tmp_path / 'data', tmp_path / 'run', val_split='val')).data
-        assert data.loader.data.targets.bincount().tolist() == [12, 12, 11, 12]
+        assert data.train.data.targets.bincount().tolist() == [12, 12, 11, 12]
         assert torch.cat([targets for _, targets in data.held_out()]).bincount().tolist() == [5, 5, 5, 4]
         with pytest.warns(UserWarning, match='cannot be read'):
             data = Trainer(tiny(holdout=3, in_memory=True), config(tmp_path / 'data', tmp_path / 'again')).data
-        trained, measured = data.loader.data.targets, torch.cat([targets for _, targets in data.held_out()])
+        trained, measured = data.train.data.targets, torch.cat([targets for _, targets in data.held_out()])
         assert (torch.cat([trained, measured]).bincount().tolist()) == [12, 12, 11, 12]
 
     def test_what_cannot_be_read_is_not_measured(self, photo_folder, tmp_path):
