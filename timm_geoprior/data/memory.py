@@ -54,8 +54,10 @@ class ImageTensors:
 
 
 class _Uint8Images(Dataset[tuple[torch.Tensor, int, int]]):
-    """Images as uint8, (3, size, size), resized (bicubic) only where they have another size; target and
-    faulty index, -1 of which there is one."""
+    """Images as uint8, (3, size, size), resized (bicubic) only where they have another size; target, index.
+
+    Where an image cannot be read, its target is -1; where it can, its index is.
+    """
 
     def __init__(self, dataset: Any, size: int) -> None:
         self.dataset, self.size = dataset, size
