@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import timm
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -13,7 +14,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from releases import NANO, using_manifest, with_entry
-from timm_geoprior.cards import BEGIN, END, hub_config, main, model_card, models_table, update_readme
+from timm_geoprior.cards import BEGIN, END, hub_config, main, model_card, models_table, runs_table, update_readme
 from timm_geoprior.manifest import Baseline, ManifestError, load_manifest, manifest_path
 from timm_geoprior.publish import read_staged
 
@@ -28,9 +29,12 @@ def entry(staged):
     return replace(entry, baseline=Baseline('resnet14', 1_180_000, plain), base_model='owner/other')
 
 
-def test_readme_has_the_manifests_table():
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert f'{BEGIN}\n{models_table(load_manifest())}\n{END}' in text, 'write it anew: python -m timm_geoprior.cards'
+def tables():
+    return f'{BEGIN}\n{models_table(load_manifest())}\n\n{runs_table(load_manifest())}\n{END}'
+
+
+def test_readme_has_the_manifests_tables():
+    assert tables() in (ROOT / 'README.md').read_text(encoding='utf-8'), 'write them anew: python -m timm_geoprior.cards'
 
 
 def test_table(entry):
@@ -43,13 +47,22 @@ def test_table(entry):
         '53.00% (1,180,000 parameters)', '2.2 MB']
 
 
+def test_table_of_runs(entry):
+    rows = runs_table(with_entry(entry)).splitlines()
+    assert {row.count('|') for row in rows} == {6}
+    assert [cell.strip() for cell in rows[2].strip('|').split('|')] == [
+        f'`{NANO}`', '`python scripts/train.py r64_tin200 --data-dir DIR --output OUT --seed 3`',
+        f'`{entry.recipe_commit[:7]}`', '2.0 h, 2 epochs', f'a CPU, torch {torch.__version__}']
+    assert len(runs_table(load_manifest()).splitlines()) == 2 + sum(
+        bool(model.train_log) for model in load_manifest().models.values())
+
+
 def test_readme_is_written_between_its_markers(tmp_path, monkeypatch):
     readme, path = tmp_path / 'README.md', tmp_path / 'weights_manifest.json'
     path.write_text(load_manifest().to_json(), encoding='utf-8')
     readme.write_text(f'# Title\n\n{BEGIN}\nold\n{END}\n\nthe rest\n', encoding='utf-8')
     assert update_readme(readme, load_manifest())
-    assert readme.read_text(encoding='utf-8') == (
-        f'# Title\n\n{BEGIN}\n{models_table(load_manifest())}\n{END}\n\nthe rest\n')
+    assert readme.read_text(encoding='utf-8') == f'# Title\n\n{tables()}\n\nthe rest\n'
     assert not update_readme(readme, load_manifest())
     readme.write_text('# Title\n', encoding='utf-8')
     with using_manifest(path):

@@ -1,4 +1,4 @@
-"""What is written about the models, generated from the manifest: config.json, model card, the README's table."""
+"""What is written about the models, generated from the manifest: config.json, model card, the README's tables."""
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from .hub import pretrained_cfg
 from .manifest import Manifest, ManifestError, Metric, ModelEntry, load_manifest, manifest_path, write_atomically
 from .radii import LayerRadii
 
-__all__ = ['hub_config', 'model_card', 'models_table', 'plot_radii', 'update_readme']
+__all__ = ['hub_config', 'model_card', 'models_table', 'plot_radii', 'runs_table', 'update_readme']
 
 BEGIN, END = '<!-- models:begin -->', '<!-- models:end -->'
 
@@ -64,6 +64,20 @@ def models_table(manifest: Manifest) -> str:
     return '\n'.join(rows)
 
 
+def runs_table(manifest: Manifest) -> str:
+    """The README's table of how the weights were made, in Markdown: those that the manifest has a training log of."""
+    rows = ['| weights | trained by | commit | wall time | on |', '| --- | --- | --- | ---: | --- |']
+    for entry in manifest.models.values():
+        if not (log := entry.train_log):
+            continue
+        command = f'python scripts/train.py {entry.recipe} --data-dir DIR --output OUT --seed {entry.seed}'
+        torch = f', torch {log.software["torch"]}' if 'torch' in log.software else ''
+        rows.append(
+            f'| `{entry.name}` | `{command}` | `{(entry.recipe_commit or "")[:7]}` | {log.hours:.1f} h, {log.epochs} '
+            f'epochs | {log.hardware}{torch} |')
+    return '\n'.join(rows)
+
+
 def _number(value: int | None) -> str:
     return '' if value is None else f'{value:,}'
 
@@ -79,7 +93,7 @@ def _baseline(entry: ModelEntry) -> str:
 
 
 def update_readme(path: Path, manifest: Manifest) -> bool:
-    """Put the table of models between its markers.
+    """Put the tables of models and runs between their markers.
 
     Args:
         path: The README.
@@ -95,8 +109,8 @@ def update_readme(path: Path, manifest: Manifest) -> bool:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ManifestError(f'{path} has no lines {BEGIN} and {END}, expected both: the table goes between them.')
-    updated = f'{before}{BEGIN}\n{models_table(manifest)}\n{END}{after}'
+        raise ManifestError(f'{path} has no lines {BEGIN} and {END}, expected both: the tables go between them.')
+    updated = f'{before}{BEGIN}\n{models_table(manifest)}\n\n{runs_table(manifest)}\n{END}{after}'
     if updated != text:
         write_atomically(path, updated.encode('utf-8'))
     return updated != text
@@ -265,7 +279,7 @@ def plot_radii(layers: list[LayerRadii], path: Path) -> None:
 
 
 def main() -> None:
-    """Write the README's table anew."""
+    """Write the README's tables anew."""
     update_readme(manifest_path().parent / 'README.md', load_manifest())
 
 
