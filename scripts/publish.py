@@ -30,20 +30,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--output', type=Path, required=True, help='the staged folder')
     parser.add_argument('--results', type=Path, help='JSON results file of scripts/validate.py, of these weights')
     parser.add_argument('--baseline', type=Path, help='such a file of the plain network of the same recipe')
+    parser.add_argument('--experiments', type=Path, help='Markdown for the model card, as scripts/compare.py writes it')
     parser.add_argument('--raw', action='store_true', help='the raw weights, although averaged ones are there')
     parser.add_argument('--bundle', action='store_true', help="put it into the package's weights folder")
     parser.add_argument('--push', metavar='OWNER/NAME', help='push it to this repository of the Hub')
     parser.add_argument('--public', action='store_true', help='make a new repository public')
     parser.add_argument('--dry-run', action='store_true', help='say what --push would do, and do not')
     parser.add_argument('--replace', action='store_true', help='other bytes for a bundled tag that is not released yet')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.checkpoint and (unused := [name for name in ('results', 'baseline', 'experiments', 'raw')
+                                           if getattr(args, name)]):
+        parser.error(f'--{unused[0]} is for staging: name the checkpoint after the tag')
+    if not (args.checkpoint or args.bundle or args.push):
+        parser.error('nothing to do: name a checkpoint to stage, --bundle or --push')
+    return args
 
 
 def stage_checkpoint(args: argparse.Namespace) -> None:
     run = args.checkpoint.parent if args.checkpoint.suffix == '.pt' else None
     entry = stage(
         load_manifest().get(args.tag), read_checkpoint(args.checkpoint, args.raw), args.output, args.results,
-        args.baseline, run)
+        args.baseline, run, args.experiments)
     print(f'staged {entry.name} in {args.output}: {entry.bytes:,} bytes, sha256 {entry.sha256}')
 
 

@@ -34,7 +34,8 @@ def tables():
 
 
 def test_readme_has_the_manifests_tables():
-    assert tables() in (ROOT / 'README.md').read_text(encoding='utf-8'), 'write them anew: python -m timm_geoprior.cards'
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert tables() in text, 'write them anew: python -m timm_geoprior.cards'
 
 
 def test_table(entry):
@@ -122,10 +123,13 @@ def test_card_text(entry, staged):
     assert f'python scripts/validate.py --check --data-dir DIR \\\n    --model {NANO}\n' in text
     assert 'non-commercial' in text
     assert recipe in text
-    (image,) = re.findall(r'!\[.*?\]\((.*?)\)', text)
-    with Image.open(staged / image) as plot:
-        assert min(plot.size) > 300
-    assert 'train_log.csv' not in model_card(entry, load_manifest(), log=False).text
+    assert not {'train_log.csv', 'curves.png'} & set(re.findall(r'[\w.]+', text))
+    text = (staged / 'README.md').read_text(encoding='utf-8')
+    assert 'The log of every epoch is `train_log.csv`.' in text
+    assert (images := re.findall(r'!\[.*?\]\((.*?)\)', text)) == ['curves.png', 'radii.png']
+    for image in images:
+        with Image.open(staged / image) as plot:
+            assert min(plot.size) > 300
     planned = model_card(load_manifest().get('geoprior_resnet101'), load_manifest())
     assert 'Figures' not in planned.text
     assert 'model-index' not in planned.data.to_dict()

@@ -37,7 +37,7 @@ from timm_geoprior.verify import golden_error
 
 ROOT = Path(__file__).parent.parent
 FILES = {'model.safetensors', 'golden/outputs.safetensors', 'config.json', 'README.md', 'results.json', 'radii.png',
-         'train_log.csv'}
+         'curves.png', 'train_log.csv'}
 
 
 @pytest.fixture
@@ -118,13 +118,24 @@ def test_staged_folder(staged, run_folder):
     assert (entry.train_log.epochs, entry.train_log.hours, entry.train_log.hardware) == (2, 2.0, 'a CPU')
     (metric,) = entry.metrics
     assert (metric.dataset, metric.top1, metric.img_size) == ('Tiny-ImageNet-200', 54.32, 64)
-    assert (staged / 'train_log.csv').read_bytes() == (run_folder / 'summary.csv').read_bytes()
+    for name, source in (('train_log.csv', 'summary.csv'), ('curves.png', 'curves.png')):
+        assert (staged / name).read_bytes() == (run_folder / source).read_bytes()
     with safe_open(staged / 'model.safetensors', 'pt') as file:
         assert file.metadata() == {'format': 'pt', 'architecture': 'geoprior_resnet14_nano', 'tag': 'r64_tin200',
                                    'recipe': 'r64_tin200', 'commit': 'a' * 40}
     model = timm.create_model('geoprior_resnet14_nano', num_classes=200)
     model.load_state_dict(read_checkpoint(run_folder / 'last.pt').state_dict)
     assert golden_error(model, load_file(staged / 'golden/outputs.safetensors')) < 0.01
+
+
+def test_experiments_go_into_the_card(run_folder, tmp_path):
+    checkpoint, found = read_checkpoint(run_folder / 'last.pt'), tmp_path / 'comparison.md'
+    with pytest.raises(PublishError, match=r'comparison.md cannot be read \(.*\), expected a Markdown file'):
+        stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=found)
+    assert not list(tmp_path.iterdir())
+    found.write_text('| variant | mean |\n| --- | ---: |\n| prior | 12.50 |\n')
+    stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=found)
+    assert f'## Experiments\n\n{found.read_text()}\n## ' in (tmp_path / 'nano' / 'README.md').read_text()
 
 
 def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
@@ -398,7 +409,7 @@ def test_other_bytes_that_come_back(hub, staged, manifest, login):
             hub.objects[content] = hub.objects[content][:-1] + b'?'
         return False
     hub.fault('HEAD /owner/nano/resolve', spoil)
-    with pytest.raises(PublishError, match=r'golden/\S+ of owner/nano at \w{40} came back with other'):
+    with pytest.raises(PublishError, match=r'curves.png of owner/nano at \w{40} came back with other'):
         push(staged, 'owner/nano', manifest_file=manifest)
     assert load_manifest(manifest).get(NANO).status == 'planned'
 
@@ -475,6 +486,16 @@ def test_script_says_what_is_wrong(manifest, tmp_path, monkeypatch):
             assert message in said
             assert '\n' not in said
     assert list(tmp_path.iterdir()) == [manifest]
+
+
+def test_script_refuses_what_it_would_not_use(tmp_path, monkeypatch, capsys):
+    for arguments, message in (
+            (('--bundle', '--experiments', 'comparison.md'), '--experiments is for staging: name the checkpoint'),
+            (('--push', 'owner/nano', '--raw'), '--raw is for staging: name the checkpoint after the tag'),
+            ((), 'nothing to do: name a checkpoint to stage, --bundle or --push')):
+        assert script(monkeypatch, NANO, '--output', tmp_path / 'out', *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_file_is_what_validation_writes():

@@ -1,4 +1,5 @@
 """What is written about the models, generated from the manifest: config.json, model card, the README's tables."""
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,17 @@ def update_readme(path: Path, manifest: Manifest) -> bool:
     return updated != text
 
 
-def model_card(entry: ModelEntry, manifest: Manifest, recipe: str = '', log: bool = True) -> ModelCard:
+def model_card(
+        entry: ModelEntry, manifest: Manifest, recipe: str = '', beside: Collection[str] = (), experiments: str = '',
+) -> ModelCard:
     """The model card of a tag, README.md of its repository.
 
     Args:
         entry: The manifest's entry, with its metrics.
         manifest: The manifest.
         recipe: The recipe as YAML, to be quoted.
-        log: Whether the training log lies beside the card.
+        beside: Files of the run that lie beside the card, of `train_log.csv` and `curves.png`.
+        experiments: Markdown of what else was found with this recipe, to be quoted.
 
     Returns:
         The card.
@@ -140,8 +144,10 @@ def model_card(entry: ModelEntry, manifest: Manifest, recipe: str = '', log: boo
         # not an empty list: that becomes a model-index without results
         eval_results=[r for metric in entry.metrics for r in _eval_results(metric, data_set.hub_dataset)] or None,
     )
-    sections = [_head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, log), _radii(),
-                _reconstruction(), _limits(entry, data_set.title), f'## Citation\n\n```bibtex\n{CITATION}\n```']
+    sections = [
+        _head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, beside), _radii(),
+        f'## Experiments\n\n{experiments.strip()}' if experiments else '', _reconstruction(),
+        _limits(entry, data_set.title), f'## Citation\n\n```bibtex\n{CITATION}\n```']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(section for section in sections if section) + '\n')
 
 
@@ -207,7 +213,7 @@ python scripts/validate.py --check --data-dir DIR \\
 ```"""
 
 
-def _training(entry: ModelEntry, recipe: str, log: bool) -> str:
+def _training(entry: ModelEntry, recipe: str, beside: Collection[str]) -> str:
     facts = [
         f'- recipe: `{entry.recipe}`' if entry.recipe else '',
         f'- seed: {entry.seed}' if entry.seed is not None else '',
@@ -218,8 +224,10 @@ def _training(entry: ModelEntry, recipe: str, log: bool) -> str:
         facts.append(
             f'- {entry.train_log.epochs} epochs in {entry.train_log.hours:.1f} hours on {entry.train_log.hardware}')
     text = '## Training\n\n' + '\n'.join(fact for fact in facts if fact)
-    if log:
+    if 'train_log.csv' in beside:
         text += '\n\nThe log of every epoch is `train_log.csv`.'
+    if 'curves.png' in beside:
+        text += '\n\n![Loss, accuracy and learning rate over the epochs](curves.png)'
     if not recipe:
         return text
     return text + f'\n\n<details><summary>The whole recipe</summary>\n\n```yaml\n{recipe.strip()}\n```\n\n</details>'

@@ -46,7 +46,7 @@ __all__ = [
     'Checkpoint', 'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_checkpoint', 'stage',
 ]
 
-WEIGHTS, RESULTS, TRAIN_LOG = 'model.safetensors', 'results.json', 'train_log.csv'
+WEIGHTS, RESULTS, TRAIN_LOG, CURVES = 'model.safetensors', 'results.json', 'train_log.csv', 'curves.png'
 GOLDEN = 'golden/outputs.safetensors'  # a second such file beside the weights confuses timm up to 1.0.27
 
 ROUNDING_TOLERANCE = 2e-2  # of the largest logit, for weights rounded to float16
@@ -174,6 +174,7 @@ def stage(
         results: Path | None = None,
         baseline: Path | None = None,
         run: Path | None = None,
+        experiments: Path | None = None,
 ) -> ModelEntry:
     """Make the folder that is the Hub repository.
 
@@ -183,17 +184,22 @@ def stage(
         folder: Where to; a folder staged there before is replaced, anything else is not.
         results: What scripts/validate.py measured with the staged weights, else the figures stay the entry's.
         baseline: What it measured with the plain network of the same recipe, else that stays the entry's.
-        run: Folder of the training run, for its log and the summary of it.
+        run: Folder of the training run, for its log, the summary and the curves of it.
+        experiments: Markdown file of what else was found with this recipe, for the model card.
 
     Returns:
         The entry with status 'staged', as in the folder's results.json.
 
     Raises:
-        PublishError: The checkpoint is not of this architecture, the results are of other weights, or the folder is
-            something else.
+        PublishError: The checkpoint is not of this architecture, the results are of other weights, the experiments
+            cannot be read, or the folder is something else.
     """
     if folder.exists() and not (folder / RESULTS).exists():
         raise PublishError(f'{folder} exists and is no staged folder, expected a new one: name another.')
+    try:
+        found = experiments.read_text(encoding='utf-8') if experiments else ''
+    except (OSError, UnicodeDecodeError) as error:
+        raise PublishError(f'{experiments} cannot be read ({error}), expected a Markdown file.') from None
     model = _released_model(entry, checkpoint)
     entry = replace(
         entry, recipe=checkpoint.recipe.get('name', entry.recipe),
@@ -206,7 +212,7 @@ def stage(
         staged = replace(
             staged, metrics=_read_metrics(results, staged) if results else staged.metrics,
             baseline=_read_baseline(baseline, staged) if baseline else staged.baseline)
-        _write_papers(staged, checkpoint, model, run, new)
+        _write_papers(staged, checkpoint, model, run, found, new)
         _check_loads(staged, new)
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
@@ -274,15 +280,20 @@ def _write_weights(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, 
         golden=Golden(GOLDEN, hashlib.sha256(golden).hexdigest()))
 
 
-def _write_papers(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, run: Path | None, folder: Path) -> None:
+def _write_papers(
+        entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, run: Path | None, experiments: str, folder: Path,
+) -> None:
     """All but the weights."""
-    log = run / 'summary.csv' if run else bundled_path(entry).with_suffix('.train_log.csv')
-    if log.exists():
-        shutil.copyfile(log, folder / TRAIN_LOG)
+    logs = {TRAIN_LOG: run / 'summary.csv', CURVES: run / CURVES} if run else {
+        TRAIN_LOG: bundled_path(entry).with_suffix('.train_log.csv')}
+    beside = [name for name, path in logs.items() if path.exists()]
+    for name in beside:
+        shutil.copyfile(logs[name], folder / name)
     config = json.dumps(hub_config(entry), indent=2, ensure_ascii=False)
     (folder / 'config.json').write_text(config, encoding='utf-8')
     (folder / RESULTS).write_text(to_json({'name': entry.name, 'entry': entry}), encoding='utf-8')
-    model_card(entry, load_manifest(), _recipe_text(entry, checkpoint), log.exists()).save(folder / 'README.md')
+    card = model_card(entry, load_manifest(), _recipe_text(entry, checkpoint), beside, experiments)
+    card.save(folder / 'README.md')
     plot_radii(learned_radii(model, entry.input.input_size), folder / 'radii.png')
 
 

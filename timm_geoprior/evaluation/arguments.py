@@ -1,5 +1,6 @@
 """The command line's arguments: names and meanings are those of timm's validate.py as far as it has them."""
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,9 @@ def _add_engine_arguments(group: Any) -> None:
     group.add_argument(
         '--batch-size', '-b', type=int, default=256, metavar='N',
         help='images of a batch of one process (default: 256); halved when memory runs out')
-    group.add_argument('--workers', '-j', type=int, default=4, metavar='N', help='processes that decode (default: 4)')
+    group.add_argument(
+        '--workers', '-j', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='processes that decode (default: 4, or as many as there are processors)')
     group.add_argument('--device', metavar='NAME', help='default: cuda if there is one, else cpu')
     group.add_argument(
         '--precision', nargs='+', choices=tuple(PRECISIONS), metavar='NAME',
