@@ -21,6 +21,7 @@ from timm.data import ImageNetInfo, create_transform
 from torch import nn
 
 from releases import planned, put_on, using_manifest
+from timm_geoprior.evaluation.arguments import parse_arguments
 from timm_geoprior.evaluation.command import main
 from timm_geoprior.evaluation.data import open_data, take_shards
 from timm_geoprior.manifest import LabelSet, Metric, load_manifest, to_json
@@ -498,6 +499,12 @@ def test_a_sweep(hub, staged, data, tmp_path, capsys):
     name for name, entry in load_manifest().models.items() if (entry.status, entry.label_set) == ('bundled', 'tin200')])
 def test_bundled_weights_reproduce_the_figure_of_the_manifest(tag):
     assert validate('--tag', tag, '--data-dir', TIN200_VAL, '-j', 2, '--check') == 0
+
+
+@pytest.mark.parametrize(('processors', 'workers'), [(2, 2), (64, 4), (None, 1)])
+def test_no_more_workers_than_processors(processors, workers, monkeypatch):
+    monkeypatch.setattr('os.cpu_count', lambda: processors)
+    assert parse_arguments(['--model', NANO]).workers == workers
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

@@ -130,9 +130,12 @@ def test_staged_folder(staged, run_folder):
 
 def test_experiments_go_into_the_card(run_folder, tmp_path):
     checkpoint, found = read_checkpoint(run_folder / 'last.pt'), tmp_path / 'comparison.md'
-    with pytest.raises(PublishError, match=r'comparison.md cannot be read \(.*\), expected a Markdown file'):
-        stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=found)
-    assert not list(tmp_path.iterdir())
+    for content, reason in ((None, 'No such file or directory'), (b'\xff\xfe', 'it is not UTF-8')):
+        if content:
+            found.write_bytes(content)
+        with pytest.raises(PublishError, match=rf'comparison.md cannot be read \({reason}\), expected a Markdown file'):
+            stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=found)
+        assert not (tmp_path / 'nano').exists()
     found.write_text('| variant | mean |\n| --- | ---: |\n| prior | 12.50 |\n')
     stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=found)
     assert f'## Experiments\n\n{found.read_text()}\n## ' in (tmp_path / 'nano' / 'README.md').read_text()

@@ -199,7 +199,8 @@ def stage(
     try:
         found = experiments.read_text(encoding='utf-8') if experiments else ''
     except (OSError, UnicodeDecodeError) as error:
-        raise PublishError(f'{experiments} cannot be read ({error}), expected a Markdown file.') from None
+        reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
+        raise PublishError(f'{experiments} cannot be read ({reason}), expected a Markdown file.') from None
     model = _released_model(entry, checkpoint)
     entry = replace(
         entry, recipe=checkpoint.recipe.get('name', entry.recipe),
