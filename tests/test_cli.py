@@ -83,9 +83,15 @@ def test_info_shows_each_layers_radius(capsys, name):
         assert row.split() == [key, str(side), 'x', str(side), f'{radius:.3f}', f'{radius / side:.3f}']
 
 
-def test_classify_finds_the_cat_in_the_sample_photograph(capsys):
+def test_classify_takes_the_sample_photograph_and_the_default_model(capsys):
     (result,) = json.loads(output(capsys, 'classify', '--json').out)
     assert result['model'] == default_model(load_manifest()).name
+    named = json.loads(output(capsys, 'classify', '--json', '--model', result['model']).out)
+    assert result == named[0]
+
+
+def test_classify_finds_the_cat_in_the_sample_photograph(capsys):
+    (result,) = json.loads(output(capsys, 'classify', '--json', '--model', 'geoprior_resnet14_nano').out)
     assert CATS & {guess['label'] for guess in result['predictions']}
 
 

@@ -19,7 +19,8 @@ BLOCKS = [(name, language, text.strip()) for name, page in PAGES.items() for lan
           re.findall(r'^ *```(\w+)\n(.*?)^ *```$', page, flags=re.DOTALL | re.MULTILINE)]
 PYTHON = [(name, text) for name, language, text in BLOCKS if language == 'python']
 SHELL = [text for name, language, text in BLOCKS if (name, language) == ('README.md', 'bash')]
-SCRIPTS = [text[text.index('scripts/'):] for _, language, text in BLOCKS if language == 'bash' and 'scripts/' in text]
+SCRIPTS = [command for _, language, text in BLOCKS if language == 'bash'
+           for command in re.findall(r'scripts/\w+\.py(?:.*\\\n)*.*', text)]
 
 
 @pytest.mark.parametrize(('name', 'code'), PYTHON, ids=[f'{name}-{index}' for index, (name, _) in enumerate(PYTHON)])

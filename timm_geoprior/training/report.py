@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from ..manifest import write_atomically
@@ -70,10 +71,12 @@ def plot_history(history: list[dict[str, Any]], output: Path) -> None:
 def _plot(epochs: list[int], history: list[dict[str, Any]], panels: list[tuple[str, list[str]]], path: Path) -> None:
     figure = Figure(figsize=(4 * len(panels) + 1, 3.5), layout='constrained')
     for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for key in keys:
+        for index, key in enumerate(keys):
             label = key.removeprefix('radius.').removesuffix('.conv2.attn')
-            axes.plot(epochs, [row[key] for row in history], label=label)
+            style = ('-', '--', ':', '-.')[index // 10 % 4]  # there are ten colours
+            axes.plot(epochs, [row[key] for row in history], style, label=label)
         axes.set(title=title, xlabel='epoch')
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend(fontsize='small')
