@@ -165,6 +165,13 @@ class TestShipped:
         assert ('TrivialAugmentWide' in steps) == (recipe.aa == 'ta_wide')
         assert ('RandomErasing' in steps) == bool(recipe.reprob)
 
+    def test_the_tag_is_one_for_the_data(self, name):
+        """So that a network is measured as ImageNet's are, whatever the architecture's default tag is of."""
+        recipe = load_recipe(name)
+        cfg = timm.get_pretrained_cfg(recipe.model)
+        of_imagenet = recipe.img_size > 96 or 'in1k' in name
+        assert (cfg.num_classes, cfg.crop_pct) == ((1000, 0.875) if of_imagenet else (200, 1.0))
+
 
 @pytest.mark.parametrize('name', ['paper_in1k', 'paper_tin200'])
 def test_the_papers_restarts(name):

@@ -69,7 +69,7 @@ class Checkpoint:
         commit: Commit of the project that trained it.
         seed: Seed of the run.
         versions: Package -> version.
-        model_name: Architecture that was trained, empty where the file does not say.
+        model_name: Architecture that was trained, with or without a tag; empty where the file does not say.
         model_kwargs: Its options.
     """
     state_dict: dict[str, Tensor]
@@ -233,7 +233,7 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
 
 def _released_model(entry: ModelEntry, checkpoint: Checkpoint) -> nn.Module:
     """The architecture with the weights as they are released."""
-    if checkpoint.model_name not in ('', entry.architecture):
+    if checkpoint.model_name.partition('.')[0] not in ('', entry.architecture):
         raise PublishError(
             f'The checkpoint is of {checkpoint.model_name}, expected {entry.architecture} for {entry.name}.')
     options = set(checkpoint.model_kwargs) - TRAINING_OPTIONS
