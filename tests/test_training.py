@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -268,6 +269,24 @@ class TestResume:
         assert load_checkpoint(output / 'last.pt')['update'] == 3
         subprocess.run([*arguments, '--resume'], env=environment(), check=True)
         assert_same_run(whole_run, output)
+
+    def test_asked_to_stop_while_the_last_epoch_is_measured(self, photo_folder, tmp_path, monkeypatch):
+        """It leaves with the signal's code; what is left to do are the results."""
+        end = Trainer._end_epoch
+
+        def stopped(trainer):
+            end(trainer)
+            if trainer.epoch == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Trainer, '_end_epoch', stopped)
+        recipe, place = tiny(in_memory=True, epochs=2), config(photo_folder, tmp_path / 'run')
+        with pytest.raises(SystemExit) as left:
+            train(recipe, place)
+        assert left.value.code == 143
+        assert not (place.output / 'results.json').exists()
+        assert train(recipe, replace(place, resume=True))['epochs'] == 2
+        assert (place.output / 'results.json').exists()
 
     def test_another_recipe_or_seed_is_refused(self, whole_run, photo_folder, recipe_file):
         recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))

@@ -254,6 +254,8 @@ class Trainer:
                 self._end_epoch()
                 if log:
                     log.write(self.history)
+            if self.stop_signal:  # it came while the last epoch was measured; a resumed run has only results to write
+                raise SystemExit(128 + self.stop_signal)
             results = report.results(self)
             if self.rank == 0:
                 report.write_results(results, self.config.output)
