@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,10 @@ def test_finished_runs_are_done_once_and_must_be_the_same(plan, photo_folder, tm
     assert next(compare(recipes, [3, 4], config)) == rows
     assert next(compare(recipes, [5], config)) == rows
     assert list(compare(recipes, [3], RunConfig(tmp_path / 'nowhere', config.output))) == [rows]  # nothing is read
+    other = shutil.copytree(photo_folder, tmp_path / 'other')
+    (other / 'train' / 'rocket' / '00.jpg').unlink()
+    with pytest.raises(ComparisonError, match='was trained on 48 other images than the 47 in .*other: check --d'):
+        list(compare(recipes, [3, 4], RunConfig(other, config.output, workers=0)))
     changed = load_variants(str(plan), ['epochs=1', 'lr=0.01'])
     with pytest.raises(ComparisonError, match=r'was trained with lr = 0.05, variant prior has 0.01: give changed'):
         next(compare(changed, [3], config))
@@ -156,7 +161,7 @@ def test_paired_interval():
 
 def test_the_report(tmp_path):
     rows = [{'variant': name, 'seed': seed, 'parameters': 1000, 'eval_size': 64, 'num_images': 50, 'top1': top1 + seed,
-             'top1_x0.75_cells': 20.0, 'top1_x2_cells': 20.0, **more}
+             'top1_x0.75_cells': 20.0, 'top1_x2_cells': 20.0, 'commit': 'abc' if seed else '', **more}
             for name, top1, more in (('base', 30.0, {}), ('wide', 31.0, {
                 'top1_x0.75_share': 21.0, 'top1_x2_share': 18.0,
                 'map.layer2.0': 16, 'radius.layer2.0': '2.0000 4.0000', 'share.layer2.0': '0.1250 0.2500'}))
@@ -166,6 +171,7 @@ def test_the_report(tmp_path):
     assert '| variant | layer2.0, map of 16 |\n| --- | ---: |\n| wide | 2.00 (0.12), 4.00 (0.25) |' in text
     assert '| wide | 20.00 | 21.00 | +1.00 ± 0.00 | 32.00 | 20.00 | 18.00 | -2.00 ± 0.00 |' in text
     assert 'too few' not in text
+    assert 'The runs are of 2 commits: unknown, abc.' in text
 
 
 def test_the_variants_that_the_project_has():
@@ -183,6 +189,7 @@ def test_the_variants_that_the_project_has():
     ([], ['a: {}', 'b/c: {lr: 1}'], ComparisonError, "named 'b/c', expected letters"),
     (['holdout=0'], [], ComparisonError, 'has holdout = 0 and in_memory = True, expected images held out'),
     ([], ['a: {}', 'b: {holdout: 5}'], ComparisonError, 'holdout is 2 and 5, expected the same'),
+    (['eval_size=0'], ['a: {}', 'b: {img_size: 40}'], ComparisonError, 'eval_size is 32 and 40, expected the same'),
     ([], ['a: {}', 'b: {radius: 5}'], RecipeError, "'radius' in variant b: did you mean 'radius_lr'"),
     ([], ['a: {}', 'b: {model_kwargs: {attn_heads: 3}}'], RecipeError, 'Variant b: .*attn_?heads|Variant b: .*3'),
 ])
@@ -196,4 +203,7 @@ def test_bad_input_is_one_sentence(plan, tmp_path, script):
         script(plan, tmp_path / 'nowhere', tmp_path / 'out')
     plan.write_text('variants: {a: {}, b: {}}')
     with pytest.raises(SystemExit, match='has the keys variants, expected recipe, set and variants'):
+        script(plan, tmp_path, tmp_path / 'out')
+    plan.write_text('recipe: 5\nvariants: {a: {}, b: {}}')
+    with pytest.raises(SystemExit, match='has the recipe 5, expected the name of one, or a YAML file'):
         script(plan, tmp_path, tmp_path / 'out')

@@ -14,6 +14,7 @@ from PIL import Image
 
 from timm_geoprior import transfer as module
 from timm_geoprior.evaluation.data import open_data
+from timm_geoprior.evaluation.errors import EvaluationError
 from timm_geoprior.transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, report, transfer
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'transfer.py'
@@ -80,6 +81,11 @@ def test_killed_and_gone_on(photo_folder, tmp_path, script, capsys, monkeypatch)
     assert list(transfer(job(photo_folder, tmp_path, per_class=(6,)))) == [module._rows(tmp_path)]
     with pytest.raises(TransferError, match='was made with img_size = 32, expected 64: name another'):
         next(transfer(job(photo_folder, tmp_path, img_size=64)))
+    monkeypatch.undo()
+    other = shutil.copytree(photo_folder, tmp_path / 'elsewhere' / photo_folder.name)
+    (other / 'val' / 'rocket' / '00.jpg').unlink()
+    with pytest.raises(TransferError, match='was made with 20 test images, expected the 19 others of .*elsewhere'):
+        list(transfer(job(other, tmp_path, per_class=(7,))))
 
 
 def test_features_are_those_of_the_drawn_images(photo_folder, tmp_path):
@@ -92,13 +98,28 @@ def test_features_are_those_of_the_drawn_images(photo_folder, tmp_path):
     assert all(row in rows for row in first)
     train, test = (open_data(photo_folder, split=split) for split in ('train', 'val'))
     everything = torch.arange(len(train.labels)), torch.arange(len(test.labels))
-    full = [module._forward(more, data, indices, module._network(more, 'pretrained', 1), '')
+    full = [module._forward(more, data, indices, module._frozen(more, 'pretrained', 1, train), '')
             for data, indices in zip((train, test), everything, strict=True)]
     drawn = draw(train, 5, 1)
     answers = knn(full[0][drawn], torch.from_numpy(train.labels)[drawn], full[1])
     right = (answers == torch.from_numpy(test.labels)).double().mean().item()
     (row,) = (row for row in rows if (row['seed'], row['per_class'], row['start']) == (1, 5, 'pretrained'))
     assert row['top1'] == pytest.approx(100 * right)
+
+
+def test_a_random_network_is_probed_whole(photo_folder, tmp_path):
+    """Each residual branch has a part in the features, and the norms have the images' statistics."""
+    train = open_data(photo_folder, split='train')
+    given = job(photo_folder, tmp_path)
+    network = module._frozen(given, 'random', 0, train)
+    images = torch.stack([images for batch, _ in module._loader(given, train, torch.arange(48)) for images in batch])
+    with torch.inference_mode():
+        features = network(images)
+        normed = network.bn1.eval()(network.conv1(images))
+        torch.testing.assert_close(normed.mean((0, 2, 3)), torch.zeros(normed.shape[1]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(module._frozen(given, 'random', 0, train)(images), features)
+        network.layer4[-1].bn3.weight.zero_()
+        assert (network(images) - features).abs().max() > 0.1
 
 
 def test_draws(photo_folder):
@@ -146,6 +167,9 @@ def test_the_report(tmp_path):
 @pytest.mark.parametrize(('given', 'words'), [
     (['--per-class', '13'], r'13 labels of the class astronaut are wanted, expected from 2 .* to the 12'),
     (['--per-class', '1'], r'1 labels of the class astronaut are wanted'),
+    (['--img-size', '-1'], r'--img-size is -1, expected pixels'),
+    (['--device', 'gpu'], r'--device gpu cannot be used .*, expected cpu, or cuda with a GPU'),
+    (['--output', __file__], r'test_transfer.py is a file, expected a folder'),
     (['--data-dir', 'nowhere'], 'nowhere is no folder'),
     (['--set', 'epoch=2', '--methods', 'finetune'], "did you mean 'epochs'"),
 ])
@@ -160,6 +184,15 @@ def test_bad_folders_and_models(photo_folder, tmp_path):
     shutil.copytree(photo_folder, data)
     shutil.rmtree(data / 'val' / 'coffee')
     with pytest.raises(TransferError, match='has the class coffee in one split only'):
+        list(transfer(job(data, tmp_path / 'out')))
+    shutil.copytree(photo_folder / 'val' / 'coffee', data / 'val' / 'coffee')
+    (data / 'val' / 'coffee' / '01.jpg').write_bytes(b'no image')
+    with pytest.raises(EvaluationError, match=r'1 of 20 images cannot be read, expected none(.|\n)*coffee/01.jpg'):
+        list(transfer(job(data, tmp_path / 'out')))
+    (data / 'val' / 'coffee' / '01.jpg').unlink()
+    for path in sorted((data / 'train' / 'coffee').iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(TransferError, match='The class coffee has one training image, expected at least 2'):
         list(transfer(job(data, tmp_path / 'out')))
     shutil.rmtree(data / 'val')
     with pytest.raises(TransferError, match=r'no class folders in train/ and test/ \(or val/\)'):

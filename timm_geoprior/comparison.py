@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ from torch import nn
 
 from .data.memory import ImageTensors, decode_images
 from .evaluation.accuracy import count_correct
-from .evaluation.data import open_data as open_split
+from .evaluation.data import fingerprint
 from .layers import GeoPriorAttn2d
 from .manifest import write_atomically
 from .radii import learned_radii
@@ -33,7 +34,7 @@ from .training.engine import RunConfig, Trainer
 from .training.parts import check_recipe
 from .training.recipe import Recipe, RecipeError, load_recipe, make_recipe
 from .training.report import write_results
-from .training.sources import open_data
+from .training.sources import open_data, open_images
 
 __all__ = [
     'ComparisonError', 'Interval', 'compare', 'load_variants', 'markdown_table', 'paired_interval', 'report',
@@ -55,8 +56,9 @@ def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence
     """Read what is to be compared.
 
     Args:
-        source: A YAML file with the keys `recipe`, `set` (other values for its keys) and `variants` (for each name the
-            keys that it changes; options of `model_kwargs` and `opt_kwargs` are added to the recipe's), or a recipe.
+        source: A YAML file with the keys `recipe`, `set` (other values for its keys, as `overrides`) and `variants`
+            (for each name the keys that it changes; options of `model_kwargs` and `opt_kwargs` are added to the
+            recipe's), or a recipe.
         overrides: 'key=value' strings for every variant.
         variants: 'name: {key: value, ...}' strings, in place of the file's; the first is the base.
 
@@ -74,6 +76,8 @@ def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence
     unknown = sorted(set(plan) - {'recipe', 'set', 'variants'})
     if unknown or 'recipe' not in plan:
         raise ComparisonError(f'{source} has the keys {", ".join(map(str, plan))}, expected recipe, set and variants.')
+    if not isinstance(plan['recipe'], str):
+        raise ComparisonError(f'{source} has the recipe {plan["recipe"]!r}, expected the name of one, or a YAML file.')
     own = [f'{key}={json.dumps(value)}' for key, value in _changes(plan.get('set'), f'{source}, set').items()]
     base = load_recipe(plan['recipe'], own + list(overrides))
     named = {name: changes for text in variants for name, changes in _mapping(text, '--variant').items()}
@@ -125,10 +129,14 @@ def _check_comparable(recipes: Mapping[str, Recipe]) -> None:
                 f'Variant {name} has holdout = {recipe.holdout} and in_memory = {recipe.in_memory}, expected images '
                 f'held out to compare by, and images in memory: add --set holdout=50 --set in_memory=true.')
     for key in ('holdout', 'memory_size', 'eval_size'):
-        values = {getattr(recipe, key) for recipe in recipes.values()}
+        values = {_eval_size(recipe) if key == 'eval_size' else getattr(recipe, key) for recipe in recipes.values()}
         if len(values) > 1:
             raise ComparisonError(f'{key} is {" and ".join(map(str, sorted(values)))}, expected the same in all '
                                   f'variants: they are compared on the same images.')
+
+
+def _eval_size(recipe: Recipe) -> int:
+    return recipe.eval_size or recipe.img_size
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -151,7 +159,7 @@ def compare(
         the base first.
 
     Raises:
-        ComparisonError: A finished run had another recipe.
+        ComparisonError: A finished run had another recipe, or other images than those that further ones would have.
         RuntimeError: As `Trainer` has it.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
@@ -160,24 +168,34 @@ def compare(
     def place_of(row: Row) -> tuple[int, int]:
         return order.index(row['variant']), row['seed']
 
-    rows = [row for name in recipes for path in (config.output / 'runs' / name).glob('*/results.json')
-            if (row := _finished(name, recipes[name], path))]
+    found = {path: results for name in recipes for path in (config.output / 'runs' / name).glob('*/results.json')
+             if (results := _finished(name, recipes[name], path))}
+    rows = [_row(path.parents[1].name, results) for path, results in found.items()]
     rows.sort(key=place_of)
     yield rows
     done = {(row['variant'], row['seed']) for row in rows}
-    decoded: ImageTensors | None = None
-    for seed, name in ((seed, name) for seed in seeds for name in recipes if (name, seed) not in done):
-        if decoded is None:
-            decoded = _decode(recipes[name], config)
+    todo = [(seed, name) for seed in seeds for name in recipes if (name, seed) not in done]
+    if not todo:
+        return
+    data = open_images(config, config.train_split)
+    images = fingerprint(data, np.arange(len(data.labels)))
+    for path, results in found.items():
+        if results['measured']['images'] != images:
+            raise ComparisonError(f'{path.parent} was trained on {results["measured"]["images"]["files"]:,} other '
+                                  f'images than the {images["files"]:,} in {config.data_dir}: check --data-dir, or '
+                                  f'compare in another --output.')
+    decoded = decode_images(data.dataset, recipes[todo[0][1]].memory_size, config.workers, config.max_corrupt)
+    for seed, name in todo:
         place = replace(config, output=config.output / 'runs' / name / str(seed), seed=seed)
-        row = run(name, recipes[name], place, decoded)
+        row = run(name, recipes[name], place, decoded, images)
         tell(f'{name}, seed {seed}: held-out top-1 {row["top1"]:.2f}% after {row["hours"]:.2f} hours')
         rows = sorted([*rows, row], key=place_of)
         yield rows
 
 
-def _finished(name: str, recipe: Recipe, path: Path) -> Row | None:
-    results = json.loads(path.read_text())
+def _finished(name: str, recipe: Recipe, path: Path) -> dict[str, Any] | None:
+    """The results of a run that was done and measured."""
+    results: dict[str, Any] = json.loads(path.read_text())
     if 'measured' not in results:
         return None
     now = json.loads(json.dumps(recipe.to_dict()))  # tuples as lists
@@ -186,31 +204,33 @@ def _finished(name: str, recipe: Recipe, path: Path) -> Row | None:
             raise ComparisonError(
                 f'{path.parent} was trained with {key} = {results["recipe"].get(key)!r}, variant {name} has '
                 f'{now[key]!r}: give changed variants another name, or compare in another --output.')
-    return _row(name, results)
+    return results
 
 
-def _decode(recipe: Recipe, config: RunConfig) -> ImageTensors | None:
-    """The training images, or None where they cannot be opened: the first run then says why."""
-    try:
-        dataset = open_split(config.data_dir, split=config.train_split).dataset
-    except RuntimeError:
-        return None
-    return decode_images(dataset, recipe.memory_size, config.workers, config.max_corrupt)
+def run(name: str, recipe: Recipe, place: RunConfig, decoded: ImageTensors, images: Mapping[str, Any]) -> Row:
+    """Do one run, or what is left of it, and measure what it has learned.
 
+    Args:
+        name: The variant's.
+        recipe: The variant's.
+        place: Where the run is done.
+        decoded: The training images, held-out ones among them.
+        images: Their `fingerprint`, to be kept with the results.
 
-def run(name: str, recipe: Recipe, place: RunConfig, decoded: ImageTensors | None) -> Row:
-    """Do one run, or what is left of it, and measure what it has learned."""
+    Returns:
+        The run's row.
+    """
     torch.compiler.reset()  # after eight networks, torch.compile would run the next one as it is
     trainer = Trainer(recipe, replace(place, resume=(place.output / 'last.pt').exists()), decoded)
     results = trainer.fit()
     network = trainer.ema.module if trainer.ema else trainer.model
-    results['measured'] = measure(network, recipe, place, trainer.device, decoded)
+    results['measured'] = {**measure(network, recipe, place, trainer.device, decoded), 'images': dict(images)}
     write_results(results, place.output)
     return _row(name, results)
 
 
 def measure(
-        network: nn.Module, recipe: Recipe, place: RunConfig, device: torch.device, decoded: ImageTensors | None,
+        network: nn.Module, recipe: Recipe, place: RunConfig, device: torch.device, decoded: ImageTensors,
 ) -> dict[str, Any]:
     """Measure the held-out images at several sizes, with radii in cells and as shares of the map.
 
@@ -226,7 +246,7 @@ def measure(
     Returns:
         Accuracies in percent, as `top1` and `top1_xFACTOR_UNIT`, and the radii of each layer.
     """
-    size = recipe.eval_size or recipe.img_size
+    size = _eval_size(recipe)
     radii = learned_radii(network, (3, size, size))
     measured: dict[str, Any] = {'eval_size': size}
     for factor in FACTORS:
@@ -239,6 +259,7 @@ def measure(
             key = 'top1' if factor == 1 else f'top1_x{factor}_{unit}'
             measured[key] = 100 * counts.top1_correct / counts.num_images
             measured['num_images'] = counts.num_images
+        del held_out  # on a GPU, before the next size's are there
     measured['radii'] = {layer.name: {'map': max(layer.height, layer.width), 'cells': layer.cells,
                                       'share': layer.relative} for layer in radii}
     return measured
@@ -262,6 +283,7 @@ def _scaled_radii(network: nn.Module, scale: float) -> Iterator[None]:
 def _row(name: str, results: Mapping[str, Any]) -> Row:
     """One run as a flat row; a layer's heads stand side by side."""
     row = {'variant': name, 'seed': results['seed'], 'parameters': results['parameters'], **results['measured']}
+    del row['images']
     for layer, radii in row.pop('radii').items():
         short = layer.removesuffix('.conv2.attn')
         row[f'map.{short}'] = radii['map']
@@ -321,14 +343,18 @@ def report(rows: Sequence[Row], output: Path, command: str) -> str:
     first = rows[0]
     head = (f'Top-1 in percent of {first["num_images"]:,} images held out of training, after the last epoch, at '
             f'{first["eval_size"]} px. Differences are to {names[0]} within a seed: their mean ± the half width of '
-            f'its 95% interval (Student), for one comparison by itself, not corrected for {len(names) - 1} of them.')
+            f'its 95% interval (Student), for one comparison by itself, not corrected for {len(names) - 1} of them. '
+            f'An interval covers what seeds change, with these images; other images would add their own.')
+    commits = list(dict.fromkeys(row['commit'] or 'unknown' for row in rows))
+    if len(commits) > 1:
+        head += f' The runs are of {len(commits)} commits: {", ".join(commits)}.'
     if len(seeds) < LEAST_SEEDS:
         head += f' No intervals: {len(seeds)} seeds are too few, expected at least {LEAST_SEEDS}.'
     sections = [f'`{command}`', head, _accuracy_table(rows, names, seeds)]
     if radii := _radii_table(rows, names):
         sections += ['Radii at the end, means over the seeds: cells (share of the map); heads side by side.', radii,
-                     'Top-1 at other sizes than the one trained for. A radius stays so many cells, or is scaled with '
-                     'the map (share).', _size_table(rows, names)]
+                     'Top-1 of the held-out images at other sizes, resized from those in memory. A radius stays so '
+                     'many cells, or is scaled with the map (share).', _size_table(rows, names)]
     text = '\n\n'.join(sections) + '\n'
     output.mkdir(parents=True, exist_ok=True)
     write_csv(rows, output / 'runs.csv')

@@ -7,24 +7,28 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .comparison import markdown_table, paired_interval, write_csv
 from .data.seeding import generator, seed_everything
 from .data.splits import hold_out_share
-from .evaluation.data import EvalSet, open_data
+from .evaluation.data import EvalSet, fingerprint, open_data
+from .evaluation.evaluate import Settings, check_data
+from .evaluation.models import state_dict_sha256
 from .finetune import HELD_OUT_SHARE, Job, find_splits, finetune
 from .manifest import write_atomically
 from .provenance import git_commit
@@ -39,6 +43,8 @@ STARTS = ('pretrained', 'random')
 # found them to serve best
 NEIGHBORS, TEMPERATURE = 20, 0.07
 PENALTIES = tuple(10.0 ** power for power in range(-5, 2))
+STATISTICS_IMAGES = 1024  # training images, without their labels, that give a random network its norms' statistics
+BATCH_SIZE = 64  # of the probed network
 Row = dict[str, Any]
 
 
@@ -105,14 +111,20 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
     todo = [(seed, per_class, method, start) for seed in job.seeds for per_class in job.per_class
             for method in job.methods for start in STARTS
             if not _row_path(job, seed, per_class, method, start).exists()]
-    _check_settings(job)
+    _check_arguments(job)
+    _check_settings(job, _settings(job))
     yield _rows(job.output)
     if not todo:
         return
     train, test = _open_splits(job)
     draws = {(seed, per_class): draw(train, per_class, seed) for seed in job.seeds for per_class in job.per_class}
-    _network(job, 'pretrained', 0)  # that it has weights is known before anything is written
-    write_settings(job)
+    trained = _network(job, 'pretrained', 0)  # that it has weights is known before anything is written
+    settings = {**_settings(job), 'weights': state_dict_sha256(trained), 'train': _images(train), 'test': _images(test)}
+    _check_settings(job, settings)
+    for split in (train, test):
+        check_data(split, Settings(workers=job.workers, tell=lambda text: None))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(job.folder / 'settings.json', json.dumps(settings).encode())
     for seed, per_class, method, start in todo:
         if method == 'finetune':
             row = _finetuned(job, train, draws[seed, per_class], seed, per_class, start)
@@ -125,6 +137,8 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
         path = _row_path(job, seed, per_class, method, start)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(row, indent=2).encode())
+        if method == 'finetune':
+            _remove_weights(_run_folder(job, seed, per_class, start))
         job.tell(f'{job.name}, {row["per_class"]} labels a class, seed {seed}, {METHODS[method]}, {start}: '
                  f'top-1 {row["top1"]:.2f}%')
         yield _rows(job.output)
@@ -140,23 +154,37 @@ def _rows(output: Path) -> list[Row]:
 
 # -- before ------------------------------------------------------------------------------------------------------------
 
+def _check_arguments(job: Transfer) -> None:
+    if job.img_size < 0:
+        raise TransferError(f'--img-size is {job.img_size}, expected pixels: name 32 or more, or leave it out.')
+    if job.output.exists() and not job.output.is_dir():
+        raise TransferError(f'{job.output} is a file, expected a folder, or none yet: name another by --output.')
+    try:
+        torch.empty(0, device=job.device)
+    except Exception as error:  # torch's own differ from device to device
+        reason = str(error).splitlines()[0].rstrip('.')
+        raise TransferError(f'--device {job.device} cannot be used ({reason}), expected cpu, or cuda with a GPU: check '
+                            f'--device.') from None
+
+
 def _settings(job: Transfer) -> dict[str, Any]:
     return {'model': job.model, 'img_size': job.img_size, 'overrides': list(job.overrides)}
 
 
-def _check_settings(job: Transfer) -> None:
+def _images(data: EvalSet) -> dict[str, Any]:
+    return fingerprint(data, np.arange(len(data.labels)))
+
+
+def _check_settings(job: Transfer, settings: Mapping[str, Any]) -> None:
+    """That what the rows of a data set have in common is what it was."""
     path = job.folder / 'settings.json'
-    there = json.loads(path.read_text()) if path.is_file() else _settings(job)
-    for key, value in _settings(job).items():
+    there = json.loads(path.read_text()) if path.is_file() else settings
+    for key, value in settings.items():
         if there[key] != value:
-            raise TransferError(f'{job.folder} was made with {key} = {there[key]!r}, expected {value!r}: name another '
-                                f'folder by --output, or leave it the same.')
-
-
-def write_settings(job: Transfer) -> None:
-    """Write what the rows of a data set have in common."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(job.folder / 'settings.json', json.dumps(_settings(job)).encode())
+            got, expected = ((f'{images["files"]:,} {key} images', f'the {value["files"]:,} others of {job.data_dir}')
+                             if isinstance(images := there[key], dict) else (f'{key} = {there[key]!r}', f'{value!r}'))
+            raise TransferError(f'{job.folder} was made with {got}, expected {expected}: name another folder by '
+                                f'--output, or leave it the same.')
 
 
 def _test_split(job: Transfer) -> str:
@@ -197,6 +225,9 @@ def draw(data: EvalSet, per_class: int, seed: int) -> Tensor:
     for index, name in enumerate(data.classes):
         members = (labels == index).nonzero().flatten()
         wanted = per_class or len(members)
+        if len(members) < 2:
+            raise TransferError(f'The class {name} has one training image, expected at least 2, one to learn from and '
+                                f'one to choose by: add some, or take the class out.')
         if not 2 <= wanted <= len(members):
             raise TransferError(f'{wanted} labels of the class {name} are wanted, expected from 2 (one to learn from, '
                                 f'one to choose by) to the {len(members)} that there are: change --per-class.')
@@ -219,13 +250,40 @@ def _network(job: Transfer, start: str, seed: int) -> nn.Module:
     return model.to(device=job.device).to(memory_format=torch.channels_last).eval()
 
 
-def _features(job: Transfer, data: EvalSet, split: str, wanted: Tensor, start: str, seed: int) -> Tensor:
-    """Pooled features of some images, (images, features), computed once and kept in a file."""
+def _frozen(job: Transfer, start: str, seed: int, train: EvalSet) -> nn.Module:
+    """The network whose features are probed.
+
+    At the start of training a residual network's last norms are zero, and all norms have the statistics of nothing: its
+    features would be those of its stem and shortcuts. A random network is given ones, and the statistics of images.
+    """
+    network = _network(job, start, seed)
+    if start == 'random':
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.weight is not None and not module.weight.any():
+                nn.init.ones_(module.weight)
+        some = torch.randperm(len(train.labels), generator=generator(seed, 'statistics'))[:STATISTICS_IMAGES]
+        batches = _loader(job, train, some, drop_last=len(some) > BATCH_SIZE)
+        update_bn((images for images, _ in batches), network, torch.device(job.device))
+    return network
+
+
+def _loader(job: Transfer, data: EvalSet, wanted: Tensor, drop_last: bool = False) -> DataLoader[Any]:
+    cfg = resolve_data_config(pretrained_cfg=model_cfg(job.model))
+    size = (3, job.img_size, job.img_size) if job.img_size else cfg['input_size']
+    data.dataset.transform = create_transform(**{**cfg, 'input_size': size})
+    images = Subset(data.dataset, wanted.tolist())
+    return DataLoader(images, BATCH_SIZE, num_workers=job.workers, drop_last=drop_last)
+
+
+def _features(
+        job: Transfer, splits: Mapping[str, EvalSet], split: str, wanted: Tensor, start: str, seed: int) -> Tensor:
+    """Pooled features of some images of a split, (images, features), computed once and kept in a file."""
     folder = job.folder / 'features'
     path = folder / f'{split}-{start if start == "pretrained" else f"{start}{seed}"}.pt'
     kept = torch.load(path, weights_only=True) if path.exists() else {'indices': torch.zeros(0, dtype=torch.int64)}
     if not torch.isin(wanted, kept['indices']).all():
-        kept = {'indices': wanted, 'features': _forward(job, data, wanted, _network(job, start, seed), path.stem)}
+        network = _frozen(job, start, seed, splits['train'])
+        kept = {'indices': wanted, 'features': _forward(job, splits[split], wanted, network, path.stem)}
         folder.mkdir(exist_ok=True)
         save_checkpoint(kept, path)
     return kept['features'][torch.searchsorted(kept['indices'], wanted)]
@@ -233,11 +291,7 @@ def _features(job: Transfer, data: EvalSet, split: str, wanted: Tensor, start: s
 
 @torch.inference_mode()
 def _forward(job: Transfer, data: EvalSet, wanted: Tensor, network: nn.Module, what: str) -> Tensor:
-    cfg = resolve_data_config(pretrained_cfg=model_cfg(job.model))
-    size = (3, job.img_size, job.img_size) if job.img_size else cfg['input_size']
-    data.dataset.transform = create_transform(**{**cfg, 'input_size': size})
-    loader = DataLoader(Subset(data.dataset, wanted.tolist()), 64, num_workers=job.workers)
-    batches = tqdm(loader, f'features, {what}', leave=False, mininterval=5)
+    batches = tqdm(_loader(job, data, wanted), f'features, {what}', leave=False, mininterval=5)
     return torch.cat([network(images.to(job.device)).float().cpu() for images, _ in batches])
 
 
@@ -247,9 +301,10 @@ def _probed(
 ) -> Row:
     """A row of a probe."""
     train, test = splits
-    everything = _features(job, train, 'train', needed, start, seed)
+    both = {'train': train, 'test': test}
+    everything = _features(job, both, 'train', needed, start, seed)
     features = everything[torch.searchsorted(needed, drawn)]
-    measured = _features(job, test, 'test', torch.arange(len(test.labels)), start, seed)
+    measured = _features(job, both, 'test', torch.arange(len(test.labels)), start, seed)
     labels, truth = torch.from_numpy(train.labels)[drawn], torch.from_numpy(test.labels)
     if method == 'knn':
         answers, chosen = knn(features, labels, measured), {}
@@ -319,23 +374,31 @@ def choose_penalty(features: Tensor, labels: Tensor) -> float:
 # -- fine-tuning -------------------------------------------------------------------------------------------------------
 
 def _finetuned(job: Transfer, train: EvalSet, drawn: Tensor, seed: int, per_class: int, start: str) -> Row:
-    """A row of `finetune` on a folder of the drawn images; the weights are removed when it is done."""
-    place = job.folder / 'runs' / f'{seed}-{per_class or "all"}-{start}'
+    """A row of `finetune` on a folder of the drawn images."""
+    place = _run_folder(job, seed, per_class, start)
     images = place / 'images'
     _link(job, train, drawn, images)
-    # few labels are seen more often: 30,000 images in all, from 10 to 100 times each
+    # few labels are seen more often: where 10 to 100 epochs allow it, the epochs times the labels are 30,000
     epochs = min(max(math.ceil(30_000 / len(drawn)), 10), 100)
     size = [f'img_size={job.img_size}'] if job.img_size else []
     results = finetune(Job(
         images, place, job.model, from_scratch=start == 'random', overrides=(f'epochs={epochs}', *size, *job.overrides),
         patience=10_000, seed=seed, device=job.device, workers=job.workers, resume=(place / 'last.pt').exists(),
         tell=lambda text: None))
-    for name in ('last.pt', 'best.pt', 'model.safetensors'):
-        (place / name).unlink(missing_ok=True)
-    shutil.rmtree(images)
     measured = results['measured']
     return {'top1': measured['top1'], 'test_images': measured['num_images'], 'epochs': results['epochs'],
             'hours': results['hours']}
+
+
+def _run_folder(job: Transfer, seed: int, per_class: int, start: str) -> Path:
+    return job.folder / 'runs' / f'{seed}-{per_class or "all"}-{start}'
+
+
+def _remove_weights(place: Path) -> None:
+    """Leave the curves and results of a run; its row is written, so that nothing goes on from here."""
+    for name in ('last.pt', 'best.pt', 'model.safetensors'):
+        (place / name).unlink(missing_ok=True)
+    shutil.rmtree(place / 'images')
 
 
 def _link(job: Transfer, train: EvalSet, drawn: Tensor, folder: Path) -> None:
@@ -369,7 +432,12 @@ def report(rows: Sequence[Row], output: Path) -> str:
     names = list(dict.fromkeys(row['data'] for row in rows))
     sections = ['Top-1 in percent of the test images: the mean over the seeds (least to greatest), and the mean '
                 'difference within a seed ± the half width of its 95% interval (Student; from three seeds on). Both '
-                'networks have the same labels, recipe and epochs; a fifth of the labels chooses.']
+                'networks have the same labels, recipe and epochs; a fifth of the labels chooses, and is not learned '
+                'from in fine-tuning. An interval covers what seeds change, with these test images. A random network '
+                'is probed with ones in place of the zeros that its last norms start with, and with the statistics '
+                f'of up to {STATISTICS_IMAGES:,} training images in its norms.']
+    if any(row['per_class'] == 'all' for row in rows):
+        sections[0] += ' With all labels the seeds draw none: the probes of trained weights are the same for each.'
     for name in names:
         own = [row for row in rows if row['data'] == name]
         sections += [f'{name}, {own[0]["test_images"]:,} test images, {own[0]["model"]}:', _table(own),

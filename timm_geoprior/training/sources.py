@@ -24,7 +24,7 @@ from .recipe import Recipe, RecipeError
 if TYPE_CHECKING:
     from .engine import RunConfig
 
-__all__ = ['DataError', 'TrainingData', 'model_cfg', 'open_data', 'split_off']
+__all__ = ['DataError', 'TrainingData', 'model_cfg', 'open_data', 'open_images', 'split_off']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -89,8 +89,16 @@ class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
         return self.dataset.transform(image), target, index
 
 
-def _open_split(config: 'RunConfig', split: str) -> EvalSet:
-    """One split, where each class stands once: timm takes all folders there are for a split that it does not find."""
+def open_images(config: 'RunConfig', split: str) -> EvalSet:
+    """Open a split in which each class stands once: timm takes all folders there are for one that it does not find.
+
+    Args:
+        config: Says where the images are.
+        split: The split's name, its folder's.
+
+    Raises:
+        DataError: There is no such folder, or it has no images, or a class twice.
+    """
     if not config.data_dir.is_dir():
         raise DataError(f'{config.data_dir} is no folder, expected one with a folder {split}: check --data-dir.')
     try:
@@ -108,7 +116,7 @@ def _open_split(config: 'RunConfig', split: str) -> EvalSet:
 
 def _open_measured(config: 'RunConfig', names: tuple[str, ...]) -> _Labelled:
     """The images of --val-split with the training classes' targets."""
-    found = _open_split(config, config.val_split)
+    found = open_images(config, config.val_split)
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
         raise DataError(f'The split {config.val_split} has {len(unknown)} classes that {config.train_split} does not '
@@ -149,7 +157,7 @@ def open_data(
         CorruptImagesError: More images cannot be read than `config` allows.
         RecipeError: timm cannot make the recipe's augmentation.
     """
-    found = _open_split(config, config.train_split)
+    found = open_images(config, config.train_split)
     norms = resolve_data_config(pretrained_cfg=model_cfg(recipe.model))
     try:
         stay, held = split_off(torch.from_numpy(found.labels), recipe, config)
