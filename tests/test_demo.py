@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from timm_geoprior.classifier import load_classifier
-from timm_geoprior.cli import main
+from timm_geoprior.cli import default_model, main
 from timm_geoprior.hub import download_tag
 from timm_geoprior.images import read_image, sample_image
+from timm_geoprior.manifest import load_manifest
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
 # the command, in a process that tells of every connection to another machine
@@ -38,8 +39,8 @@ def free_port():
         return server.getsockname()[1]
 
 
-def names(picture):
-    return [guess['name'] for guess in load_classifier(NANO)(picture)]
+def names(picture, model=NANO):
+    return [guess['name'] for guess in load_classifier(model)(picture)]
 
 
 @contextmanager
@@ -236,6 +237,8 @@ def test_a_space(demo, chromium, tmp_path, capsys):
     assert found.stdout.strip() == str(folder / 'timm_geoprior' / '__init__.py')
     environment = {
         **os.environ, 'GRADIO_SERVER_PORT': str(free_port()), 'GRADIO_TEMP_DIR': str(tmp_path / 'files')}
+    first = default_model(load_manifest()).name
     with running(['app.py'], tmp_path / 'stderr.txt', cwd=folder, env=environment) as url:
         with opened(chromium, url) as (page, _):
-            wait_for_names(page, names(read_image(demo.SAMPLES[0])))
+            assert page.input_value('#model input') == first
+            wait_for_names(page, names(read_image(demo.SAMPLES[0]), first))

@@ -253,14 +253,11 @@ def _network(job: Transfer, start: str, seed: int) -> nn.Module:
 def _frozen(job: Transfer, start: str, seed: int, train: EvalSet) -> nn.Module:
     """The network whose features are probed.
 
-    At the start of training a residual network's last norms are zero, and all norms have the statistics of nothing: its
-    features would be those of its stem and shortcuts. A random network is given ones, and the statistics of images.
+    All norms of a random network have the statistics of nothing: it is given those of images. Its last norms keep the
+    zeros of the start, so that its features are those of its stem and shortcuts: with ones there they are worse.
     """
     network = _network(job, start, seed)
     if start == 'random':
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.weight is not None and not module.weight.any():
-                nn.init.ones_(module.weight)
         some = torch.randperm(len(train.labels), generator=generator(seed, 'statistics'))[:STATISTICS_IMAGES]
         batches = _loader(job, train, some, drop_last=len(some) > BATCH_SIZE)
         update_bn((images for images, _ in batches), network, torch.device(job.device))
@@ -434,8 +431,7 @@ def report(rows: Sequence[Row], output: Path) -> str:
                 'difference within a seed ± the half width of its 95% interval (Student; from three seeds on). Both '
                 'networks have the same labels, recipe and epochs; a fifth of the labels chooses, and is not learned '
                 'from in fine-tuning. An interval covers what seeds change, with these test images. A random network '
-                'is probed with ones in place of the zeros that its last norms start with, and with the statistics '
-                f'of up to {STATISTICS_IMAGES:,} training images in its norms.']
+                f'is probed with the statistics of up to {STATISTICS_IMAGES:,} training images in its norms.']
     if any(row['per_class'] == 'all' for row in rows):
         sections[0] += ' With all labels the seeds draw none: the probes of trained weights are the same for each.'
     for name in names:
