@@ -540,14 +540,14 @@ class TestFaults:
         trainer.save(trainer.last)
         assert trainer.last.read_bytes() == before
 
-    @pytest.mark.parametrize(('changes', 'message'), [
-        ({'save_every': 0}, '--save-every is 0, expected 1 or more'),
-        ({'workers': -1}, '--workers is -1, expected 0 or more'),
-        ({'max_corrupt': -1}, '--max-corrupt is -1, expected 0 or more'),
-        ({'device': 'gpu'}, r'--device gpu cannot be used \(.*, expected cuda, cpu'),
+    @pytest.mark.parametrize(('changes', 'error', 'message'), [
+        ({'save_every': 0}, TrainingError, '--save-every is 0, expected 1 or more'),
+        ({'workers': -1}, TrainingError, '--workers is -1, expected 0 or more'),
+        ({'max_corrupt': -1}, TrainingError, '--max-corrupt is -1, expected 0 or more'),
+        ({'device': 'gpu'}, EvaluationError, r'--device gpu cannot be used \(.*\), expected cuda, cpu'),
     ])
-    def test_a_wrong_command(self, changes, message, photo_folder, tmp_path):
-        with pytest.raises(TrainingError, match=message):
+    def test_a_wrong_command(self, changes, error, message, photo_folder, tmp_path):
+        with pytest.raises(error, match=message):
             Trainer(tiny(), config(photo_folder, tmp_path / 'run', **changes))
         assert not (tmp_path / 'run').exists()
 

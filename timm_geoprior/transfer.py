@@ -27,6 +27,7 @@ from .comparison import markdown_table, paired_interval, write_csv
 from .data.seeding import generator, seed_everything
 from .data.splits import hold_out_share
 from .evaluation.data import EvalSet, fingerprint, open_data
+from .evaluation.device import find_device
 from .evaluation.evaluate import Settings, check_data
 from .evaluation.models import state_dict_sha256
 from .finetune import HELD_OUT_SHARE, Job, find_splits, finetune
@@ -159,12 +160,7 @@ def _check_arguments(job: Transfer) -> None:
         raise TransferError(f'--img-size is {job.img_size}, expected pixels: name 32 or more, or leave it out.')
     if job.output.exists() and not job.output.is_dir():
         raise TransferError(f'{job.output} is a file, expected a folder, or none yet: name another by --output.')
-    try:
-        torch.empty(0, device=job.device)
-    except Exception as error:  # torch's own differ from device to device
-        reason = str(error).splitlines()[0].rstrip('.')
-        raise TransferError(f'--device {job.device} cannot be used ({reason}), expected cpu, or cuda with a GPU: check '
-                            f'--device.') from None
+    find_device(job.device)
 
 
 def _settings(job: Transfer) -> dict[str, Any]:

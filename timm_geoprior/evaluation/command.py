@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import init_distributed_device
 
 from ..hub import WeightsError
 from ..manifest import ManifestError, load_manifest
@@ -22,6 +21,7 @@ from .arguments import parse_arguments
 from .check import deviations, find_metric
 from .classes import ClassMismatchError, match_classes
 from .data import EvalSet, fingerprint, open_data, plain_archive
+from .device import find_device
 from .errors import EvaluationError, ProcessError
 from .evaluate import Evaluation, Plan, Settings, check_data, evaluate, plan
 from .models import LoadedModel, load_model
@@ -74,18 +74,7 @@ def _device(args: argparse.Namespace) -> torch.device:
     """Start the group of processes, if there is one, and find this one's device."""
     if args.device is None:
         args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if args.device.startswith('cuda') and not torch.cuda.is_available():
-        raise EvaluationError(f'--device is {args.device}, and torch finds no GPU, expected one: name cpu.')
-    try:
-        if joined():
-            args.rank, args.world_size = dist.get_rank(), dist.get_world_size()
-            device = torch.empty(0, device=args.device).device
-        else:
-            device = init_distributed_device(args)
-        torch.empty(0, device=device)
-    except Exception as error:  # torch's own differ from device to device
-        raise EvaluationError(f'--device {args.device} cannot be used ({str(error).splitlines()[0]}), expected cuda, '
-                              f'cpu or another one of torch.') from None
+    device, args.rank, args.world_size = find_device(args.device)
     return device
 
 

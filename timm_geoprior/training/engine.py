@@ -3,7 +3,6 @@
 Whatever is random is a function of the seed, the epoch and the position in it (`data/seeding.py`), so that a checkpoint
 needs no random states: a resumed run draws what an uninterrupted one would have drawn.
 """
-import argparse
 import signal
 import sys
 import time
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, init_distributed_device
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
 from tqdm import tqdm
 
 from ..data.memory import ImageTensors
 from ..data.seeding import seed_everything
 from ..evaluation.accuracy import Counts, count_correct
+from ..evaluation.device import find_device
 from ..evaluation.errors import EvaluationError
 from ..hub import WeightsError
 from ..provenance import git_commit, versions
@@ -107,16 +107,7 @@ class Trainer:
 
     def _join(self) -> None:
         """Find this process's device, and its place among the others."""
-        if self.config.device.startswith('cuda') and not torch.cuda.is_available():
-            raise TrainingError(f'--device is {self.config.device}, and torch finds no GPU, expected one: name cpu.')
-        where = argparse.Namespace(device=self.config.device)
-        try:
-            torch.empty(0, device=self.config.device)
-            self.device = init_distributed_device(where)
-        except Exception as error:  # torch's own differ from device to device
-            raise TrainingError(f'--device {self.config.device} cannot be used ({str(error).splitlines()[0]}), '
-                                f'expected cuda, cpu or another one of torch: check --device.') from None
-        self.rank, self.world_size = int(where.rank), int(where.world_size)
+        self.device, self.rank, self.world_size = find_device(self.config.device)
         if self.recipe.sync_bn and self.world_size > 1 and self.device.type == 'cpu':
             raise TrainingError('sync_bn is true, which torch has for GPUs only: add --set sync_bn=false.')
         if self.device.type == 'cuda':

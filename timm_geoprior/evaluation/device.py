@@ -1,0 +1,38 @@
+"""The device that a process computes on, and its place among others."""
+import argparse
+
+import torch
+import torch.distributed as dist
+from timm.utils import init_distributed_device
+
+from .accuracy import joined
+from .errors import EvaluationError
+
+__all__ = ['find_device']
+
+
+def find_device(name: str) -> tuple[torch.device, int, int]:
+    """Find this process's device; under torchrun, join the other processes.
+
+    Args:
+        name: A device of torch; under torchrun, the GPU of this process for 'cuda'.
+
+    Returns:
+        The device, this process's rank, and the number of processes.
+
+    Raises:
+        EvaluationError: There is no such device.
+    """
+    if name.startswith('cuda') and not torch.cuda.is_available():
+        raise EvaluationError(f'--device is {name}, and torch finds no GPU, expected one: name cpu.')
+    try:
+        device = torch.empty(0, device=name).device
+        if joined():
+            return device, dist.get_rank(), dist.get_world_size()
+        place = argparse.Namespace(device=name)
+        device = init_distributed_device(place)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch's own differ from device to device
+        raise EvaluationError(f'--device {name} cannot be used ({str(error).splitlines()[0].rstrip(".")}), expected '
+                              f'cuda, cpu or another one of torch: check --device.') from None
+    return device, int(place.rank), int(place.world_size)
