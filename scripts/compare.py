@@ -53,6 +53,8 @@ def main() -> None:
                 text = report(rows, args.output, shlex.join(['python', *sys.argv]))
     except (ComparisonError, *ERRORS) as error:
         sys.exit(f'compare.py: {error}')
+    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+        sys.exit(130)
     print(f'\n{text}')
 
 

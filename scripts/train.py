@@ -78,6 +78,8 @@ def main() -> None:
             WeightsError) as error:
         sentence = str(error).rpartition('CorruptImagesError: ')[2]  # a loader's worker puts its traceback before it
         sys.exit(f'train.py: {sentence}')
+    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+        sys.exit(130)
     print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
 
 

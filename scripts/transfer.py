@@ -55,6 +55,8 @@ def main() -> None:
                 text = report(rows, args.output)
     except (TransferError, *ERRORS) as error:
         sys.exit(f'transfer.py: {error}')
+    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+        sys.exit(130)
     print(f'\n{text}')
 
 

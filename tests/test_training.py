@@ -270,6 +270,26 @@ class TestResume:
         subprocess.run([*arguments, '--resume'], env=environment(), check=True)
         assert_same_run(whole_run, output)
 
+    @pytest.mark.parametrize('name', ['train', 'compare', 'transfer'])
+    def test_ctrl_c_while_images_are_read(self, photo_folder, tmp_path, name):
+        """No run has begun that could save: the script leaves without a word, and without a traceback."""
+        script = SCRIPT.with_name(f'{name}.py')
+        stopper = (  # a shell's background jobs ignore SIGINT, and their children inherit that
+            'import os, runpy, signal, sys\n'
+            'from torch.utils import data\n'
+            'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
+            'data.DataLoader.__iter__ = lambda loader: os.kill(os.getpid(), signal.SIGINT)\n'
+            f'sys.argv[0] = {str(script)!r}\n'
+            'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+        source = 'geoprior_resnet14_nano' if name == 'transfer' else 'r64_tin200'
+        more = {'train': [], 'compare': ['--set', 'holdout=2', '--variant', 'a: {}', '--variant', 'b: {lr: 0.1}'],
+                'transfer': []}[name]
+        stopped = subprocess.run(
+            [sys.executable, '-c', stopper, source, '--data-dir', str(photo_folder), '--output', str(tmp_path / 'out'),
+             *more], env=environment(), capture_output=True, text=True)
+        assert stopped.returncode == 130, stopped.stderr
+        assert 'Traceback' not in stopped.stderr
+
     def test_asked_to_stop_while_the_last_epoch_is_measured(self, photo_folder, tmp_path, monkeypatch):
         """It leaves with the signal's code; what is left to do are the results."""
         end = Trainer._end_epoch
