@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,39 @@ def test_experiments_go_into_the_card(run_folder, tmp_path):
     found.write_text('| variant | mean |\n| --- | ---: |\n| prior | 12.50 |\n')
     stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=found)
     assert f'## Experiments\n\n{found.read_text()}\n## ' in (tmp_path / 'nano' / 'README.md').read_text()
+
+
+def write_baseline(path, preprocessing=(), **counts):
+    """Write a results file of scripts/validate.py for the plain network."""
+    prepared = {**asdict(planned().input), **dict(preprocessing)}
+    row = {'precision': 'float32', 'num_images': 10_000, 'top1_correct': 5000, 'top5_correct': 7000, **counts}
+    path.write_text(json.dumps({
+        'model': 'resnet14t', 'parameters': 123, 'results': [{**row, 'precision': 'bfloat16', 'top1_correct': 1}, row],
+        'data': {'split': 'validation'}, 'preprocessing': prepared, 'software': {}}))
+
+
+def test_the_baseline_is_the_figure_of_the_same_precision(staged, run_folder, tmp_path):
+    write_baseline(tmp_path / 'plain.json')
+    entry = stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
+                  tmp_path / 'plain.json', run_folder)
+    assert (entry.baseline.architecture, entry.baseline.parameters) == ('resnet14t', 123)
+    assert (entry.baseline.metric.top1_correct, entry.baseline.metric.img_size) == (5000, 64)
+    card = (tmp_path / 'nano' / 'README.md').read_text(encoding='utf-8')
+    assert 'The same recipe gives the plain `resnet14t` (123 parameters' in card
+
+
+@pytest.mark.parametrize(('preprocessing', 'counts', 'message'), [
+    ({'crop_pct': 0.95}, {}, r'measured with crop_pct = 0.95, expected that of .*: measure .* with --crop-pct 1.0\.'),
+    ({'interpolation': 'bicubic'}, {}, 'with --interpolation bilinear'),
+    ({'input_size': (3, 224, 224)}, {}, r'input_size = \[3, 224, 224\], .* with --input-size 3 64 64'),
+    ({}, {'num_images': 9_999}, 'no figure of 10,000 images of validation in float32'),
+])
+def test_a_baseline_measured_otherwise_is_refused(staged, run_folder, tmp_path, preprocessing, counts, message):
+    write_baseline(tmp_path / 'plain.json', preprocessing, **counts)
+    with pytest.raises(PublishError, match=message):
+        stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
+              tmp_path / 'plain.json', run_folder)
+    assert not (tmp_path / 'nano').exists()
 
 
 def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):

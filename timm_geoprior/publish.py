@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,8 @@ def stage(
         The entry with status 'staged', as in the folder's results.json.
 
     Raises:
-        PublishError: The checkpoint is not of this architecture, the results are of other weights, the experiments
-            cannot be read, or the folder is something else.
+        PublishError: The checkpoint is not of this architecture, the results are of other weights, the baseline's of
+            other images or otherwise prepared ones, the experiments cannot be read, or the folder is something else.
     """
     if folder.exists() and not (folder / RESULTS).exists():
         raise PublishError(f'{folder} exists and is no staged folder, expected a new one: name another.')
@@ -210,9 +210,10 @@ def stage(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_folder(folder) as new:
         staged = _write_weights(entry, checkpoint, model, new)
-        staged = replace(
-            staged, metrics=_read_metrics(results, staged) if results else staged.metrics,
-            baseline=_read_baseline(baseline, staged) if baseline else staged.baseline)
+        if results:
+            staged = replace(staged, metrics=_read_metrics(results, staged))
+        if baseline:
+            staged = replace(staged, baseline=_read_baseline(baseline, staged))
         _write_papers(staged, checkpoint, model, run, found, new)
         _check_loads(staged, new)
         shutil.rmtree(folder, ignore_errors=True)
@@ -341,8 +342,28 @@ def _read_metrics(path: Path, entry: ModelEntry) -> tuple[Metric, ...]:
 
 
 def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
-    (item, (metric, *_)), *_ = _measurements(path, entry)
-    return Baseline(item['model'], item['parameters'], metric)
+    """The plain network's figure, on the images of the entry's own and prepared as they are.
+
+    timm's plain networks have other crops and interpolations of their own, by which figures differ as well.
+    """
+    (item, metrics), *_ = _measurements(path, entry)
+    own = entry.metrics[0] if entry.metrics else None
+    wanted = asdict(entry.input)
+    if own:
+        wanted['input_size'] = (entry.input.input_size[0], own.img_size, own.img_size)
+    for key, value in wanted.items():
+        got = item['preprocessing'].get(key)
+        if got != (list(value) if isinstance(value, tuple) else value):
+            words = ' '.join(map(str, value)) if isinstance(value, tuple) else value
+            raise PublishError(f'{path} was measured with {key} = {got}, expected that of {entry.name}: measure the '
+                               f'plain network again with --{key.replace("_", "-")} {words}.')
+    for metric in metrics:
+        if not own or (metric.split, metric.num_images, metric.precision) == (
+                own.split, own.num_images, own.precision):
+            return Baseline(item['model'], item['parameters'], metric)
+    measured = f'{own.num_images:,} images of {own.split} in {own.precision}' if own else 'any images'
+    raise PublishError(f'{path} has no figure of {measured}, expected one beside that of {entry.name}: measure the '
+                       f'plain network by the same command.')
 
 
 def _train_log(run: Path) -> TrainLog:
