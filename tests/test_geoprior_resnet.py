@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_geoprior.geoprior_resnet import GeoPriorResNet
 from timm_geoprior.images import sample_image
 from timm_geoprior.layers import GeoPriorAttn2d, GeoPriorConv2d
-from timm_geoprior.radii import learned_radii
+from timm_geoprior.radii import learned_radii, scale_radii
 
 FAMILY = timm.list_models('geoprior_resnet*')
 SIZE = 64
@@ -251,6 +251,23 @@ class TestInterface:
         radii = [[m.radius() for m in net.modules() if isinstance(m, GeoPriorAttn2d)] for net in (model, dilated)]
         factors = [round((b / a).item(), 4) for a, b in zip(*radii, strict=True)]
         assert factors == [1, 1, 2]  # the first layer of a finer stage still has the grid of the one before
+
+    @pytest.mark.parametrize('make', [
+        create, lambda: create(features_only=True), lambda: reparameterize_model(create().eval())])
+    def test_radii_are_scaled(self, make):
+        model = make()
+        before = [attn.radius() for attn in attentions(model)]
+        scale_radii(model, 1.5)
+        assert len(before) == 3
+        torch.testing.assert_close([attn.radius() for attn in attentions(model)], [1.5 * radius for radius in before])
+
+    @pytest.mark.parametrize('factor', [0, -1, math.nan, math.inf])
+    def test_a_factor_that_scales_nothing(self, factor):
+        model = create()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match='The factor of the radii is .*, expected a finite number above 0'):
+            scale_radii(model, factor)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     def test_output_stride_keeps_the_features(self):
         """On a smooth picture, at the positions that both networks have; exactly where the grid is the same."""

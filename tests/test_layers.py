@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_geoprior import GeoPriorAttn2d, GeoPriorConv2d, layers
+from timm_geoprior import GeoPriorAttn2d, GeoPriorConv2d, layers, radii
 from timm_geoprior.layers import KERNELS, attention_map, mix_values
 
 SIZES = [(8, 8), (5, 12), (1, 9), (9, 1), (7, 7), (1, 1)]
@@ -350,5 +350,6 @@ def test_refused_shares_of_the_convolution(value_dim):
 
 
 def test_examples_of_the_docstrings():
-    assert doctest.testmod(layers).attempted >= 3
-    assert doctest.testmod(layers).failed == 0
+    for module in (layers, radii):
+        assert doctest.testmod(module).attempted >= 3
+        assert doctest.testmod(module).failed == 0

@@ -29,7 +29,7 @@ from .evaluation.accuracy import count_correct
 from .evaluation.data import fingerprint
 from .layers import GeoPriorAttn2d
 from .manifest import write_atomically
-from .radii import learned_radii
+from .radii import learned_radii, scale_radii
 from .training.engine import RunConfig, Trainer
 from .training.parts import check_recipe
 from .training.recipe import Recipe, RecipeError, load_recipe, make_recipe
@@ -270,9 +270,7 @@ def _scaled_radii(network: nn.Module, scale: float) -> Iterator[None]:
     radii = [module.log_radius for module in network.modules() if isinstance(module, GeoPriorAttn2d)]
     learned = [radius.detach().clone() for radius in radii]
     try:
-        with torch.no_grad():
-            for radius in radii:
-                radius.add_(math.log(scale))
+        scale_radii(network, scale)
         yield
     finally:
         with torch.no_grad():

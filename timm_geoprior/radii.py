@@ -1,4 +1,5 @@
 """The learned radii of a network, which say how far each of its attention layers looks."""
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from .layers import GeoPriorAttn2d
 
-__all__ = ['LayerRadii', 'learned_radii']
+__all__ = ['LayerRadii', 'learned_radii', 'scale_radii']
 
 
 class LayerRadii(NamedTuple):
@@ -57,3 +58,32 @@ def learned_radii(model: nn.Module, input_size: tuple[int, int, int]) -> list[La
         for hook in hooks:
             hook.remove()
     return [LayerRadii(name, *sizes[name], tuple(layer.radius().tolist())) for name, layer in layers.items()]
+
+
+@torch.no_grad()
+def scale_radii(model: nn.Module, factor: float) -> None:
+    """Multiply the radii of every attention layer, in place.
+
+    A radius is so many cells of its map, whatever the map's size. For images that are enlarged (the same content in
+    more pixels), the factor of the enlargement keeps each radius the same share of the picture.
+
+    Args:
+        model: Any network with `GeoPriorAttn2d` layers, as it is, by `features_only`, or reparameterized.
+        factor: What the radii are multiplied by, such as 2 for images of twice the side.
+
+    Raises:
+        ValueError: The factor is not a finite number above 0.
+
+    Examples:
+        >>> import timm, timm_geoprior
+        >>> model = timm.create_model('geoprior_resnet14_nano', attn_radius=1.5)
+        >>> scale_radii(model, 2)
+        >>> model.layer2[0].conv2.attn.radius()
+        tensor([3.])
+    """
+    if not 0 < factor < math.inf:  # nan too
+        raise ValueError(f'The factor of the radii is {factor}, expected a finite number above 0: give the new size '
+                         f'of the images divided by the old one.')
+    for module in model.modules():
+        if isinstance(module, GeoPriorAttn2d):
+            module.log_radius.add_(math.log(factor))
