@@ -163,13 +163,15 @@ def test_the_report(tmp_path):
     rows = [{'variant': name, 'seed': seed, 'parameters': 1000, 'eval_size': 64, 'num_images': 50, 'top1': top1 + seed,
              'top1_x0.75_cells': 20.0, 'top1_x2_cells': 20.0, 'commit': 'abc' if seed else '', **more}
             for name, top1, more in (('base', 30.0, {}), ('wide', 31.0, {
-                'top1_x0.75_share': 21.0, 'top1_x2_share': 18.0,
+                'top1_x0.75_cells': 20.5, 'top1_x0.75_share': 21.0, 'top1_x2_share': 18.0,
                 'map.layer2.0': 16, 'radius.layer2.0': '2.0000 4.0000', 'share.layer2.0': '0.1250 0.2500'}))
             for seed in (0, 1, 2)]
     text = report(rows, tmp_path, 'python scripts/compare.py')
     assert '| wide | 1,000 | 31.00 | 32.00 | 33.00 | 32.00 | +1.00 ± 0.00 | 3 |' in text
     assert '| variant | layer2.0, map of 16 |\n| --- | ---: |\n| wide | 2.00 (0.12), 4.00 (0.25) |' in text
-    assert '| wide | 20.00 | 21.00 | +1.00 ± 0.00 | 32.00 | 20.00 | 18.00 | -2.00 ± 0.00 |' in text
+    assert '| base | 20.00 | base |  |  | 31.00 | 20.00 | base |  |  |' in text
+    assert ('| wide | 20.50 | +0.50 ± 0.00 | 21.00 | +0.50 ± 0.00 | 32.00 | 20.00 | +0.00 ± 0.00 | 18.00 | -2.00 ± 0.00 |'
+            ) in text
     assert 'too few' not in text
     assert 'The runs are of 2 commits: unknown, abc.' in text
 

@@ -352,7 +352,8 @@ def report(rows: Sequence[Row], output: Path, command: str) -> str:
     if radii := _radii_table(rows, names):
         sections += ['Radii at the end, means over the seeds: cells (share of the map); heads side by side.', radii,
                      'Top-1 of the held-out images at other sizes, resized from those in memory. A radius stays so '
-                     'many cells, or is scaled with the map (share).', _size_table(rows, names)]
+                     f'many cells, or is scaled with the map (share). Differences are to {names[0]}, in cells both.',
+                     _size_table(rows, names)]
     text = '\n\n'.join(sections) + '\n'
     output.mkdir(parents=True, exist_ok=True)
     write_csv(rows, output / 'runs.csv')
@@ -405,13 +406,16 @@ def _size_table(rows: Sequence[Row], names: Sequence[str]) -> str:
     size = rows[0]['eval_size']
     for factor in FACTORS:
         pixels = f'{round(factor * size)} px'
-        header += [pixels] if factor == 1 else [f'{pixels}, cells', f'{pixels}, share', 'share - cells']
+        header += [pixels] if factor == 1 else [f'{pixels}, cells', 'difference', f'{pixels}, share', 'share - cells']
     for name in names:
         own = [row for row in rows if row['variant'] == name]
         line = [name]
         for factor in FACTORS:
             cells, share = ('top1', '') if factor == 1 else (f'top1_x{factor}_cells', f'top1_x{factor}_share')
             line.append(f'{statistics.fmean(row[cells] for row in own):.2f}')
+            if share:
+                line.append('base' if name == names[0] else str(paired_interval(
+                    differences(rows, name, names[0], cells))))
             if share and share in own[0]:
                 line += [f'{statistics.fmean(row[share] for row in own):.2f}',
                          str(paired_interval(differences(own, name, name, share, cells)))]

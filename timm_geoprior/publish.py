@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -348,13 +348,12 @@ def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
     """
     (item, metrics), *_ = _measurements(path, entry)
     own = entry.metrics[0] if entry.metrics else None
-    wanted = asdict(entry.input)
-    if own:
-        wanted['input_size'] = (entry.input.input_size[0], own.img_size, own.img_size)
+    size = (entry.input.input_size[0], own.img_size, own.img_size) if own else entry.input.input_size
+    wanted = json.loads(to_json(replace(entry.input, input_size=size)))
     for key, value in wanted.items():
         got = item['preprocessing'].get(key)
-        if got != (list(value) if isinstance(value, tuple) else value):
-            words = ' '.join(map(str, value)) if isinstance(value, tuple) else value
+        if got != value:
+            words = ' '.join(map(str, value)) if isinstance(value, list) else value
             raise PublishError(f'{path} was measured with {key} = {got}, expected that of {entry.name}: measure the '
                                f'plain network again with --{key.replace("_", "-")} {words}.')
     for metric in metrics:
