@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,12 @@ def test_the_variants_that_the_project_has():
     assert next(iter(variants)) == 'prior'
     assert variants['heads_4_rate_1'].model_kwargs == {'attn_heads': 4}
     assert len({json.dumps(recipe.to_dict()) for recipe in variants.values()}) == len(variants)
+
+
+def test_the_control_differs_from_its_network_in_the_model_alone():
+    prior, control = load_variants(str(ROOT / 'scripts' / 'resnet50_pair.yaml')).values()
+    assert (prior.model, control.model) == ('geoprior_resnet50', 'resnet50')
+    assert replace(control, model=prior.model) == prior
 
 
 @pytest.mark.parametrize(('overrides', 'variants', 'error', 'words'), [
