@@ -30,7 +30,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--output', type=Path, required=True, help='the staged folder')
     parser.add_argument('--results', type=Path, help='JSON results file of scripts/validate.py, of these weights')
     parser.add_argument('--baseline', type=Path, help='such a file of the plain network of the same recipe')
-    parser.add_argument('--experiments', type=Path, help='Markdown for the model card, as scripts/compare.py writes it')
+    parser.add_argument(
+        '--experiments', type=Path, nargs='+', default=[], metavar='FILE',
+        help='Markdown for the model card, as scripts/compare.py writes it')
     parser.add_argument('--raw', action='store_true', help='the raw weights, although averaged ones are there')
     parser.add_argument('--bundle', action='store_true', help="put it into the package's weights folder")
     parser.add_argument('--push', metavar='OWNER/NAME', help='push it to this repository of the Hub')

@@ -135,11 +135,12 @@ def test_experiments_go_into_the_card(run_folder, tmp_path):
         if content:
             found.write_bytes(content)
         with pytest.raises(PublishError, match=rf'comparison.md cannot be read \({reason}\), expected a Markdown file'):
-            stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=found)
+            stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=[found])
         assert not (tmp_path / 'nano').exists()
     found.write_text('| variant | mean |\n| --- | ---: |\n| prior | 12.50 |\n')
-    stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=found)
-    assert f'## Experiments\n\n{found.read_text()}\n## ' in (tmp_path / 'nano' / 'README.md').read_text()
+    (more := tmp_path / 'more.md').write_text('Six seeds.\n')
+    stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=[found, more])
+    assert f'## Experiments\n\n{found.read_text()}\nSix seeds.\n\n## ' in (tmp_path / 'nano' / 'README.md').read_text()
 
 
 def write_baseline(path, preprocessing=(), **counts):

@@ -127,7 +127,7 @@ def model_card(
         manifest: The manifest.
         recipe: The recipe as YAML, to be quoted.
         beside: Files of the run that lie beside the card, of `train_log.csv` and `curves.png`.
-        experiments: Markdown of what else was found with this recipe, to be quoted.
+        experiments: Markdown of what else was found with this architecture, to be quoted.
 
     Returns:
         The card.
@@ -146,7 +146,7 @@ def model_card(
     )
     sections = [
         _head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, beside), _radii(),
-        f'## Experiments\n\n{experiments.strip()}' if experiments else '', _reconstruction(),
+        f'## Experiments\n\n{experiments}' if experiments else '', _reconstruction(),
         _limits(entry, data_set.title), f'## Citation\n\n```bibtex\n{CITATION}\n```']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(section for section in sections if section) + '\n')
 

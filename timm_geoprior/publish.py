@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -174,7 +174,7 @@ def stage(
         results: Path | None = None,
         baseline: Path | None = None,
         run: Path | None = None,
-        experiments: Path | None = None,
+        experiments: Sequence[Path] = (),
 ) -> ModelEntry:
     """Make the folder that is the Hub repository.
 
@@ -185,7 +185,7 @@ def stage(
         results: What scripts/validate.py measured with the staged weights, else the figures stay the entry's.
         baseline: What it measured with the plain network of the same recipe, else that stays the entry's.
         run: Folder of the training run, for its log, the summary and the curves of it.
-        experiments: Markdown file of what else was found with this recipe, for the model card.
+        experiments: Markdown files of what else was found with this architecture, for the model card.
 
     Returns:
         The entry with status 'staged', as in the folder's results.json.
@@ -196,11 +196,7 @@ def stage(
     """
     if folder.exists() and not (folder / RESULTS).exists():
         raise PublishError(f'{folder} exists and is no staged folder, expected a new one: name another.')
-    try:
-        found = experiments.read_text(encoding='utf-8') if experiments else ''
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
-        raise PublishError(f'{experiments} cannot be read ({reason}), expected a Markdown file.') from None
+    found = '\n\n'.join(_read_text(path) for path in experiments)
     model = _released_model(entry, checkpoint)
     entry = replace(
         entry, recipe=checkpoint.recipe.get('name', entry.recipe),
@@ -219,6 +215,14 @@ def stage(
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     return staged
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
+        raise PublishError(f'{path} cannot be read ({reason}), expected a Markdown file.') from None
 
 
 @contextmanager
