@@ -341,13 +341,15 @@ def report(rows: Sequence[Row], output: Path, command: str) -> str:
     first = rows[0]
     head = (f'Top-1 in percent of {first["num_images"]:,} images held out of training, after the last epoch, at '
             f'{first["eval_size"]} px. Differences are to {names[0]} within a seed: their mean ± the half width of '
-            f'its 95% interval (Student), for one comparison by itself, not corrected for {len(names) - 1} of them. '
-            f'An interval covers what seeds change, with these images; other images would add their own.')
+            f'its 95% interval (Student). An interval covers what seeds change, with these images; other images would '
+            f'add their own.')
+    if len(names) > 2:
+        head += f' It is that of one comparison by itself, not corrected for {len(names) - 1} of them.'
     commits = list(dict.fromkeys(row['commit'] or 'unknown' for row in rows))
     if len(commits) > 1:
         head += f' The runs are of {len(commits)} commits: {", ".join(commits)}.'
     if len(seeds) < LEAST_SEEDS:
-        head += f' No intervals: {len(seeds)} seeds are too few, expected at least {LEAST_SEEDS}.'
+        head += f' No intervals yet, with {len(seeds)} of the {LEAST_SEEDS} seeds that they take.'
     sections = [f'`{command}`', head, _accuracy_table(rows, names, seeds)]
     if radii := _radii_table(rows, names):
         sections += ['Radii at the end, means over the seeds: cells (share of the map); heads side by side.', radii,
