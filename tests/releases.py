@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -71,7 +71,7 @@ def write_results(path: Path, sha256: str) -> None:
     counts = {'num_images': 10_000, 'top1_correct': 5432, 'top5_correct': 7654}
     path.write_text(json.dumps({
         'results': [{'precision': 'float32', **counts}], 'data': {'split': 'validation'}, 'weights': {'sha256': sha256},
-        'preprocessing': {'input_size': [3, 64, 64]}, 'software': {'timm': timm.__version__}}))
+        'preprocessing': asdict(planned().input), 'software': {'timm': timm.__version__}}))
 
 
 def files(folder: Path) -> set[str]:

@@ -190,6 +190,11 @@ def altered(checkpoint, **changes):
     return Checkpoint(**{**vars(checkpoint), **changes})
 
 
+def measured_with(path, **preprocessing):
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps({**results, 'preprocessing': {**results['preprocessing'], **preprocessing}}))
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda c, run: altered(c, model_name='geoprior_resnet50'), 'of geoprior_resnet50, expected geoprior_resnet14'),
     (lambda c, run: altered(c, model_kwargs={'attn_kernel': 'laplacian'}), 'trained with attn_kernel'),
@@ -197,6 +202,8 @@ def altered(checkpoint, **changes):
     (lambda c, run: altered(c, state_dict={**c.state_dict, 'more': torch.ones(1)}), 'does not fit .*more'),
     (lambda c, run: altered(c, state_dict={k: v * 1e30 for k, v in c.state_dict.items()}), 'not finite'),
     (lambda c, run: write_results(run / 'val.json', '0' * 64), 'no figures of the weights with sha256'),
+    (lambda c, run: measured_with(run / 'val.json', crop_pct=0.875),
+     r'crop_pct = 0.875, expected that of .*: measure the staged model.safetensors again with --crop-pct 1\.0'),
     (lambda c, run: (run / 'val.json').write_text('{}'), 'no results file .KeyError'),
     (lambda c, run: (run / 'val.json').unlink(), 'no results file .FileNotFoundError'),
     (lambda c, run: (run / 'results.json').unlink(), 'no results.json of a finished run'),

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -339,10 +339,22 @@ def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], t
 def _read_metrics(path: Path, entry: ModelEntry) -> tuple[Metric, ...]:
     for item, metrics in _measurements(path, entry):
         if item.get('weights', {}).get('sha256') == entry.sha256:
+            _check_preprocessing(path, item, entry, metrics[0].img_size, f'the staged {WEIGHTS}')
             return metrics
     raise PublishError(
         f'{path} has no figures of the weights with sha256 {entry.sha256}, expected some: stage without --results, '
         f'validate the staged {WEIGHTS} as it is (--checkpoint), then stage again.')
+
+
+def _check_preprocessing(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_size: int, network: str) -> None:
+    """That a network was measured as the entry is, at its own size or another that a figure says."""
+    size = (entry.input.input_size[0], img_size, img_size)
+    for key, value in json.loads(to_json(replace(entry.input, input_size=size))).items():
+        got = item['preprocessing'].get(key)
+        if got != value:
+            words = ' '.join(map(str, value)) if isinstance(value, list) else value
+            raise PublishError(f'{path} was measured with {key} = {got}, expected that of {entry.name}: measure '
+                               f'{network} again with --{key.replace("_", "-")} {words}.')
 
 
 def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
@@ -352,14 +364,8 @@ def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
     """
     (item, metrics), *_ = _measurements(path, entry)
     own = entry.metrics[0] if entry.metrics else None
-    size = (entry.input.input_size[0], own.img_size, own.img_size) if own else entry.input.input_size
-    wanted = json.loads(to_json(replace(entry.input, input_size=size)))
-    for key, value in wanted.items():
-        got = item['preprocessing'].get(key)
-        if got != value:
-            words = ' '.join(map(str, value)) if isinstance(value, list) else value
-            raise PublishError(f'{path} was measured with {key} = {got}, expected that of {entry.name}: measure the '
-                               f'plain network again with --{key.replace("_", "-")} {words}.')
+    size = own.img_size if own else entry.input.input_size[-1]
+    _check_preprocessing(path, item, entry, size, 'the plain network')
     for metric in metrics:
         if not own or (metric.split, metric.num_images, metric.precision) == (
                 own.split, own.num_images, own.precision):
