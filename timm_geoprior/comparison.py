@@ -429,7 +429,7 @@ def _size_table(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """Differences to the base, radii over their maps, and what the radius' unit does, a line a variant."""
-    figure = Figure(figsize=(13, 1.6 + 0.36 * len(names)), layout='constrained')
+    figure = Figure(figsize=(13, 1.8 + 0.36 * len(names)), layout='constrained')
     accuracy, radii, sizes = figure.subplots(1, 3, sharey=True)
     for place, name in enumerate(names):
         _draw(accuracy, place, differences(rows, name, names[0]), 'C0')
@@ -438,13 +438,14 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
             if f'top1_x{factor}_share' in own[0]:
                 pairs = differences(own, name, name, f'top1_x{factor}_share', f'top1_x{factor}_cells')
                 _draw(sizes, place + offset, pairs, 'C1' if offset < 0 else 'C2', f'{factor} times the size')
-    for index, layer in enumerate(sorted({key for row in rows for key in row if key.startswith('share.')})):
-        points = [(share, place) for place, name in enumerate(names)
-                  for share in _heads((row for row in rows if row['variant'] == name), layer)]
-        radii.plot(*zip(*points, strict=True), 'o', color=f'C{index % 10}', markersize=5, alpha=0.8,
-                   label=layer.removeprefix('share.'))
+    layers = sorted({key for row in rows for key in row if key.startswith('share.')})
+    stages = list(dict.fromkeys(key.removeprefix('share.').rpartition('.')[0] for key in layers))
+    for color, stage in enumerate(stages):
+        points = [(share, place) for place, name in enumerate(names) for key in layers if f'.{stage}.' in key
+                  for share in _heads((row for row in rows if row['variant'] == name), key)]
+        radii.plot(*zip(*points, strict=True), 'o', color=f'C{color}', markersize=5, alpha=0.8, label=stage)
     accuracy.set_yticks(range(len(names)), names)
-    accuracy.invert_yaxis()
+    accuracy.set_ylim(len(names) - 0.5, -0.5)
     accuracy.set(xlabel=f'top-1 beyond {names[0]} (points)')
     radii.set(xlabel="radius over its map's extent", xscale='log')
     radii.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
