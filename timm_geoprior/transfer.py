@@ -32,8 +32,9 @@ from .evaluation.evaluate import Settings, check_data
 from .evaluation.models import state_dict_sha256
 from .finetune import HELD_OUT_SHARE, Job, find_splits, finetune
 from .manifest import write_atomically
-from .provenance import git_commit
+from .provenance import git_commit, hardware, versions
 from .training.checkpoint import save_checkpoint
+from .training.recipe import load_recipe
 from .training.sources import model_cfg
 
 __all__ = ['METHODS', 'Transfer', 'TransferError', 'draw', 'fit_linear', 'knn', 'report', 'transfer']
@@ -109,11 +110,15 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
         RuntimeError: One of `finetune.ERRORS`, whose message is a sentence for people.
         SystemExit: On SIGTERM and Ctrl-C.
     """
-    todo = [(seed, per_class, method, start) for seed in job.seeds for per_class in job.per_class
-            for method in job.methods for start in STARTS
-            if not _row_path(job, seed, per_class, method, start).exists()]
+    cases = [(seed, per_class, method, start) for seed in job.seeds for per_class in job.per_class
+             for method in job.methods for start in STARTS]
+    todo = [case for case in cases if not _row_path(job, *case).exists()]
     _check_arguments(job)
     _check_settings(job, _settings(job))
+    commit = git_commit()  # what runs, whatever is committed meanwhile
+    for seed, per_class, method, start in set(cases) - set(todo):
+        if method == 'finetune':
+            _remove_weights(_run_folder(job, seed, per_class, start))  # where a kill came before that
     yield _rows(job.output)
     if not todo:
         return
@@ -125,7 +130,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
     for split in (train, test):
         check_data(split, Settings(workers=job.workers, tell=lambda text: None))
     job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(job.folder / 'settings.json', json.dumps(settings).encode())
+    write_atomically(job.folder / 'settings.json', json.dumps({**_kept_settings(job), **settings}).encode())
     for seed, per_class, method, start in todo:
         if method == 'finetune':
             row = _finetuned(job, train, draws[seed, per_class], seed, per_class, start)
@@ -133,8 +138,8 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
             needed = [drawn for (other, _), drawn in draws.items() if other == seed or start == 'pretrained']
             row = _probed(job, method, start, seed, draws[seed, per_class], torch.cat(needed).unique(), (train, test))
         row = {'data': job.name, 'per_class': per_class or 'all', 'labels': len(draws[seed, per_class]),
-               'method': method, 'start': start, 'seed': seed, **row, 'model': job.model, 'commit': git_commit(),
-               'command': job.command}
+               'method': method, 'start': start, 'seed': seed, **row, 'model': job.model, 'commit': commit,
+               'hardware': hardware(torch.device(job.device)), 'torch': versions()['torch'], 'command': job.command}
         path = _row_path(job, seed, per_class, method, start)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(row, indent=2).encode())
@@ -161,24 +166,42 @@ def _check_arguments(job: Transfer) -> None:
     if job.output.exists() and not job.output.is_dir():
         raise TransferError(f'{job.output} is a file, expected a folder, or none yet: name another by --output.')
     find_device(job.device)
+    if 'finetune' in job.methods:
+        load_recipe('finetune', list(job.overrides))  # refuses what it does not know before the probes, which take long
 
 
 def _settings(job: Transfer) -> dict[str, Any]:
-    return {'model': job.model, 'img_size': job.img_size, 'overrides': list(job.overrides)}
+    """What the rows of a data set have in common; the probes have nothing of the recipe's."""
+    tuned = {'set': list(job.overrides)} if 'finetune' in job.methods else {}
+    return {'model': job.model, 'img_size': job.img_size, **tuned}
 
 
 def _images(data: EvalSet) -> dict[str, Any]:
     return fingerprint(data, np.arange(len(data.labels)))
 
 
+def _kept_settings(job: Transfer) -> dict[str, Any]:
+    """The settings of what there is: a call that made nothing, or no fine-tuned network, leaves none behind."""
+    path = job.folder / 'settings.json'
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    tuned = any(job.folder.glob('rows/*-finetune-*')) or any(job.folder.glob('runs/*/last.pt'))
+    if not tuned:
+        kept.pop('set', None)
+    return kept if tuned or any(job.folder.glob('features/*.pt')) else {}
+
+
 def _check_settings(job: Transfer, settings: Mapping[str, Any]) -> None:
     """That what the rows of a data set have in common is what it was."""
-    path = job.folder / 'settings.json'
-    there = json.loads(path.read_text()) if path.is_file() else settings
+    kept = _kept_settings(job)
     for key, value in settings.items():
-        if there[key] != value:
-            got, expected = ((f'{images["files"]:,} {key} images', f'the {value["files"]:,} others of {job.data_dir}')
-                             if isinstance(images := there[key], dict) else (f'{key} = {there[key]!r}', f'{value!r}'))
+        if kept.get(key, value) != value:
+            was = kept[key]
+            if isinstance(value, dict):
+                got, expected = f'{was["files"]:,} {key} images', f'the {value["files"]:,} others of {job.data_dir}'
+            elif key == 'set':
+                got, expected = (f'--set {" ".join(values)}' if values else 'no --set' for values in (was, value))
+            else:
+                got, expected = f'--img-size {was}' if key == 'img_size' else f'the {key} {was}', str(value)
             raise TransferError(f'{job.folder} was made with {got}, expected {expected}: name another folder by '
                                 f'--output, or leave it the same.')
 
@@ -391,7 +414,7 @@ def _remove_weights(place: Path) -> None:
     """Leave the curves and results of a run; its row is written, so that nothing goes on from here."""
     for name in ('last.pt', 'best.pt', 'model.safetensors'):
         (place / name).unlink(missing_ok=True)
-    shutil.rmtree(place / 'images')
+    shutil.rmtree(place / 'images', ignore_errors=True)
 
 
 def _link(job: Transfer, train: EvalSet, drawn: Tensor, folder: Path) -> None:
