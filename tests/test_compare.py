@@ -162,7 +162,8 @@ def test_paired_interval():
 
 def test_the_report(tmp_path):
     rows = [{'variant': name, 'seed': seed, 'parameters': 1000, 'eval_size': 64, 'num_images': 50, 'top1': top1 + seed,
-             'top1_x0.75_cells': 20.0, 'top1_x2_cells': 20.0, 'commit': 'abc' if seed else '', **more}
+             'top1_x0.75_cells': 20.0, 'top1_x2_cells': 20.0, 'commit': 'abc' if seed else '', 'model': 'resnet14t',
+             'recipe': 'short', 'epochs': 4 + seed // 2, 'img_size': 40, 'precision': 'bfloat16', **more}
             for name, top1, more in (('base', 30.0, {}), ('wide', 31.0, {
                 'top1_x0.75_cells': 20.5, 'top1_x0.75_share': 21.0, 'top1_x2_share': 18.0,
                 'map.layer2.0': 16, 'radius.layer2.0': '2.0000 4.0000', 'share.layer2.0': '0.1250 0.2500'}))
@@ -176,6 +177,25 @@ def test_the_report(tmp_path):
     assert 'No intervals' not in text
     assert 'not corrected' not in text  # for one comparison there is nothing to correct
     assert 'The runs are of 2 commits: unknown, abc.' in text
+    assert 'resnet14t by the recipe short: 4 and 5 epochs, the last at 40 px, in bfloat16. Top-1 in percent' in text
+
+
+def test_layers_in_their_order():
+    rows = [{f'radius.layer{layer}': '1.0' for layer in ('4.0', '3.0', '3.10', '3.9')}]
+    assert comparison._layers(rows) == ['layer3.0', 'layer3.9', 'layer3.10', 'layer4.0']
+
+
+@pytest.mark.parametrize('name', ['nano_variants', 'resnet50_pair'])
+def test_the_reports_of_the_documentation_are_their_rows(name, tmp_path):
+    """What scripts/compare.py wrote, from the runs in the file beside."""
+    def value(key, text):
+        return float(text) if key.startswith('top1') else int(text) if text.isdigit() else text
+
+    docs = ROOT / 'docs'
+    with (docs / f'{name}.csv').open(newline='') as file:
+        rows = [{key: value(key, text) for key, text in row.items() if text} for row in csv.DictReader(file)]
+    text = (docs / f'{name}.md').read_text()
+    assert report(rows, tmp_path, text.partition('\n')[0].strip('`')) == text
 
 
 def test_the_variants_that_the_project_has():

@@ -287,7 +287,11 @@ def _row(name: str, results: Mapping[str, Any]) -> Row:
         row[f'map.{short}'] = radii['map']
         row[f'radius.{short}'] = ' '.join(f'{value:.4f}' for value in radii['cells'])
         row[f'share.{short}'] = ' '.join(f'{value:.4f}' for value in radii['share'])
-    return {**row, 'hours': results['hours'], 'commit': results['commit']}
+    recipe = results['recipe']
+    return {**row, 'hours': results['hours'], 'commit': results['commit'], 'model': recipe['model'],
+            'recipe': recipe['name'], 'epochs': recipe['epochs'], 'img_size': recipe['img_size'],
+            'precision': recipe['amp_dtype'] if recipe['amp'] else 'float32', 'hardware': results['hardware'],
+            'torch': results['versions']['torch']}
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -339,10 +343,11 @@ def report(rows: Sequence[Row], output: Path, command: str) -> str:
     names = list(dict.fromkeys(row['variant'] for row in rows))
     seeds = sorted({row['seed'] for row in rows})
     first = rows[0]
-    head = (f'Top-1 in percent of {first["num_images"]:,} images held out of training, after the last epoch, at '
-            f'{first["eval_size"]} px. Differences are to {names[0]} within a seed: their mean ± the half width of '
-            f'its 95% interval (Student). An interval covers what seeds change, with these images; other images would '
-            f'add their own.')
+    head = (f'{_said(rows, "model")} by the recipe {_said(rows, "recipe")}: {_said(rows, "epochs")} epochs, the last '
+            f'at {_said(rows, "img_size")} px, in {_said(rows, "precision")}. Top-1 in percent of '
+            f'{first["num_images"]:,} images held out of training, after the last epoch, at {first["eval_size"]} px in '
+            f'float32. Differences are to {names[0]} within a seed: their mean ± the half width of its 95% interval '
+            f'(Student). An interval covers what seeds change, with these images; other images would add their own.')
     if len(names) > 2:
         head += f' It is that of one comparison by itself, not corrected for {len(names) - 1} of them.'
     commits = list(dict.fromkeys(row['commit'] or 'unknown' for row in rows))
@@ -370,6 +375,18 @@ def markdown_table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [cells, ['---'] + ['---:'] * (len(cells) - 1), *lines])
 
 
+def _said(rows: Sequence[Row], key: str) -> str:
+    """What all runs have, or each of what they have."""
+    return ' and '.join(dict.fromkeys(str(row[key]) for row in rows))
+
+
+def _layers(rows: Sequence[Row]) -> list[str]:
+    """Layers with attention, the tenth after the ninth."""
+    layers = {key.removeprefix('radius.') for row in rows for key in row if key.startswith('radius.')}
+    return sorted(layers, key=lambda layer: [int(part) if part.isdigit() else part
+                                             for part in re.split(r'(\d+)', layer)])
+
+
 def _accuracy_table(rows: Sequence[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
     lines = []
     for name in names:
@@ -391,8 +408,7 @@ def _heads(rows: Iterable[Row], key: str) -> list[float]:
 
 def _radii_table(rows: Sequence[Row], names: Sequence[str]) -> str:
     """A line a variant with attention, a column a layer; nothing where no variant has any."""
-    layers = sorted({key.removeprefix('radius.') for row in rows for key in row if key.startswith('radius.')})
-    lines = []
+    layers, lines = _layers(rows), []
     for name in names:
         own = [row for row in rows if row['variant'] == name]
         pairs = [zip(_heads(own, f'radius.{layer}'), _heads(own, f'share.{layer}'), strict=True) for layer in layers]
@@ -438,11 +454,11 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
             if f'top1_x{factor}_share' in own[0]:
                 pairs = differences(own, name, name, f'top1_x{factor}_share', f'top1_x{factor}_cells')
                 _draw(sizes, place + offset, pairs, 'C1' if offset < 0 else 'C2', f'{factor} times the size')
-    layers = sorted({key for row in rows for key in row if key.startswith('share.')})
-    stages = list(dict.fromkeys(key.removeprefix('share.').rpartition('.')[0] for key in layers))
+    stages = list(dict.fromkeys(layer.rpartition('.')[0] for layer in _layers(rows)))
     for color, stage in enumerate(stages):
-        points = [(share, place) for place, name in enumerate(names) for key in layers if f'.{stage}.' in key
-                  for share in _heads((row for row in rows if row['variant'] == name), key)]
+        points = [(share, place) for place, name in enumerate(names) for layer in _layers(rows)
+                  if layer.startswith(f'{stage}.')
+                  for share in _heads((row for row in rows if row['variant'] == name), f'share.{layer}')]
         radii.plot(*zip(*points, strict=True), 'o', color=f'C{color}', markersize=5, alpha=0.8, label=stage)
     accuracy.set_yticks(range(len(names)), names)
     accuracy.set_ylim(len(names) - 0.5, -0.5)
