@@ -2,8 +2,8 @@
 """Release a model: from a checkpoint to a staged folder, into the package, onto the Hub.
 
     python scripts/publish.py TAG RUN/last.pt --output DIR                        stage, and stop there
-    python scripts/validate.py --model ARCHITECTURE --checkpoint DIR/model.safetensors --num-classes N \\
-        --data-dir DATA --results-file val.json                                   measure what was staged
+    python scripts/validate.py --model TAG --checkpoint DIR/model.safetensors --data-dir DATA \\
+        --results-file val.json                                                   measure what was staged
     python scripts/publish.py TAG RUN/last.pt --results val.json --output DIR     stage with the figures
     python scripts/publish.py TAG --output DIR --bundle                           put it into the package, or
     python scripts/publish.py TAG --output DIR --push OWNER/NAME [--public]       onto the Hub
@@ -19,7 +19,7 @@ import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.cards import update_readme
 from timm_geoprior.hub import WeightsError
 from timm_geoprior.manifest import ManifestError, ModelEntry, load_manifest, manifest_path
-from timm_geoprior.publish import PublishError, bundle, describe_push, push, read_checkpoint, stage
+from timm_geoprior.publish import PublishError, bundle, describe_push, push, read_checkpoint, read_staged, stage
 from timm_geoprior.training.checkpoint import CheckpointError
 
 
@@ -43,6 +43,10 @@ def parse_args() -> argparse.Namespace:
     if not args.checkpoint and (unused := [name for name in ('results', 'baseline', 'experiments', 'raw')
                                            if getattr(args, name)]):
         parser.error(f'--{unused[0]} is for staging: name the checkpoint after the tag')
+    if args.dry_run and not args.push:
+        parser.error('--dry-run says what --push would do: name the repository by --push')
+    if args.dry_run and args.bundle:
+        parser.error('--dry-run is for --push alone: leave --bundle out')
     if not (args.checkpoint or args.bundle or args.push):
         parser.error('nothing to do: name a checkpoint to stage, --bundle or --push')
     return args
@@ -67,6 +71,9 @@ def main() -> None:
     try:
         if args.checkpoint:
             stage_checkpoint(args)
+        elif (staged := read_staged(args.output, load_manifest()).name) != args.tag:
+            raise PublishError(f'{args.output} holds {staged}, expected {args.tag}: name the tag that was staged, or '
+                               f'another folder.')
         if args.bundle:
             report(bundle(args.output, replace_weights=args.replace))
         if args.push and args.dry_run:

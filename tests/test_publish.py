@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -190,9 +190,8 @@ def altered(checkpoint, **changes):
     return Checkpoint(**{**vars(checkpoint), **changes})
 
 
-def measured_with(path, **preprocessing):
-    results = json.loads(path.read_text())
-    path.write_text(json.dumps({**results, 'preprocessing': {**results['preprocessing'], **preprocessing}}))
+def alter_results(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -202,8 +201,13 @@ def measured_with(path, **preprocessing):
     (lambda c, run: altered(c, state_dict={**c.state_dict, 'more': torch.ones(1)}), 'does not fit .*more'),
     (lambda c, run: altered(c, state_dict={k: v * 1e30 for k, v in c.state_dict.items()}), 'not finite'),
     (lambda c, run: write_results(run / 'val.json', '0' * 64), 'no figures of the weights with sha256'),
-    (lambda c, run: measured_with(run / 'val.json', crop_pct=0.875),
+    (lambda c, run: alter_results(run / 'val.json', preprocessing={**asdict(planned().input), 'crop_pct': 0.875}),
      r'crop_pct = 0.875, expected that of .*: measure the staged model.safetensors again with --crop-pct 1\.0'),
+    (lambda c, run: alter_results(run / 'val.json', problems=['3 of 10,000 images were left out.']),
+     r'is not of the whole set \(3 of 10,000 images were left out\), expected all its'),
+    (lambda c, run: alter_results(run / 'val.json', classes={'competing': [0, 1]}), '2 classes competed, not 200'),
+    (lambda c, run: alter_results(run / 'val.json', results=[]), 'no results file .ValueError: it has no figures'),
+    (lambda c, run: (run / 'val.json').write_text('[]'), 'no results file .ValueError: it has no figures'),
     (lambda c, run: (run / 'val.json').write_text('{}'), 'no results file .KeyError'),
     (lambda c, run: (run / 'val.json').unlink(), 'no results file .FileNotFoundError'),
     (lambda c, run: (run / 'results.json').unlink(), 'no results.json of a finished run'),
@@ -275,6 +279,38 @@ def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights_dir
     for name in ('model.safetensors', 'golden/outputs.safetensors', 'train_log.csv', 'results.json', 'config.json'):
         assert (tmp_path / 'again' / name).read_bytes() == (staged / name).read_bytes()
     assert again.metrics == entry.metrics
+
+
+def test_other_weights_keep_nothing_of_the_old_ones(staged, manifest, weights_dir, run_folder, tmp_path):
+    """Neither figures nor where they are from, where the file itself does not say."""
+    write_baseline(tmp_path / 'plain.json')
+    first = stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'first', run_folder / 'val.json',
+                  tmp_path / 'plain.json', run_folder)
+    entry = bundle(tmp_path / 'first', manifest)
+    assert first.baseline
+    assert entry.train_log
+    trained = read_checkpoint(weights_dir / f'{NANO}.safetensors')
+    other = Checkpoint({key: value * 1.25 if value.ndim > 1 else value for key, value in trained.state_dict.items()})
+    again = stage(entry, other, tmp_path / 'other')
+    assert again.metrics == ()
+    assert again.baseline is again.train_log is again.recipe_commit is again.seed is None
+    assert not (tmp_path / 'other' / 'train_log.csv').exists()
+    with safe_open(tmp_path / 'other' / 'model.safetensors', 'pt') as file:
+        assert 'commit' not in file.metadata()
+    retrained = stage(entry, altered(read_checkpoint(run_folder / 'last.pt', raw=True), seed=4), tmp_path / 'retrained')
+    assert (retrained.metrics, retrained.baseline, retrained.seed) == ((), None, 4)
+    assert retrained.recipe_commit == entry.recipe_commit  # this checkpoint's
+
+
+def test_what_the_manifest_refuses_changes_no_weights(staged, manifest, weights_dir, run_folder, tmp_path):
+    entry = bundle(staged, manifest)
+    before = {path: path.read_bytes() for path in (*weights_dir.iterdir(), manifest)}
+    second = replace(entry, name='geoprior_resnet14_nano.other')  # both its architecture's default
+    raw = read_checkpoint(run_folder / 'last.pt', raw=True)
+    stage(second, raw, tmp_path / 'other')
+    with pytest.raises(ManifestError, match='default'):
+        bundle(tmp_path / 'other', manifest)
+    assert {path: path.read_bytes() for path in (*weights_dir.iterdir(), manifest)} == before
 
 
 # -- the Hub -----------------------------------------------------------------------------------------------------------
@@ -518,6 +554,9 @@ def test_script_stages_bundles_and_pushes(
         said = capsys.readouterr().out
         assert f'published: owner/nano at {hub.repos["owner/nano"].commits[-1].oid}' in said
         assert 'writetoken' not in said
+        said = script(monkeypatch, 'geoprior_resnet50.r96_tin200', '--output', out, '--push', 'owner/nano')
+        assert said == (f'publish.py: {out} holds {NANO}, expected geoprior_resnet50.r96_tin200: name the tag that was '
+                        f'staged, or another folder.')
     assert load_manifest(manifest).get(NANO).status == 'published'
 
 
@@ -538,6 +577,8 @@ def test_script_refuses_what_it_would_not_use(tmp_path, monkeypatch, capsys):
     for arguments, message in (
             (('--bundle', '--experiments', 'comparison.md'), '--experiments is for staging: name the checkpoint'),
             (('--push', 'owner/nano', '--raw'), '--raw is for staging: name the checkpoint after the tag'),
+            (('--bundle', '--dry-run'), '--dry-run says what --push would do: name the repository by --push'),
+            (('--bundle', '--push', 'owner/nano', '--dry-run'), '--dry-run is for --push alone: leave --bundle out'),
             ((), 'nothing to do: name a checkpoint to stage, --bundle or --push')):
         assert script(monkeypatch, NANO, '--output', tmp_path / 'out', *arguments) == 2
         assert message in capsys.readouterr().err

@@ -203,13 +203,14 @@ def _figures(entry: ModelEntry) -> str:
     if entry.baseline:
         text += (f'\n\nThe same recipe gives the plain `{entry.baseline.architecture}` ({entry.baseline.parameters:,} '
                  f'parameters; this model has {entry.parameters:,}) {entry.baseline.metric.top1:.2f}% top-1.')
+    precisions = ' '.join(dict.fromkeys(metric.precision for metric in entry.metrics))
     return text + f"""
 
 Measured again by this command, in a checkout of the project; it fails if the figure differs:
 
 ```bash
 python scripts/validate.py --check --data-dir DIR \\
-    --model {entry.name}
+    --model {entry.name} --precision {precisions}
 ```"""
 
 

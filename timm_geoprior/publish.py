@@ -34,6 +34,7 @@ from .manifest import (
     check_bytes_stay,
     load_manifest,
     parse_entry,
+    parse_manifest,
     to_json,
     update_manifest,
     write_atomically,
@@ -198,14 +199,19 @@ def stage(
         raise PublishError(f'{folder} exists and is no staged folder, expected a new one: name another.')
     found = '\n\n'.join(_read_text(path) for path in experiments)
     model = _released_model(entry, checkpoint)
-    entry = replace(
+    described = replace(
         entry, recipe=checkpoint.recipe.get('name', entry.recipe),
         recipe_commit=checkpoint.commit or entry.recipe_commit,
         seed=checkpoint.seed if checkpoint.seed is not None else entry.seed,
         train_log=_train_log(run) if run else entry.train_log)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_folder(folder) as new:
-        staged = _write_weights(entry, checkpoint, model, new)
+        staged = _write_weights(described, checkpoint, model, new)
+        if entry.sha256 not in (None, staged.sha256):  # nothing that was measured or said of other weights stays
+            described = replace(
+                described, recipe_commit=checkpoint.commit, seed=checkpoint.seed, metrics=(), baseline=None,
+                train_log=described.train_log if run else None)
+            staged = _write_weights(described, checkpoint, model, new)
         if results:
             staged = replace(staged, metrics=_read_metrics(results, staged))
         if baseline:
@@ -276,12 +282,11 @@ def _write_weights(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, 
     tensors = load_golden(entry) if released else golden_tensors(model, entry.input.input_size)
     _check_rounding(checkpoint, model, tensors)
     golden = save(tensors)
-    (folder / GOLDEN).parent.mkdir()
+    (folder / GOLDEN).parent.mkdir(exist_ok=True)
     write_atomically(folder / GOLDEN, golden)
-    same = entry.sha256 in (None, sha256)
     return replace(
-        entry, status='staged', metrics=entry.metrics if same else (), hub_id=None, revision=None, file=WEIGHTS,
-        sha256=sha256, bytes=(folder / WEIGHTS).stat().st_size, dtype='float16',
+        entry, status='staged', hub_id=None, revision=None, file=WEIGHTS, sha256=sha256,
+        bytes=(folder / WEIGHTS).stat().st_size, dtype='float16',
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         golden=Golden(GOLDEN, hashlib.sha256(golden).hexdigest()))
 
@@ -290,8 +295,11 @@ def _write_papers(
         entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, run: Path | None, experiments: str, folder: Path,
 ) -> None:
     """All but the weights."""
-    logs = {TRAIN_LOG: run / 'summary.csv', CURVES: run / CURVES} if run else {
-        TRAIN_LOG: bundled_path(entry).with_suffix('.train_log.csv')}
+    logs = {}
+    if run:
+        logs = {TRAIN_LOG: run / 'summary.csv', CURVES: run / CURVES}
+    elif entry.train_log:  # the weights are those of the package
+        logs = {TRAIN_LOG: bundled_path(entry).with_suffix('.train_log.csv')}
     beside = [name for name, path in logs.items() if path.exists()]
     for name in beside:
         shutil.copyfile(logs[name], folder / name)
@@ -326,28 +334,37 @@ def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], t
     dataset = load_manifest().label_sets[entry.label_set].title
     try:
         data = json.loads(path.read_text(encoding='utf-8'))
-        return [(item, tuple(
+        measured = [(item, tuple(
             Metric(dataset, item['data']['split'], row['num_images'], row['top1_correct'], row['top5_correct'],
                    row['precision'], item['preprocessing']['input_size'][-1], item['software'])
             for row in item['results'])) for item in (data if isinstance(data, list) else [data])]
+        if not measured or not all(metrics for _, metrics in measured):
+            raise ValueError('it has no figures')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PublishError(
             f'{path} is no results file ({type(error).__name__}: {error}), expected the JSON of scripts/validate.py.'
         ) from None
+    return measured
 
 
 def _read_metrics(path: Path, entry: ModelEntry) -> tuple[Metric, ...]:
     for item, metrics in _measurements(path, entry):
         if item.get('weights', {}).get('sha256') == entry.sha256:
-            _check_preprocessing(path, item, entry, metrics[0].img_size, f'the staged {WEIGHTS}')
+            _check_measured(path, item, entry, metrics[0].img_size, f'the staged {WEIGHTS}')
             return metrics
     raise PublishError(
         f'{path} has no figures of the weights with sha256 {entry.sha256}, expected some: stage without --results, '
         f'validate the staged {WEIGHTS} as it is (--checkpoint), then stage again.')
 
 
-def _check_preprocessing(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_size: int, network: str) -> None:
-    """That a network was measured as the entry is, at its own size or another that a figure says."""
+def _check_measured(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_size: int, network: str) -> None:
+    """That a network was measured as the entry is, on the whole set, at its own size or another that a figure says."""
+    part = list(item.get('problems', ()))
+    if competing := item.get('classes', {}).get('competing'):
+        part.append(f'{len(competing)} classes competed, not {entry.num_classes}')
+    if part:
+        raise PublishError(f'{path} is not of the whole set ({"; ".join(part).rstrip(".")}), expected all its classes '
+                           f'and images: measure {network} again on those.')
     size = (entry.input.input_size[0], img_size, img_size)
     for key, value in json.loads(to_json(replace(entry.input, input_size=size))).items():
         got = item['preprocessing'].get(key)
@@ -365,7 +382,7 @@ def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
     (item, metrics), *_ = _measurements(path, entry)
     own = entry.metrics[0] if entry.metrics else None
     size = own.img_size if own else entry.input.input_size[-1]
-    _check_preprocessing(path, item, entry, size, 'the plain network')
+    _check_measured(path, item, entry, size, 'the plain network')
     for metric in metrics:
         if not own or (metric.split, metric.num_images, metric.precision) == (
                 own.split, own.num_images, own.precision):
@@ -432,13 +449,15 @@ def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: boo
         check_bytes_stay(manifest, entry)
     path = bundled_path(entry)
     golden = path.with_suffix('.golden.safetensors')
+    sha256 = hashlib.sha256((folder / GOLDEN).read_bytes()).hexdigest()
+    entry = replace(entry, status='bundled', file=path.name, golden=Golden(golden.name, sha256))
+    # what the manifest would refuse is refused before the package's files are others
+    parse_manifest(replace(manifest, models={**manifest.models, entry.name: entry}).to_json(), f'{folder}')
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, (folder / WEIGHTS).read_bytes())
     write_atomically(golden, (folder / GOLDEN).read_bytes())
     if (folder / TRAIN_LOG).exists():
         write_atomically(path.with_suffix('.train_log.csv'), (folder / TRAIN_LOG).read_bytes())
-    sha256 = hashlib.sha256(golden.read_bytes()).hexdigest()
-    entry = replace(entry, status='bundled', file=path.name, golden=Golden(golden.name, sha256))
     update_manifest(manifest_file, entry, replace_weights=replace_weights)
     return entry
 
