@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run variants of a recipe with several seeds, and compare them on images held out of training.
 
-    python scripts/compare.py scripts/nano_variants.yaml --data-dir tiny-imagenet-200 --output runs/variants
+    python scripts/compare.py scripts/nano_variants.yaml --data-dir tiny-imagenet-200 --seeds 1 2 3 4 --output out
 
 The order is seed by seed, so that what is there at any time is paired. Stopped, by whatever, it goes on with the same
 command; with more seeds or variants, it does those that are new. The folder gets comparison.md (tables), comparison.png
