@@ -153,14 +153,15 @@ def test_linear_probe_is_at_its_optimum():
 
 def test_the_report(tmp_path):
     rows = [{'data': 'cats', 'per_class': per_class, 'labels': 40, 'method': method, 'start': start, 'seed': seed,
-             'top1': top1 + seed, 'test_images': 1000, 'model': NANO, 'command': 'python scripts/transfer.py'}
+             'top1': top1 + seed, 'test_images': 1000, 'model': NANO, 'command': 'python scripts/transfer.py',
+             'commit': None, 'hardware': 'a CPU', 'torch': '2.14'}
             for per_class in ('all', 10) for method in ('knn', 'finetune')
             for start, top1 in (('pretrained', 40.0), ('random', 30.0)) for seed in range(3)]
     lines = report(rows, tmp_path).splitlines()
     table = [line for line in lines if line.startswith('| ')]
     assert table[2] == '| 10 | 40 | k-NN | 41.00 (40.00 to 42.00) | 31.00 (30.00 to 32.00) | +10.00 ± 0.00 | 3 |'
     assert [line.split(' | ')[0] for line in table[2:]] == ['| 10', '| 10', '| all', '| all']
-    assert lines[-1] == '`python scripts/transfer.py`'
+    assert lines[-3:] == ['`python scripts/transfer.py`', '', 'Commit unknown; a CPU; torch 2.14.']
 
 
 @pytest.mark.parametrize(('given', 'words'), [

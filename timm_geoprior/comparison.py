@@ -37,8 +37,8 @@ from .training.report import write_results
 from .training.sources import open_data, open_images
 
 __all__ = [
-    'ComparisonError', 'Interval', 'compare', 'load_variants', 'markdown_table', 'paired_interval', 'report',
-    'write_csv',
+    'ComparisonError', 'Interval', 'compare', 'distinct', 'load_variants', 'markdown_table', 'paired_interval',
+    'report', 'write_csv',
 ]
 
 FACTORS = (0.75, 1, 2)  # sizes that the networks are measured at, as multiples of the recipe's own
@@ -343,11 +343,13 @@ def report(rows: Sequence[Row], output: Path, command: str) -> str:
     names = list(dict.fromkeys(row['variant'] for row in rows))
     seeds = sorted({row['seed'] for row in rows})
     first = rows[0]
-    head = (f'{_said(rows, "model")} by the recipe {_said(rows, "recipe")}: {_said(rows, "epochs")} epochs, the last '
-            f'at {_said(rows, "img_size")} px, in {_said(rows, "precision")}. Top-1 in percent of '
-            f'{first["num_images"]:,} images held out of training, after the last epoch, at {first["eval_size"]} px in '
-            f'float32. Differences are to {names[0]} within a seed: their mean ± the half width of its 95% interval '
-            f'(Student). An interval covers what seeds change, with these images; other images would add their own.')
+    models, recipes, epochs, size, precision = (
+        distinct(rows, key) for key in ('model', 'recipe', 'epochs', 'img_size', 'precision'))
+    head = (f'{models} by the recipe {recipes}: {epochs} epochs, the last at {size} px, in {precision}. Top-1 in '
+            f'percent of {first["num_images"]:,} images held out of training, after the last epoch, at '
+            f'{first["eval_size"]} px in float32. Differences are to {names[0]} within a seed: their mean ± the half '
+            f'width of its 95% interval (Student). An interval covers what seeds change, with these images; other '
+            f'images would add their own.')
     if len(names) > 2:
         head += f' It is that of one comparison by itself, not corrected for {len(names) - 1} of them.'
     commits = list(dict.fromkeys(row['commit'] or 'unknown' for row in rows))
@@ -375,9 +377,9 @@ def markdown_table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [cells, ['---'] + ['---:'] * (len(cells) - 1), *lines])
 
 
-def _said(rows: Sequence[Row], key: str) -> str:
+def distinct(rows: Sequence[Row], key: str) -> str:
     """What all runs have, or each of what they have."""
-    return ' and '.join(dict.fromkeys(str(row[key]) for row in rows))
+    return ' and '.join(dict.fromkeys(str(row.get(key) or 'unknown') for row in rows))
 
 
 def _layers(rows: Sequence[Row]) -> list[str]:

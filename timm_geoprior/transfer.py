@@ -23,7 +23,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .comparison import markdown_table, paired_interval, write_csv
+from .comparison import distinct, markdown_table, paired_interval, write_csv
 from .data.seeding import generator, seed_everything
 from .data.splits import hold_out_share
 from .evaluation.data import EvalSet, fingerprint, open_data
@@ -456,7 +456,8 @@ def report(rows: Sequence[Row], output: Path) -> str:
     for name in names:
         own = [row for row in rows if row['data'] == name]
         sections += [f'{name}, {own[0]["test_images"]:,} test images, {own[0]["model"]}:', _table(own),
-                     *(f'`{command}`' for command in dict.fromkeys(row['command'] for row in own) if command)]
+                     *(f'`{command}`' for command in dict.fromkeys(row['command'] for row in own) if command),
+                     f'Commit {distinct(own, "commit")}; {distinct(own, "hardware")}; torch {distinct(own, "torch")}.']
     text = '\n\n'.join(sections) + '\n'
     write_csv(rows, output / 'transfer.csv')
     write_atomically(output / 'transfer.md', text.encode())
