@@ -1,4 +1,5 @@
 """Where a figure comes from: code, versions, hardware."""
+import functools
 import platform
 import subprocess
 from importlib import metadata
@@ -19,6 +20,7 @@ def versions() -> dict[str, str]:
             **{package: metadata.version(package) for package in PACKAGES}}
 
 
+@functools.cache  # of a process' first question: later the checkout may be another than what runs
 def git_commit() -> str | None:
     """Commit of the checkout that this code lies in, '-dirty' where tracked files are changed; None outside of one."""
     here = Path(__file__)

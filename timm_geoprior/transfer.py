@@ -115,7 +115,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
     todo = [case for case in cases if not _row_path(job, *case).exists()]
     _check_arguments(job)
     _check_settings(job, _settings(job))
-    commit = git_commit()  # what runs, whatever is committed meanwhile
+    git_commit()  # asked now, for the rows
     for seed, per_class, method, start in set(cases) - set(todo):
         if method == 'finetune':
             _remove_weights(_run_folder(job, seed, per_class, start))  # where a kill came before that
@@ -138,7 +138,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
             needed = [drawn for (other, _), drawn in draws.items() if other == seed or start == 'pretrained']
             row = _probed(job, method, start, seed, draws[seed, per_class], torch.cat(needed).unique(), (train, test))
         row = {'data': job.name, 'per_class': per_class or 'all', 'labels': len(draws[seed, per_class]),
-               'method': method, 'start': start, 'seed': seed, **row, 'model': job.model, 'commit': commit,
+               'method': method, 'start': start, 'seed': seed, **row, 'model': job.model, 'commit': git_commit(),
                'hardware': hardware(torch.device(job.device)), 'torch': versions()['torch'], 'command': job.command}
         path = _row_path(job, seed, per_class, method, start)
         path.parent.mkdir(exist_ok=True)

@@ -83,7 +83,7 @@ class Trainer:
         _check_config(config)
         self._join()
         self.last = config.output / 'last.pt'
-        self.commit = git_commit() or ''  # what runs, whatever is committed meanwhile
+        self.commit = git_commit() or ''
         if self.rank == 0:
             self._check_output()
         self.resume = bool(self._from_first(config.resume))
