@@ -39,4 +39,6 @@ def hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != 'cpu':
         return device.type
-    return f'{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
+    threads = torch.get_num_threads()
+    return (f'{platform.machine()} CPU, {threads} thread{"s" if threads > 1 else ""}, '
+            f'{torch.backends.cpu.get_cpu_capability()}')

@@ -499,7 +499,7 @@ def _spread(values: dict[int, float]) -> str:
 def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """A panel a data set: accuracy over the labels a class, a colour a method, filled for trained weights."""
     figure = Figure(figsize=(1.8 + 4.2 * len(names), 4), layout='constrained')
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axes, name in zip(panels, names, strict=True):
         own = [row for row in rows if row['data'] == name]
         cases = _cases(own)
