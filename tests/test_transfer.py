@@ -164,6 +164,15 @@ def test_the_report(tmp_path):
     assert lines[-3:] == ['`python scripts/transfer.py`', '', 'Commit unknown; a CPU; torch 2.14.']
 
 
+def test_the_report_of_the_documentation_is_its_rows(tmp_path):
+    docs = Path(__file__).parents[1] / 'docs'
+    with (docs / 'r96_transfer.csv').open(newline='') as file:
+        rows = [{**row, 'top1': float(row['top1']), **{key: int(row[key]) for key in ('seed', 'labels', 'test_images')},
+                 'per_class': row['per_class'] if row['per_class'] == 'all' else int(row['per_class'])}
+                for row in csv.DictReader(file)]
+    assert report(rows, tmp_path) == (docs / 'r96_transfer.md').read_text()
+
+
 @pytest.mark.parametrize(('given', 'words'), [
     (['--per-class', '13'], r'13 labels of the class astronaut are wanted, expected from 2 .* to the 12'),
     (['--per-class', '1'], r'1 labels of the class astronaut are wanted'),
