@@ -456,9 +456,10 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
             if f'top1_x{factor}_share' in own[0]:
                 pairs = differences(own, name, name, f'top1_x{factor}_share', f'top1_x{factor}_cells')
                 _draw(sizes, place + offset, pairs, 'C1' if offset < 0 else 'C2', f'{factor} times the size')
-    stages = list(dict.fromkeys(layer.rpartition('.')[0] for layer in _layers(rows)))
+    layers = _layers(rows)
+    stages = list(dict.fromkeys(layer.rpartition('.')[0] for layer in layers))
     for color, stage in enumerate(stages):
-        points = [(share, place) for place, name in enumerate(names) for layer in _layers(rows)
+        points = [(share, place) for place, name in enumerate(names) for layer in layers
                   if layer.startswith(f'{stage}.')
                   for share in _heads((row for row in rows if row['variant'] == name), f'share.{layer}')]
         radii.plot(*zip(*points, strict=True), 'o', color=f'C{color}', markersize=5, alpha=0.8, label=stage)
