@@ -201,14 +201,15 @@ def test_the_reports_of_the_documentation_are_their_rows(name, tmp_path):
 def test_the_variants_that_the_project_has():
     variants = load_variants(str(ROOT / 'scripts' / 'nano_variants.yaml'))
     assert next(iter(variants)) == 'prior'
-    assert variants['heads_4_rate_1'].model_kwargs == {'attn_heads': 4}
+    assert variants['heads_4_rate_1'].model_kwargs == {'attn_radius': 1, 'attn_heads': 4}
     assert len({json.dumps(recipe.to_dict()) for recipe in variants.values()}) == len(variants)
 
 
 def test_the_control_differs_from_its_network_in_the_model_alone():
     prior, control = load_variants(str(ROOT / 'scripts' / 'resnet50_pair.yaml')).values()
     assert (prior.model, control.model) == ('geoprior_resnet50', 'resnet50')
-    assert replace(control, model=prior.model) == prior
+    assert (prior.model_kwargs, control.model_kwargs) == ({'attn_radius': 1}, {})  # of which a plain network has none
+    assert replace(control, model=prior.model, model_kwargs=prior.model_kwargs) == prior
 
 
 @pytest.mark.parametrize(('overrides', 'variants', 'error', 'words'), [

@@ -116,8 +116,9 @@ class TestOptions:
             8, 0, 16, 32]
         assert {attn.log_radius.shape for attn in attentions(model)} == {(4,)}
         assert {attn.kernel for attn in attentions(model)} == {'laplacian'}
-        fresh = timm.create_model('geoprior_resnet14_nano', attn_radius=2.5)
-        assert fresh.layer2[0].conv2.attn.radius().tolist() == pytest.approx([2.5])
+        for given, expected in (({}, 3), ({'attn_radius': 2.5}, 2.5)):
+            fresh = timm.create_model('geoprior_resnet14_nano', **given)
+            assert [attn.radius().item() for attn in attentions(fresh)] == pytest.approx([expected] * 3)
 
     def test_without_value_channels_it_is_timms_resnet(self, images):
         plain = randomize(ResNet(Bottleneck, (1, 1, 1, 1), num_classes=10)).eval()

@@ -40,7 +40,7 @@ class GeoPriorBottleneck(Bottleneck):
             *args: Any,
             value_dim: int = 0,
             attn_heads: int = 1,
-            attn_radius: float = 1.0,
+            attn_radius: float = 3.0,
             attn_kernel: KernelType = 'gaussian',
             **kwargs: Any,
     ) -> None:
@@ -106,7 +106,7 @@ class GeoPriorResNet(ResNet):
             layers: tuple[int, ...],
             value_dims: tuple[int, ...] = (0, 8, 24, 56),
             attn_heads: int = 1,
-            attn_radius: float = 1.0,
+            attn_radius: float = 3.0,
             attn_kernel: KernelType = 'gaussian',
             channels: tuple[int, ...] = (64, 128, 256, 512),
             cardinality: int = 1,
