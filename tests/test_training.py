@@ -182,7 +182,8 @@ class TestRun:
             trainer.model.layer2.register_forward_hook(note)
             losses.append(trainer.fit()['last']['train_loss'])
         assert losses[0] == pytest.approx(losses[1], rel=tolerance)
-        assert (losses[0] == losses[1]) == ('torchcompile' in changes)
+        if 'channels_last' not in changes:  # whose sums may, or may not, round alike
+            assert (losses[0] == losses[1]) == ('torchcompile' in changes)
         dtype = getattr(torch, changes.get('amp_dtype', 'bfloat16')) if 'amp' in changes else torch.float32
         assert seen[0] == (torch.float32, False)
         assert seen[-1] == (dtype, 'channels_last' in changes)
