@@ -185,7 +185,7 @@ def test_layers_in_their_order():
     assert comparison._layers(rows) == ['layer3.0', 'layer3.9', 'layer3.10', 'layer4.0']
 
 
-@pytest.mark.parametrize('name', ['nano_variants', 'resnet50_pair'])
+@pytest.mark.parametrize('name', ['nano_variants', 'nano_radius', 'resnet50_pair'])
 def test_the_reports_of_the_documentation_are_their_rows(name, tmp_path):
     """What scripts/compare.py wrote, from the runs in the file beside."""
     def value(key, text):
