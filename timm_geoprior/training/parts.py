@@ -81,8 +81,8 @@ def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[],
     except Exception as error:  # timm's and torch's constructors raise what they like
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         near = [] if name in known() else difflib.get_close_matches(name, known(), n=1)
-        hint = f': did you mean {near[0]!r}?' if near else '.'
-        raise RecipeError(f'timm can make nothing of the recipe keys {keys} ({reason}){hint}') from error
+        hint = f'did you mean {near[0]!r}?' if near else 'change one, in the recipe or by --set KEY=VALUE.'
+        raise RecipeError(f'timm can make nothing of the recipe keys {keys} ({reason}): {hint}') from error
 
 
 class Distillation(nn.Module):
