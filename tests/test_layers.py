@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
-from timm_geoprior import GeoPriorAttn2d, GeoPriorConv2d, layers, radii
+from timm_geoprior import GeoPriorAttn2d, GeoPriorConv2d, geoprior_resnet, layers, radii
 from timm_geoprior.layers import KERNELS, attention_map, mix_values
 
 SIZES = [(8, 8), (5, 12), (1, 9), (9, 1), (7, 7), (1, 1)]
@@ -81,7 +82,7 @@ def test_output_and_gradients_are_the_dense_attentions(dtype, size, stride, dila
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 def test_one_convolution_of_both_parts(dtype, stride, dilation, radii, kernel):
-    """Reparameterized, with a bias as a norm leaves it: still convolution and dense attention, gradients included."""
+    """Reparameterized, with biases as a folded norm leaves them: still convolution and dense attention."""
     torch.manual_seed(0)
     layer = GeoPriorConv2d(3, 9, 4, stride, dilation, len(radii), kernel=kernel, dtype=dtype)
     randomized(layer.attn, radii)
@@ -90,8 +91,8 @@ def test_one_convolution_of_both_parts(dtype, stride, dilation, radii, kernel):
     layer.reparameterize()
     layer.reparameterize()  # a walk over blocks and their parts meets it twice
     bias = torch.randn(9, dtype=dtype)
-    layer.conv.bias = nn.Parameter(bias)
-    if stride == 2:
+    layer.conv.bias = nn.Parameter(bias[:layer.conv.out_channels])
+    if stride == 2:  # two convolutions still
         layer.attn.value.bias = nn.Parameter(bias[-4:])
     x = torch.randn(2, 3, 7, 10, dtype=dtype, requires_grad=True)
     out = layer(x)
@@ -109,6 +110,38 @@ def test_one_convolution_of_both_parts(dtype, stride, dilation, radii, kernel):
         assert relative_error(one, other) < TOLERANCES[dtype]
     scale = float((seed.double() * dense).detach().abs().sum())
     assert float((got[-1].double() - expected[-1]).abs().max()) < TOLERANCES[dtype] * scale
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_one_convolution_after_pruning(stride):
+    """The numbers of channels are those of the weights: pruning shrinks both parts."""
+    torch.manual_seed(0)
+    layer = GeoPriorConv2d(6, 12, 4, stride)
+    for conv, channels in ((layer.conv, 5), (layer.attn.value, 3)):
+        conv.weight, conv.out_channels = nn.Parameter(conv.weight[:channels].detach()), channels
+    x = torch.randn(2, 6, 7, 10)
+    expected = layer(x)
+    assert expected.shape[1] == 8
+    layer.reparameterize()
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.conv.out_channels == len(layer.conv.weight) == (8 if stride == 1 else 5)
+
+
+@pytest.mark.parametrize('part', ['conv', 'attn.value'])
+@pytest.mark.parametrize('change', [
+    lambda conv: prune.l1_unstructured(conv, 'weight', 0.5),
+    parametrizations.weight_norm,
+    lambda conv: nn.Sequential(conv, nn.Tanh()),
+], ids=['pruned', 'parametrized', 'wrapped'])
+def test_only_plain_convolutions_are_merged(change, part):
+    """The merged filters would lose what else the forward of such a module does."""
+    torch.manual_seed(0)
+    layer = GeoPriorConv2d(3, 9, 4)
+    layer.set_submodule(part, change(layer.get_submodule(part)))
+    x = torch.randn(2, 3, 7, 10)
+    expected = layer(x)
+    layer.reparameterize()
+    assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize('kernel', KERNELS)
@@ -203,6 +236,12 @@ def test_rows_of_the_map_sum_to_one(axis, log_radius, kernel, dtype):
     assert rows.shape == (len(log_radius), -(-size // stride), size)
     assert ((rows == 0) | (rows >= 1e-30)).all()  # subnormal numbers make the products many times slower
     torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:2], dtype=dtype))
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_an_undefined_radius_is_not_hidden(kernel):
+    """A radius that is not a number gives no number, instead of a map of zeros."""
+    assert attention_map(torch.tensor([math.nan, 0.0]), 3, kernel=kernel).isnan().all((1, 2)).tolist() == [True, False]
 
 
 @given(
@@ -319,37 +358,36 @@ def test_script_and_compile(kernel):
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({'kernel': 'cauchy'}, "The kernel is 'cauchy', expected one of gaussian, laplacian: change attn_kernel."),
-    ({'value_dim': 0}, 'value_dim is 0, expected at least 1: change value_dim.'),
-    ({'value_dim': -8}, 'value_dim is -8, expected at least 1: change value_dim.'),
-    ({'dim': 0}, 'dim is 0, expected at least 1: change dim.'),
-    ({'stride': 0}, 'stride is 0, expected at least 1: change stride.'),
-    ({'dilation': -1}, 'dilation is -1, expected at least 1: change dilation.'),
-    ({'num_heads': 3}, 'num_heads is 3 for 8 value channels, expected a number from 1 to 8 that divides 8: '
-                       'change attn_heads or value_dims.'),
-    ({'num_heads': 16}, 'num_heads is 16 for 8 value channels'),
-    ({'num_heads': 0}, 'num_heads is 0 for 8 value channels'),
-    ({'init_radius': 0.0}, 'The initial radius is 0.0 cells, expected a finite number from 0.0001 to 10000: '
-                           'change attn_radius.'),
-    ({'init_radius': -1.0}, 'The initial radius is -1.0 cells'),
-    ({'init_radius': math.nan}, 'The initial radius is nan cells'),
-    ({'init_radius': math.inf}, 'The initial radius is inf cells'),
-    ({'init_radius': 1e-5}, 'The initial radius is 1e-05 cells'),
-    ({'init_radius': 1e5}, 'The initial radius is 100000.0 cells'),
+    ({'kernel': 'cauchy'}, "kernel (attn_kernel) must be one of gaussian, laplacian, got 'cauchy'."),
+    ({'value_dim': 0}, 'value_dim must be at least 1, got 0.'),
+    ({'value_dim': -8}, 'value_dim must be at least 1, got -8.'),
+    ({'dim': 0}, 'dim must be at least 1, got 0.'),
+    ({'stride': 0}, 'stride must be at least 1, got 0.'),
+    ({'dilation': -1}, 'dilation must be at least 1, got -1.'),
+    ({'num_heads': 3}, 'num_heads (attn_heads) must be a divisor of value_dim (8), got 3.'),
+    ({'num_heads': 16}, 'num_heads (attn_heads) must be a divisor of value_dim (8), got 16.'),
+    ({'num_heads': 0}, 'num_heads (attn_heads) must be a divisor of value_dim (8), got 0.'),
+    ({'init_radius': 0.0}, 'init_radius (attn_radius) must be from 0.0001 to 10000 cells, got 0.0.'),
+    ({'init_radius': -1.0}, 'init_radius (attn_radius) must be from 0.0001 to 10000 cells, got -1.0.'),
+    ({'init_radius': math.nan}, 'init_radius (attn_radius) must be from 0.0001 to 10000 cells, got nan.'),
+    ({'init_radius': math.inf}, 'init_radius (attn_radius) must be from 0.0001 to 10000 cells, got inf.'),
+    ({'init_radius': 1e-5}, 'init_radius (attn_radius) must be from 0.0001 to 10000 cells, got 1e-05.'),
+    ({'init_radius': 1e5}, 'init_radius (attn_radius) must be from 0.0001 to 10000 cells, got 100000.0.'),
 ], ids=str)
 def test_refused_options(options, message):
-    with pytest.raises(ValueError, match=f'^{re.escape(message)}'):
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         GeoPriorAttn2d(**{'dim': 16, 'value_dim': 8, **options})
 
 
 @pytest.mark.parametrize('value_dim', [-8, 0, 16, 24])
 def test_refused_shares_of_the_convolution(value_dim):
-    message = f'^{value_dim} value channels in a layer of 16, expected from 1 to 15 .*: change value_dims.$'
-    with pytest.raises(ValueError, match=message):
+    message = (f'value_dim must be from 1 to 15 in a layer of 16 channels, got {value_dim}. '
+               f'Use 0 in value_dims for a stage without attention.')
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         GeoPriorConv2d(16, 16, value_dim)
 
 
 def test_examples_of_the_docstrings():
-    for module in (layers, radii):
-        assert doctest.testmod(module).attempted >= 3
+    for module, examples in ((layers, 3), (geoprior_resnet, 2), (radii, 4)):
+        assert doctest.testmod(module).attempted == examples
         assert doctest.testmod(module).failed == 0

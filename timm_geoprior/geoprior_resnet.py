@@ -1,8 +1,8 @@
-"""GeoPrior ResNets: a share of each 3x3 convolution's channels comes from a modelled self-attention.
+"""GeoPrior ResNets: some channels of each 3x3 layer come from a self-attention with a modeled map.
 
 Tan, Nguyen, Dax, Niessner, Brox: *Explicitly Modeled Attention Maps for Image Classification*, AAAI 2021,
-arXiv 2006.07872. The authors published no code. The kernel, the learned radius and the place of the attention are the
-paper's; the numbers of value channels are reconstructed from the two cost figures of its abstract.
+arXiv 2006.07872. The authors published no code. The kernel, the learned radius and the place of the attention are from
+the paper. The numbers of value channels are reconstructed from the two cost figures in its abstract.
 """
 from functools import partial
 from typing import Any
@@ -11,29 +11,51 @@ import torch
 from timm.models import Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
 
 from .hub import build_with_verified_weights, pretrained_cfgs
-from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType
+from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType, is_plain
 
 __all__ = ['GeoPriorBottleneck', 'GeoPriorResNet']
 
 
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.Module, last: int = 0) -> nn.Module:
-    """Put a batch norm, or its last channels, into the convolution before it; what then stands in the norm's place."""
-    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
-        return norm
+# by exact type: a subclass may do more, such as the activation of timm's BatchNormAct2d
+FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+def _fold_channels(norm: Any, channels: slice, conv: nn.Conv2d) -> None:
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    mean, var = norm.running_mean[-last:].to(dtype), norm.running_var[-last:].to(dtype)
-    scale, shift, bias = (t if t is None else t[-last:].to(dtype) for t in (norm.weight, norm.bias, conv.bias))
+    mean, var = (tensor[channels].to(dtype) for tensor in (norm.running_mean, norm.running_var))
+    scale, shift = (None if tensor is None else tensor[channels].to(dtype) for tensor in (norm.weight, norm.bias))
+    bias = None if conv.bias is None else conv.bias.to(dtype)
     fused = fuse_conv_bn_weights(conv.weight.to(dtype), bias, mean, var, norm.eps, scale, shift)
-    conv.weight, conv.bias = (
-        nn.Parameter(t.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad) for t in fused)
+    conv.weight, conv.bias = (nn.Parameter(t.to(conv.weight.dtype), conv.weight.requires_grad) for t in fused)
+
+
+@torch.no_grad()
+def _fold(norm: nn.Module, *convs: nn.Module) -> nn.Module:
+    """Fold a batch norm into the convolutions that it follows.
+
+    Args:
+        norm: The norm, over the concatenated outputs of the convolutions.
+        *convs: The convolutions, in the order of their channels.
+
+    Returns:
+        What takes the place of the norm: an identity, or the norm itself if it cannot be folded.
+    """
+    if type(norm) not in FOLDABLE_NORMS or norm.running_mean is None or not is_plain(*convs):
+        return norm
+    start = 0
+    for conv in convs:
+        assert isinstance(conv, nn.Conv2d)
+        end = start + conv.weight.shape[0]
+        _fold_channels(norm, slice(start, end), conv)
+        start = end
     return nn.Identity()
 
 
 class GeoPriorBottleneck(Bottleneck):
-    """timm's Bottleneck with a GeoPriorConv2d for its 3x3 convolution where the stage has value channels."""
+    """timm's Bottleneck, with a GeoPriorConv2d in place of its 3x3 convolution if the stage has value channels."""
 
     def __init__(
             self,
@@ -46,46 +68,44 @@ class GeoPriorBottleneck(Bottleneck):
     ) -> None:
         """
         Args:
-            *args: As timm's Bottleneck.
-            value_dim: Output channels of the 3x3 layer that come from the attention, 0 for the plain convolution.
+            *args: Arguments of timm's Bottleneck.
+            value_dim: Number of channels of the 3x3 layer that the attention computes; 0 keeps the plain convolution.
             attn_heads: Number of radii.
-            attn_radius: Initial radius, in cells of the layer's input grid.
+            attn_radius: Initial radius, in cells of the layer's input.
             attn_kernel: 'gaussian' or 'laplacian'.
-            **kwargs: As timm's Bottleneck.
+            **kwargs: Arguments of timm's Bottleneck.
 
         Raises:
-            ValueError: What GeoPriorConv2d refuses.
+            ValueError: If GeoPriorConv2d refuses an option.
         """
         super().__init__(*args, **kwargs)
         if value_dim:
-            plain = self.conv2  # its own stride: an aa_layer leaves the stride to itself
+            plain = self.conv2  # the stride is 1 where an aa_layer strides instead
             self.conv2 = GeoPriorConv2d(  # type: ignore[assignment]
                 plain.in_channels, plain.out_channels, value_dim, plain.stride[0], plain.dilation[0],
                 attn_heads, attn_radius, attn_kernel, device=plain.weight.device, dtype=plain.weight.dtype)
 
     def reparameterize(self) -> None:
-        """Fold the batch norms into the convolutions, and merge the attention's projection into the 3x3, for inference.
+        """Fold the batch norms into the convolutions and merge the value projection into the 3x3, for inference.
 
-        `timm.utils.reparameterize_model` calls it. The outputs are those of eval mode up to rounding.
+        `timm.utils.reparameterize_model` calls it. Outputs are those of eval mode, up to rounding. Norms and
+        convolutions of other types stay as they are.
         """
-        self.bn1 = _fold(self.conv1, self.bn1)
+        self.bn1 = _fold(self.bn1, self.conv1)
         if isinstance(self.conv2, GeoPriorConv2d):
             self.conv2.reparameterize()
-            if self.conv2.attn.stride > 1:  # its values pass the 3x3 by
-                _fold(self.conv2.attn.value, self.bn2, last=self.conv2.value_dim)
-            # the attention's weights sum to one: the shift of its values is that of its outputs
-            self.bn2 = _fold(self.conv2.conv, self.bn2)
+            conv, value = self.conv2.conv, self.conv2.attn.value
+            # the attention's weights sum to one: to shift its values is to shift its outputs
+            self.bn2 = _fold(self.bn2, conv) if self.conv2.merged_dim else _fold(self.bn2, conv, value)
         else:
-            self.bn2 = _fold(self.conv2, self.bn2)
-        self.bn3 = _fold(self.conv3, self.bn3)
-        if isinstance(self.downsample, nn.Sequential):  # a convolution and its norm, after a pooling or not
-            conv = self.downsample[-2]
-            assert isinstance(conv, nn.Conv2d)
-            self.downsample[-1] = _fold(conv, self.downsample[-1])
+            self.bn2 = _fold(self.bn2, self.conv2)
+        self.bn3 = _fold(self.bn3, self.conv3)
+        if isinstance(self.downsample, nn.Sequential):  # [pool,] conv, norm
+            self.downsample[-1] = _fold(self.downsample[-1], self.downsample[-2])
 
 
 class _StageBlock(partial[GeoPriorBottleneck]):
-    """A block class with arguments of its stage's own: timm's `block_args` reach the blocks of every stage."""
+    """A block class with arguments for one stage. timm passes `block_args` to the blocks of all stages."""
 
     expansion = GeoPriorBottleneck.expansion
 
@@ -93,13 +113,19 @@ class _StageBlock(partial[GeoPriorBottleneck]):
 def _check_stages(**stages: tuple[int, ...]) -> None:
     for name, values in stages.items():
         if not isinstance(values, (tuple, list)) or len(values) != 4:
-            raise ValueError(f'{name} is {values}, expected four numbers, one a stage: change {name}.')
+            raise ValueError(f'{name} must be four numbers (one per stage), got {values}.')
     if min(stages['value_dims']) < 0:
-        raise ValueError(f'value_dims is {stages["value_dims"]}, expected none below 0: change value_dims.')
+        raise ValueError(f'value_dims must not be negative, got {stages["value_dims"]}.')
 
 
 class GeoPriorResNet(ResNet):
-    """ResNet of GeoPriorBottlenecks; timm's ResNet in everything else."""
+    """timm's ResNet, made of GeoPriorBottlenecks.
+
+    Examples:
+        >>> model = GeoPriorResNet((3, 4, 6, 3), value_dims=(0, 8, 24, 56), num_classes=10)
+        >>> model(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+    """
 
     def __init__(
             self,
@@ -114,37 +140,39 @@ class GeoPriorResNet(ResNet):
     ) -> None:
         """
         Args:
-            layers: Blocks of each of the four stages.
-            value_dims: Value channels of each stage, 0 for a plain stage.
-            attn_heads: Radii of each attention layer.
-            attn_radius: Initial radius in cells of the layer's input grid.
+            layers: Number of blocks in each of the four stages.
+            value_dims: Number of value channels in each stage; 0 makes a plain ResNet stage.
+            attn_heads: Number of radii per attention layer.
+            attn_radius: Initial radius, in cells of the layer's input.
             attn_kernel: 'gaussian' or 'laplacian'.
-            channels: Width of each stage's 3x3 layers, a quarter of its output channels.
-            cardinality: Only 1.
-            **kwargs: The rest of timm's ResNet.
+            channels: Width of the 3x3 layers in each stage, a quarter of the stage's output channels.
+            cardinality: Must be 1.
+            **kwargs: Other arguments of timm's ResNet.
 
         Raises:
-            ValueError: Options that the layer cannot honour: groups, another block, a wrong number of stages, or
-                what GeoPriorConv2d refuses.
+            ValueError: If `cardinality` is not 1, `block` is given, the number of stages is not four, or GeoPriorConv2d
+                refuses an option.
         """
         if cardinality != 1:
-            raise ValueError(f'cardinality is {cardinality}, expected 1: a GeoPrior layer has no groups, leave it out.')
+            raise ValueError(f'cardinality must be 1 (GeoPrior layers have no groups), got {cardinality}.')
         if 'block' in kwargs:
-            raise ValueError(f'block is {kwargs["block"]}, expected none: GeoPriorBottleneck it is, leave it out.')
+            raise ValueError(f'block must not be given (it is GeoPriorBottleneck), got {kwargs["block"]}.')
         _check_stages(layers=layers, value_dims=value_dims, channels=channels)
         attn: dict[str, Any] = {'attn_heads': attn_heads, 'attn_radius': attn_radius, 'attn_kernel': attn_kernel}
         blocks = tuple(_StageBlock(GeoPriorBottleneck, value_dim=value_dim, **attn) for value_dim in value_dims)
         super().__init__(blocks, layers, channels=channels, **kwargs)  # type: ignore[arg-type]
 
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialize everything, after `to_empty` too: as timm's ResNet, the attention by the scale of its whole layer.
+        """Initialize all parameters and buffers, also after `to_empty`.
+
+        The weights are drawn as in timm's ResNet, those of the attention as `GeoPriorAttn2d.reset_parameters` says.
 
         Args:
             zero_init_last: Zero-initialize the last norm of each residual branch.
         """
         for module in self.modules():
             reset = getattr(module, 'reset_parameters', None)
-            # timm's own leaves out all but the weights of convolutions
+            # timm's init_weights draws the weights of convolutions only
             if reset and not (isinstance(module, nn.Conv2d) and module.bias is None):
                 reset()
         super().init_weights(zero_init_last=zero_init_last)
@@ -180,7 +208,7 @@ def geoprior_resnet152(pretrained: bool = False, **kwargs: Any) -> GeoPriorResNe
 
 @register_model
 def geoprior_resnet14_nano(pretrained: bool = False, **kwargs: Any) -> GeoPriorResNet:
-    """GeoPrior ResNet-14 for images of 64 pixels: one narrow block a stage, ResNet-D's stem and shortcuts."""
+    """GeoPrior ResNet-14 for 64-pixel images: one narrow block per stage, with the stem and shortcuts of ResNet-D."""
     model_args = {
         'layers': (1, 1, 1, 1), 'channels': (32, 64, 112, 144), 'value_dims': (0, 8, 16, 24),
         'stem_type': 'deep', 'stem_width': 16, 'avg_down': True}

@@ -1,4 +1,4 @@
-"""The learned radii of a network, which say how far each of its attention layers looks."""
+"""The learned radii of a network: how far each of its attention layers looks."""
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ class LayerRadii(NamedTuple):
 
     Attributes:
         name: Name of the layer in the network.
-        height: Rows of the layer's input map.
-        width: Columns of it.
-        cells: Radius of each head, in cells of that map.
+        height: Number of rows of the layer's input.
+        width: Number of columns of the layer's input.
+        cells: Radius of each head, in cells of the layer's input.
     """
     name: str
     height: int
@@ -27,7 +27,7 @@ class LayerRadii(NamedTuple):
 
     @property
     def relative(self) -> tuple[float, ...]:
-        """The radii relative to the map's longer side: what compares layers, and sizes of input."""
+        """The radii as shares of the input's longer side, which are comparable across layers and image sizes."""
         return tuple(radius / max(self.height, self.width) for radius in self.cells)
 
 
@@ -37,14 +37,14 @@ def _note_size(sizes: dict[str, tuple[int, int]], name: str, _: nn.Module, args:
 
 @torch.no_grad()
 def learned_radii(model: nn.Module, input_size: tuple[int, int, int]) -> list[LayerRadii]:
-    """Read the radii of every attention layer; one black picture is passed through for the sizes of the maps.
+    """Read the radii of every attention layer. A black image is passed through the network to find the input sizes.
 
     Args:
         model: Any network with `GeoPriorAttn2d` layers.
-        input_size: Size of the input, (channels, height, width); the maps scale with it, the radii do not.
+        input_size: Size of the image, (channels, height, width). The radii in cells do not depend on it.
 
     Returns:
-        One entry a layer, in the order of the network.
+        One entry per layer, in the order of the network.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GeoPriorAttn2d)}
     sizes: dict[str, tuple[int, int]] = {}
@@ -64,15 +64,15 @@ def learned_radii(model: nn.Module, input_size: tuple[int, int, int]) -> list[La
 def scale_radii(model: nn.Module, factor: float) -> None:
     """Multiply the radii of every attention layer, in place.
 
-    A radius is so many cells of its map, whatever the map's size. For images that are enlarged (the same content in
-    more pixels), the factor of the enlargement keeps each radius the same share of the picture.
+    Radii are counted in cells, whatever the size of the image. If images are enlarged (same content, more pixels),
+    scaling the radii by the same factor keeps each window the same share of the image.
 
     Args:
-        model: Any network with `GeoPriorAttn2d` layers, as it is, by `features_only`, or reparameterized.
-        factor: What the radii are multiplied by, such as 2 for images of twice the side.
+        model: Any network with `GeoPriorAttn2d` layers, also made with `features_only` or reparameterized.
+        factor: Factor to multiply the radii by, such as 2 for images of twice the side length.
 
     Raises:
-        ValueError: The factor is not a finite number above 0.
+        ValueError: If the factor is not a finite number above 0.
 
     Examples:
         >>> import timm, timm_geoprior
@@ -82,8 +82,8 @@ def scale_radii(model: nn.Module, factor: float) -> None:
         tensor([3.])
     """
     if not 0 < factor < math.inf:  # nan too
-        raise ValueError(f'The factor of the radii is {factor}, expected a finite number above 0: give the new size '
-                         f'of the images divided by the old one.')
+        raise ValueError(
+            f'factor must be a finite number above 0, got {factor}. Use the new image size divided by the old one.')
     for module in model.modules():
         if isinstance(module, GeoPriorAttn2d):
             module.log_radius.add_(math.log(factor))
