@@ -118,6 +118,7 @@ PUBLISHED = {
     'r64_tin200': ('SGD', 48, 256, 2, 0, 0.5, 0, 3e-4),
     'r80_tin200': ('SGD', 100, 256, 2, 0, 0.5, 0, 3e-4),
     'r96_tin200': ('SGD', 18, 256, 2, 0, 0.5, 0, 5e-4),
+    'r128_tin200': ('SGD', 56, 256, 3, 0, 0.4, 0, 5e-4),
     'finetune': ('AdamW', 10, 64, 1, 0, 1e-3, 0, 0.05),
 }
 
@@ -170,7 +171,7 @@ class TestShipped:
         """So that a network is measured as ImageNet's are, whatever the architecture's default tag is of."""
         recipe = load_recipe(name)
         cfg = timm.get_pretrained_cfg(recipe.model)
-        of_imagenet = recipe.img_size > 96 or 'in1k' in name
+        of_imagenet = recipe.img_size > 128 or 'in1k' in name
         assert (cfg.num_classes, cfg.crop_pct) == ((1000, 0.875) if of_imagenet else (200, 1.0))
 
 

@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Train by a recipe in a given time: its epochs are scaled to what the device does in it.
+
+    python scripts/experiments/train_in_time.py r128_tin200 --data-dir tiny-imagenet-200 --output runs/r50 --minutes 9
+
+For a GPU that is available for minutes. The script decodes the images once, times some updates at each size of the
+recipe, and multiplies the epochs at each size by one factor, so that the learning rate reaches its end in time. A run
+that is late saves and exits with code 143; the same command resumes it.
+
+At the end the output has release.pt, a sixth of last.pt: the averaged weights in float16, with all that
+scripts/publish.py and scripts/validate.py read of a checkpoint. Where only files of 64 MB can be sent, and of 16 MB
+received, send parts:
+
+    tar cz tiny-imagenet-200/train | split -b 60M - shards/              and there: cat shards/* | tar xz
+    split -b 15M runs/r50/release.pt release.                            and here: cat release.* > release.pt
+"""
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import timm_geoprior  # noqa: F401  (registers the models)
+from timm_geoprior.data.memory import ImageTensors, decode_images
+from timm_geoprior.finetune import ERRORS
+from timm_geoprior.publish import release_tensors
+from timm_geoprior.training.checkpoint import load_checkpoint, save_checkpoint
+from timm_geoprior.training.engine import RunConfig, Trainer, TrainingError
+from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe
+from timm_geoprior.training.sources import open_images
+
+TIMED_UPDATES = 20
+RESERVE = 15  # seconds for what comes after the last epoch
+MARGIN = 0.97  # share of the remaining time that is planned for
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured times, in seconds.
+
+    Attributes:
+        update: One update, at each size.
+        epoch: Each epoch without its updates; most of it is the checkpoint.
+        once: The extra time of the first updates, over all sizes.
+    """
+
+    update: dict[int, float]
+    epoch: float
+    once: float
+
+    def of(self, recipe: Recipe, updates_per_epoch: int) -> float:
+        """Seconds that all epochs of a recipe take."""
+        sizes = [recipe.size_at(epoch) for epoch in range(recipe.epochs)]
+        return sum(updates_per_epoch * self.update[size] + self.epoch for size in sizes)
+
+
+def measure(recipe: Recipe, config: RunConfig, decoded: ImageTensors) -> Speed:
+    """Time some updates at each size, two epochs each, of which the first warms up."""
+    sizes = list(dict.fromkeys(recipe.size_at(epoch) for epoch in range(recipe.epochs)))
+    probe = replace(
+        recipe, epochs=2 * len(sizes), progressive=tuple((2 * i, size) for i, size in enumerate(sizes)),
+        warmup_epochs=0, mixup_off_epoch=0)
+    first = torch.arange(len(decoded)) < TIMED_UPDATES * recipe.batch_size
+    # images with target -1 are left out, like unreadable ones
+    some = ImageTensors(decoded.images, decoded.targets.where(first, -1))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(probe, replace(config, output=Path(folder) / 'probe'), some)
+        marks = [time.perf_counter()]
+
+        def note(history: Sequence[dict[str, Any]]) -> bool:
+            marks.append(time.perf_counter())
+            return False
+
+        trainer.fit(stop=note)
+    seconds = [end - begin for begin, end in zip(marks, marks[1:], strict=False)]
+    epoch = (marks[-1] - marks[0] - trainer.seconds) / len(seconds)
+    update = {size: (seconds[2 * i + 1] - epoch) / trainer.updates_per_epoch for i, size in enumerate(sizes)}
+    once = sum(max(seconds[i] - seconds[i + 1], 0) for i in range(0, len(seconds), 2))
+    return Speed(update, epoch, once)
+
+
+def scale(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with its epochs times a factor, at least one at each size."""
+    pairs = recipe.progressive or ((0, recipe.img_size),)
+    ends = [*(start for start, _ in pairs[1:]), recipe.epochs]
+    epochs, progressive = 0, []
+    for (start, size), end in zip(pairs, ends, strict=True):
+        progressive.append((epochs, size))
+        epochs += max(1, int(factor * (end - start)))
+    share = epochs / recipe.epochs
+    return replace(
+        recipe, epochs=epochs, progressive=tuple(progressive), warmup_epochs=round(share * recipe.warmup_epochs),
+        mixup_off_epoch=round(share * recipe.mixup_off_epoch))
+
+
+def fit_to_time(recipe: Recipe, config: RunConfig, decoded: ImageTensors, end: float) -> Recipe:
+    """The recipe with as many epochs as there is time for.
+
+    Raises:
+        TrainingError: There is none for one epoch at each size.
+    """
+    speed = measure(recipe, config, decoded)
+    updates = int((decoded.targets >= 0).sum()) // recipe.batch_size
+    left = MARGIN * (end - time.monotonic() - RESERVE - speed.once)
+    found = scale(recipe, left / speed.of(recipe, updates))
+    needed = speed.of(found, updates)
+    rates = ', '.join(f'{recipe.batch_size / seconds:.0f} at {size} px' for size, seconds in speed.update.items())
+    print(f'Images/s: {rates}. Epochs: {found.epochs} instead of {recipe.epochs}, {list(found.progressive)}, '
+          f'{needed:.0f} s of {left:.0f} s.', flush=True)
+    if needed > left:
+        raise TrainingError(f'One epoch at each size takes {needed:.0f} s, and {max(left, 0):.0f} s are left. Raise '
+                            f'--minutes.')
+    return found
+
+
+def write_release(output: Path) -> None:
+    """Write release.pt: last.pt with the released weights alone, the averaged ones if there are any."""
+    state = load_checkpoint(output / 'last.pt')
+    weights = release_tensors(state['ema'] or state['model'])
+    left_out = {'ema', 'optimizer', 'scaler'}
+    save_checkpoint(
+        {**{key: value for key, value in state.items() if key not in left_out}, 'model': weights},
+        output / 'release.pt')
+
+
+def run(args: argparse.Namespace, end: float) -> None:
+    """Train to the end, or until the time is over."""
+    resume = (args.output / 'last.pt').exists()
+    recipe = load_recipe(args.output / 'recipe.yaml') if resume else load_recipe(args.recipe, args.set)
+    if not recipe.in_memory or recipe.holdout:
+        raise RecipeError(f'The recipe must have in_memory = true and holdout = 0, got {recipe.in_memory} and '
+                          f'{recipe.holdout}. Set them.')
+    config = RunConfig(
+        args.data_dir, args.output, seed=args.seed, device=args.device, workers=args.workers, resume=resume)
+    images = open_images(config, config.train_split)
+    decoded = decode_images(images.dataset, recipe.memory_size, config.workers, config.max_corrupt)
+    if not resume:
+        recipe = fit_to_time(recipe, config, decoded, end)
+    signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_REAL, max(end - time.monotonic() - RESERVE / 3, 1))
+    Trainer(recipe, config, decoded).fit()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    write_release(args.output)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('recipe', help='its name or a YAML file, with in_memory; a run that resumes has its own')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder whose train/ has one folder a class')
+    parser.add_argument('--output', type=Path, required=True, help='folder of the run')
+    parser.add_argument('--minutes', type=float, required=True, help='from the start to the end of this command')
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key')
+    parser.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation (default: 0)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        run(args, time.monotonic() + 60 * args.minutes)
+    except ERRORS as error:
+        sys.exit(f'train_in_time.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,118 @@
+"""scripts/experiments/train_in_time.py: epochs scaled to a time, a run that is late, the file that is sent back."""
+import importlib.util
+import signal
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from timm_geoprior.data.memory import decode_images
+from timm_geoprior.publish import read_checkpoint, release_tensors
+from timm_geoprior.training.checkpoint import load_checkpoint
+from timm_geoprior.training.engine import RunConfig, TrainingError
+from timm_geoprior.training.recipe import RecipeError, make_recipe
+from timm_geoprior.training.sources import open_images
+
+spec = importlib.util.spec_from_file_location(
+    'train_in_time', Path(__file__).parents[1] / 'scripts' / 'experiments' / 'train_in_time.py')
+script = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = script  # dataclasses look for it there
+spec.loader.exec_module(script)
+
+TINY = {
+    'name': 'tiny', 'model': 'geoprior_resnet14_nano', 'epochs': 14, 'batch_size': 8, 'lr': 0.05, 'img_size': 48,
+    'model_kwargs': {'channels': [8, 16, 16, 16], 'value_dims': [0, 8, 8, 8], 'stem_width': 8},
+    'progressive': [[0, 32], [9, 40], [13, 48]], 'warmup_epochs': 2, 'mixup': 0.2, 'mixup_off_epoch': 13,
+    'in_memory': True, 'model_ema': True, 'model_ema_decay': 0.9,
+}
+
+
+def tiny(**changes):
+    return make_recipe({**TINY, **changes})
+
+
+def arguments(folder, output, recipe, **changes):
+    output.mkdir(exist_ok=True)
+    path = output.parent / 'tiny.yaml'
+    path.write_text(yaml.safe_dump({**TINY, **recipe}))
+    return Namespace(**{
+        'recipe': str(path), 'data_dir': folder, 'output': output, 'set': [], 'seed': 0, 'device': 'cpu', 'workers': 0,
+        **changes})
+
+
+@pytest.mark.parametrize(('factor', 'epochs', 'progressive', 'warmup', 'off'), [
+    (2.0, 28, ((0, 32), (18, 40), (26, 48)), 4, 26),
+    (0.5, 7, ((0, 32), (4, 40), (6, 48)), 1, 6),
+    (0.01, 3, ((0, 32), (1, 40), (2, 48)), 0, 3),
+])
+def test_all_that_a_recipe_counts_in_epochs_is_scaled(factor, epochs, progressive, warmup, off):
+    found = script.scale(tiny(), factor)
+    assert (found.epochs, found.progressive) == (epochs, progressive)
+    assert (found.warmup_epochs, found.mixup_off_epoch) == (warmup, off)
+
+
+def test_one_size_is_scaled_too():
+    found = script.scale(tiny(progressive=[]), 3.5)
+    assert (found.epochs, found.progressive) == (49, ((0, 48),))
+
+
+def test_an_epoch_at_each_size_has_its_time():
+    speed = script.Speed(update={32: 1.0, 40: 2.0, 48: 4.0}, epoch=10.0, once=0.0)
+    assert speed.of(tiny(), updates_per_epoch=3) == 14 * 10 + 3 * (9 * 1 + 4 * 2 + 1 * 4)
+
+
+class TestRun:
+    def test_it_is_late_saves_and_resumes_to_the_end(self, photo_folder, tmp_path, monkeypatch):
+        args = arguments(photo_folder, tmp_path / 'run', {})
+        planned = []
+
+        def too_many(recipe, config, decoded, end):
+            speed = script.measure(recipe, config, decoded)
+            assert set(speed.update) == {32, 40, 48}
+            assert min(speed.update.values()) > 0
+            planned.append(script.scale(recipe, 1000))
+            return planned[0]
+
+        monkeypatch.setattr(script, 'fit_to_time', too_many)
+        previous = signal.getsignal(signal.SIGALRM)
+        with pytest.raises(SystemExit) as left:
+            script.run(args, time.monotonic() + script.RESERVE)
+        assert left.value.code == 143
+        state = load_checkpoint(args.output / 'last.pt')
+        assert 0 < state['epoch'] < planned[0].epochs
+
+        state.update(epoch=planned[0].epochs - 1, update=0)  # there is one epoch left
+        torch.save(state, args.output / 'last.pt')
+        script.run(args, time.monotonic() + 600)
+        assert len(planned) == 1  # what resumes is timed by nothing
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+        last, release = args.output / 'last.pt', args.output / 'release.pt'
+        assert load_checkpoint(last)['epoch'] == planned[0].epochs
+        expected = release_tensors(load_checkpoint(last)['ema'])
+        found = read_checkpoint(release)
+        assert found.recipe == read_checkpoint(last).recipe
+        assert found.commit == read_checkpoint(last).commit
+        assert {key: value.dtype for key, value in found.state_dict.items()} == {
+            key: value.dtype for key, value in expected.items()}
+        assert all(torch.equal(found.state_dict[key], value) for key, value in expected.items())
+
+    def test_more_time_is_more_epochs(self, photo_folder, tmp_path):
+        config = RunConfig(photo_folder, tmp_path / 'run', workers=0)
+        decoded = decode_images(open_images(config, 'train').dataset, 64, 0)
+        found = script.fit_to_time(tiny(), config, decoded, time.monotonic() + 3600)
+        assert found.epochs > 14
+        assert found.progressive[0] == (0, 32)
+        with pytest.raises(TrainingError, match=r'One epoch at each size takes \d+ s, and 0 s are left\. Raise --min'):
+            script.fit_to_time(tiny(), config, decoded, time.monotonic())
+        assert not config.output.exists()
+
+    @pytest.mark.parametrize('changes', [{'in_memory': False}, {'holdout': 2}])
+    def test_what_it_cannot_scale_is_refused(self, changes, photo_folder, tmp_path):
+        with pytest.raises(RecipeError, match='must have in_memory = true and holdout = 0, got'):
+            script.run(arguments(photo_folder, tmp_path / 'run', changes), time.monotonic() + 60)
