@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Compare trained networks with plain ones of the same seed, recipe and images, under conditions they were not trained for.
+
+    python scripts/experiments/robustness.py --data-dir tiny-imagenet-200 --split val --output out \\
+        --pair runs/prior/0/last.pt runs/plain/0/last.pt --pair runs/prior/1/last.pt runs/plain/1/last.pt
+
+Each --pair names two checkpoints, the network with the prior and the plain one; averaged weights are taken if there are
+any. Both are measured in float32 on images enlarged or reduced to 0.5 to 2 times their evaluation size, moved by an eighth
+and a quarter of their side (image i in direction i % 4), and with a square of a sixteenth and a quarter of their area
+covered. What comes in is the mean colour. The calibration error is that of the images as they are.
+
+The output gets robustness.md, with the mean difference and two 95% intervals: over the images (bootstrap, these networks)
+and, with three pairs or more, over the seeds (Student). robustness.csv has one row for each pair and condition.
+"""
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+import timm_geoprior  # noqa: F401  (registers the models)
+from compare import LEAST_SEEDS, markdown_table, paired_interval, write_csv
+from timm_geoprior.data.memory import ImageTensors, decode_images
+from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.evaluation.accuracy import target_ranks
+from timm_geoprior.evaluation.metrics import calibrate
+from timm_geoprior.evaluation.predict import Predictions
+from timm_geoprior.files import write_atomically
+from timm_geoprior.provenance import git_commit, hardware, versions
+from timm_geoprior.training.checkpoint import load_checkpoint
+from timm_geoprior.training.config import RunConfig
+from timm_geoprior.training.finetune import ERRORS
+from timm_geoprior.training.parts import create_model
+from timm_geoprior.training.recipe import Recipe, make_recipe
+from timm_geoprior.training.sources import model_cfg, open_images
+
+SIZES = (0.5, 0.75, 1.25, 1.5, 2.0)
+SHIFTS = (1 / 8, 1 / 4)
+COVERED = (1 / 16, 1 / 4)
+BATCH = 200  # a multiple of four: of the directions
+DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1))
+Change = Callable[[Tensor, int], Tensor]
+
+
+class RobustnessError(GeoPriorError):
+    """Checkpoints that cannot be compared; the message says why and what to do."""
+
+
+def shift(images: Tensor, share: float) -> Tensor:
+    """Move images (B, 3, H, W) by a share of their side, image i in direction i % 4; zeros come in."""
+    step = round(share * images.shape[-1])
+    moved = torch.empty_like(images)
+    for index, (x, y) in enumerate(DIRECTIONS):
+        moved[index::4] = TF.affine(images[index::4], 0, [step * x, step * y], 1, [0, 0])
+    return moved
+
+
+def cover(images: Tensor, first: int, area: float) -> Tensor:
+    """Cover a square of a share of the area with zeros, at a place that depends on the image's number alone."""
+    side = round(area ** 0.5 * images.shape[-1])
+    covered = images.clone()
+    for index, image in enumerate(covered):
+        random = torch.Generator().manual_seed(first + index)
+        top, left = torch.randint(images.shape[-1] - side + 1, (2,), generator=random).tolist()
+        TF.erase(image, top, left, side, side, torch.zeros((), device=image.device), inplace=True)
+    return covered
+
+
+def conditions(size: int) -> dict[str, Change]:
+    """Changes of normalised images by name; each gets the images and the number of the first, and gives them resized."""
+    def resize(images: Tensor, factor: float = 1) -> Tensor:
+        side = round(factor * size)
+        if images.shape[-1] == side:
+            return images
+        return F.interpolate(images, size=(side, side), mode='bicubic', antialias=True)
+
+    named: dict[str, Change] = {'as they are': lambda images, first: resize(images)}
+    for factor in SIZES:
+        named[f'{factor:g} times the size'] = lambda images, first, factor=factor: resize(images, factor)
+    for share in SHIFTS:
+        named[f'moved by 1/{1 / share:.0f}'] = lambda images, first, share=share: resize(shift(images, share))
+    for area in COVERED:
+        named[f'1/{1 / area:.0f} covered'] = lambda images, first, area=area: resize(cover(images, first, area))
+    return named
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, images: ImageTensors, norms: tuple[Tensor, Tensor], change: Change) -> Predictions:
+    """The network's answers to images changed in one way."""
+    ranks, predicted, confidence = [], [], []
+    for first in range(0, len(images), BATCH):
+        part = images.subset(torch.arange(first, min(first + BATCH, len(images))))
+        logits = network(change((part.images.float() - norms[0]) / norms[1], first)).float()
+        best = logits.softmax(1).max(1)
+        ranks.append(target_ranks(logits, part.targets))
+        confidence.append(best.values)
+        predicted.append(best.indices)
+    joined = [torch.cat(values).cpu().numpy() for values in (images.targets[None], ranks, predicted, confidence)]
+    return Predictions(np.arange(len(images)), *joined)
+
+
+def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int]:
+    """Network, recipe and seed of a checkpoint.
+
+    Raises:
+        RobustnessError: It was trained on other classes.
+    """
+    state = load_checkpoint(path)
+    if state['class_names'] != list(classes):
+        raise RobustnessError(f'{path} must be trained on the {len(classes)} classes of the images, got '
+                              f'{len(state["class_names"])} others. Check --data-dir.')
+    recipe = make_recipe(state['recipe'], str(path))
+    return create_model(recipe, len(classes), str(path)).eval(), recipe, state['seed']
+
+
+def measure(path: Path, images: ImageTensors, classes: Sequence[str], device: torch.device) -> tuple[
+        dict[str, Predictions], dict[str, Any]]:
+    """A checkpoint's answers by condition, and what it is."""
+    network, recipe, seed = load(path, classes)
+    data = resolve_data_config(pretrained_cfg=model_cfg(recipe.model))
+    mean, std = (255 * torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ('mean', 'std'))
+    network = network.to(device, memory_format=torch.channels_last)
+    size = recipe.eval_size or recipe.img_size
+    found = {name: predict(network, images, (mean, std), change) for name, change in conditions(size).items()}
+    facts = {'recipe': {**recipe.to_dict(), 'model': '', 'model_kwargs': {}}, 'seed': seed, 'size': size}
+    return found, facts
+
+
+def statistics(pairs: Sequence[Sequence[Predictions]], index: NDArray[Any], calibration: bool) -> NDArray[np.float64]:
+    """Accuracy, or calibration error, in percent, of some images: shape (pairs, 2)."""
+    def one(answers: Predictions) -> float:
+        part = Predictions(*(getattr(answers, key)[index] for key in (
+            'index', 'target', 'rank', 'predicted', 'confidence')))
+        return 100 * (calibrate(part).error if calibration else float(part.correct.mean()))
+
+    return np.array([[one(answers) for answers in pair] for pair in pairs])
+
+
+def compare(name: str, pairs: Sequence[Sequence[Predictions]], calibration: bool = False) -> tuple[
+        NDArray[np.float64], list[str]]:
+    """The figures of each pair under a condition, and its line of the report."""
+    every = np.arange(len(pairs[0][0].target))
+    found = statistics(pairs, every, calibration)
+
+    def difference(index: NDArray[Any]) -> float:
+        values = statistics(pairs, index, calibration)
+        return float((values[:, 0] - values[:, 1]).mean())
+
+    interval = bootstrap((every,), difference, vectorized=False, n_resamples=1000, method='percentile', rng=0)
+    low, high = interval.confidence_interval
+    prior, plain = found.mean(0)
+    over_seeds = paired_interval(found[:, 0] - found[:, 1])
+    line = [name, f'{prior:.2f}', f'{plain:.2f}', f'{prior - plain:+.2f}', f'{low:+.2f} to {high:+.2f}']
+    return found, [*line, str(over_seeds) if len(pairs) >= LEAST_SEEDS else '']
+
+
+def run(args: argparse.Namespace) -> str:
+    """Measure all pairs and write the report."""
+    config = RunConfig(args.data_dir, args.output, device=args.device, workers=args.workers)
+    found = open_images(config, args.split)
+    images = decode_images(found.dataset, args.memory_size, args.workers).readable().to(torch.device(args.device))
+    measured, seeds = [], []
+    for pair in args.pair:
+        (prior, facts), (plain, others) = (measure(path, images, found.classes, images.images.device) for path in pair)
+        if facts != others:
+            raise RobustnessError(f'{pair[0]} and {pair[1]} must have one recipe, but for the network, and one seed. '
+                                  f'Name two runs that were trained side by side.')
+        measured.append((prior, plain))
+        seeds.append(facts['seed'])
+        print(f'seed {facts["seed"]}: measured', flush=True)
+    lines, rows = [], []
+    for name, calibration in [*((name, False) for name in measured[0][0]), ('calibration error, as they are', True)]:
+        key = 'as they are' if calibration else name
+        figures, line = compare(name, [[prior[key], plain[key]] for prior, plain in measured], calibration)
+        lines.append(line)
+        rows += [{'condition': name, 'seed': seed, 'prior': prior, 'plain': plain, 'num_images': len(images),
+                  'size': facts['size'], 'commit': git_commit(), 'torch': versions()['torch'],
+                  'hardware': hardware(images.images.device)}
+                 for seed, (prior, plain) in zip(seeds, figures.tolist(), strict=True)]
+    table = markdown_table(
+        ['images', 'prior', 'plain', 'difference', '95% over images', '± over seeds'], lines)
+    head = (f'{len(images):,} images of {args.split} at {facts["size"]} px unless said otherwise, top-1 in percent, '
+            f'means of {len(seeds)} pairs (seeds {", ".join(map(str, seeds))}). A lower calibration error is better.')
+    text = f'`{shlex.join(["python", *sys.argv])}`\n\n{head}\n\n{table}\n'
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, args.output / 'robustness.csv')
+    write_atomically(args.output / 'robustness.md', text.encode())
+    return text
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--pair', type=Path, nargs=2, action='append', required=True, metavar=('PRIOR', 'PLAIN'),
+        help='two checkpoints of scripts/train.py; once for each seed')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder with one folder a class in the split')
+    parser.add_argument('--split', default='val', help='folder of the images (default: val)')
+    parser.add_argument('--memory-size', type=int, default=64, help='side that the images are kept at (default: 64)')
+    parser.add_argument('--output', type=Path, required=True, help='folder of the report')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        text = run(args)
+    except (RobustnessError, *ERRORS) as error:
+        sys.exit(f'robustness.py: {error}')
+    print(f'\n{text}')
+
+
+if __name__ == '__main__':
+    main()
