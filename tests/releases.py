@@ -19,10 +19,12 @@ import torch
 from timm.models import _registry, generate_default_cfgs, register_model
 
 from hub_server import HubServer
-from timm_geoprior import geoprior_resnet, hub, manifest
-from timm_geoprior.hub import pretrained_cfgs
-from timm_geoprior.manifest import Manifest, ModelEntry, load_manifest
-from timm_geoprior.publish import read_checkpoint, read_staged, stage
+from timm_geoprior import geoprior_resnet
+from timm_geoprior.pretrained import loading as hub
+from timm_geoprior.pretrained import manifest
+from timm_geoprior.pretrained.cfgs import pretrained_cfgs
+from timm_geoprior.pretrained.manifest import Manifest, ModelEntry, load_manifest
+from timm_geoprior.release.publish import read_checkpoint, read_staged, stage
 from timm_geoprior.training.report import plot_history, write_epoch
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'

@@ -32,11 +32,11 @@ from releases import (
     using_manifest,
     with_entry,
 )
-from timm_geoprior import hub as module
-from timm_geoprior.hub import WeightsError, download_tag, load_golden, load_verified
-from timm_geoprior.manifest import load_manifest
-from timm_geoprior.publish import bundle, read_staged
-from timm_geoprior.verify import golden_error
+from timm_geoprior.pretrained import loading as module
+from timm_geoprior.pretrained.loading import WeightsError, download_tag, load_golden, load_verified
+from timm_geoprior.pretrained.manifest import load_manifest
+from timm_geoprior.pretrained.verify import golden_error
+from timm_geoprior.release.publish import bundle, read_staged
 
 
 @pytest.fixture
@@ -473,8 +473,8 @@ def test_full_disk(hub, published, tmp_path, forkserver):
 
 OFFLINE = """
 import pickle, sys, timm_geoprior
-from timm_geoprior import hub
-from timm_geoprior.hub import WeightsError, load_verified
+from timm_geoprior.pretrained import loading as module
+from timm_geoprior.pretrained.loading import WeightsError, load_verified
 entry, filled, empty, hub.WEIGHTS_DIR = pickle.load(open(sys.argv[1], 'rb'))
 print(len(load_verified(entry, filled)))
 try:
@@ -543,7 +543,7 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
 
 
 def test_loading_benchmark_runs():
-    script = Path(__file__).parent.parent / 'scripts' / 'benchmark_loading.py'
+    script = Path(__file__).parent.parent / 'scripts' / 'experiments' / 'benchmark_loading.py'
     done = subprocess.run([sys.executable, script, NANO, '--repeats', '1'], capture_output=True, text=True, check=True)
     assert [line.split(':')[0] for line in done.stdout.splitlines()] == ['verified', 'unchecked', 'ratio']
     assert 'of 1 pairs, 2,244,' in done.stdout

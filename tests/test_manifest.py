@@ -12,8 +12,8 @@ import torch
 from timm.data import ImageNetInfo
 
 import timm_geoprior  # noqa: F401
-from timm_geoprior import manifest as module
-from timm_geoprior.manifest import (
+from timm_geoprior.pretrained import manifest as module
+from timm_geoprior.pretrained.manifest import (
     Golden,
     ManifestError,
     Metric,
