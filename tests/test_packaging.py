@@ -94,7 +94,8 @@ def probe(python, folder):
     assert seen['models'] == list(manifest.models)
     assert set(seen['loaded']) == {entry.name for entry in manifest.models.values() if entry.has_weights}
     assert seen['classes'] == {name: list(labels.names) for name, labels in manifest.label_sets.items()}
-    recipes = {path.stem: path.read_text(encoding='utf-8') for path in (PACKAGE / 'training' / 'recipes').glob('*.yaml')}
+    shipped = (PACKAGE / 'training' / 'recipes').glob('*.yaml')
+    recipes = {path.stem: path.read_text(encoding='utf-8') for path in shipped}
     assert seen['recipes'] == recipes
     assert {entry.recipe for entry in manifest.models.values() if entry.has_weights} <= set(recipes)
     return seen
