@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_geoprior import transfer as module
+import transfer as module
 from timm_geoprior.data.datasets import open_data
 from timm_geoprior.errors import EvaluationError
 from transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, report, transfer
