@@ -14,11 +14,11 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from releases import NANO, using_manifest, with_entry
+from timm_geoprior.pretrained.cfgs import hub_config
 from timm_geoprior.pretrained.manifest import Baseline, ManifestError, load_manifest, manifest_path
 from timm_geoprior.release.cards import (
     BEGIN,
     END,
-    hub_config,
     main,
     model_card,
     models_table,
