@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 import timm_geoprior  # noqa: F401  (registers the models)
-from timm_geoprior.cards import update_readme
-from timm_geoprior.hub import WeightsError
-from timm_geoprior.manifest import ManifestError, ModelEntry, load_manifest, manifest_path
-from timm_geoprior.publish import PublishError, bundle, describe_push, push, read_checkpoint, read_staged, stage
+from timm_geoprior.pretrained.loading import WeightsError
+from timm_geoprior.pretrained.manifest import ManifestError, ModelEntry, load_manifest, manifest_path
+from timm_geoprior.release.cards import update_readme
+from timm_geoprior.release.publish import PublishError, bundle, describe_push, push, read_checkpoint, read_staged, stage
 from timm_geoprior.training.checkpoint import CheckpointError
 
 
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--baseline', type=Path, help='such a file of the plain network of the same recipe')
     parser.add_argument(
         '--experiments', type=Path, nargs='+', default=[], metavar='FILE',
-        help='Markdown for the model card, as scripts/compare.py writes it')
+        help='Markdown for the model card, as scripts/experiments/compare.py writes it')
     parser.add_argument('--raw', action='store_true', help='the raw weights, although averaged ones are there')
     parser.add_argument('--bundle', action='store_true', help="put it into the package's weights folder")
     parser.add_argument('--push', metavar='OWNER/NAME', help='push it to this repository of the Hub')

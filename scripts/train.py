@@ -22,10 +22,11 @@ import torch
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.reading import CorruptImagesError
-from timm_geoprior.evaluation.errors import EvaluationError
-from timm_geoprior.hub import WeightsError
+from timm_geoprior.errors import EvaluationError
+from timm_geoprior.pretrained.loading import WeightsError
 from timm_geoprior.training.checkpoint import CheckpointError
-from timm_geoprior.training.engine import RunConfig, TrainingError, train
+from timm_geoprior.training.config import RunConfig
+from timm_geoprior.training.engine import TrainingError, train
 from timm_geoprior.training.recipe import RecipeError, load_recipe, recipe_names
 from timm_geoprior.training.sources import DataError
 

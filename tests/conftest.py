@@ -45,9 +45,9 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A weights folder of the test's own, in place of the package's; it does not exist yet."""
-    from timm_geoprior import hub
+    from timm_geoprior.pretrained import cfgs
 
-    monkeypatch.setattr(hub, 'WEIGHTS_DIR', tmp_path / 'weights')
+    monkeypatch.setattr(cfgs, 'WEIGHTS_DIR', tmp_path / 'weights')
     return tmp_path / 'weights'
 
 
@@ -62,7 +62,7 @@ def hub(weights_dir: Path) -> HubServer:
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """A context whose processes start at once: one server has imported all that they need."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['pytest', 'timm_geoprior.publish'])
+    context.set_forkserver_preload(['pytest', 'timm_geoprior.release.publish'])
     return context
 
 

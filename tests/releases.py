@@ -19,14 +19,15 @@ import torch
 from timm.models import _registry, generate_default_cfgs, register_model
 
 from hub_server import HubServer
-from timm_geoprior import geoprior_resnet, hub, manifest
-from timm_geoprior.hub import pretrained_cfgs
-from timm_geoprior.manifest import Manifest, ModelEntry, load_manifest
-from timm_geoprior.publish import read_checkpoint, read_staged, stage
+from timm_geoprior import geoprior_resnet
+from timm_geoprior.pretrained import cfgs, manifest
+from timm_geoprior.pretrained.cfgs import pretrained_cfgs
+from timm_geoprior.pretrained.manifest import Manifest, ModelEntry, load_manifest
+from timm_geoprior.release.publish import read_checkpoint, read_staged, stage
 from timm_geoprior.training.report import plot_history, write_epoch
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
-WEIGHTS_DIR = hub.WEIGHTS_DIR
+WEIGHTS_DIR = cfgs.WEIGHTS_DIR
 
 
 def planned(name: str = NANO) -> ModelEntry:
@@ -111,13 +112,13 @@ def using_manifest(path: Path) -> Iterator[None]:
             yield
     finally:
         with pytest.MonkeyPatch.context() as patch:  # a fixture may undo its folder only later
-            patch.setattr(hub, 'WEIGHTS_DIR', WEIGHTS_DIR)
+            patch.setattr(cfgs, 'WEIGHTS_DIR', WEIGHTS_DIR)
             register()
 
 
 def _report(
         connection: Connection, weights_dir: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    hub.WEIGHTS_DIR = weights_dir
+    cfgs.WEIGHTS_DIR = weights_dir
     try:
         connection.send((function(*arguments), ''))
     except BaseException:
@@ -127,7 +128,7 @@ def _report(
 def start(context: ForkServerContext, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Connection]:
     """Call a function in a process of its own; the process, and where its result or traceback will come."""
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(there, hub.WEIGHTS_DIR, function, arguments))
+    process = context.Process(target=_report, args=(there, cfgs.WEIGHTS_DIR, function, arguments))
     process.start()
     there.close()
     return process, here

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py and what it is made of. How fast anything is, is no matter here."""
+"""scripts/experiments/benchmark.py and what it is made of. How fast anything is, is no matter here."""
 import csv
 import json
 import subprocess
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_geoprior import GeoPriorConv2d
-from timm_geoprior.benchmark import (
+from benchmark import (
     ENGINES,
     BenchmarkError,
     Setting,
@@ -22,10 +21,11 @@ from timm_geoprior.benchmark import (
     summarize,
     usable_models,
 )
+from timm_geoprior import GeoPriorConv2d
 
 NANO = 'geoprior_resnet14_nano'
 TINY = {'channels': (8, 16, 16, 16), 'value_dims': (0, 8, 8, 8), 'stem_width': 8}
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'benchmark.py'
+SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'benchmark.py'
 
 
 def setting(**changes):

@@ -14,9 +14,18 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from releases import NANO, using_manifest, with_entry
-from timm_geoprior.cards import BEGIN, END, hub_config, main, model_card, models_table, runs_table, update_readme
-from timm_geoprior.manifest import Baseline, ManifestError, load_manifest, manifest_path
-from timm_geoprior.publish import read_staged
+from timm_geoprior.pretrained.cfgs import hub_config
+from timm_geoprior.pretrained.manifest import Baseline, ManifestError, load_manifest, manifest_path
+from timm_geoprior.release.cards import (
+    BEGIN,
+    END,
+    main,
+    model_card,
+    models_table,
+    runs_table,
+    update_readme,
+)
+from timm_geoprior.release.publish import read_staged
 
 ROOT = manifest_path().parent
 
@@ -35,7 +44,7 @@ def tables():
 
 def test_readme_has_the_manifests_tables():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert tables() in text, 'write them anew: python -m timm_geoprior.cards'
+    assert tables() in text, 'write them anew: python -m timm_geoprior.release.cards'
 
 
 def test_table(entry):
@@ -67,7 +76,7 @@ def test_readme_is_written_between_its_markers(tmp_path, monkeypatch):
     assert not update_readme(readme, load_manifest())
     readme.write_text('# Title\n', encoding='utf-8')
     with using_manifest(path):
-        monkeypatch.setattr('timm_geoprior.cards.manifest_path', lambda: path)
+        monkeypatch.setattr('timm_geoprior.release.cards.manifest_path', lambda: path)
         with pytest.raises(ManifestError, match='has no lines <!-- models:begin -->'):
             main()
     assert readme.read_text(encoding='utf-8') == '# Title\n'

@@ -18,8 +18,8 @@ from timm.data import create_transform, resolve_model_data_config
 import timm_geoprior
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import default_architecture, default_model, main
-from timm_geoprior.images import sample_image
-from timm_geoprior.manifest import ManifestError, load_manifest, manifest_path
+from timm_geoprior.inference.images import sample_image
+from timm_geoprior.pretrained.manifest import ManifestError, load_manifest, manifest_path
 
 MODELS = load_manifest().models
 WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']

@@ -15,7 +15,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.transforms.functional import normalize, to_tensor
 
 import timm_geoprior  # noqa: F401  registers the models
-from timm_geoprior.hub import download_tag
+from timm_geoprior.pretrained.loading import download_tag
 
 NANO, LARGE = 'geoprior_resnet14_nano', 'geoprior_resnet50'
 TAG = 'geoprior_resnet14_nano.r64_tin200'

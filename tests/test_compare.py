@@ -1,4 +1,4 @@
-"""scripts/compare.py and what it is made of, on real photographs."""
+"""scripts/experiments/compare.py and what it is made of, on real photographs."""
 import csv
 import json
 import os
@@ -15,14 +15,15 @@ import yaml
 from PIL import Image
 from scipy.stats import ttest_rel
 
-from timm_geoprior import comparison
-from timm_geoprior.comparison import ComparisonError, compare, differences, load_variants, paired_interval, report
+import compare as comparison
+from compare import ComparisonError, compare, differences, load_variants, paired_interval, report
 from timm_geoprior.training.checkpoint import load_checkpoint
-from timm_geoprior.training.engine import RunConfig, train
+from timm_geoprior.training.config import RunConfig
+from timm_geoprior.training.engine import train
 from timm_geoprior.training.recipe import RecipeError
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / 'scripts' / 'compare.py'
+SCRIPT = ROOT / 'scripts' / 'experiments' / 'compare.py'
 TINY = {
     'epochs': 2, 'batch_size': 8, 'lr': 0.05, 'img_size': 32, 'eval_size': 32, 'progressive': [], 'warmup_epochs': 1,
     'model_kwargs': {'channels': [8, 16, 16, 16], 'value_dims': [0, 8, 8, 8], 'stem_width': 8}, 'holdout': 2,
@@ -168,7 +169,7 @@ def test_the_report(tmp_path):
                 'top1_x0.75_cells': 20.5, 'top1_x0.75_share': 21.0, 'top1_x2_share': 18.0,
                 'map.layer2.0': 16, 'radius.layer2.0': '2.0000 4.0000', 'share.layer2.0': '0.1250 0.2500'}))
             for seed in (0, 1, 2)]
-    text = report(rows, tmp_path, 'python scripts/compare.py')
+    text = report(rows, tmp_path, 'python scripts/experiments/compare.py')
     assert '| wide | 1,000 | 31.00 | 32.00 | 33.00 | 32.00 | +1.00 ± 0.00 | 3 |' in text
     assert '| variant | layer2.0, map of 16 |\n| --- | ---: |\n| wide | 2.00 (0.12), 4.00 (0.25) |' in text
     assert '| base | 20.00 | base |  |  | 31.00 | 20.00 | base |  |  |' in text
@@ -187,7 +188,7 @@ def test_layers_in_their_order():
 
 @pytest.mark.parametrize('name', ['nano_variants', 'nano_radius', 'resnet50_pair'])
 def test_the_reports_of_the_documentation_are_their_rows(name, tmp_path):
-    """What scripts/compare.py wrote, from the runs in the file beside."""
+    """What scripts/experiments/compare.py wrote, from the runs in the file beside."""
     def value(key, text):
         return float(text) if key.startswith('top1') else int(text) if text.isdigit() else text
 
@@ -199,14 +200,14 @@ def test_the_reports_of_the_documentation_are_their_rows(name, tmp_path):
 
 
 def test_the_variants_that_the_project_has():
-    variants = load_variants(str(ROOT / 'scripts' / 'nano_variants.yaml'))
+    variants = load_variants(str(ROOT / 'scripts' / 'experiments' / 'nano_variants.yaml'))
     assert next(iter(variants)) == 'prior'
     assert variants['heads_4_rate_1'].model_kwargs == {'attn_radius': 1, 'attn_heads': 4}
     assert len({json.dumps(recipe.to_dict()) for recipe in variants.values()}) == len(variants)
 
 
 def test_the_control_differs_from_its_network_in_the_model_alone():
-    prior, control = load_variants(str(ROOT / 'scripts' / 'resnet50_pair.yaml')).values()
+    prior, control = load_variants(str(ROOT / 'scripts' / 'experiments' / 'resnet50_pair.yaml')).values()
     assert (prior.model, control.model) == ('geoprior_resnet50', 'resnet50')
     assert (prior.model_kwargs, control.model_kwargs) == ({'attn_radius': 1}, {})  # of which a plain network has none
     assert replace(control, model=prior.model, model_kwargs=prior.model_kwargs) == prior

@@ -1,4 +1,4 @@
-"""scripts/cost.py, against figures reckoned by hand."""
+"""scripts/experiments/cost.py, against figures reckoned by hand."""
 import json
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'cost.py'
+SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'cost.py'
 
 
 def run(folder):

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from timm_geoprior.classifier import load_classifier
 from timm_geoprior.cli import default_model, main
-from timm_geoprior.hub import download_tag
-from timm_geoprior.images import read_image, sample_image
-from timm_geoprior.manifest import load_manifest
+from timm_geoprior.inference.classifier import load_classifier
+from timm_geoprior.inference.images import read_image, sample_image
+from timm_geoprior.pretrained.loading import download_tag
+from timm_geoprior.pretrained.manifest import load_manifest
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
 # the command, in a process that tells of every connection to another machine
@@ -61,7 +61,7 @@ def demo():
     pytest.importorskip('gradio')
     pytest.importorskip('matplotlib')
     pytest.importorskip('skimage')
-    from timm_geoprior import demo
+    from timm_geoprior.inference import demo
 
     return demo
 
@@ -133,7 +133,7 @@ def message(page, name):
 
 def test_without_gradio(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'gradio', None)
-    monkeypatch.delitem(sys.modules, 'timm_geoprior.demo', raising=False)
+    monkeypatch.delitem(sys.modules, 'timm_geoprior.inference.demo', raising=False)
     assert main(['demo']) == 1
     assert capsys.readouterr().err == (
         "timm-geoprior: gradio is not installed, expected it for this command: pip install 'timm-geoprior[demo]'.\n")

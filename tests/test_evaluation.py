@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from timm_geoprior.data.datasets import ilsvrc_val_labels, open_data, plain_archive
+from timm_geoprior.data.preflight import empty_folders, image_fault, repeated_classes
+from timm_geoprior.errors import EvaluationError
 from timm_geoprior.evaluation import Counts, count_correct, target_ranks
 from timm_geoprior.evaluation.check import deviations, find_metric
 from timm_geoprior.evaluation.classes import ClassMismatchError, match_classes
-from timm_geoprior.evaluation.data import ilsvrc_val_labels, open_data, plain_archive
-from timm_geoprior.evaluation.errors import EvaluationError
 from timm_geoprior.evaluation.evaluate import Settings, check_data
 from timm_geoprior.evaluation.metrics import calibrate, confused_pairs, per_class, wilson_interval
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.evaluation.predict import Forward, Predictions, predict
-from timm_geoprior.evaluation.preflight import empty_folders, image_fault, repeated_classes
-from timm_geoprior.manifest import Metric, load_manifest
+from timm_geoprior.pretrained.manifest import Metric, load_manifest
 
 NAN = math.nan
 OFFICIAL_LABELS = Path(__file__).parents[2] / 'shared' / 'data' / 'ilsvrc2012_val_labels.txt'

@@ -21,10 +21,10 @@ from timm.data import ImageNetInfo, create_transform
 from torch import nn
 
 from releases import planned, put_on, using_manifest
+from timm_geoprior.data.datasets import open_data, take_shards
 from timm_geoprior.evaluation.arguments import parse_arguments
 from timm_geoprior.evaluation.command import main
-from timm_geoprior.evaluation.data import open_data, take_shards
-from timm_geoprior.manifest import LabelSet, Metric, load_manifest, to_json
+from timm_geoprior.pretrained.manifest import LabelSet, Metric, load_manifest, to_json
 from timm_geoprior.provenance import git_commit
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'validate.py'

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from timm.data import create_transform, resolve_model_data_config
 
-from timm_geoprior.classifier import Classifier, load_classifier
 from timm_geoprior.cli import main
+from timm_geoprior.inference.classifier import Classifier, load_classifier
 from timm_geoprior.layers import mix_values
 from timm_geoprior.radii import learned_radii
 
@@ -24,8 +24,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.patches import Ellipse, Polygon  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from timm_geoprior.explain import _plain, draw, effective_field, receptive_pair  # noqa: E402
-from timm_geoprior.windows import View, WindowsError, draw_windows, learned_windows, to_input, view_of  # noqa: E402
+from timm_geoprior.inference.explain import _plain, draw, effective_field, receptive_pair  # noqa: E402
+from timm_geoprior.inference.windows import View, WindowsError, draw_windows, learned_windows, to_input, view_of  # noqa: E402
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
 MODELS = {
@@ -286,7 +286,7 @@ def test_a_bad_image_is_one_sentence(tmp_path, capsys, content, words):
 @pytest.mark.parametrize('package', ['matplotlib', 'pytorch_grad_cam'])
 def test_a_missing_extra_names_its_cure(photo, monkeypatch, capsys, package):
     for name in [name for name in sys.modules if name.split('.')[0] == package or name in (
-            'timm_geoprior.explain', 'timm_geoprior.windows')]:
+            'timm_geoprior.inference.explain', 'timm_geoprior.inference.windows')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(['explain', photo]) == 1

@@ -13,10 +13,10 @@ from conftest import PHOTOGRAPHS
 from PIL import Image
 
 from timm_geoprior.cli import main
-from timm_geoprior.finetune import Splits, find_splits, plot_confusion
-from timm_geoprior.manifest import load_manifest
-from timm_geoprior.publish import read_checkpoint, release_tensors
+from timm_geoprior.pretrained.manifest import load_manifest
+from timm_geoprior.release.publish import read_checkpoint, release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint
+from timm_geoprior.training.finetune import Splits, find_splits, plot_confusion
 
 FAST = ('--set', 'epochs=2', '-j', '0', '--device', 'cpu')
 
@@ -85,7 +85,7 @@ def test_publish_takes_the_run(finished):
 
 
 def test_curves_of_several_runs(finished, tmp_path):
-    script = Path(__file__).parent.parent / 'scripts' / 'draw_finetune_curves.py'
+    script = Path(__file__).parent.parent / 'scripts' / 'experiments' / 'draw_finetune_curves.py'
     for place in ('photos/pretrained/0', 'photos/random/0', 'photos/random/1', 'others/pretrained/0'):
         shutil.copytree(finished, tmp_path / 'runs' / place, ignore=shutil.ignore_patterns('*.pt', 'tensorboard'))
     (tmp_path / 'runs' / 'photos' / 'random' / '2').mkdir()  # one that is not finished
@@ -267,7 +267,7 @@ def test_no_folder(capsys, tmp_path):
 
 
 def test_a_missing_extra_names_its_cure(photos, capsys, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith(('timm_geoprior.finetune', 'timm_geoprior.training'))]:
+    for name in [name for name in sys.modules if name.startswith('timm_geoprior.training')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'tqdm', None)
     assert finetune(photos) == 1

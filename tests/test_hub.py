@@ -32,11 +32,12 @@ from releases import (
     using_manifest,
     with_entry,
 )
-from timm_geoprior import hub as module
-from timm_geoprior.hub import WeightsError, download_tag, load_golden, load_verified
-from timm_geoprior.manifest import load_manifest
-from timm_geoprior.publish import bundle, read_staged
-from timm_geoprior.verify import golden_error
+from timm_geoprior.pretrained import cfgs
+from timm_geoprior.pretrained import loading as module
+from timm_geoprior.pretrained.loading import WeightsError, download_tag, load_golden, load_verified
+from timm_geoprior.pretrained.manifest import load_manifest
+from timm_geoprior.pretrained.verify import golden_error
+from timm_geoprior.release.publish import bundle, read_staged
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_bundled_file_needs_no_hub(bundled, hub, staged):
     (None, 'No such file'),
 ])
 def test_spoilt_bundled_file_is_refused(bundled, spoil, message):
-    path = module.bundled_path(bundled)
+    path = cfgs.bundled_path(bundled)
     path.write_bytes(spoil(path.read_bytes())) if spoil else path.unlink()
     with pytest.raises(WeightsError, match=message) as caught:
         load_verified(bundled)
@@ -473,9 +474,9 @@ def test_full_disk(hub, published, tmp_path, forkserver):
 
 OFFLINE = """
 import pickle, sys, timm_geoprior
-from timm_geoprior import hub
-from timm_geoprior.hub import WeightsError, load_verified
-entry, filled, empty, hub.WEIGHTS_DIR = pickle.load(open(sys.argv[1], 'rb'))
+from timm_geoprior.pretrained import cfgs
+from timm_geoprior.pretrained.loading import WeightsError, load_verified
+entry, filled, empty, cfgs.WEIGHTS_DIR = pickle.load(open(sys.argv[1], 'rb'))
 print(len(load_verified(entry, filled)))
 try:
     load_verified(entry, empty)
@@ -493,7 +494,7 @@ except WeightsError as error:
 def test_offline_with_and_without_the_file(hub, published, tmp_path):
     tensors = load_verified(published, tmp_path / 'filled')
     (tmp_path / 'arguments').write_bytes(pickle.dumps(
-        (published, tmp_path / 'filled', tmp_path / 'empty', module.WEIGHTS_DIR)))
+        (published, tmp_path / 'filled', tmp_path / 'empty', cfgs.WEIGHTS_DIR)))
     hub.requests.clear()
     done = subprocess.run(
         [sys.executable, '-c', OFFLINE, str(tmp_path / 'arguments')], env={**os.environ, 'HF_HUB_OFFLINE': '1'},
@@ -543,7 +544,7 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
 
 
 def test_loading_benchmark_runs():
-    script = Path(__file__).parent.parent / 'scripts' / 'benchmark_loading.py'
+    script = Path(__file__).parent.parent / 'scripts' / 'experiments' / 'benchmark_loading.py'
     done = subprocess.run([sys.executable, script, NANO, '--repeats', '1'], capture_output=True, text=True, check=True)
     assert [line.split(':')[0] for line in done.stdout.splitlines()] == ['verified', 'unchecked', 'ratio']
     assert 'of 1 pairs, 2,244,' in done.stdout

@@ -1,6 +1,7 @@
 """The manifest: what it holds, what it refuses, and that two writers lose nothing."""
 import dataclasses
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from timm.data import ImageNetInfo
 
 import timm_geoprior  # noqa: F401
-from timm_geoprior import manifest as module
-from timm_geoprior.manifest import (
+from timm_geoprior.pretrained import manifest as module
+from timm_geoprior.pretrained.manifest import (
     Golden,
     ManifestError,
     Metric,
@@ -216,7 +217,7 @@ def test_update_refuses_what_does_not_fit(copy):
 def test_failed_write_leaves_the_old_file_and_nothing_else(copy, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(module.os, 'fsync', full)
+    monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='No space'):
         update_manifest(copy, released(MANIFEST.get('geoprior_resnet101')))
     assert copy.read_text(encoding='utf-8') == TEXT

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import timm_geoprior
-from timm_geoprior.manifest import load_manifest
+from timm_geoprior.pretrained.manifest import load_manifest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'timm_geoprior'
@@ -23,7 +23,7 @@ import json
 import pathlib
 import timm
 import timm_geoprior
-from timm_geoprior.manifest import load_manifest, manifest_path
+from timm_geoprior.pretrained.manifest import load_manifest, manifest_path
 
 package = pathlib.Path(timm_geoprior.__file__).parent
 manifest = load_manifest()
@@ -37,7 +37,8 @@ print(json.dumps({
     'models': list(manifest.models),
     'loaded': loaded,
     'classes': {name: labels.names for name, labels in manifest.label_sets.items()},
-    'recipes': {path.stem: path.read_text(encoding='utf-8') for path in (package / 'recipes').glob('*.yaml')},
+    'recipes': {path.stem: path.read_text(encoding='utf-8')
+                for path in (package / 'training' / 'recipes').glob('*.yaml')},
 }))
 """
 
@@ -93,7 +94,8 @@ def probe(python, folder):
     assert seen['models'] == list(manifest.models)
     assert set(seen['loaded']) == {entry.name for entry in manifest.models.values() if entry.has_weights}
     assert seen['classes'] == {name: list(labels.names) for name, labels in manifest.label_sets.items()}
-    recipes = {path.stem: path.read_text(encoding='utf-8') for path in (PACKAGE / 'recipes').glob('*.yaml')}
+    shipped = (PACKAGE / 'training' / 'recipes').glob('*.yaml')
+    recipes = {path.stem: path.read_text(encoding='utf-8') for path in shipped}
     assert seen['recipes'] == recipes
     assert {entry.recipe for entry in manifest.models.values() if entry.has_weights} <= set(recipes)
     return seen
@@ -105,7 +107,7 @@ def test_the_source_archive_is_whole(sdist):
     assert package_files() <= names
     assert {'weights_manifest.json', 'weights_manifest.schema.json', 'README.md', 'LICENSE', 'CHANGELOG.md',
             'CITATION.cff', 'pyproject.toml'} <= names
-    for folder in ('tests', 'scripts'):
+    for folder in ('tests', 'scripts', 'scripts/experiments'):
         assert {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob('*.py')} <= names
 
 

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from hub_server import status, together
 from releases import NANO, files, finish, planned, start, using_manifest, with_entry, write_results
-from timm_geoprior.hub import load_golden, load_verified
-from timm_geoprior.manifest import ManifestError, load_manifest, manifest_path
-from timm_geoprior.publish import (
+from timm_geoprior.pretrained.loading import load_golden, load_verified
+from timm_geoprior.pretrained.manifest import ManifestError, load_manifest, manifest_path
+from timm_geoprior.pretrained.verify import golden_error
+from timm_geoprior.release.publish import (
     Checkpoint,
     PublishError,
     bundle,
@@ -34,7 +35,6 @@ from timm_geoprior.publish import (
     stage,
 )
 from timm_geoprior.training.checkpoint import CheckpointError
-from timm_geoprior.verify import golden_error
 
 ROOT = Path(__file__).parent.parent
 FILES = {'model.safetensors', 'golden/outputs.safetensors', 'config.json', 'README.md', 'results.json', 'radii.png',

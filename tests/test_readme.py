@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from timm_geoprior.cli import main
-from timm_geoprior.images import sample_image
+from timm_geoprior.inference.images import sample_image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -20,7 +20,7 @@ BLOCKS = [(name, language, text.strip()) for name, page in PAGES.items() for lan
 PYTHON = [(name, text) for name, language, text in BLOCKS if language == 'python']
 SHELL = [text for name, language, text in BLOCKS if (name, language) == ('README.md', 'bash')]
 SCRIPTS = [command for _, language, text in BLOCKS if language == 'bash'
-           for command in re.findall(r'scripts/\w+\.py(?:.*\\\n)*.*', text)]
+           for command in re.findall(r'scripts/[\w/]+\.py(?:.*\\\n)*.*', text)]
 
 
 @pytest.mark.parametrize(('name', 'code'), PYTHON, ids=[f'{name}-{index}' for index, (name, _) in enumerate(PYTHON)])
@@ -102,5 +102,6 @@ def test_importing_the_plugin_imports_little():
     imported = subprocess.run([sys.executable, '-c', IMPORTS], capture_output=True, text=True, check=True).stdout
     others = [name for name in json.loads(imported) if name.split('.')[0] not in sys.stdlib_module_names]
     assert others == [
-        'timm_geoprior', 'timm_geoprior.geoprior_resnet', 'timm_geoprior.hub', 'timm_geoprior.layers',
-        'timm_geoprior.manifest']
+        'timm_geoprior', 'timm_geoprior.errors', 'timm_geoprior.files', 'timm_geoprior.geoprior_resnet',
+        'timm_geoprior.layers', 'timm_geoprior.pretrained', 'timm_geoprior.pretrained.cfgs',
+        'timm_geoprior.pretrained.loading', 'timm_geoprior.pretrained.manifest']

@@ -25,10 +25,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from timm_geoprior.data.reading import CorruptImagesError
-from timm_geoprior.evaluation.errors import EvaluationError
+from timm_geoprior.errors import EvaluationError
 from timm_geoprior.training import engine
 from timm_geoprior.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from timm_geoprior.training.engine import RunConfig, Trainer, TrainingError, train
+from timm_geoprior.training.config import RunConfig
+from timm_geoprior.training.engine import Trainer, TrainingError, train
 from timm_geoprior.training.recipe import load_recipe, make_recipe
 from timm_geoprior.training.sources import DataError
 

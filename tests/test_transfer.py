@@ -1,4 +1,4 @@
-"""scripts/transfer.py and what it is made of, on real photographs."""
+"""scripts/experiments/transfer.py and what it is made of, on real photographs."""
 import csv
 import json
 import os
@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_geoprior import transfer as module
-from timm_geoprior.evaluation.data import open_data
-from timm_geoprior.evaluation.errors import EvaluationError
-from timm_geoprior.transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, report, transfer
+import transfer as module
+from timm_geoprior.data.datasets import open_data
+from timm_geoprior.errors import EvaluationError
+from transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, report, transfer
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'transfer.py'
+SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'transfer.py'
 NANO = 'geoprior_resnet14_nano'
 
 
@@ -153,15 +153,15 @@ def test_linear_probe_is_at_its_optimum():
 
 def test_the_report(tmp_path):
     rows = [{'data': 'cats', 'per_class': per_class, 'labels': 40, 'method': method, 'start': start, 'seed': seed,
-             'top1': top1 + seed, 'test_images': 1000, 'model': NANO, 'command': 'python scripts/transfer.py',
-             'commit': None, 'hardware': 'a CPU', 'torch': '2.14'}
+             'top1': top1 + seed, 'test_images': 1000, 'model': NANO,
+             'command': 'python scripts/experiments/transfer.py', 'commit': None, 'hardware': 'a CPU', 'torch': '2.14'}
             for per_class in ('all', 10) for method in ('knn', 'finetune')
             for start, top1 in (('pretrained', 40.0), ('random', 30.0)) for seed in range(3)]
     lines = report(rows, tmp_path).splitlines()
     table = [line for line in lines if line.startswith('| ')]
     assert table[2] == '| 10 | 40 | k-NN | 41.00 (40.00 to 42.00) | 31.00 (30.00 to 32.00) | +10.00 ± 0.00 | 3 |'
     assert [line.split(' | ')[0] for line in table[2:]] == ['| 10', '| 10', '| all', '| all']
-    assert lines[-3:] == ['`python scripts/transfer.py`', '', 'Commit unknown; a CPU; torch 2.14.']
+    assert lines[-3:] == ['`python scripts/experiments/transfer.py`', '', 'Commit unknown; a CPU; torch 2.14.']
 
 
 def test_the_report_of_the_documentation_is_its_rows(tmp_path):

@@ -11,19 +11,20 @@ from safetensors.torch import load_file, save_file
 
 from hub_server import status
 from releases import NANO, planned, put_on, using_manifest, with_entry
-from timm_geoprior import hub as hub_module
 from timm_geoprior.cli import main
-from timm_geoprior.hub import bundled_path, load_golden, load_verified
-from timm_geoprior.manifest import load_manifest
-from timm_geoprior.publish import bundle
-from timm_geoprior.verify import GOLDEN_TOLERANCES, doctor, golden_error, verify_tags
+from timm_geoprior.pretrained import cfgs
+from timm_geoprior.pretrained.cfgs import bundled_path
+from timm_geoprior.pretrained.loading import load_golden, load_verified
+from timm_geoprior.pretrained.manifest import load_manifest
+from timm_geoprior.pretrained.verify import GOLDEN_TOLERANCES, doctor, golden_error, verify_tags
+from timm_geoprior.release.publish import bundle
 
 
 @pytest.fixture
 def use(tmp_path, monkeypatch):
     """Let the package have a manifest with one other entry, and an empty cache and weights folder."""
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(hub_module, 'WEIGHTS_DIR', tmp_path / 'weights')
+    monkeypatch.setattr(cfgs, 'WEIGHTS_DIR', tmp_path / 'weights')
     path = tmp_path / 'weights_manifest.json'
     with ExitStack() as stack:
         def enter(entry):

@@ -23,49 +23,19 @@ import torch
 from timm.data import resolve_model_data_config
 
 from . import __version__
-from .classifier import ClassifierError, load_classifier
-from .hub import WeightsError, download_tag
-from .images import ImageError, read_image, sample_image
-from .manifest import Manifest, ManifestError, ModelEntry, load_manifest
+from .errors import GeoPriorError
+from .inference.classifier import ClassifierError, load_classifier
+from .inference.images import ImageError, read_image, sample_image
+from .pretrained.loading import WeightsError, download_tag
+from .pretrained.manifest import ManifestError, ModelEntry, default_architecture, default_model, load_manifest
+from .pretrained.verify import doctor, verify_tags
 from .radii import learned_radii
-from .verify import doctor, verify_tags
 
-__all__ = ['default_architecture', 'default_model', 'main']
+__all__ = ['main']
 
 
-class UsageError(RuntimeError):
+class UsageError(GeoPriorError):
     """What was asked for cannot be done."""
-
-
-def default_model(manifest: Manifest) -> ModelEntry:
-    """The model that `classify` takes where none is named: the first default tag that is bundled, else published.
-
-    Args:
-        manifest: The manifest.
-
-    Returns:
-        Its entry.
-
-    Raises:
-        ManifestError: No default tag has weights.
-    """
-    for status in ('bundled', 'published'):
-        for entry in manifest.models.values():
-            if entry.default and entry.status == status:
-                return entry
-    raise ManifestError('No default tag in the manifest has weights, expected one: train one, or name one by --model.')
-
-
-def default_architecture(manifest: Manifest) -> str:
-    """Name what `finetune` trains from random weights: the architecture of the default model, else the smallest.
-
-    Args:
-        manifest: The manifest.
-    """
-    try:
-        return default_model(manifest).architecture
-    except ManifestError:
-        return min(manifest.models.values(), key=lambda entry: entry.parameters or 0).architecture
 
 
 def _table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
@@ -186,8 +156,8 @@ def _explain(args: argparse.Namespace) -> int:
     if args.layers:
         return _print_layers(model)
     with _extra('explain'):
-        from .explain import ExplainError, explain
-        from .windows import WindowsError
+        from .inference.explain import ExplainError, explain
+        from .inference.windows import WindowsError
     image = read_image(args.image) if args.image else sample_image()
     try:
         explain(load_classifier(model), image, args.output, args.point)
@@ -215,7 +185,7 @@ def _print_layers(name: str) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     with _extra('demo'):
-        from .demo import DemoError, serve, write_space
+        from .inference.demo import DemoError, serve, write_space
     try:
         if args.space is None:
             serve(args.model, args.port)
@@ -229,7 +199,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _finetune(args: argparse.Namespace) -> int:
     with _extra('train'):
-        from .finetune import ERRORS, Job, finetune
+        from .training.finetune import ERRORS, Job, finetune
     output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
     manifest = load_manifest()
     model = args.model or (default_architecture(manifest) if args.from_scratch else default_model(manifest).name)

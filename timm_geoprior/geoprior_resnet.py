@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from .hub import build_with_verified_weights, pretrained_cfgs
 from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType, is_plain
+from .pretrained.cfgs import pretrained_cfgs
+from .pretrained.loading import build_with_verified_weights
 
 __all__ = ['GeoPriorBottleneck', 'GeoPriorResNet']
 

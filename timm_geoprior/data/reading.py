@@ -4,10 +4,12 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import GeoPriorError
+
 __all__ = ['CorruptImages', 'CorruptImagesError', 'read_image']
 
 
-class CorruptImagesError(RuntimeError):
+class CorruptImagesError(GeoPriorError):
     """More images could not be read than a run puts up with."""
 
 

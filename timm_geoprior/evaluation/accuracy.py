@@ -3,11 +3,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['Counts', 'count_correct', 'joined', 'reduce_sum', 'target_ranks']
+from ..distributed import reduce_sum
+
+__all__ = ['Counts', 'count_correct', 'target_ranks']
 
 
 class Counts(NamedTuple):
@@ -34,25 +35,6 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
     own = logits.gather(1, targets[:, None])
     before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
     return (~(logits <= own) | ((logits == own) & before)).sum(1)
-
-
-def joined() -> bool:
-    """Whether this process belongs to a group of processes."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum an integer tensor over all processes, in place; alone, it stays as it is.
-
-    Args:
-        tensor: The same shape in every process.
-
-    Returns:
-        The tensor itself.
-    """
-    if joined():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Counts:

@@ -1,9 +1,9 @@
 """Measured against claimed."""
 from collections.abc import Mapping
 
-from ..manifest import Metric, ModelEntry
+from ..errors import EvaluationError
+from ..pretrained.manifest import Metric, ModelEntry
 from .accuracy import Counts
-from .errors import EvaluationError
 
 __all__ = ['deviations', 'find_metric']
 

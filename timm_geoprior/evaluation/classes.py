@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EvaluationError
+from ..errors import EvaluationError
 
 __all__ = ['ClassMatch', 'ClassMismatchError', 'match_classes']
 

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..hub import WeightsError
-from ..manifest import ManifestError, load_manifest
-from .accuracy import joined
+from ..data.datasets import EvalSet, fingerprint, open_data, plain_archive
+from ..distributed import find_device, joined
+from ..errors import EvaluationError, ProcessError
+from ..pretrained.loading import WeightsError
+from ..pretrained.manifest import ManifestError, load_manifest
 from .arguments import parse_arguments
 from .check import deviations, find_metric
 from .classes import ClassMismatchError, match_classes
-from .data import EvalSet, fingerprint, open_data, plain_archive
-from .device import find_device
-from .errors import EvaluationError, ProcessError
 from .evaluate import Evaluation, Plan, Settings, check_data, evaluate, plan
 from .models import LoadedModel, load_model
 from .predict import set_numerics

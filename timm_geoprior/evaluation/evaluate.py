@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from timm.data import ImageNetInfo, RealLabelsImagenet, resolve_data_config
 from tqdm import tqdm
 
-from .accuracy import Counts, reduce_sum
+from ..data.datasets import ILSVRC_FILE, EvalSet, ilsvrc_val_labels
+from ..data.preflight import empty_folders, find_unreadable, nested_folders, repeated_classes
+from ..distributed import reduce_sum
+from ..errors import EvaluationError
+from .accuracy import Counts
 from .classes import ClassMatch, match_classes
-from .data import ILSVRC_FILE, EvalSet, ilsvrc_val_labels
-from .errors import EvaluationError
 from .models import LoadedModel
 from .predict import Forward, Pass, Shard, gather, make_loader, predict
-from .preflight import empty_folders, find_unreadable, nested_folders, repeated_classes
 
 __all__ = ['Evaluation', 'Plan', 'Settings', 'check_data', 'evaluate', 'plan']
 

@@ -13,9 +13,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import clean_state_dict, list_models, load_state_dict
 from torch import Tensor, nn
 
-from ..hub import WeightsError
-from ..manifest import LabelSet, ModelEntry, load_manifest
-from .errors import EvaluationError
+from ..errors import EvaluationError
+from ..pretrained.loading import WeightsError
+from ..pretrained.manifest import LabelSet, ModelEntry, load_manifest
 
 __all__ = ['Checkpoint', 'LoadedModel', 'load_model', 'read_checkpoint', 'state_dict_sha256']
 

@@ -13,9 +13,10 @@ from timm.data import create_loader
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .accuracy import Counts, joined, reduce_sum, target_ranks
-from .data import EvalSet, take_shards
-from .errors import ProcessError
+from ..data.datasets import EvalSet, take_shards
+from ..distributed import joined, reduce_sum
+from ..errors import ProcessError
+from .accuracy import Counts, target_ranks
 
 __all__ = ['PRECISIONS', 'Forward', 'Pass', 'Predictions', 'Shard', 'gather', 'make_loader', 'predict', 'set_numerics']
 

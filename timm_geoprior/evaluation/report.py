@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..manifest import write_atomically
+from ..files import write_atomically
 from ..provenance import git_commit, hardware, versions
 from .accuracy import Counts
 from .evaluate import Evaluation, Settings

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 
-from ..manifest import write_atomically
+from ..errors import GeoPriorError
+from ..files import write_atomically
 
 __all__ = ['CheckpointError', 'load_checkpoint', 'save_checkpoint']
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(GeoPriorError):
     """A checkpoint that cannot be read or written."""
 
 

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,13 +22,14 @@ from tqdm import tqdm
 
 from ..data.memory import ImageTensors
 from ..data.seeding import seed_everything
+from ..distributed import find_device
+from ..errors import EvaluationError, GeoPriorError
 from ..evaluation.accuracy import Counts, count_correct
-from ..evaluation.device import find_device
-from ..evaluation.errors import EvaluationError
-from ..hub import WeightsError
-from ..provenance import git_commit, versions
+from ..pretrained.loading import WeightsError
+from ..provenance import git_commit, hardware, versions
 from . import report
 from .checkpoint import load_checkpoint, save_checkpoint
+from .config import RunConfig
 from .parts import (
     Distillation,
     check_recipe,
@@ -43,29 +43,11 @@ from .parts import (
 from .recipe import Recipe
 from .sources import TrainingData, open_data
 
-__all__ = ['RunConfig', 'Trainer', 'TrainingError', 'train']
+__all__ = ['Trainer', 'TrainingError', 'train']
 
 
-class TrainingError(RuntimeError):
+class TrainingError(GeoPriorError):
     """A run that cannot start or go on; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where and how a recipe is run; nothing in here changes what is learned, but for the seed."""
-
-    data_dir: Path
-    output: Path
-    train_split: str = 'train'
-    val_split: str = ''  # measured each epoch where the recipe holds nothing out
-    holdout_share: float = 0.0  # of each class's training images, held out where the recipe says no number
-    seed: int = 0
-    device: str = 'cpu'
-    workers: int = 2
-    finetune: str = ''  # '' for random weights, 'pretrained' for the tag's, or a checkpoint's path
-    resume: bool = False
-    save_every: int = 200  # updates between two checkpoints in mid-epoch
-    max_corrupt: int = 10
 
 
 class Trainer:
@@ -247,7 +229,7 @@ class Trainer:
                     log.write(self.history)
             if self.stop_signal:  # it came while the last epoch was measured; a resumed run has only results to write
                 raise SystemExit(128 + self.stop_signal)
-            results = report.results(self)
+            results = self._results()
             if self.rank == 0:
                 report.write_results(results, self.config.output)
                 report.plot_history(self.history, self.config.output)
@@ -257,6 +239,17 @@ class Trainer:
                 log.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _results(self) -> dict[str, Any]:
+        """What was run and what came of it."""
+        return {
+            'recipe': self.recipe.to_dict(), 'seed': self.config.seed, 'world_size': self.world_size,
+            'epochs': self.epoch, 'images_per_epoch': self.updates_per_epoch * self.recipe.batch_size,
+            'parameters': sum(p.numel() for p in self.model.parameters()),
+            'last': self.history[-1] if self.history else {}, 'best': self.best,
+            'radii': learned_radii(self.model), 'hours': round(self.seconds / 3600, 3),
+            'hardware': hardware(self.device), 'versions': versions(), 'commit': self.commit,
+        }
 
     def _start_log(self) -> report.EpochLog | None:
         if self.rank:

@@ -199,7 +199,7 @@ def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe
 
 def recipe_names() -> list[str]:
     """Names of the recipes that the package ships."""
-    folder = resources.files('timm_geoprior') / 'recipes'
+    folder = resources.files('timm_geoprior.training') / 'recipes'
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith('.yaml'))
 
 
@@ -222,7 +222,7 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         RecipeError: No such recipe, no mapping in the file, or keys and values that `make_recipe` refuses.
     """
     path = Path(source)
-    shipped = resources.files('timm_geoprior') / 'recipes' / f'{source}.yaml'
+    shipped = resources.files('timm_geoprior.training') / 'recipes' / f'{source}.yaml'
     if path.suffix in ('.yaml', '.yml'):
         if not path.is_file():
             raise RecipeError(

@@ -3,22 +3,18 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from ..manifest import write_atomically
-from ..provenance import hardware, versions
-from .parts import learned_radii
+from ..files import write_atomically
+from ..provenance import versions
 from .recipe import Recipe
 
-if TYPE_CHECKING:
-    from .engine import Trainer
-
-__all__ = ['EpochLog', 'plot_history', 'results', 'write_recipe', 'write_results']
+__all__ = ['EpochLog', 'plot_history', 'write_recipe', 'write_results']
 
 
 def write_epoch(history: list[dict[str, Any]], output: Path) -> None:
@@ -81,18 +77,6 @@ def _plot(epochs: list[int], history: list[dict[str, Any]], panels: list[tuple[s
         if len(keys) > 1:
             axes.legend(fontsize='small')
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120))
-
-
-def results(trainer: 'Trainer') -> dict[str, Any]:
-    """What was run and what came of it."""
-    return {
-        'recipe': trainer.recipe.to_dict(), 'seed': trainer.config.seed, 'world_size': trainer.world_size,
-        'epochs': trainer.epoch, 'images_per_epoch': trainer.updates_per_epoch * trainer.recipe.batch_size,
-        'parameters': sum(p.numel() for p in trainer.model.parameters()),
-        'last': trainer.history[-1] if trainer.history else {}, 'best': trainer.best,
-        'radii': learned_radii(trainer.model), 'hours': round(trainer.seconds / 3600, 3),
-        'hardware': hardware(trainer.device), 'versions': versions(), 'commit': trainer.commit,
-    }
 
 
 def write_results(values: dict[str, Any], output: Path) -> None:

@@ -1,7 +1,7 @@
 """The data of a run: training batches, and held-out ones to choose by."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
@@ -11,18 +11,16 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
+from ..data.datasets import EvalSet
+from ..data.datasets import open_data as open_split
 from ..data.folder import FolderLoader
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
+from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages
 from ..data.splits import hold_out, hold_out_share
-from ..evaluation.data import EvalSet
-from ..evaluation.data import open_data as open_split
-from ..evaluation.errors import EvaluationError
-from ..evaluation.preflight import repeated_classes
+from ..errors import EvaluationError, GeoPriorError
+from .config import RunConfig
 from .recipe import Recipe, RecipeError
-
-if TYPE_CHECKING:
-    from .engine import RunConfig
 
 __all__ = ['DataError', 'TrainingData', 'model_cfg', 'open_data', 'open_images', 'split_off']
 
@@ -67,7 +65,7 @@ class _SomeImages:
         return str(self.dataset.filename(self.indices[index]))
 
 
-class DataError(RuntimeError):
+class DataError(GeoPriorError):
     """Images that cannot be trained on, or measured; the message says why and what to do."""
 
 
@@ -89,7 +87,7 @@ class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
         return self.dataset.transform(image), target, index
 
 
-def open_images(config: 'RunConfig', split: str) -> EvalSet:
+def open_images(config: RunConfig, split: str) -> EvalSet:
     """Open a split in which each class stands once: timm takes all folders there are for one that it does not find.
 
     Args:
@@ -114,7 +112,7 @@ def open_images(config: 'RunConfig', split: str) -> EvalSet:
     return found
 
 
-def _open_measured(config: 'RunConfig', names: tuple[str, ...]) -> _Labelled:
+def _open_measured(config: RunConfig, names: tuple[str, ...]) -> _Labelled:
     """The images of --val-split with the training classes' targets."""
     found = open_images(config, config.val_split)
     unknown = sorted(set(found.classes) - set(names))
@@ -126,7 +124,7 @@ def _open_measured(config: 'RunConfig', names: tuple[str, ...]) -> _Labelled:
 
 
 def split_off(
-        targets: torch.Tensor, recipe: Recipe, config: 'RunConfig',
+        targets: torch.Tensor, recipe: Recipe, config: RunConfig,
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
     """Indices of the training images that stay and of those held out, or two None where all of them stay."""
     if recipe.holdout:
@@ -137,7 +135,7 @@ def split_off(
 
 
 def open_data(
-        recipe: Recipe, config: 'RunConfig', batch_size: int, device: torch.device, rank: int, world_size: int,
+        recipe: Recipe, config: RunConfig, batch_size: int, device: torch.device, rank: int, world_size: int,
         decoded: ImageTensors | None = None,
 ) -> TrainingData:
     """Open the data of a run.
@@ -194,7 +192,7 @@ def open_data(
     return TrainingData(loader, measured, found.classes, (norms['mean'], norms['std']))
 
 
-def _decode(dataset: Any, recipe: Recipe, config: 'RunConfig') -> ImageTensors:
+def _decode(dataset: Any, recipe: Recipe, config: RunConfig) -> ImageTensors:
     return decode_images(dataset, recipe.memory_size, config.workers, config.max_corrupt)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .data import EvalSet
+from .datasets import EvalSet
 
 __all__ = ['empty_folders', 'find_unreadable', 'image_fault', 'nested_folders', 'repeated_classes']
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what verified loading costs: create_model with checked weights beside the same without the check.
 
-    python scripts/benchmark_loading.py geoprior_resnet50
+    python scripts/experiments/benchmark_loading.py geoprior_resnet50
 
 Both load one file of random weights, as `scripts/publish.py` would write it: once as a tag that the package carries,
 once as a file of the user's own, which is timm's loading alone. Repetitions alternate; the ratio is verified over
@@ -17,10 +17,10 @@ import timm
 import torch
 from torch.utils.benchmark import Timer
 
-from timm_geoprior import hub, manifest
-from timm_geoprior.benchmark import summarize
-from timm_geoprior.manifest import Golden, ManifestError, ModelEntry, load_manifest
-from timm_geoprior.publish import export_weights
+from benchmark import summarize
+from timm_geoprior.pretrained import cfgs, manifest
+from timm_geoprior.pretrained.manifest import Golden, ManifestError, ModelEntry, load_manifest
+from timm_geoprior.release.publish import export_weights
 
 
 def bundle_random_weights(entry: ModelEntry, folder: Path) -> ModelEntry:
@@ -32,12 +32,12 @@ def bundle_random_weights(entry: ModelEntry, folder: Path) -> ModelEntry:
     whole = load_manifest()
     temporary = folder / 'weights_manifest.json'
     temporary.write_text(replace(whole, models={**whole.models, entry.name: entry}).to_json(), encoding='utf-8')
-    hub.WEIGHTS_DIR, manifest.manifest_path = folder, lambda: temporary
+    cfgs.WEIGHTS_DIR, manifest.manifest_path = folder, lambda: temporary
     return entry
 
 
 def measure(entry: ModelEntry, repeats: int) -> None:
-    path = hub.bundled_path(entry)
+    path = cfgs.bundled_path(entry)
     copy = path.with_name('copy.safetensors')
     copy.hardlink_to(path)
     call = 'timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file})'

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the attention layer alone, beside the same attention as a dense map and beside attention that is computed.
 
-    python scripts/benchmark_layer.py --output bench/layer
+    python scripts/experiments/benchmark_layer.py --output bench/layer
 
 For each size of the map: GeoPriorAttn2d; its values times the dense (H W) x (H W) map, kept ready; and
 scaled_dot_product_attention of a query, key and value projection. All have the same number of value channels. The maps'
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from benchmark import BenchmarkError, Setting, summarize
 from timm_geoprior import GeoPriorAttn2d
-from timm_geoprior.benchmark import BenchmarkError, Setting, summarize
 from timm_geoprior.layers import attention_map
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What the ImageNet recipes cost, reckoned from measured training speed, as a table in Markdown.
 
-    python scripts/benchmark.py geoprior_resnet50 geoprior_resnet101 geoprior_resnet152 --train --output bench/train
-    python scripts/cost.py bench/train
+    python scripts/experiments/benchmark.py geoprior_resnet50 geoprior_resnet101 \\
+        geoprior_resnet152 --train --output bench/train
+    python scripts/experiments/cost.py bench/train
 
 Assumptions, column by column:
 - device-hours: the images of all epochs over the speed measured on one device, at another image size in proportion to
@@ -24,7 +25,7 @@ from pathlib import Path
 import timm
 import torch
 
-from timm_geoprior.benchmark import summarize
+from benchmark import summarize
 from timm_geoprior.training.recipe import Recipe, load_recipe
 
 RECIPES = ('paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2')
@@ -79,7 +80,7 @@ def table(speeds: dict[str, float], img_size: int) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('speed', type=Path, help='output folder of scripts/benchmark.py --train')
+    parser.add_argument('speed', type=Path, help='output folder of scripts/experiments/benchmark.py --train')
     args = parser.parse_args()
     try:
         speeds, img_size, device = measured_speed(args.speed)

@@ -19,9 +19,10 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
+from ..errors import GeoPriorError
+from ..files import write_atomically
+from ..layers import GeoPriorConv2d
 from .classifier import Classifier
-from .layers import GeoPriorConv2d
-from .manifest import write_atomically
 from .windows import (
     ON_PHOTO,
     View,
@@ -41,7 +42,7 @@ FAINTEST = 1e-4  # of the strongest gradient, that is drawn
 DPI = 150
 
 
-class ExplainError(RuntimeError):
+class ExplainError(GeoPriorError):
     """The figure cannot be written; the message says what to do."""
 
 

@@ -16,9 +16,10 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from ..errors import GeoPriorError
+from ..layers import GeoPriorAttn2d, attention_map
+from ..radii import learned_radii
 from .classifier import Classifier
-from .layers import GeoPriorAttn2d, attention_map
-from .radii import learned_radii
 
 __all__ = ['ON_PHOTO', 'View', 'Window', 'WindowsError', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
            'learned_windows', 'new_figure', 'to_input', 'view_of']
@@ -31,7 +32,7 @@ ON_PHOTO: dict[str, Any] = {  # text, likewise
     'path_effects': [withStroke(linewidth=2, foreground='black')]}
 
 
-class WindowsError(RuntimeError):
+class WindowsError(GeoPriorError):
     """There is no window to draw at this point, or in this network; the message says what to do."""
 
 

@@ -29,14 +29,16 @@ from huggingface_hub.errors import (
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from .manifest import ManifestError, ModelEntry, load_manifest, write_atomically
+from ..errors import GeoPriorError
+from ..files import write_atomically
+from .cfgs import bundled_path, hub_config, source_keys
+from .manifest import ModelEntry, load_manifest
 
 __all__ = [
     'WeightsError', 'build_with_verified_weights', 'download_tag', 'explain', 'load_golden', 'load_verified',
-    'pretrained_cfg', 'pretrained_cfgs', 'read_verified', 'require_weights',
+    'read_verified', 'require_weights',
 ]
 
-WEIGHTS_DIR = Path(__file__).parent / 'weights'
 ATTEMPTS = 3  # of a download that the network broke; huggingface_hub's own retries come before
 CHUNK = 1 << 20
 
@@ -47,65 +49,12 @@ _SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'so
 _Model = TypeVar('_Model', bound=nn.Module)
 
 
-class WeightsError(RuntimeError):
+class WeightsError(GeoPriorError):
     """Weights cannot be had: none exist, they cannot be fetched, or they are not the bytes that they should be."""
 
 
 class _DigestError(WeightsError):
     """A file is there, but not as the manifest has it."""
-
-
-def bundled_path(entry: ModelEntry) -> Path:
-    """Where the package carries a tag's weights, if it does."""
-    return WEIGHTS_DIR / f'{entry.name}.safetensors'
-
-
-def pretrained_cfgs() -> dict[str, Any]:
-    """timm's cfgs, from the manifest: for `generate_default_cfgs`; a star marks the default tags.
-
-    A planned tag has no source, so timm lists it among the models but not among the pretrained ones. With a malformed
-    manifest there are none: the import succeeds, and whoever asks for weights or runs a command gets the error.
-    """
-    try:
-        models = load_manifest().models.values()
-    except ManifestError:
-        return {}
-    return {entry.name + '*' * entry.default: pretrained_cfg(entry) for entry in models}
-
-
-def pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
-    """timm's cfg of one tag."""
-    label_set = load_manifest().label_sets[entry.label_set]
-    height, width = entry.input.input_size[1:]
-    return {
-        **_source(entry),
-        'input_size': entry.input.input_size,
-        'pool_size': (-(-height // 32), -(-width // 32)),
-        'interpolation': entry.input.interpolation,
-        'crop_pct': entry.input.crop_pct,
-        'crop_mode': entry.input.crop_mode,
-        'mean': entry.input.mean,
-        'std': entry.input.std,
-        'num_classes': entry.num_classes,
-        # what timm knows by the number of classes it looks up itself
-        'label_names': tuple(label_set.classes) or None,
-        'label_descriptions': label_set.classes or None,
-        'first_conv': entry.first_conv,
-        'classifier': 'fc',
-        'license': entry.license,
-        'paper_name': 'Explicitly Modeled Attention Maps for Image Classification',
-        'paper_ids': 'arXiv:2006.07872',
-    }
-
-
-def _source(entry: ModelEntry) -> dict[str, str]:
-    """timm's keys for where the weights are."""
-    if not entry.has_weights:
-        return {}
-    if entry.status == 'bundled':
-        return {'file': str(bundled_path(entry))}
-    filename = {} if entry.file == 'model.safetensors' else {'hf_hub_filename': str(entry.file)}
-    return {'hf_hub_id': f'{entry.hub_id}@{entry.revision}', **filename}
 
 
 def build_with_verified_weights(
@@ -159,7 +108,7 @@ def _own_entry(variant: str, kwargs: dict[str, Any]) -> ModelEntry | None:
     if entry is None:
         return None
     source = {key: value for key in _SOURCE_KEYS if (value := getattr(cfg, key))}
-    return entry if source == _source(entry) else None
+    return entry if source == source_keys(entry) else None
 
 
 @dataclass(frozen=True)
@@ -258,8 +207,6 @@ def download_tag(name: str, folder: str | Path) -> Path:
         ManifestError: There is no such tag.
         WeightsError: It has no weights, or they cannot be had.
     """
-    from .cards import hub_config  # which needs this module
-
     entry = load_manifest().get(name)
     target = Path(folder) / entry.name
     assets = {'model.safetensors': _weights(entry), 'golden/outputs.safetensors': _golden(entry)}

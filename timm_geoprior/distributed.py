@@ -4,11 +4,11 @@ import argparse
 import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
+from torch import Tensor
 
-from .accuracy import joined
 from .errors import EvaluationError
 
-__all__ = ['find_device']
+__all__ = ['find_device', 'joined', 'reduce_sum']
 
 
 def find_device(name: str) -> tuple[torch.device, int, int]:
@@ -36,3 +36,22 @@ def find_device(name: str) -> tuple[torch.device, int, int]:
         raise EvaluationError(f'--device {name} cannot be used ({str(error).splitlines()[0].rstrip(".")}), expected '
                               f'cuda, cpu or another one of torch: check --device.') from None
     return device, int(place.rank), int(place.world_size)
+
+
+def joined() -> bool:
+    """Whether this process belongs to a group of processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum an integer tensor over all processes, in place; alone, it stays as it is.
+
+    Args:
+        tensor: The same shape in every process.
+
+    Returns:
+        The tensor itself.
+    """
+    if joined():
+        dist.all_reduce(tensor)
+    return tensor

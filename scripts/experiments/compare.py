@@ -1,14 +1,30 @@
-"""Variants of a recipe side by side: runs paired by seed, measured on images held out of training.
+#!/usr/bin/env python3
+"""Run variants of a recipe with several seeds, and compare them on images held out of training.
+
+    python scripts/experiments/compare.py scripts/experiments/nano_variants.yaml --data-dir tiny-imagenet-200 \\
+        --seeds 1 2 3 4 --output out
+
+The order is seed by seed, so that what is there at any time is paired. Stopped, by whatever, it goes on with the same
+command; with more seeds or variants, it does those that are new. The folder gets comparison.md (tables), comparison.png
+and runs.csv after each run, and each run's own files below runs/. Without a file of variants:
+
+    python scripts/experiments/compare.py r64_tin200 --set holdout=50 --variant 'prior: {}' \\
+        --variant 'plain: {model_kwargs: {value_dims: [0, 0, 0, 0]}}' --data-dir tiny-imagenet-200 --output runs/control
+
+Variants of a recipe side by side: runs paired by seed, measured on images held out of training.
 
 Runs of one seed see the same images in the same order with the same crops, so what is compared are differences within a
 seed: their mean, and Student's interval for it. The validation set takes no part.
 """
+import argparse
 import csv
 import io
 import json
 import math
 import re
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,29 +40,28 @@ from matplotlib.ticker import LogLocator
 from scipy.stats import t as student
 from torch import nn
 
-from .data.memory import ImageTensors, decode_images
-from .evaluation.accuracy import count_correct
-from .evaluation.data import fingerprint
-from .layers import GeoPriorAttn2d
-from .manifest import write_atomically
-from .radii import learned_radii, scale_radii
-from .training.engine import RunConfig, Trainer
-from .training.parts import check_recipe
-from .training.recipe import Recipe, RecipeError, load_recipe, make_recipe
-from .training.report import write_results
-from .training.sources import open_data, open_images
-
-__all__ = [
-    'ComparisonError', 'Interval', 'compare', 'distinct', 'load_variants', 'markdown_table', 'paired_interval',
-    'report', 'write_csv',
-]
+import timm_geoprior  # noqa: F401  (registers the models)
+from timm_geoprior.data.datasets import fingerprint
+from timm_geoprior.data.memory import ImageTensors, decode_images
+from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.evaluation.accuracy import count_correct
+from timm_geoprior.files import write_atomically
+from timm_geoprior.layers import GeoPriorAttn2d
+from timm_geoprior.radii import learned_radii, scale_radii
+from timm_geoprior.training.config import RunConfig
+from timm_geoprior.training.engine import Trainer
+from timm_geoprior.training.finetune import ERRORS
+from timm_geoprior.training.parts import check_recipe
+from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe, make_recipe
+from timm_geoprior.training.report import write_results
+from timm_geoprior.training.sources import open_data, open_images
 
 FACTORS = (0.75, 1, 2)  # sizes that the networks are measured at, as multiples of the recipe's own
 LEAST_SEEDS = 3  # Student's factor for a mean of two is 12.7
 Row = dict[str, Any]
 
 
-class ComparisonError(RuntimeError):
+class ComparisonError(GeoPriorError):
     """Variants, or runs of an earlier start, that cannot be compared; the message says why and what to do."""
 
 
@@ -488,3 +503,42 @@ def _draw(axes: Axes, place: float, values: Sequence[float], color: str, label: 
         mean, half = paired_interval(values)
         axes.plot(values, [place] * len(values), '|', color=color, alpha=0.6)
         axes.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt='o', color=color, capsize=3, label=label)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', metavar='VARIANTS', help='a YAML file with recipe, set and variants, or a recipe')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder whose train/ has one folder a class')
+    parser.add_argument('--output', type=Path, required=True, help='folder of the runs and the report')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='default: 0 1 2')
+    parser.add_argument(
+        '--variant', action='append', default=[], metavar="'NAME: {KEY: VALUE}'",
+        help="a variant, in place of the file's; the first is the base")
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key, in all')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')
+    parser.add_argument('--save-every', type=int, default=100, help='updates between two checkpoints (default: 100)')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    config = RunConfig(
+        args.data_dir, args.output, device=args.device, workers=args.workers, save_every=args.save_every)
+    text = ''
+    try:
+        recipes = load_variants(args.source, args.set, args.variant)
+        for rows in compare(recipes, list(dict.fromkeys(args.seeds)), config):
+            if rows:
+                text = report(rows, args.output, shlex.join(['python', *sys.argv]))
+    except (ComparisonError, *ERRORS) as error:
+        sys.exit(f'compare.py: {error}')
+    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+        sys.exit(130)
+    print(f'\n{text}')
+
+
+if __name__ == '__main__':
+    main()

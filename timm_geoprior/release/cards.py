@@ -1,15 +1,14 @@
 """What is written about the models, generated from the manifest: config.json, model card, the README's tables."""
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .hub import pretrained_cfg
-from .manifest import Manifest, ManifestError, Metric, ModelEntry, load_manifest, manifest_path, write_atomically
-from .radii import LayerRadii
+from ..files import write_atomically
+from ..pretrained.manifest import Manifest, ManifestError, Metric, ModelEntry, load_manifest, manifest_path
+from ..radii import LayerRadii
 
-__all__ = ['hub_config', 'model_card', 'models_table', 'plot_radii', 'runs_table', 'update_readme']
+__all__ = ['model_card', 'models_table', 'plot_radii', 'runs_table', 'update_readme']
 
 BEGIN, END = '<!-- models:begin -->', '<!-- models:end -->'
 
@@ -21,27 +20,6 @@ CITATION = """@inproceedings{tan2021explicitly,
   pages = {9799--9807},
   year = {2021}
 }"""
-
-
-def hub_config(entry: ModelEntry) -> dict[str, Any]:
-    """The repository's config.json, as timm (`local-dir:`, `hf-hub:`) and transformers (TimmWrapper) read it.
-
-    Args:
-        entry: The manifest's entry.
-
-    Returns:
-        A dictionary of JSON's types. Class names are readable ones, which transformers' pipeline shows; timm and
-        transformers look ImageNet-1k's up themselves.
-    """
-    names = load_manifest().label_sets[entry.label_set].classes.values()
-    sources = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'label_names', 'label_descriptions')
-    cfg = {key: value for key, value in pretrained_cfg(entry).items() if key not in sources}
-    return {
-        'architecture': entry.architecture,
-        'num_classes': entry.num_classes,
-        **({'label_names': list(names)} if names else {}),
-        'pretrained_cfg': {'tag': entry.tag, 'custom_load': False, **cfg},
-    }
 
 
 def models_table(manifest: Manifest) -> str:

@@ -1,12 +1,27 @@
-"""What trained weights are worth on another set of images, beside random ones: few labels, probes and fine-tuning.
+#!/usr/bin/env python3
+"""Measure what a model's weights are worth on another set of images, beside random ones.
+
+    python scripts/experiments/transfer.py geoprior_resnet50 --data-dir cifar10 \\
+        --per-class 10 100 1000 --img-size 64 --output out
+    python scripts/experiments/transfer.py geoprior_resnet50 --data-dir caltech101 --img-size 64 --output out
+
+With trained and with random weights: k nearest neighbours and a linear probe on frozen features, and the fine-tuning of
+`timm-geoprior finetune`, each with several draws of the labels. Stopped, by whatever, it goes on with the same command;
+with more seeds or labels, it does what is new. The folder gets transfer.md (a table), transfer.png and transfer.csv of
+all data sets that were measured into it. Of fine-tuned networks only the curves and results are kept.
+
+What trained weights are worth on another set of images, beside random ones: few labels, probes and fine-tuning.
 
 Both networks get the same labels, the same number of them a class, drawn by a seed; a draw of fewer labels is a part of
 the draw of more. The test images choose nothing.
 """
+import argparse
 import json
 import math
+import shlex
 import shutil
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +38,21 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .comparison import distinct, markdown_table, paired_interval, write_csv
-from .data.seeding import generator, seed_everything
-from .data.splits import hold_out_share
-from .evaluation.data import EvalSet, fingerprint, open_data
-from .evaluation.device import find_device
-from .evaluation.evaluate import Settings, check_data
-from .evaluation.models import state_dict_sha256
-from .finetune import HELD_OUT_SHARE, Job, find_splits, finetune
-from .manifest import write_atomically
-from .provenance import git_commit, hardware, versions
-from .training.checkpoint import save_checkpoint
-from .training.recipe import load_recipe
-from .training.sources import model_cfg
-
-__all__ = ['METHODS', 'Transfer', 'TransferError', 'draw', 'fit_linear', 'knn', 'report', 'transfer']
+import timm_geoprior  # noqa: F401  (registers the models)
+from compare import distinct, markdown_table, paired_interval, write_csv
+from timm_geoprior.data.datasets import EvalSet, fingerprint, open_data
+from timm_geoprior.data.seeding import generator, seed_everything
+from timm_geoprior.data.splits import hold_out_share
+from timm_geoprior.distributed import find_device
+from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.evaluation.evaluate import Settings, check_data
+from timm_geoprior.evaluation.models import state_dict_sha256
+from timm_geoprior.files import write_atomically
+from timm_geoprior.provenance import git_commit, hardware, versions
+from timm_geoprior.training.checkpoint import save_checkpoint
+from timm_geoprior.training.finetune import ERRORS, HELD_OUT_SHARE, Job, find_splits, finetune
+from timm_geoprior.training.recipe import load_recipe
+from timm_geoprior.training.sources import model_cfg
 
 METHODS = {'knn': 'k-NN', 'linear': 'linear probe', 'finetune': 'fine-tuned'}
 STARTS = ('pretrained', 'random')
@@ -50,7 +65,7 @@ BATCH_SIZE = 64  # of the probed network
 Row = dict[str, Any]
 
 
-class TransferError(RuntimeError):
+class TransferError(GeoPriorError):
     """Images, labels or a model that nothing can be transferred to or from; the message says what to do."""
 
 
@@ -519,3 +534,46 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     panels[0].set_ylabel('top-1 of the test images (%)')
     panels[-1].legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=130))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', metavar='MODEL', help='a tag or an architecture with weights, or local-dir:FOLDER')
+    parser.add_argument(
+        '--data-dir', type=Path, required=True,
+        help='folder with train/ and test/ (or val/), each with one folder of images a class')
+    parser.add_argument('--output', type=Path, required=True, help='folder of the results')
+    parser.add_argument(
+        '--per-class', type=int, nargs='+', default=[0], metavar='N', help='labels a class (default: all there are)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='default: 0 1 2')
+    parser.add_argument(
+        '--methods', nargs='+', default=list(METHODS), choices=METHODS, help='default: knn linear finetune')
+    parser.add_argument('--img-size', type=int, default=0, metavar='N', help="pixels (default: the model's own)")
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a key of finetune.yaml')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    job = Transfer(
+        args.data_dir, args.output, args.model, tuple(dict.fromkeys(args.per_class)), tuple(dict.fromkeys(args.seeds)),
+        tuple(args.methods), args.img_size, tuple(args.set), args.device, args.workers,
+        shlex.join(['python', *sys.argv]))
+    text = ''
+    try:
+        for rows in transfer(job):
+            if rows:
+                text = report(rows, args.output)
+    except (TransferError, *ERRORS) as error:
+        sys.exit(f'transfer.py: {error}')
+    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+        sys.exit(130)
+    print(f'\n{text}')
+
+
+if __name__ == '__main__':
+    main()

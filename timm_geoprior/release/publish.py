@@ -22,9 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .cards import hub_config, model_card, plot_radii
-from .hub import bundled_path, explain, http_status, load_golden
-from .manifest import (
+from ..errors import GeoPriorError
+from ..files import write_atomically
+from ..pretrained.cfgs import bundled_path, hub_config
+from ..pretrained.loading import explain, http_status, load_golden
+from ..pretrained.manifest import (
     Baseline,
     Golden,
     Manifest,
@@ -37,11 +39,11 @@ from .manifest import (
     parse_manifest,
     to_json,
     update_manifest,
-    write_atomically,
 )
-from .radii import learned_radii
-from .training.checkpoint import CheckpointError, load_checkpoint
-from .verify import GOLDEN_TOLERANCES, golden_error
+from ..pretrained.verify import GOLDEN_TOLERANCES, golden_error
+from ..radii import learned_radii
+from ..training.checkpoint import CheckpointError, load_checkpoint
+from .cards import model_card, plot_radii
 
 __all__ = [
     'Checkpoint', 'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_checkpoint', 'stage',
@@ -56,7 +58,7 @@ ROUNDING_TOLERANCE = 2e-2  # of the largest logit, for weights rounded to float1
 TRAINING_OPTIONS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'attn_radius', 'zero_init_last', 'num_classes'}
 
 
-class PublishError(RuntimeError):
+class PublishError(GeoPriorError):
     """A model cannot be staged, bundled or pushed; nothing was released."""
 
 
@@ -315,7 +317,7 @@ def _recipe_text(entry: ModelEntry, checkpoint: Checkpoint) -> str:
     """The recipe as it was run, else as the package ships it."""
     if checkpoint.recipe:
         return yaml.safe_dump(checkpoint.recipe, sort_keys=False, default_flow_style=None)
-    shipped = Path(__file__).parent / 'recipes' / f'{entry.recipe}.yaml'
+    shipped = Path(__file__).parents[1] / 'training' / 'recipes' / f'{entry.recipe}.yaml'
     return shipped.read_text(encoding='utf-8') if shipped.exists() else ''
 
 

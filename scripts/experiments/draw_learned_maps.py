@@ -8,7 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from timm_geoprior.images import sample_image
+from timm_geoprior.inference.images import sample_image
 from timm_geoprior.layers import attention_map
 from timm_geoprior.radii import learned_radii
 
@@ -36,7 +36,7 @@ def draw_map(axes: Axes, photo: Image.Image, cells: int, radius: float, at: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--model', default='geoprior_resnet14_nano')
-    parser.add_argument('--output', type=Path, default=Path(__file__).parent.parent / 'docs' / 'learned_maps.png')
+    parser.add_argument('--output', type=Path, default=Path(__file__).parents[2] / 'docs' / 'learned_maps.png')
     args = parser.parse_args()
     model = timm.create_model(args.model, pretrained=True)
     layers = learned_radii(model, model.pretrained_cfg['input_size'])

@@ -9,12 +9,13 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from .manifest import load_manifest
+from ..errors import GeoPriorError
+from ..pretrained.manifest import load_manifest
 
 __all__ = ['Classifier', 'ClassifierError', 'load_classifier']
 
 
-class ClassifierError(RuntimeError):
+class ClassifierError(GeoPriorError):
     """A folder cannot be loaded as a classifier."""
 
 

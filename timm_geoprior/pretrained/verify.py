@@ -13,9 +13,9 @@ import torch
 from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
 from torch import Tensor, nn
 
-from .hub import (
+from .cfgs import bundled_path
+from .loading import (
     WeightsError,
-    bundled_path,
     endpoint,
     explain,
     load_golden,

@@ -18,21 +18,22 @@ from numpy.typing import NDArray
 from timm.data import get_img_extensions
 from timm.models import save_for_hf
 
-from .data.reading import CorruptImagesError
-from .evaluation.data import EvalSet
-from .evaluation.data import open_data as open_split
-from .evaluation.errors import EvaluationError
-from .evaluation.evaluate import Settings, check_data, evaluate, plan
-from .evaluation.metrics import confused_pairs, wilson_interval
-from .evaluation.models import load_model
-from .evaluation.predict import Predictions
-from .manifest import write_atomically
-from .training.checkpoint import CheckpointError, load_checkpoint
-from .training.engine import RunConfig, Trainer, TrainingError
-from .training.parts import create_model
-from .training.recipe import Recipe, RecipeError, load_recipe
-from .training.report import write_results
-from .training.sources import DataError, model_cfg, split_off
+from ..data.datasets import EvalSet
+from ..data.datasets import open_data as open_split
+from ..data.reading import CorruptImagesError
+from ..errors import EvaluationError, GeoPriorError
+from ..evaluation.evaluate import Settings, check_data, evaluate, plan
+from ..evaluation.metrics import confused_pairs, wilson_interval
+from ..evaluation.models import load_model
+from ..evaluation.predict import Predictions
+from ..files import write_atomically
+from .checkpoint import CheckpointError, load_checkpoint
+from .config import RunConfig
+from .engine import Trainer, TrainingError
+from .parts import create_model
+from .recipe import Recipe, RecipeError, load_recipe
+from .report import write_results
+from .sources import DataError, model_cfg, split_off
 
 __all__ = ['ERRORS', 'FinetuneError', 'Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
 
@@ -40,7 +41,7 @@ HELD_OUT_SHARE = 0.2
 TRAIN, VAL, TEST = ('train', 'training'), ('val', 'valid', 'validation'), ('test',)
 
 
-class FinetuneError(RuntimeError):
+class FinetuneError(GeoPriorError):
     """A folder, a model or an output that fine-tuning can do nothing with; the message says what to do."""
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from timm.data import ImageNetInfo, create_dataset
 
-from .errors import EvaluationError
+from ..errors import EvaluationError
 
 __all__ = ['EvalSet', 'fingerprint', 'ilsvrc_val_labels', 'open_data', 'plain_archive', 'take_shards']
 

@@ -19,11 +19,11 @@ from packaging.requirements import Requirement
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 
+from ..errors import GeoPriorError
+from ..pretrained.loading import WeightsError
+from ..pretrained.manifest import default_model, load_manifest, manifest_path
 from .classifier import Classifier, ClassifierError, load_classifier
-from .cli import default_model
-from .hub import WeightsError
 from .images import ImageError, read_image
-from .manifest import load_manifest, manifest_path
 from .windows import WindowsError, draw_windows
 
 __all__ = ['DemoError', 'build', 'serve', 'write_space']
@@ -46,7 +46,7 @@ WINDOW_JS = """(...inputs) => [...inputs.slice(0, -1), {
     dark: document.body.classList.contains('dark'), narrow: window.innerWidth < 640}]"""
 
 APP = '''"""The page of timm_geoprior, as a Hugging Face Space serves it."""
-from timm_geoprior.demo import serve
+from timm_geoprior.inference.demo import serve
 
 serve({model!r})
 '''
@@ -68,7 +68,7 @@ SPACE = """---
 load = lru_cache(maxsize=None)(load_classifier)
 
 
-class DemoError(RuntimeError):
+class DemoError(GeoPriorError):
     """The page cannot be served, or its folder not be written; the message says what to do."""
 
 
@@ -274,7 +274,7 @@ def write_space(folder: Path, model: str | None = None) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             whole = Path(scratch, 'space')
-            package = shutil.copytree(Path(__file__).parent, whole / 'timm_geoprior',
+            package = shutil.copytree(Path(__file__).parents[1], whole / 'timm_geoprior',
                                       ignore=shutil.ignore_patterns('__pycache__'))
             shutil.copy(manifest_path(), package)
             for name, text in files.items():

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..errors import GeoPriorError
+
 __all__ = ['MAX_PIXELS', 'MAX_ASPECT_RATIO', 'ImageError', 'read_image', 'sample_image']
 
 MAX_PIXELS = 178_956_970  # half a GiB of RGB, where Pillow itself refuses too
 MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner picture would not fit into memory
 
 
-class ImageError(RuntimeError):
+class ImageError(GeoPriorError):
     """A file cannot be read as a picture."""
 
 

@@ -6,20 +6,20 @@ install. Everything here is standard library: the manifest is read when the pack
 """
 import functools
 import json
-import os
 import re
-import tempfile
 import types
 import typing
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
+
+from ..errors import GeoPriorError
+from ..files import write_atomically
 
 __all__ = [
     'Baseline', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric', 'ModelEntry', 'TrainLog',
-    'check_bytes_stay', 'load_manifest', 'manifest_path', 'parse_entry', 'parse_manifest', 'to_json', 'update_manifest',
-    'write_atomically',
+    'check_bytes_stay', 'default_architecture', 'default_model', 'load_manifest', 'manifest_path', 'parse_entry',
+    'parse_manifest', 'to_json', 'update_manifest',
 ]
 
 SCHEMA_VERSION = 1
@@ -29,7 +29,7 @@ Status = Literal['planned', 'staged', 'bundled', 'published']
 _T = TypeVar('_T')
 
 
-class ManifestError(RuntimeError):
+class ManifestError(GeoPriorError):
     """The manifest is malformed, or asked for a name that it does not have."""
 
 
@@ -193,7 +193,7 @@ class ModelEntry:
         data_terms: Terms of the data that the weights have seen.
         label_set: Name of the label set.
         first_conv: Name of the network's first convolution, which timm adapts to other numbers of input channels.
-        recipe: Name of the recipe, a file of timm_geoprior/recipes without its ending.
+        recipe: Name of the recipe, a file of timm_geoprior/training/recipes without its ending.
         recipe_commit: Commit of this project that trained it.
         base_model: Tag or Hub id of the weights that training started from, if any.
         num_classes: Number of classes, the label set's.
@@ -399,7 +399,7 @@ def parse_entry(name: str, data: Any, label_sets: dict[str, LabelSet]) -> ModelE
 
 def manifest_path() -> Path:
     """Where the manifest is: in the package (wheel) or in the folder above it (editable install, checkout)."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     inside = package / FILE_NAME
     return inside if inside.exists() else package.parent / FILE_NAME
 
@@ -483,27 +483,32 @@ def check_bytes_stay(manifest: Manifest, entry: ModelEntry) -> None:
             f"a tag's bytes never change, so give them a new tag.")
 
 
-def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Put content at a path whole or not at all: temporary file beside it, fsync, rename.
+def default_model(manifest: Manifest) -> ModelEntry:
+    """The model that `classify` takes where none is named: the first default tag that is bundled, else published.
 
     Args:
-        path: Where it goes.
-        content: The bytes, or what writes them into the open temporary file.
+        manifest: The manifest.
+
+    Returns:
+        Its entry.
 
     Raises:
-        OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
+        ManifestError: No default tag has weights.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    for status in ('bundled', 'published'):
+        for entry in manifest.models.values():
+            if entry.default and entry.status == status:
+                return entry
+    raise ManifestError('No default tag in the manifest has weights, expected one: train one, or name one by --model.')
+
+
+def default_architecture(manifest: Manifest) -> str:
+    """Name what `finetune` trains from random weights: the architecture of the default model, else the smallest.
+
+    Args:
+        manifest: The manifest.
+    """
     try:
-        with os.fdopen(handle, 'wb') as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's is 0600
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        return default_model(manifest).architecture
+    except ManifestError:
+        return min(manifest.models.values(), key=lambda entry: entry.parameters or 0).architecture

@@ -1,0 +1,15 @@
+"""The exceptions of this package. Each message is one sentence that says what is wrong and what to do."""
+
+__all__ = ['EvaluationError', 'GeoPriorError', 'ProcessError']
+
+
+class GeoPriorError(RuntimeError):
+    """Something that the caller can put right; commands print it as one line and exit with code 1."""
+
+
+class EvaluationError(GeoPriorError):
+    """What was asked for cannot be measured."""
+
+
+class ProcessError(EvaluationError):
+    """An error that a single process of several may meet alone, so that each process has to report it."""

@@ -1,0 +1,1 @@
+"""Trained networks for people with pictures: classify, explain, a demo page."""

@@ -1,0 +1,1 @@
+"""Weights: the manifest, timm's configurations, verified loading and downloading."""

@@ -1,0 +1,1 @@
+"""Releasing weights: model cards and publishing to the Hugging Face Hub."""
