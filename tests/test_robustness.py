@@ -35,7 +35,8 @@ def pairs(photo_folder, tmp_path_factory):
 def call(monkeypatch, photo_folder, output, *pairs):
     named = [word for pair in pairs for word in ('--pair', *pair)]
     monkeypatch.setattr(sys, 'argv', [
-        'robustness.py', '--data-dir', str(photo_folder), '--output', str(output), '--device', 'cpu', '-j', '0', *named])
+        'robustness.py', '--data-dir', str(photo_folder), '--output', str(output), '-j', '0', '--device', 'cpu',
+        *named])
     robustness.main()
 
 

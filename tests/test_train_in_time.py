@@ -1,27 +1,20 @@
 """scripts/experiments/train_in_time.py: epochs scaled to a time, a run that is late, the file that is sent back."""
-import importlib.util
 import signal
-import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
+import train_in_time as script
 import yaml
 
 from timm_geoprior.data.memory import decode_images
-from timm_geoprior.publish import read_checkpoint, release_tensors
+from timm_geoprior.release.publish import read_checkpoint, release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint
-from timm_geoprior.training.engine import RunConfig, TrainingError
+from timm_geoprior.training.config import RunConfig
+from timm_geoprior.training.engine import TrainingError
 from timm_geoprior.training.recipe import RecipeError, make_recipe
 from timm_geoprior.training.sources import open_images
-
-spec = importlib.util.spec_from_file_location(
-    'train_in_time', Path(__file__).parents[1] / 'scripts' / 'experiments' / 'train_in_time.py')
-script = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script  # dataclasses look for it there
-spec.loader.exec_module(script)
 
 TINY = {
     'name': 'tiny', 'model': 'geoprior_resnet14_nano', 'epochs': 14, 'batch_size': 8, 'lr': 0.05, 'img_size': 48,

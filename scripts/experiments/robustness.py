@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Compare trained networks with plain ones of the same seed, recipe and images, under conditions they were not trained for.
+"""Compare networks with plain ones of the same recipe and seed, under conditions that they were not trained for.
 
     python scripts/experiments/robustness.py --data-dir tiny-imagenet-200 --split val --output out \\
         --pair runs/prior/0/last.pt runs/plain/0/last.pt --pair runs/prior/1/last.pt runs/plain/1/last.pt
 
 Each --pair names two checkpoints, the network with the prior and the plain one; averaged weights are taken if there are
-any. Both are measured in float32 on images enlarged or reduced to 0.5 to 2 times their evaluation size, moved by an eighth
-and a quarter of their side (image i in direction i % 4), and with a square of a sixteenth and a quarter of their area
-covered. What comes in is the mean colour. The calibration error is that of the images as they are.
+any. Both are measured in float32 on images enlarged or reduced to 0.5 to 2 times their evaluation size, moved by an
+eighth and a quarter of their side (image i in direction i % 4), and with a square of a sixteenth and a quarter of their
+area covered. What comes in is the mean colour. The calibration error is that of the images as they are.
 
-The output gets robustness.md, with the mean difference and two 95% intervals: over the images (bootstrap, these networks)
-and, with three pairs or more, over the seeds (Student). robustness.csv has one row for each pair and condition.
+The output gets robustness.md, with the mean difference and two 95% intervals: over the images, for these networks
+(bootstrap), and with three pairs or more over the seeds (Student). robustness.csv has one row for each pair and
+condition.
 """
 import argparse
 import shlex
@@ -77,7 +78,7 @@ def cover(images: Tensor, first: int, area: float) -> Tensor:
 
 
 def conditions(size: int) -> dict[str, Change]:
-    """Changes of normalised images by name; each gets the images and the number of the first, and gives them resized."""
+    """Changes of normalised images by name. Each gets images and the number of the first, and returns them resized."""
     def resize(images: Tensor, factor: float = 1) -> Tensor:
         side = round(factor * size)
         if images.shape[-1] == side:
@@ -97,16 +98,14 @@ def conditions(size: int) -> dict[str, Change]:
 @torch.inference_mode()
 def predict(network: nn.Module, images: ImageTensors, norms: tuple[Tensor, Tensor], change: Change) -> Predictions:
     """The network's answers to images changed in one way."""
-    ranks, predicted, confidence = [], [], []
+    answers: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, len(images), BATCH):
         part = images.subset(torch.arange(first, min(first + BATCH, len(images))))
         logits = network(change((part.images.float() - norms[0]) / norms[1], first)).float()
         best = logits.softmax(1).max(1)
-        ranks.append(target_ranks(logits, part.targets))
-        confidence.append(best.values)
-        predicted.append(best.indices)
-    joined = [torch.cat(values).cpu().numpy() for values in (images.targets[None], ranks, predicted, confidence)]
-    return Predictions(np.arange(len(images)), *joined)
+        answers.append((target_ranks(logits, part.targets), best.indices, best.values))
+    joined = [torch.cat(values).cpu().numpy() for values in zip(*answers, strict=True)]
+    return Predictions(np.arange(len(images)), images.targets.cpu().numpy(), *joined)
 
 
 def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int]:

@@ -28,10 +28,11 @@ import torch
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.memory import ImageTensors, decode_images
-from timm_geoprior.finetune import ERRORS
-from timm_geoprior.publish import release_tensors
+from timm_geoprior.release.publish import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, save_checkpoint
-from timm_geoprior.training.engine import RunConfig, Trainer, TrainingError
+from timm_geoprior.training.config import RunConfig
+from timm_geoprior.training.engine import Trainer, TrainingError
+from timm_geoprior.training.finetune import ERRORS
 from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe
 from timm_geoprior.training.sources import open_images
 
