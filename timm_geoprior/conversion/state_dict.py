@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GeoPriorError
 from ..layers import GeoPriorAttn2d, GeoPriorConv2d
 from .closed_form import FollowingLayers, InputModel, LayerFit, LayerModel, fit_layer
 
@@ -27,7 +28,7 @@ _READ = ('bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'conv3.weight', 'bn3
 _ADVICE = 'Take weights of the ResNet of the same depth and options.'
 
 
-class ConversionError(RuntimeError):
+class ConversionError(GeoPriorError):
     """A state dict is not one of the plain ResNet that a GeoPrior ResNet can be made from."""
 
 
