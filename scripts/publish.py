@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 import timm_geoprior  # noqa: F401  (registers the models)
-from timm_geoprior.pretrained.loading import WeightsError
-from timm_geoprior.pretrained.manifest import ManifestError, ModelEntry, load_manifest, manifest_path
+from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.pretrained.manifest import ModelEntry, load_manifest, manifest_path
 from timm_geoprior.release.cards import update_readme
-from timm_geoprior.release.publish import PublishError, bundle, describe_push, push, read_checkpoint, read_staged, stage
-from timm_geoprior.training.checkpoint import CheckpointError
+from timm_geoprior.release.publish import PublishError, bundle, describe_push, push, read_staged, stage
+from timm_geoprior.training.checkpoint import read_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,15 +33,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--experiments', type=Path, nargs='+', default=[], metavar='FILE',
         help='Markdown for the model card, as scripts/experiments/compare.py writes it')
-    parser.add_argument('--raw', action='store_true', help='the raw weights, although averaged ones are there')
+    parser.add_argument(
+        '--use-ema', dest='weights', action='store_const', const='ema', default='auto',
+        help="the checkpoint's averaged weights, which are taken by default where it has any")
+    parser.add_argument(
+        '--raw', dest='weights', action='store_const', const='raw', help='its raw weights, beside averaged ones')
     parser.add_argument('--bundle', action='store_true', help="put it into the package's weights folder")
     parser.add_argument('--push', metavar='OWNER/NAME', help='push it to this repository of the Hub')
     parser.add_argument('--public', action='store_true', help='make a new repository public')
     parser.add_argument('--dry-run', action='store_true', help='say what --push would do, and do not')
     parser.add_argument('--replace', action='store_true', help='other bytes for a bundled tag that is not released yet')
     args = parser.parse_args()
-    if not args.checkpoint and (unused := [name for name in ('results', 'baseline', 'experiments', 'raw')
-                                           if getattr(args, name)]):
+    for_staging = {'results': args.results, 'baseline': args.baseline, 'experiments': args.experiments,
+                   'use-ema': args.weights == 'ema', 'raw': args.weights == 'raw'}
+    if not args.checkpoint and (unused := [name for name, value in for_staging.items() if value]):
         parser.error(f'--{unused[0]} is for staging: name the checkpoint after the tag')
     if args.dry_run and not args.push:
         parser.error('--dry-run says what --push would do: name the repository by --push')
@@ -54,9 +59,11 @@ def parse_args() -> argparse.Namespace:
 
 def stage_checkpoint(args: argparse.Namespace) -> None:
     run = args.checkpoint.parent if args.checkpoint.suffix == '.pt' else None
-    entry = stage(
-        load_manifest().get(args.tag), read_checkpoint(args.checkpoint, args.raw), args.output, args.results,
-        args.baseline, run, args.experiments)
+    entry = load_manifest().get(args.tag)
+    checkpoint = read_weights(args.checkpoint, args.weights)
+    if checkpoint.note:
+        print(checkpoint.note)
+    entry = stage(entry, checkpoint, args.output, args.results, args.baseline, run, args.experiments)
     print(f'staged {entry.name} in {args.output}: {entry.bytes:,} bytes, sha256 {entry.sha256}')
 
 
@@ -80,7 +87,7 @@ def main() -> None:
             print(describe_push(args.output, args.push, args.public))
         elif args.push:
             report(push(args.output, args.push, args.public))
-    except (CheckpointError, ManifestError, PublishError, WeightsError) as error:
+    except GeoPriorError as error:
         sys.exit(f'publish.py: {error}')
 
 

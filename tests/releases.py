@@ -23,7 +23,8 @@ from timm_geoprior import geoprior_resnet
 from timm_geoprior.pretrained import cfgs, manifest
 from timm_geoprior.pretrained.cfgs import pretrained_cfgs
 from timm_geoprior.pretrained.manifest import Manifest, ModelEntry, load_manifest
-from timm_geoprior.release.publish import read_checkpoint, read_staged, stage
+from timm_geoprior.release.publish import read_staged, stage
+from timm_geoprior.training.checkpoint import read_weights
 from timm_geoprior.training.report import plot_history, write_epoch
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
@@ -49,7 +50,7 @@ def make_run(folder: Path) -> Path:
     averaged = {key: value * 0.9 if value.is_floating_point() else value for key, value in model.state_dict().items()}
     recipe = {'name': 'r64_tin200', 'model': 'geoprior_resnet14_nano', 'epochs': 2, 'scale': (0.35, 1.0)}
     facts = {'recipe': recipe, 'seed': 3, 'commit': 'a' * 40, 'versions': {'torch': str(torch.__version__)}}
-    torch.save({'model': model.state_dict(), 'ema': averaged, 'model_name': 'geoprior_resnet14_nano',
+    torch.save({'model': model.state_dict(), 'model_ema': averaged, 'model_name': 'geoprior_resnet14_nano',
                 'model_kwargs': {'attn_radius': 2.0}, 'num_classes': 200, **facts}, folder / 'last.pt')
     history = [{'epoch': epoch, 'lr': 0.1, 'train_loss': 5.1 - epoch, 'seconds': 3600} for epoch in range(2)]
     write_epoch(history, folder)
@@ -60,7 +61,7 @@ def make_run(folder: Path) -> Path:
 
 def stage_run(run: Path, folder: Path) -> Path:
     """Stage its averaged weights, with the figures that scripts/validate.py would have measured."""
-    checkpoint = read_checkpoint(run / 'last.pt')
+    checkpoint = read_weights(run / 'last.pt')
     entry = stage(planned(), checkpoint, folder, run=run)
     write_results(run / 'val.json', str(entry.sha256))
     stage(planned(), checkpoint, folder, run / 'val.json', run=run)

@@ -22,7 +22,7 @@ from torch import nn
 
 from timm_geoprior.data.datasets import ilsvrc_val_labels, open_data, plain_archive
 from timm_geoprior.data.preflight import empty_folders, image_fault, repeated_classes
-from timm_geoprior.errors import EvaluationError
+from timm_geoprior.errors import EvaluationError, GeoPriorError
 from timm_geoprior.evaluation import Counts, count_correct, target_ranks
 from timm_geoprior.evaluation.check import deviations, find_metric
 from timm_geoprior.evaluation.classes import ClassMismatchError, match_classes
@@ -368,31 +368,35 @@ def load_fresh(classes: int) -> nn.Module:
     return timm.create_model(NANO, num_classes=classes)
 
 
-@pytest.mark.parametrize('use_ema', [False, True])
-@pytest.mark.parametrize('kind', ['own', 'timm', 'bare', 'safetensors'])
-def test_checkpoints_of_every_kind(kind, use_ema, tmp_path):
+@pytest.mark.parametrize('weights', ['auto', 'ema', 'raw'])
+@pytest.mark.parametrize('kind', ['own', 'timm', 'older', 'bare', 'safetensors'])
+def test_checkpoints_of_every_kind(kind, weights, tmp_path):
     plain, averaged = nano_state(), nano_state(0.5)
     path = tmp_path / ('weights.safetensors' if kind == 'safetensors' else 'last.pt')
+    said = {'model_name': NANO, 'model_kwargs': {'attn_radius': 2.0}, 'num_classes': 3,
+            'class_names': ['x', 'y', 'z'], 'recipe': {'img_size': 48, 'eval_size': 0}}
     if kind == 'safetensors':
         from safetensors.torch import save_file
         save_file(plain, path)
     else:
         torch.save({
-            'own': {'model': plain, 'ema': averaged, 'model_name': NANO, 'model_kwargs': {'attn_radius': 2.0},
-                    'num_classes': 3, 'class_names': ['x', 'y', 'z'], 'recipe': {'img_size': 48, 'eval_size': 0}},
+            'own': {'model': plain, 'model_ema': averaged, **said}, 'older': {'model': plain, 'ema': averaged, **said},
             'timm': {'state_dict': {f'module.{key}': value for key, value in plain.items()},
                      'state_dict_ema': averaged},
             'bare': plain}[kind], path)
-    if use_ema and kind in ('bare', 'safetensors'):
-        with pytest.raises(EvaluationError, match='no averaged weights'):
-            load_model(NANO, path, use_ema, num_classes=3)
+    if weights == 'ema' and kind in ('bare', 'safetensors'):
+        with pytest.raises(GeoPriorError, match='must hold averaged weights, got raw ones only'):
+            load_model(NANO, path, weights, num_classes=3)
         return
-    loaded = load_model(None if kind == 'own' else NANO, path, use_ema, None if kind == 'own' else 3)
-    expected = averaged if use_ema else plain
+    own = kind in ('own', 'older')
+    loaded = load_model(None if own else NANO, path, weights, None if own else 3)
+    expected = averaged if weights != 'raw' and kind not in ('bare', 'safetensors') else plain
     assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.model.state_dict().items())
     assert not loaded.model.training
-    assert (loaded.wnids, loaded.img_size) == ((('x', 'y', 'z'), 48) if kind == 'own' else ((), None))
-    assert ('--use-ema takes them' in ' '.join(loaded.notes)) == (kind in ('own', 'timm') and not use_ema)
+    assert (loaded.wnids, loaded.img_size) == ((('x', 'y', 'z'), 48) if own else ((), None))
+    taken = 'averaged' if expected is averaged else 'raw'
+    said = f'the {taken} weights are used; it holds {"raw" if taken == "averaged" else "averaged"} ones too'
+    assert (said in ' '.join(loaded.notes)) == (kind in ('own', 'timm', 'older'))
 
 
 def test_the_hash_of_a_state_dict_is_of_its_values(tmp_path):
@@ -417,7 +421,7 @@ def test_a_checkpoint_is_read_as_data(tmp_path):
     (tmp_path / 'evil.pt').write_bytes(pickle.dumps(Payload(tmp_path / 'ran'), protocol=2))
     torch.save({'model': Payload(tmp_path / 'ran')}, tmp_path / 'evil2.pt')
     for name in ('evil.pt', 'evil2.pt'):
-        with pytest.raises(EvaluationError, match='cannot be read as a checkpoint'):
+        with pytest.raises(GeoPriorError, match='cannot be read as a checkpoint|must hold tensors and'):
             load_model(NANO, tmp_path / name)
     assert not (tmp_path / 'ran').exists()
 
@@ -436,5 +440,5 @@ def test_weights_that_do_not_fit(name, content, message, tmp_path):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(GeoPriorError, match=message):
         load_model(name, path, num_classes=3)

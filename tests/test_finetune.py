@@ -14,8 +14,8 @@ from PIL import Image
 
 from timm_geoprior.cli import main
 from timm_geoprior.pretrained.manifest import load_manifest
-from timm_geoprior.release.publish import read_checkpoint, release_tensors
-from timm_geoprior.training.checkpoint import load_checkpoint
+from timm_geoprior.release.publish import release_tensors
+from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
 from timm_geoprior.training.finetune import Splits, find_splits, plot_confusion
 
 FAST = ('--set', 'epochs=2', '-j', '0', '--device', 'cpu')
@@ -79,7 +79,7 @@ def test_transformers_takes_the_folder(finished, photo_folder):
 def test_publish_takes_the_run(finished):
     """Both files that scripts/publish.py may be given hold the same release."""
     files = ('best.pt', 'model.safetensors')
-    run, bare = (release_tensors(read_checkpoint(finished / name).state_dict) for name in files)
+    run, bare = (release_tensors(read_weights(finished / name).state_dict) for name in files)
     assert run.keys() == bare.keys()
     assert all(torch.equal(run[name], bare[name]) for name in run)
 
@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
     """Ctrl-C after the first epoch, then the same command with --resume; what stands is not overwritten without."""
     program = (
         'import os, signal, sys\n'
-        'from timm_geoprior import finetune\n'
+        'from timm_geoprior.training import finetune\n'
         'from timm_geoprior.cli import main\n'
         'tell = finetune._Watch.__call__\n'
         'def stop(self, history):\n'

@@ -25,16 +25,14 @@ from timm_geoprior.pretrained.loading import load_golden, load_verified
 from timm_geoprior.pretrained.manifest import ManifestError, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import golden_error
 from timm_geoprior.release.publish import (
-    Checkpoint,
     PublishError,
     bundle,
     export_weights,
     push,
-    read_checkpoint,
     read_staged,
     stage,
 )
-from timm_geoprior.training.checkpoint import CheckpointError
+from timm_geoprior.training.checkpoint import CheckpointError, SavedModel, read_weights
 
 ROOT = Path(__file__).parent.parent
 FILES = {'model.safetensors', 'golden/outputs.safetensors', 'config.json', 'README.md', 'results.json', 'radii.png',
@@ -94,7 +92,7 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path, value):
 
 
 def test_raw_or_averaged_weights(run_folder):
-    averaged, raw = (read_checkpoint(run_folder / 'last.pt', raw).state_dict for raw in (False, True))
+    averaged, raw = (read_weights(run_folder / 'last.pt', weights).state_dict for weights in ('auto', 'raw'))
     assert torch.equal(averaged['fc.weight'], raw['fc.weight'] * 0.9)
 
 
@@ -105,7 +103,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name):
     if name == 'trap.pt':
         torch.save({'model': Path('sprung')}, tmp_path / name)
     with pytest.raises(CheckpointError, match=name):
-        read_checkpoint(tmp_path / name)
+        read_weights(tmp_path / name)
 
 
 def test_staged_folder(staged, run_folder):
@@ -125,12 +123,12 @@ def test_staged_folder(staged, run_folder):
         assert file.metadata() == {'format': 'pt', 'architecture': 'geoprior_resnet14_nano', 'tag': 'r64_tin200',
                                    'recipe': 'r64_tin200', 'commit': 'a' * 40}
     model = timm.create_model('geoprior_resnet14_nano', num_classes=200)
-    model.load_state_dict(read_checkpoint(run_folder / 'last.pt').state_dict)
+    model.load_state_dict(read_weights(run_folder / 'last.pt').state_dict)
     assert golden_error(model, load_file(staged / 'golden/outputs.safetensors')) < 0.01
 
 
 def test_experiments_go_into_the_card(run_folder, tmp_path):
-    checkpoint, found = read_checkpoint(run_folder / 'last.pt'), tmp_path / 'comparison.md'
+    checkpoint, found = read_weights(run_folder / 'last.pt'), tmp_path / 'comparison.md'
     for content, reason in ((None, 'No such file or directory'), (b'\xff\xfe', 'it is not UTF-8')):
         if content:
             found.write_bytes(content)
@@ -154,7 +152,7 @@ def write_baseline(path, preprocessing=(), **counts):
 
 def test_the_baseline_is_the_figure_of_the_same_precision(staged, run_folder, tmp_path):
     write_baseline(tmp_path / 'plain.json')
-    entry = stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
+    entry = stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
                   tmp_path / 'plain.json', run_folder)
     assert (entry.baseline.architecture, entry.baseline.parameters) == ('resnet14t', 123)
     assert (entry.baseline.metric.top1_correct, entry.baseline.metric.img_size) == (5000, 64)
@@ -171,7 +169,7 @@ def test_the_baseline_is_the_figure_of_the_same_precision(staged, run_folder, tm
 def test_a_baseline_measured_otherwise_is_refused(staged, run_folder, tmp_path, preprocessing, counts, message):
     write_baseline(tmp_path / 'plain.json', preprocessing, **counts)
     with pytest.raises(PublishError, match=message):
-        stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
+        stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
               tmp_path / 'plain.json', run_folder)
     assert not (tmp_path / 'nano').exists()
 
@@ -179,7 +177,7 @@ def test_a_baseline_measured_otherwise_is_refused(staged, run_folder, tmp_path, 
 def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
     shutil.copytree(staged, tmp_path / 'nano')
     (tmp_path / 'nano' / 'old.txt').touch()
-    checkpoint = read_checkpoint(run_folder / 'last.pt')
+    checkpoint = read_weights(run_folder / 'last.pt')
     named = altered(checkpoint, model_name=f'{checkpoint.model_name}.of_any_tag')  # as recipes for ImageNet name it
     stage(planned(), named, tmp_path / 'nano', run_folder / 'val.json', run=run_folder)
     assert files(tmp_path / 'nano') == files(staged)
@@ -187,7 +185,7 @@ def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
 
 
 def altered(checkpoint, **changes):
-    return Checkpoint(**{**vars(checkpoint), **changes})
+    return SavedModel(**{**vars(checkpoint), **changes})
 
 
 def alter_results(path, **changes):
@@ -215,11 +213,11 @@ def alter_results(path, **changes):
 def test_what_cannot_be_staged_leaves_nothing(run_folder, tmp_path, change, message):
     run = tmp_path / 'run'
     shutil.copytree(run_folder, run)
-    checkpoint = read_checkpoint(run / 'last.pt')
+    checkpoint = read_weights(run / 'last.pt')
     changed = change(checkpoint, run)
     (tmp_path / 'out').mkdir()
     with pytest.raises(PublishError, match=message):
-        stage(planned(), changed if isinstance(changed, Checkpoint) else checkpoint, tmp_path / 'out' / 'nano',
+        stage(planned(), changed if isinstance(changed, SavedModel) else checkpoint, tmp_path / 'out' / 'nano',
               run / 'val.json', run=run)
     assert list((tmp_path / 'out').iterdir()) == []
 
@@ -227,7 +225,7 @@ def test_what_cannot_be_staged_leaves_nothing(run_folder, tmp_path, change, mess
 def test_a_folder_of_something_else_is_left_alone(run_folder, tmp_path):
     (tmp_path / 'photos').mkdir()
     with pytest.raises(PublishError, match='is no staged folder'):
-        stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'photos')
+        stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'photos')
     assert list(tmp_path.iterdir()) == [tmp_path / 'photos']
 
 
@@ -262,7 +260,7 @@ def test_bundle(staged, manifest, weights_dir):
 
 def test_released_bytes_do_not_change(staged, run_folder, manifest, weights_dir, tmp_path):
     entry = bundle(staged, manifest)
-    raw = read_checkpoint(run_folder / 'last.pt', raw=True)
+    raw = read_weights(run_folder / 'last.pt', 'raw')
     before = {path: path.read_bytes() for path in (*weights_dir.iterdir(), manifest)}
     other = stage(entry, raw, tmp_path / 'other')
     assert other.metrics == ()
@@ -275,7 +273,7 @@ def test_released_bytes_do_not_change(staged, run_folder, manifest, weights_dir,
 
 def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights_dir, tmp_path):
     entry = bundle(staged, manifest)
-    again = stage(entry, read_checkpoint(weights_dir / f'{NANO}.safetensors'), tmp_path / 'again')
+    again = stage(entry, read_weights(weights_dir / f'{NANO}.safetensors'), tmp_path / 'again')
     for name in ('model.safetensors', 'golden/outputs.safetensors', 'train_log.csv', 'results.json', 'config.json'):
         assert (tmp_path / 'again' / name).read_bytes() == (staged / name).read_bytes()
     assert again.metrics == entry.metrics
@@ -284,20 +282,20 @@ def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights_dir
 def test_other_weights_keep_nothing_of_the_old_ones(staged, manifest, weights_dir, run_folder, tmp_path):
     """Neither figures nor where they are from, where the file itself does not say."""
     write_baseline(tmp_path / 'plain.json')
-    first = stage(planned(), read_checkpoint(run_folder / 'last.pt'), tmp_path / 'first', run_folder / 'val.json',
+    first = stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'first', run_folder / 'val.json',
                   tmp_path / 'plain.json', run_folder)
     entry = bundle(tmp_path / 'first', manifest)
     assert first.baseline
     assert entry.train_log
-    trained = read_checkpoint(weights_dir / f'{NANO}.safetensors')
-    other = Checkpoint({key: value * 1.25 if value.ndim > 1 else value for key, value in trained.state_dict.items()})
+    trained = read_weights(weights_dir / f'{NANO}.safetensors')
+    other = SavedModel({key: value * 1.25 if value.ndim > 1 else value for key, value in trained.state_dict.items()})
     again = stage(entry, other, tmp_path / 'other')
     assert again.metrics == ()
     assert again.baseline is again.train_log is again.recipe_commit is again.seed is None
     assert not (tmp_path / 'other' / 'train_log.csv').exists()
     with safe_open(tmp_path / 'other' / 'model.safetensors', 'pt') as file:
         assert 'commit' not in file.metadata()
-    retrained = stage(entry, altered(read_checkpoint(run_folder / 'last.pt', raw=True), seed=4), tmp_path / 'retrained')
+    retrained = stage(entry, altered(read_weights(run_folder / 'last.pt', 'raw'), seed=4), tmp_path / 'retrained')
     assert (retrained.metrics, retrained.baseline, retrained.seed) == ((), None, 4)
     assert retrained.recipe_commit == entry.recipe_commit  # this checkpoint's
 
@@ -306,7 +304,7 @@ def test_what_the_manifest_refuses_changes_no_weights(staged, manifest, weights_
     entry = bundle(staged, manifest)
     before = {path: path.read_bytes() for path in (*weights_dir.iterdir(), manifest)}
     second = replace(entry, name='geoprior_resnet14_nano.other')  # both its architecture's default
-    raw = read_checkpoint(run_folder / 'last.pt', raw=True)
+    raw = read_weights(run_folder / 'last.pt', 'raw')
     stage(second, raw, tmp_path / 'other')
     with pytest.raises(ManifestError, match='default'):
         bundle(tmp_path / 'other', manifest)

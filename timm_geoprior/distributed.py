@@ -7,6 +7,7 @@ from timm.utils import init_distributed_device
 from torch import Tensor
 
 from .errors import EvaluationError
+from .files import first_line
 
 __all__ = ['find_device', 'joined', 'reduce_sum']
 
@@ -24,17 +25,18 @@ def find_device(name: str) -> tuple[torch.device, int, int]:
         EvaluationError: There is no such device.
     """
     if name.startswith('cuda') and not torch.cuda.is_available():
-        raise EvaluationError(f'--device is {name}, and torch finds no GPU, expected one: name cpu.')
+        raise EvaluationError(f'--device must be a device of this machine, got {name}, and torch finds no GPU. '
+                              f'Use --device cpu.')
     try:
-        device = torch.empty(0, device=name).device
         if joined():
-            return device, dist.get_rank(), dist.get_world_size()
+            return torch.empty(0, device=name).device, dist.get_rank(), dist.get_world_size()
+        torch.device(name)  # a typo is found before any waiting for others
         place = argparse.Namespace(device=name)
-        device = init_distributed_device(place)
-        torch.empty(0, device=device)
+        # only after this is the first byte allocated: before, every process would take memory of GPU 0
+        device = torch.empty(0, device=init_distributed_device(place)).device
     except Exception as error:  # torch's own differ from device to device
-        raise EvaluationError(f'--device {name} cannot be used ({str(error).splitlines()[0].rstrip(".")}), expected '
-                              f'cuda, cpu or another one of torch: check --device.') from None
+        raise EvaluationError(f'--device {name} cannot be used ({first_line(error)}), expected cuda, cpu or '
+                              f'another one of torch: check --device.') from None
     return device, int(place.rank), int(place.world_size)
 
 

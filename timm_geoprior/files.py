@@ -1,14 +1,16 @@
 """Files: written whole or not at all, JSON, CSV, Markdown tables and figures."""
 import csv
+import functools
 import io
 import json
 import os
 import tempfile
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ['first_line', 'save_figure', 'write_atomically', 'write_csv', 'write_json']
+__all__ = ['drawable', 'first_line', 'save_figure', 'write_atomically', 'write_csv', 'write_json']
 
 
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
@@ -44,7 +46,9 @@ def write_json(path: Path, content: Any) -> None:
         ValueError: The content has a NaN or an infinity, which JSON does not know.
         OSError: As `write_atomically`.
     """
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n').encode())
+    # a file name that is no UTF-8 has lone surrogates: their backslash escape is JSON's own
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
+    write_atomically(path, text.encode(errors='backslashreplace'))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -58,19 +62,60 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors='backslashreplace'))
 
 
 def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
-    """Save a matplotlib figure in the format of the path's suffix.
+    """Save a matplotlib figure in the format of the path's suffix, each text with the fonts that have its characters.
 
     Raises:
         OSError: As `write_atomically`.
     """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if found := [family for family in map(_family_of, text.get_text()) if family]:
+            text.set_fontfamily([*text.get_fontfamily(), *dict.fromkeys(found)])
     # without the software's version: the same figure gives the same bytes
     metadata = {'Software': None} if path.suffix == '.png' else None
     write_atomically(
         path, lambda file: figure.savefig(file, format=path.suffix.lstrip('.'), dpi=dpi, metadata=metadata))
+
+
+def drawable(name: str, instead: str = '?') -> str:
+    """Make a name one that matplotlib draws as it stands.
+
+    `$` starts no formula. A character that no installed font has loses its accents, or is left out.
+
+    Args:
+        name: Any string, such as the name of a class; bytes of a file name that are not UTF-8 become question marks.
+        instead: What stands for a name of which nothing is left, such as its index.
+
+    Returns:
+        The text for `save_figure`, which chooses the fonts.
+    """
+    text = name.encode(errors='replace').decode()
+    plain = ''.join(
+        character if character.isspace() or _family_of(character) is not None
+        else unicodedata.normalize('NFKD', character).encode('ascii', 'ignore').decode() for character in text)
+    return (plain.strip() or instead).replace('$', r'\$')
+
+
+@functools.cache
+def _family_of(character: str) -> str | None:
+    """The installed font family that has a glyph for a character: '' for matplotlib's own, None where there is none."""
+    from matplotlib.font_manager import fontManager
+    from matplotlib.ft2font import FT2Font
+
+    if character.isascii():
+        return '' if character.isprintable() else None
+    own = 'DejaVu Sans'
+    for font in sorted(fontManager.ttflist, key=lambda font: (font.name != own, font.name)):
+        regular = (font.style, font.weight, font.stretch) == ('normal', 400, 'normal')
+        # matplotlib's last resort has a box for every character
+        if regular and not font.name.startswith('Last Resort') and FT2Font(font.fname).get_char_index(ord(character)):
+            return '' if font.name == own else str(font.name)
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import BlurPool2d
 from timm.models import Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -119,6 +120,13 @@ def _check_stages(**stages: tuple[int, ...]) -> None:
         raise ValueError(f'value_dims must not be negative, got {stages["value_dims"]}.')
 
 
+def _aa_class(name: str) -> type[nn.Module]:
+    layers: dict[str, type[nn.Module]] = {'avg': nn.AvgPool2d, 'blur': BlurPool2d}
+    if name not in layers:
+        raise ValueError(f"aa_layer must be 'avg' or 'blur', got {name!r}. Change aa_layer.")
+    return layers[name]
+
+
 class GeoPriorResNet(ResNet):
     """timm's ResNet, made of GeoPriorBottlenecks.
 
@@ -137,6 +145,7 @@ class GeoPriorResNet(ResNet):
             attn_kernel: KernelType = 'gaussian',
             channels: tuple[int, ...] = (64, 128, 256, 512),
             cardinality: int = 1,
+            aa_layer: type[nn.Module] | str | None = None,
             **kwargs: Any,
     ) -> None:
         """
@@ -148,6 +157,7 @@ class GeoPriorResNet(ResNet):
             attn_kernel: 'gaussian' or 'laplacian'.
             channels: Width of the 3x3 layers in each stage, a quarter of the stage's output channels.
             cardinality: Must be 1.
+            aa_layer: Pooling before each halving of the map, timm's class or its name: 'avg' or 'blur'.
             **kwargs: Other arguments of timm's ResNet.
 
         Raises:
@@ -161,7 +171,9 @@ class GeoPriorResNet(ResNet):
         _check_stages(layers=layers, value_dims=value_dims, channels=channels)
         attn: dict[str, Any] = {'attn_heads': attn_heads, 'attn_radius': attn_radius, 'attn_kernel': attn_kernel}
         blocks = tuple(_StageBlock(GeoPriorBottleneck, value_dim=value_dim, **attn) for value_dim in value_dims)
-        super().__init__(blocks, layers, channels=channels, **kwargs)  # type: ignore[arg-type]
+        if isinstance(aa_layer, str):  # as a config.json holds it; timm's stem takes classes only
+            aa_layer = _aa_class(aa_layer)
+        super().__init__(blocks, layers, channels=channels, aa_layer=aa_layer, **kwargs)  # type: ignore[arg-type]
 
     def init_weights(self, zero_init_last: bool = True) -> None:
         """Initialize all parameters and buffers, also after `to_empty`.

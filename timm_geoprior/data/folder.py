@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .reading import CorruptImages, read_image
 from .seeding import generator, seed_everything
+from .workers import init_worker
 
 __all__ = ['FolderLoader']
 
@@ -91,7 +92,7 @@ class FolderLoader:
         self.device = device or torch.device('cpu')
         self.loader = DataLoader(
             _SeededImages(dataset, make_transform, seed), batch_sampler=self.batches, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
+            worker_init_fn=init_worker, persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
         self.corrupt = CorruptImages(dataset, max_corrupt)
 
     def __len__(self) -> int:

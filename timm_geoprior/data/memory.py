@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .reading import CorruptImages, read_image
 from .seeding import generator
+from .workers import init_worker
 
 __all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
 
@@ -91,7 +92,7 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     targets = torch.empty(len(dataset), dtype=torch.int64)
     start = 0
-    loader = DataLoader(_Uint8Images(dataset, size), batch_size=500, num_workers=workers)
+    loader = DataLoader(_Uint8Images(dataset, size), batch_size=500, num_workers=workers, worker_init_fn=init_worker)
     for batch, labels, bad in tqdm(loader, desc='decoding', unit='batch', leave=False):
         corrupt.note(bad.tolist())
         images[start:start + len(batch)] = batch

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .datasets import EvalSet
+from .workers import init_worker
 
 __all__ = ['empty_folders', 'find_unreadable', 'image_fault', 'nested_folders', 'repeated_classes']
 
@@ -79,7 +80,8 @@ def find_unreadable(
     reader = getattr(data.dataset, 'reader', None)
     if reader is None:
         return []
-    loader = DataLoader(_Faults(reader, indices), batch_size=64, num_workers=workers, collate_fn=list)
+    loader = DataLoader(_Faults(reader, indices), batch_size=64, num_workers=workers, collate_fn=list,
+        worker_init_fn=init_worker)
     found: list[tuple[int, str]] = []
     with tqdm(total=len(indices), desc='checking', unit=' images', disable=True if quiet else None) as progress:
         for batch in loader:

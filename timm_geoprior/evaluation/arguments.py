@@ -63,7 +63,11 @@ def _add_model_arguments(group: Any) -> None:
         '--tag', metavar='NAME',
         help='a tag of the manifest, a pattern like "*tin200", or "all": those that have weights, one after the other')
     group.add_argument('--checkpoint', type=Path, metavar='PATH', help='weights, in place of the pretrained ones')
-    group.add_argument('--use-ema', action='store_true', help="the checkpoint's averaged weights")
+    group.add_argument(
+        '--use-ema', dest='weights', action='store_const', const='ema', default='auto',
+        help="the checkpoint's averaged weights, which are taken by default where it has any")
+    group.add_argument(
+        '--raw', dest='weights', action='store_const', const='raw', help='its raw weights, beside averaged ones')
     group.add_argument(
         '--pretrained', action='store_true', help="timm's argument; without --checkpoint it goes without saying")
     group.add_argument(

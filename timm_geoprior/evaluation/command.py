@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from ..data.datasets import EvalSet, fingerprint, open_data, plain_archive
 from ..distributed import find_device, joined
-from ..errors import EvaluationError, ProcessError
-from ..pretrained.loading import WeightsError
-from ..pretrained.manifest import ManifestError, load_manifest
+from ..errors import EvaluationError, GeoPriorError, ProcessError
+from ..pretrained.manifest import load_manifest
 from .arguments import parse_arguments
 from .check import deviations, find_metric
 from .classes import ClassMismatchError, match_classes
@@ -129,7 +128,7 @@ def _measure_all(run: _Run) -> None:
                 if not _is_sweep(args):
                     raise
                 run.settings.tell(f'{name} is passed over: {error}')
-            except (EvaluationError, WeightsError) as error:
+            except GeoPriorError as error:
                 if not _is_sweep(args) or isinstance(error, ProcessError):
                     raise
                 run.fail(f'{name} failed: {error}')
@@ -142,7 +141,7 @@ def _measure(run: _Run, data: EvalSet, name: str | None) -> None:
     if _is_sweep(args) and name is not None:  # do not fetch weights for other classes
         labels = load_manifest().label_sets[load_manifest().get(name).label_set]
         match_classes(data.classes, labels.wnids, labels.names, labels.num_classes, args.subset)
-    loaded = load_model(name, args.checkpoint, args.use_ema, args.num_classes,
+    loaded = load_model(name, args.checkpoint, args.weights, args.num_classes,
                         args.input_size[0] if args.input_size else 3, args.model_kwargs)
     planned = plan(data, loaded, settings)
     for note in (*loaded.notes, *planned.match.notes):
@@ -228,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _measure_all(run)
         _write_results(run)
         return 1 if run.faults else 0
-    except (EvaluationError, ManifestError, WeightsError) as error:
+    except GeoPriorError as error:
         if not args.rank or isinstance(error, ProcessError):  # the others have met the same
             print(f'validate.py: {error}', file=sys.stderr)
         return 1

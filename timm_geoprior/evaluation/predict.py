@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..data.datasets import EvalSet, take_shards
+from ..data.workers import init_worker
 from ..distributed import joined, reduce_sum
 from ..errors import ProcessError
 from .accuracy import Counts, target_ranks
@@ -103,6 +104,12 @@ class _ToModelClass:
         return int(self.to_model[label]) if len(self.to_model) else label
 
 
+def _seed_worker(worker: Any) -> int:
+    """What timm's loader calls in each worker, whose own seed it wants back."""
+    init_worker(worker)
+    return int(worker.seed)
+
+
 def make_loader(
         source: Shard | EvalSet,
         config: dict[str, Any],
@@ -142,7 +149,8 @@ def make_loader(
         return ()
     loader: Iterable[Batch] = create_loader(  # workers that outlive the pass: the time of their end is not the pass's
         dataset, batch_size=batch_size, num_workers=workers, device=device, pin_memory=device.type == 'cuda',
-        persistent_workers=workers > 0, **config)
+        persistent_workers=workers > 0, worker_seeding=_seed_worker,  # type: ignore[arg-type]
+        **config)
     return loader
 
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import timm
 import torch
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -42,11 +41,11 @@ from ..pretrained.manifest import (
 )
 from ..pretrained.verify import GOLDEN_TOLERANCES, golden_error
 from ..radii import learned_radii
-from ..training.checkpoint import CheckpointError, load_checkpoint
+from ..training.checkpoint import SavedModel
 from .cards import model_card, plot_radii
 
 __all__ = [
-    'Checkpoint', 'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_checkpoint', 'stage',
+    'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'stage',
 ]
 
 WEIGHTS, RESULTS, TRAIN_LOG, CURVES = 'model.safetensors', 'results.json', 'train_log.csv', 'curves.png'
@@ -60,52 +59,6 @@ TRAINING_OPTIONS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'attn_radi
 
 class PublishError(GeoPriorError):
     """A model cannot be staged, bundled or pushed; nothing was released."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a release takes from a checkpoint.
-
-    Attributes:
-        state_dict: Weights, raw or averaged.
-        recipe: The recipe's keys and values.
-        commit: Commit of the project that trained it.
-        seed: Seed of the run.
-        versions: Package -> version.
-        model_name: Architecture that was trained, with or without a tag; empty where the file does not say.
-        model_kwargs: Its options.
-    """
-    state_dict: dict[str, Tensor]
-    recipe: dict[str, Any] = field(default_factory=dict)
-    commit: str | None = None
-    seed: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    model_name: str = ''
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-def read_checkpoint(path: Path, raw: bool = False) -> Checkpoint:
-    """Read a training checkpoint, or a bare safetensors file.
-
-    Args:
-        path: The file.
-        raw: Take the raw weights although averaged ones (EMA) are there.
-
-    Returns:
-        Its weights and where they are from.
-
-    Raises:
-        CheckpointError: It is no checkpoint, or holds more than data: a pickle is never run.
-    """
-    if path.suffix == '.safetensors':
-        try:
-            return Checkpoint(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f'{path} is no safetensors file ({error}), expected one.') from None
-    state = load_checkpoint(path)
-    averaged = None if raw else state.get('ema')
-    taken = {f.name: state[f.name] for f in fields(Checkpoint) if state.get(f.name) is not None}
-    return Checkpoint(**{**taken, 'state_dict': averaged or state['model']})
 
 
 def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,7 +125,7 @@ def golden_tensors(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
 
 def stage(
         entry: ModelEntry,
-        checkpoint: Checkpoint,
+        checkpoint: SavedModel,
         folder: Path,
         results: Path | None = None,
         baseline: Path | None = None,
@@ -244,7 +197,7 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _released_model(entry: ModelEntry, checkpoint: Checkpoint) -> nn.Module:
+def _released_model(entry: ModelEntry, checkpoint: SavedModel) -> nn.Module:
     """The architecture with the weights as they are released."""
     if checkpoint.model_name.partition('.')[0] not in ('', entry.architecture):
         raise PublishError(
@@ -264,7 +217,7 @@ def _released_model(entry: ModelEntry, checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
-def _check_rounding(checkpoint: Checkpoint, model: nn.Module, golden: dict[str, Tensor]) -> None:
+def _check_rounding(checkpoint: SavedModel, model: nn.Module, golden: dict[str, Tensor]) -> None:
     """The checkpoint as it was trained gives nearly the golden logits."""
     trained = copy.deepcopy(model)
     trained.load_state_dict(checkpoint.state_dict)
@@ -275,7 +228,7 @@ def _check_rounding(checkpoint: Checkpoint, model: nn.Module, golden: dict[str, 
             f'weights do not bear it.')
 
 
-def _write_weights(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, folder: Path) -> ModelEntry:
+def _write_weights(entry: ModelEntry, checkpoint: SavedModel, model: nn.Module, folder: Path) -> ModelEntry:
     """Weights and golden outputs, and the entry that describes them."""
     metadata = {'architecture': entry.architecture, 'tag': entry.tag}
     metadata |= {key: value for key, value in (('recipe', entry.recipe), ('commit', entry.recipe_commit)) if value}
@@ -294,7 +247,7 @@ def _write_weights(entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, 
 
 
 def _write_papers(
-        entry: ModelEntry, checkpoint: Checkpoint, model: nn.Module, run: Path | None, experiments: str, folder: Path,
+        entry: ModelEntry, checkpoint: SavedModel, model: nn.Module, run: Path | None, experiments: str, folder: Path,
 ) -> None:
     """All but the weights."""
     logs = {}
@@ -313,7 +266,7 @@ def _write_papers(
     plot_radii(learned_radii(model, entry.input.input_size), folder / 'radii.png')
 
 
-def _recipe_text(entry: ModelEntry, checkpoint: Checkpoint) -> str:
+def _recipe_text(entry: ModelEntry, checkpoint: SavedModel) -> str:
     """The recipe as it was run, else as the package ships it."""
     if checkpoint.recipe:
         return yaml.safe_dump(checkpoint.recipe, sort_keys=False, default_flow_style=None)

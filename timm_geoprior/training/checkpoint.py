@@ -1,17 +1,113 @@
-"""Checkpoints: written whole or not at all, read as data."""
+"""Checkpoints: written whole or not at all, and read as data by one function for every command."""
+import argparse
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import Tensor
 
 from ..errors import GeoPriorError
-from ..files import write_atomically
+from ..files import first_line, write_atomically
 
-__all__ = ['CheckpointError', 'load_checkpoint', 'save_checkpoint']
+__all__ = [
+    'CheckpointError', 'SavedModel', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
+]
+
+# timm's names first: 'model_ema' beside 'model' is what its own loading takes before the raw weights
+AVERAGED = ('model_ema', 'state_dict_ema', 'ema')
+RAW = ('model', 'state_dict')
 
 
 class CheckpointError(GeoPriorError):
     """A checkpoint that cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The weights of a file, and what the file says of them; a bare state dict says nothing else.
+
+    Attributes:
+        state_dict: Weights, raw or averaged.
+        averaged: Whether they are the averaged ones.
+        note: Which weights were taken, for people; '' where the file holds one kind only.
+        model_name: The model that was trained, with or without a tag.
+        model_kwargs: Its options.
+        num_classes: Number of its classes.
+        class_names: Names of its classes, in their order.
+        recipe: Keys and values of the recipe.
+        commit: Commit of the code that trained it.
+        seed: Seed of the run.
+        versions: Version of each package.
+    """
+    state_dict: dict[str, Tensor]
+    averaged: bool = False
+    note: str = ''
+    model_name: str = ''
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    recipe: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def img_size(self) -> int | None:
+        """Side of the images that the run was measured with, in pixels."""
+        return self.recipe.get('eval_size') or self.recipe.get('img_size')
+
+
+def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') -> SavedModel:
+    """Read weights from a checkpoint of this package or of timm, a state dict, or safetensors.
+
+    Args:
+        path: The file. It is read as data: no pickled code is run.
+        weights: 'ema' for averaged weights, 'raw' for those that the optimizer left, 'auto' for averaged ones where
+            there are any. Every command takes 'auto' unless it is told otherwise.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or has no averaged weights where they are asked for.
+    """
+    content = _read(path)
+    averaged = next((key for key in AVERAGED if isinstance(content.get(key), Mapping)), None)
+    raw = next((key for key in RAW if isinstance(content.get(key), Mapping)), None)
+    if weights == 'ema' and averaged is None:
+        raise CheckpointError(f'{path} must hold averaged weights, got raw ones only. Leave out --use-ema.')
+    key = raw if weights == 'raw' or averaged is None else averaged
+    note = ''
+    if averaged is not None and raw is not None:
+        taken, other = ('raw', 'averaged') if key == raw else ('averaged', 'raw')
+        note = f'{path}: the {taken} weights are used; it holds {other} ones too.'
+    state_dict = content if key is None else content[key]
+    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise CheckpointError(f'{path} must hold a state dict of tensors, got the keys '
+                              f'{", ".join(map(str, list(content)[:5])) or "of an empty file"}. Name a checkpoint.')
+    said = {name: content[name] for name in ('model_name', 'model_kwargs', 'num_classes', 'class_names', 'recipe',
+                                             'commit', 'seed', 'versions') if key and content.get(name) is not None}
+    if 'class_names' in said:
+        said['class_names'] = tuple(said['class_names'])
+    tensors = {name: value for name, value in state_dict.items() if name != 'n_averaged'}  # torch's AveragedModel's own
+    return SavedModel(clean_state_dict(tensors), key is not None and key == averaged, note, **said)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load all that `save_checkpoint` saved, for a run to resume from.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or no checkpoint of a run.
+    """
+    if not path.is_file():
+        raise CheckpointError(f'There is no checkpoint {path}. Start without --resume, or name another folder.')
+    state = _read(path)
+    if 'model' not in state:
+        raise CheckpointError(f'{path} must hold the state of a run, got the keys {", ".join(map(str, state))[:80]}. '
+                              f'Name the folder of a run of `timm-geoprior train`.')
+    return state
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -26,27 +122,49 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         cause: BaseException = error
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
-        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]
-        raise CheckpointError(
-            f'Could not write the checkpoint {path} ({reason}); the one before it is untouched: free some space and '
-            f'run again with --resume.') from error
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(cause)
+        raise CheckpointError(f'The checkpoint {path} could not be written ({reason}); the one before it is '
+                              f'untouched. Free some space and run again with --resume.') from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load what `save_checkpoint` saved, as data: no pickled code is ever run.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or holds anything but tensors and plain containers.
-    """
+def _read(path: Path) -> dict[str, Any]:
+    """The dictionary in a file."""
     if not path.is_file():
-        raise CheckpointError(f'There is no checkpoint {path}: start without --resume, or name another folder.')
+        raise CheckpointError(f'The checkpoint {path} does not exist. Check its path.')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        reason = str(error).splitlines()[0].split('. ')[0] if str(error) else type(error).__name__
-        raise CheckpointError(f'{path} is not a checkpoint that can be read as data ({reason}), expected one of '
-                              f'scripts/train.py: put a whole copy there, or train into another folder.') from error
-    if not isinstance(state, dict) or 'model' not in state:
-        raise CheckpointError(f'{path} holds no training state, expected a dictionary with the key "model": name the '
-                              f'folder of a run of scripts/train.py.')
-    return state
+        with path.open('rb') as file:
+            if file.read(24).startswith(b'version https://git-lfs'):
+                raise CheckpointError(f'{path} must hold weights, got a Git LFS pointer to them. Run `git lfs pull`.')
+        if path.suffix == '.safetensors':
+            return load_file(path, device='cpu')
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what timm's own checkpoints hold
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and safetensors raise half a dozen types for a damaged file
+        if pickled := re.search(r'Unsupported global: GLOBAL (\S+)', str(error)):
+            raise CheckpointError(f'{path} must hold tensors and plain containers, got a pickled {pickled[1]}, whose '
+                                  f'code is not run. Save `model.state_dict()` instead of the model.') from None
+        raise CheckpointError(f'{path} cannot be read as a checkpoint ({first_line(error).split(". ")[0]}). It is '
+                              f'damaged or of another kind: copy it again.') from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{path} must hold a dictionary, got a {type(content).__name__}. Name a checkpoint.')
+    return content
+
+
+def take_prefix_off(state_dict: Mapping[str, Tensor], names: Collection[str]) -> tuple[dict[str, Tensor], str]:
+    """Find a network's tensors below a prefix, as Lightning saves those of `self.model` below 'model.'.
+
+    Args:
+        state_dict: Tensors by name.
+        names: Names of the network's own tensors.
+
+    Returns:
+        The tensors below the prefix with which most names are found, and that prefix; '' and all where none helps.
+    """
+    known = set(names)
+    prefixes = {'': 0} | {name[:match.end()]: 0 for name in state_dict for match in re.finditer(r'\.', name)}
+    for prefix in prefixes:
+        prefixes[prefix] = sum(name.startswith(prefix) and name[len(prefix):] in known for name in state_dict)
+    best = max(prefixes, key=lambda prefix: prefixes[prefix])
+    return {name[len(best):]: value for name, value in state_dict.items() if name.startswith(best)}, best

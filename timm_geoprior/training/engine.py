@@ -28,7 +28,7 @@ from ..evaluation.accuracy import Counts, count_correct
 from ..pretrained.loading import WeightsError
 from ..provenance import git_commit, hardware, versions
 from . import report
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, read_weights, save_checkpoint
 from .config import RunConfig
 from .parts import (
     Distillation,
@@ -129,7 +129,13 @@ class Trainer:
         recipe = self.recipe
         finetune = '' if self.resume else self.config.finetune
         classes = len(self.data.class_names)
-        self.model = _load(lambda: create_model(recipe, classes, finetune), f'--finetune {finetune}').to(self.device)
+        start = None
+        if finetune and finetune != 'pretrained':
+            start = read_weights(Path(finetune))
+            if start.note and self.rank == 0:
+                print(start.note, file=sys.stderr)
+        self.model = _load(lambda: create_model(recipe, classes, finetune == 'pretrained', start),
+                           f'--finetune {finetune}').to(self.device)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=self.memory_format)
         if recipe.sync_bn and self.world_size > 1:
@@ -163,7 +169,7 @@ class Trainer:
         """All that a resumed run needs, and what a reader of the weights wants to know."""
         return {
             'model': self.model.state_dict(),
-            'ema': self.ema.module.state_dict() if self.ema else None,
+            'model_ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(),
             'epoch': self.epoch, 'update': self.update, 'loss_sum': self.loss_sum, 'seconds': self.seconds,
@@ -193,7 +199,7 @@ class Trainer:
                                 f'{len(self.data.class_names)} in {self.config.data_dir}: check --data-dir.')
         self.model.load_state_dict(state['model'])
         if self.ema:
-            self.ema.module.load_state_dict(state['ema'])
+            self.ema.module.load_state_dict(state['model_ema'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.scaler.load_state_dict(state['scaler'])
         for key in ('epoch', 'update', 'loss_sum', 'seconds', 'skipped', 'best', 'history'):

@@ -27,7 +27,7 @@ from ..evaluation.metrics import confused_pairs, wilson_interval
 from ..evaluation.models import load_model
 from ..evaluation.predict import Predictions
 from ..files import write_atomically
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import CheckpointError, read_weights
 from .config import RunConfig
 from .engine import Trainer, TrainingError
 from .parts import create_model
@@ -261,11 +261,11 @@ class _Watch:
 
 def export(trainer: Trainer, folder: Path) -> None:
     """Write the best epoch's weights and config.json, with which the run's folder is what `local-dir:` loads."""
-    state = load_checkpoint(trainer.config.output / 'best.pt')
-    names = state['class_names']
+    saved = read_weights(trainer.config.output / 'best.pt')
+    names = saved.class_names
     recipe = trainer.recipe
     model: Any = create_model(recipe, len(names))
-    model.load_state_dict(state['ema'] or state['model'])
+    model.load_state_dict(saved.state_dict)
     size = recipe.eval_size or recipe.img_size
     cfg = {key: value for key, value in model.pretrained_cfg.items()
            if key not in ('label_names', 'label_descriptions', 'tag') and not key.startswith('test_')}

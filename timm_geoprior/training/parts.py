@@ -1,7 +1,6 @@
 """What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
 import difflib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,7 +15,7 @@ from timm.task import DistillationTeacher
 from timm.utils import freeze
 from torch import nn
 
-from ..evaluation.models import read_checkpoint
+from .checkpoint import SavedModel, take_prefix_off
 from .recipe import Recipe, RecipeError
 
 __all__ = [
@@ -25,28 +24,24 @@ __all__ = [
 ]
 
 
-def create_model(recipe: Recipe, num_classes: int, finetune: str = '') -> nn.Module:
+def create_model(
+        recipe: Recipe, num_classes: int, pretrained: bool = False, start: SavedModel | None = None) -> nn.Module:
     """The recipe's model.
 
     Args:
         recipe: Names the model, its options and what of it is frozen.
         num_classes: Number of classes; a head of another size is drawn anew.
-        finetune: What it starts from: '' for random weights, 'pretrained' for the weights of the model's tag, or a
-            checkpoint's path: of scripts/train.py or of timm (averaged weights first), a state dict, or safetensors.
+        pretrained: Start from the weights of the model's tag.
+        start: Start from these weights.
 
     Raises:
-        RuntimeError: The tag has no weights, or those of the checkpoint do not fit.
-        EvaluationError: The checkpoint cannot be read.
+        RuntimeError: The tag has no weights, or those of `start` do not fit.
     """
     options = {'drop_rate': recipe.drop, 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
-    if finetune and finetune != 'pretrained':
-        saved = read_checkpoint(Path(finetune))
-        if saved.has_unused_average:
-            saved = read_checkpoint(Path(finetune), use_ema=True)
-        head = saved.state_dict.get(f'{_classifier(recipe.model)}.weight')
-        options['pretrained_cfg_overlay'] = {'state_dict': saved.state_dict,
-                                             'num_classes': num_classes if head is None else len(head)}
-    model: Any = timm.create_model(recipe.model, pretrained=bool(finetune), num_classes=num_classes, **options)
+    if start is not None:
+        options['pretrained_cfg_overlay'] = _overlay(recipe, num_classes, start)
+    model: Any = timm.create_model(
+        recipe.model, pretrained=pretrained or start is not None, num_classes=num_classes, **options)
     for cfg in (model.pretrained_cfg, model.default_cfg):
         cfg.pop('state_dict', None)
     if recipe.freeze:
@@ -55,10 +50,14 @@ def create_model(recipe: Recipe, num_classes: int, finetune: str = '') -> nn.Mod
     return network
 
 
-def _classifier(model: str) -> str:
-    """Name of a model's last layer."""
-    cfg = timm.get_pretrained_cfg(model)
-    return str(cfg and cfg.classifier or 'fc')
+def _overlay(recipe: Recipe, num_classes: int, start: SavedModel) -> dict[str, Any]:
+    """What timm loads in place of the tag's weights."""
+    with torch.device('meta'):
+        model = timm.create_model(recipe.model, num_classes=num_classes, **recipe.model_kwargs)
+    state_dict, _ = take_prefix_off(start.state_dict, model.state_dict().keys())
+    classifier = getattr(model, 'pretrained_cfg', {}).get('classifier') or 'fc'
+    head = state_dict.get(f'{classifier}.weight')
+    return {'state_dict': state_dict, 'num_classes': num_classes if head is None else len(head)}
 
 
 def check_recipe(recipe: Recipe) -> None:

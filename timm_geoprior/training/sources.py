@@ -18,6 +18,7 @@ from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages
 from ..data.splits import hold_out, hold_out_share
+from ..data.workers import init_worker
 from ..errors import EvaluationError, GeoPriorError
 from .config import RunConfig
 from .recipe import Recipe, RecipeError
@@ -256,7 +257,7 @@ def _memory_batches(
 def _folder_batches(
         dataset: Subset[Any], workers: int, device: torch.device, corrupt: CorruptImages) -> Callable[[], Batches]:
     def batches() -> Batches:
-        for images, targets, indices in DataLoader(dataset, 250, num_workers=workers):
+        for images, targets, indices in DataLoader(dataset, 250, num_workers=workers, worker_init_fn=init_worker):
             corrupt.note(indices[targets < 0].tolist())
             yield images[targets >= 0].to(device), targets[targets >= 0].to(device)
     return batches

@@ -1,0 +1,324 @@
+"""The conversion in closed form: its sums against dense matrices and samples, and what it makes of a state dict."""
+import math
+
+import pytest
+import torch
+from timm.models import Bottleneck, ResNet
+from torch import nn
+
+from timm_geoprior import GeoPriorResNet
+from timm_geoprior.conversion import closed_form
+from timm_geoprior.conversion.closed_form import (
+    FollowingLayers,
+    InputModel,
+    LayerModel,
+    activation_statistics,
+    fit_layer,
+)
+from timm_geoprior.conversion.state_dict import attention_blocks, convert_state_dict
+from timm_geoprior.layers import attention_map
+
+CHANNELS = (8, 16, 24, 32)
+VALUE_DIMS = (0, 8, 8, 8)
+FAR_BORDERS = {'input_size': (3, 2 ** 30, 2 ** 30)}  # so that the share of the positions at a border vanishes
+
+
+class Rectifier(nn.ReLU):
+    """ReLU that the closed form does not know."""
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_var, 0.5)):
+                    tensor.copy_(low + torch.rand(tensor.shape, generator=generator))
+                module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
+    return model.eval()
+
+
+def plain(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(ResNet(Bottleneck, **{'layers': (2, 2, 2, 2), 'channels': CHANNELS, 'num_classes': 5, **kwargs}))
+
+
+def geoprior(**kwargs) -> nn.Module:
+    torch.manual_seed(1)
+    options = {'layers': (2, 2, 2, 2), 'channels': CHANNELS, 'num_classes': 5, 'value_dims': VALUE_DIMS, **kwargs}
+    return GeoPriorResNet(**options).eval()
+
+
+def test_moments_of_a_rectified_gaussian_are_those_of_samples():
+    mean, std = torch.tensor([-1.0, 0.0, 0.5, 3.0]), torch.tensor([1.0, 2.0, 0.3, 0.5])
+    found = activation_statistics(mean, std, nn.ReLU())
+    samples = (mean + std * draw(1_000_000, 4)).relu()
+    torch.testing.assert_close(found.mean, samples.mean(0), rtol=0, atol=5e-3)
+    torch.testing.assert_close(found.variance, samples.var(0), rtol=0, atol=2e-2)
+    torch.testing.assert_close(found.slope, (samples > 0).double().mean(0), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(('activation', 'exact'), [(nn.SiLU(), False), (nn.GELU(), False), (Rectifier(), True)])
+def test_other_activations_by_quadrature(activation, exact):
+    mean, std = torch.tensor([-1.0, 0.0, 0.5]), torch.tensor([1.0, 2.0, 0.3])
+    found = activation_statistics(mean, std, activation)
+    samples = activation(mean + std * draw(1_000_000, 3))
+    torch.testing.assert_close(found.mean, samples.mean(0), rtol=0, atol=1e-2)
+    torch.testing.assert_close(found.variance, samples.var(0), rtol=0, atol=2e-2)
+    assert (found.series.square().sum(0) <= found.variance * 1.02).all()
+    if exact:
+        rectified = activation_statistics(mean, std, nn.ReLU())
+        torch.testing.assert_close(found.variance, rectified.variance, rtol=2e-2, atol=1e-3)
+        torch.testing.assert_close(found.series[:4], rectified.series[:4], rtol=0, atol=5e-2)
+
+
+def test_series_give_the_covariance_of_correlated_activations():
+    correlation = torch.tensor([[0.9, -0.7], [0.3, 0.0]], dtype=torch.float64)
+    mean, std = torch.tensor([0.3, -0.5]), torch.tensor([1.0, 2.0])
+    series = activation_statistics(mean, std, nn.ReLU()).series
+    found = closed_form._series_covariance(series, series, correlation)
+    one, other = draw(1_000_000), draw(1_000_000, seed=1)
+    for row in range(2):
+        for column in range(2):
+            r = correlation[row, column]
+            left = (mean[row] + std[row] * one).relu()
+            right = (mean[column] + std[column] * (r * one + (1 - r * r).sqrt() * other)).relu()
+            expected = ((left - left.mean()) * (right - right.mean())).mean()
+            assert abs(found[row, column] - expected) < 0.02
+
+
+def dense_model(weight, inputs, size, stride, radius, kernel):
+    """Convolution, attention and covariance of the inputs as matrices over all positions of a map."""
+    (height, width), cells = size, size[0] * size[1]
+    impulses = torch.eye(cells, dtype=torch.float64).view(cells, 1, height, width)
+    each_tap = torch.eye(9, dtype=torch.float64).view(9, 1, 3, 3)
+    taps = torch.nn.functional.conv2d(impulses, each_tap, stride=stride, padding=1).flatten(2).permute(1, 2, 0)
+    log_radius = torch.tensor([math.log(radius)], dtype=torch.float64)
+    attention = torch.kron(*(attention_map(log_radius, side, stride, kernel=kernel)[0] for side in size))
+    distances = [(torch.arange(side)[:, None] - torch.arange(side)).abs().double() for side in size]
+    correlation = torch.kron(*(inputs.rho ** distance for distance in distances))
+    return torch.einsum('oit,tqk->oiqk', weight.flatten(2), taps), attention, correlation
+
+
+@pytest.mark.parametrize('kernel', ['gaussian', 'laplacian'])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', [(5, 6), (7, 4), (1, 3)])
+def test_sums_are_those_of_dense_matrices(size, stride, kernel):
+    weight, radius = draw(4, 3, 3, 3), 0.9
+    inputs = InputModel(draw(3).abs(), draw(3, seed=1).abs() + 0.1, rho=0.4)
+    layer = LayerModel(weight, inputs, size, stride, kernel)
+    convolution, attention, correlation = dense_model(weight, inputs, size, stride, radius, kernel)
+    both = torch.einsum('oiqk,kl,ql->oi', convolution, correlation, attention)
+    norm = torch.einsum('qk,kl,ql->', attention, correlation, attention)
+    values = layer.values(torch.arange(4), radius)
+    torch.testing.assert_close(values, both / norm)
+    left = convolution - values[:, :, None, None] * attention
+    missed = torch.einsum('oiqk,kl,oiql,i->o', left, correlation, left, inputs.variance)
+    covariance = torch.einsum('oiqk,kl,piql,i->op', convolution, correlation, convolution, inputs.variance)
+    errors = layer.errors(torch.tensor([radius], dtype=torch.float64))
+    torch.testing.assert_close(errors[0], missed / covariance.diagonal())
+    means = torch.einsum('oiqk,i->oq', left, inputs.mean).mean(1)
+    torch.testing.assert_close(layer.mean_shift(torch.arange(4), values), -means)
+    torch.testing.assert_close(layer.covariance(), covariance / len(attention))
+
+
+def test_covariance_with_the_attention_of_two_heads():
+    weight, values, radii = draw(4, 3, 3, 3), draw(4, 3, seed=2), torch.tensor([0.7, 2.0], dtype=torch.float64)
+    inputs = InputModel(draw(3).abs(), draw(3, seed=1).abs() + 0.1)
+    cross, among = LayerModel(weight, inputs, (5, 6)).cross_covariance(values, radii)
+    parts = [dense_model(weight, inputs, (5, 6), 1, radius, 'gaussian') for radius in radii.tolist()]
+    convolution, _, correlation = parts[0]
+    attention = torch.stack([parts[0][1], parts[0][1], parts[1][1], parts[1][1]])
+    mixed = torch.einsum('oiqk,kl,dql,di,i->od', convolution, correlation, attention, values, inputs.variance)
+    torch.testing.assert_close(cross, mixed / 30)
+    own = torch.einsum('cqk,kl,dql,ci,di,i->cd', attention, correlation, attention, values, values, inputs.variance)
+    torch.testing.assert_close(among, own / 30)
+
+
+def test_the_middle_of_a_large_map_is_counted_once():
+    weight, inputs = draw(4, 3, 3, 3), InputModel(draw(3).abs(), draw(3, seed=1).abs() + 0.1)
+    whole = closed_form._Axis(302, 2, 0.5, 'gaussian')
+    closed_form.LARGEST_MAP, kept = 1000, closed_form.LARGEST_MAP
+    try:
+        exact = closed_form._Axis(302, 2, 0.5, 'gaussian')
+    finally:
+        closed_form.LARGEST_MAP = kept
+    assert whole.size < exact.size
+    radii = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    for found, expected in zip(whole.windows(radii), exact.windows(radii), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(whole.pairs, exact.pairs)
+    assert LayerModel(weight, inputs, (2 ** 40, 2 ** 40)).variance.isfinite().all()
+
+
+def fitted(num_heads: int = 1, activation: nn.Module | None = None):
+    weight, bias = draw(16, 8, 3, 3), 0.3 * draw(16, seed=4).abs()
+    inputs = InputModel.behind_norm(draw(8, seed=1), draw(8, seed=2), nn.ReLU())
+    layer = LayerModel(weight, inputs, (7, 7))
+    behind = FollowingLayers(draw(16, seed=3), bias, activation or nn.ReLU(), draw(32, 16, seed=5))
+    return layer, behind, fit_layer(layer, behind, 4, num_heads)
+
+
+def test_the_correction_is_a_regression_of_what_is_lost():
+    """Against least squares on samples of the model itself, at a position far from any border."""
+    layer, behind, _ = fitted()
+    layer = LayerModel(layer.kernels.view(16, 8, 3, 3), layer.inputs, (2 ** 30, 2 ** 30))
+    fit = fit_layer(layer, behind, 4)
+    distance = (torch.arange(7)[:, None] - torch.arange(7)).abs().double()
+    root = torch.linalg.cholesky(torch.kron(layer.inputs.rho ** distance, layer.inputs.rho ** distance))
+    maps = (draw(40_000, 8, 49, seed=6) @ root.T * layer.inputs.variance.sqrt()[:, None]).view(-1, 8, 7, 7)
+    old = maps[:, :, 2:5, 2:5].flatten(1) @ layer.kernels.flatten(1).T
+    weights = attention_map(torch.tensor(fit.radii).double().log(), 7)[0][3]
+    attended = torch.einsum('nihw,h,w,ci->nc', maps, weights, weights, fit.values)
+    new = old.index_copy(1, fit.channels, attended)
+    scale = behind.weight / layer.variance.sqrt()
+    kept = (new * scale + behind.bias).relu()
+    lost = ((old * scale + behind.bias).relu() - kept)[:, fit.channels]
+    left = lost - kept @ fit.correction.T - fit.constant
+    assert left.mean(0).abs().max() < 0.02 * lost.std(0).max()
+    best = torch.linalg.lstsq(kept - kept.mean(0), lost - lost.mean(0)).solution
+    remaining = (lost - lost.mean(0) - (kept - kept.mean(0)) @ best).var(0)
+    torch.testing.assert_close(left.var(0), remaining, rtol=0.03, atol=0)
+    assert (remaining < 0.97 * lost.var(0)).all()
+
+
+@pytest.mark.parametrize('activation', [nn.ReLU(), nn.SiLU()])
+@pytest.mark.parametrize('num_heads', [1, 2, 4])
+def test_heads_have_radii_and_channels_of_their_own(num_heads, activation):
+    layer, _, fit = fitted(num_heads, activation)
+    assert len(fit.radii) == num_heads
+    assert len(set(fit.channels.tolist())) == len(fit.channels) == 4
+    for part, radius in zip(fit.channels.chunk(num_heads), fit.radii, strict=True):
+        torch.testing.assert_close(fit.values[torch.isin(fit.channels, part)], layer.values(part, radius))
+
+
+def planted(value_dims: tuple[int, ...] = VALUE_DIMS) -> tuple[nn.Module, nn.Module]:
+    """A GeoPrior ResNet, and the plain one some of whose channels are its attention: 1x1 projections, then blurred.
+
+    Within a 3x3 kernel a Gaussian of up to 0.37 cells is whole to 1e-6. The blurred channels lie among the others.
+    """
+    model, source = randomize(geoprior(value_dims=value_dims)), plain()
+    state, shuffle = model.state_dict(), torch.Generator().manual_seed(2)
+    for number, item in enumerate(attention_blocks(model)):
+        item.attn.log_radius.data.fill_(math.log(0.3 + 0.01 * number))
+        taps = attention_map(item.attn.log_radius.detach().double(), 101)[0, 50, 49:52]
+        blurred = item.attn.value.weight.detach().double() * torch.outer(taps, taps)
+        order = torch.randperm(len(item.block.bn2.weight), generator=shuffle)
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            state[f'{item.prefix}bn2.{name}'] = state[f'{item.prefix}bn2.{name}'][order]
+        state[f'{item.prefix}conv3.weight'] = state[f'{item.prefix}conv3.weight'][:, order]
+        kernels = torch.cat([state.pop(f'{item.prefix}conv2.conv.weight'), blurred.float()])[order]
+        state[f'{item.prefix}conv2.weight'] = kernels
+        del state[f'{item.prefix}conv2.attn.value.weight'], state[f'{item.prefix}conv2.attn.log_radius']
+    source.load_state_dict(state)
+    return model, source
+
+
+def test_planted_attention_is_found():
+    model, source = planted()
+    converted = geoprior()
+    converted.pretrained_cfg = FAR_BORDERS
+    assert converted.load_state_dict(convert_state_dict(source.state_dict(), converted))
+    for found, expected in zip(attention_blocks(converted), attention_blocks(model), strict=True):
+        torch.testing.assert_close(found.attn.radius(), expected.attn.radius(), rtol=1e-3, atol=0)
+        scale = expected.attn.value.weight.abs().max()
+        # the channels have lost their order
+        differences = (found.attn.value.weight[:, None] - expected.attn.value.weight).abs().amax((2, 3, 4))
+        assert (differences.min(1).values < 1e-5 * scale).all()
+
+
+def test_a_planted_network_gives_the_same_features():
+    _, source = planted((0, 8, 0, 0))
+    converted = geoprior(value_dims=(0, 8, 0, 0))
+    converted.pretrained_cfg = FAR_BORDERS
+    converted.load_state_dict(convert_state_dict(source.state_dict(), converted))
+    images = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = (model.forward_intermediates(images, indices=[2], intermediates_only=True)[0]
+                           for model in (source, converted))
+    # at the border the convolution sees zeros, and the attention does not
+    inside = (..., slice(3, -3), slice(3, -3))
+    assert (found - expected)[inside].abs().max() < 1e-5 * expected.abs().max()
+    assert (found - expected).abs().max() > 1e-4 * expected.abs().max()
+
+
+MODELS = {
+    'bottleneck': ({}, {}),
+    'other maps and heads': ({}, {'attn_heads': 2, 'attn_kernel': 'laplacian', 'value_dims': (2, 8, 12, 16)}),
+    'deep stem, pooled shortcuts': ({'stem_type': 'deep', 'avg_down': True}, {}),
+    'another activation': ({'act_layer': nn.SiLU}, {}),
+}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_attention_stands_in_for_what_it_replaces(name):
+    """For smooth kernels, as trained networks have some: far nearer the source than without the attention."""
+    both, own = MODELS[name]
+    source, model = plain(**both), geoprior(**both, **own)
+    model.pretrained_cfg = {'input_size': (3, 96, 96)}
+    images = torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for layer in (source.layer1, source.layer2, source.layer3, source.layer4):
+            for block in layer:
+                block.conv2.weight.copy_(block.conv2.weight.mean((2, 3), keepdim=True) + 0.3 * block.conv2.weight)
+        source.train()(images)  # running statistics that are the network's
+        source.eval()
+        model.load_state_dict(convert_state_dict(source.state_dict(), model))
+        converted = (model.forward_features(images) - source.forward_features(images)).norm()
+        for item in attention_blocks(model):
+            item.attn.value.weight.zero_()
+        assert converted < 0.7 * (model.forward_features(images) - source.forward_features(images)).norm()
+
+
+def test_the_same_bits_whatever_the_output_stride_and_the_head():
+    source = plain().state_dict()
+    first = convert_state_dict(source, geoprior())
+    for options in ({}, {'output_stride': 8}, {'num_classes': 0}, {'global_pool': 'max'}):
+        again = convert_state_dict(source, geoprior(**options))
+        assert again.keys() == first.keys()
+        assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+def test_the_map_size_is_that_of_the_input_size():
+    source, model = plain().state_dict(), geoprior()
+    assert [item.map_size for item in attention_blocks(model)][:2] == [(56, 56), (28, 28)]
+    assert [item.stride for item in attention_blocks(model)] == [2, 1] * 3
+    first = convert_state_dict(source, model)
+    model.pretrained_cfg = {'input_size': (3, 64, 100)}
+    assert [item.map_size for item in attention_blocks(model)][:3] == [(16, 25), (8, 13), (8, 13)]
+    assert not torch.equal(convert_state_dict(source, model)['layer4.0.bn2.running_mean'],
+                           first['layer4.0.bn2.running_mean'])
+
+
+def test_half_precision_and_float64_sources():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        source = {key: value.to(dtype) if value.is_floating_point() else value
+                  for key, value in plain().state_dict().items()}
+        converted = convert_state_dict(source, geoprior())
+        assert converted['layer4.0.conv2.attn.value.weight'].dtype == dtype
+        assert converted['layer4.0.conv2.attn.log_radius'].dtype == torch.promote_types(dtype, torch.float32)
+        geoprior().load_state_dict(converted)
+
+
+def test_dead_channels_go_first_and_do_no_harm():
+    source = plain()
+    with torch.no_grad():
+        dead = torch.tensor([1, 3, 4, 8, 9, 13, 14, 15])
+        source.layer2[1].bn2.weight[dead] = 0
+        source.layer3[1].conv2.weight.zero_()
+        source.layer4[1].bn1.weight.zero_()
+        source.layer4[1].bn1.bias.zero_()
+    converted = convert_state_dict(source.state_dict(), geoprior())
+    assert all(tensor.isfinite().all() for tensor in converted.values())
+    assert (converted['layer2.1.bn2.weight'][-8:] == 0).all()
+
+
+def test_the_source_is_not_changed():
+    source = plain().state_dict()
+    before = {key: value.clone() for key, value in source.items()}
+    convert_state_dict(source, geoprior())
+    assert all(torch.equal(source[key], before[key]) for key in before)

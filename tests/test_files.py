@@ -1,0 +1,47 @@
+"""Files: names of any script in figures, and of any bytes in JSON and CSV."""
+import csv
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from timm_geoprior.files import drawable, save_figure, write_csv, write_json
+
+NAMES = ['$_$', 'a$^$b', r'back\$slash$', '猫', 'قطة', '😀', '한국어', 'caf\udce9', '𓃠', 'naïve']
+
+
+@pytest.mark.parametrize('ending', ['.png', '.svg', '.pdf'])
+def test_every_name_is_drawn_as_it_stands(ending, tmp_path):
+    figures = pytest.importorskip('matplotlib.figure')
+    figure = figures.Figure(layout='constrained')
+    axes = figure.add_subplot()
+    axes.set_yticks(range(len(NAMES)), [drawable(name, f'class {index}') for index, name in enumerate(NAMES)])
+    axes.set_title('\n'.join(drawable(name) for name in NAMES))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # matplotlib warns of each glyph that it draws as a box
+        save_figure(tmp_path / f'names{ending}', figure)
+    assert (tmp_path / f'names{ending}').stat().st_size > 1000
+
+
+def test_what_no_font_has_is_transliterated_or_replaced(monkeypatch):
+    manager = pytest.importorskip('matplotlib.font_manager').fontManager
+    from timm_geoprior import files
+
+    monkeypatch.setattr(manager, 'ttflist', [font for font in manager.ttflist if font.name == 'DejaVu Sans'])
+    files._family_of.cache_clear()
+    try:
+        assert [drawable(name, '#7') for name in ('猫', 'ⅳ 猫 cat', 'ﬃ한', 'naïve', '$')] == [
+            '#7', 'ⅳ  cat', 'ﬃ', 'naïve', r'\$']
+        assert drawable('Ａｂ') == 'Ab'  # full width, which DejaVu does not have
+    finally:
+        files._family_of.cache_clear()
+
+
+def test_names_that_are_not_utf_8_are_written(tmp_path):
+    rows = [{'name': 'caf\udce9', 'count': 1}]
+    write_json(tmp_path / 'a.json', rows)
+    assert json.loads((tmp_path / 'a.json').read_text(encoding='utf-8')) == rows
+    write_csv(tmp_path / 'a.csv', rows)
+    with Path(tmp_path / 'a.csv').open(encoding='utf-8') as file:
+        assert next(csv.DictReader(file))['name'] == r'caf\udce9'

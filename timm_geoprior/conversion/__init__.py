@@ -1,0 +1,1 @@
+"""Trained ResNets made into GeoPrior ResNets."""

@@ -1,0 +1,418 @@
+r"""From a trained ResNet to a GeoPrior ResNet in closed form, without an image.
+
+A bottleneck computes `conv3(act(norm2(conv2(act(norm1(...))))))`. In a GeoPrior ResNet some output channels of conv2
+come from an attention whose map is a Gaussian of radius r. This module chooses which channels of a trained conv2 are to
+be replaced, r, the values' projection `W_v`, the running means of norm2, and corrects conv3 for what is lost.
+
+**Inputs.** Channel i of conv2's input is `x_i = act(z_i)`, z_i Gaussian with norm1's bias as its mean and the modulus
+of norm1's weight as its standard deviation. Its mean m_i and variance v_i are those of a rectified Gaussian. Channels
+are uncorrelated, and two positions of a channel have the correlation `rho^(|dy| + |dx|)`.
+
+**Averages over a map.** Let k_q be the 3x3 convolution's taps at output position q and a_q the attention's weights,
+both as vectors over all input positions; taps in the padding are left out, and each a_q sums to one. With R the matrix
+of correlations,
+
+    <K, K> = mean_q sum_tu K_t K_u k_qt' R k_qu     <K, G> = mean_q sum_t K_t k_qt' R a_q     <G, G> = mean_q a_q' R a_q
+
+Kernel, correlation and map are separable, so each is a product of two such means along one axis. They hold for the
+map's own size and stride, with its borders: on a map of 7x7 cells half of the positions see the padding.
+
+**Values.** Under this model the least squares fit of `u_c = sum_i K_ci * x_i` by `sum_i W_ci (G * x_i)` is
+
+    W_ci = <K_ci, G> / <G, G>        error_c = sum_i v_i (<K_ci, K_ci> - <K_ci, G>^2 / <G, G>)
+
+W would be the same if the channels were correlated with each other (a covariance that is a product of one over channels
+and R): the normal equations separate.
+
+**Means.** The fit shifts the mean of u_c by `sum_i m_i (W_ci - sum_t f_t K_cit)`, with f_t the share of output
+positions at which tap t sees the map and not the padding. The shift goes into norm2's running mean.
+
+**Choice.** The cost of a channel is its error as a share of its variance `sum_i v_i <K_ci, K_ci>`, times norm2's
+squared weight (the variance of the channel behind the norm), the mean squared slope of the activation (for ReLU, the
+share of positions where the channel is active), and the sum of conv3's squared weights, each scaled by norm3. The layer
+takes the r at which its cheapest channels cost least. Several heads choose one after the other, each among the channels
+left.
+
+**Correction.** What is lost, `act(y_c) - act(y'_c)` of each replaced channel behind norm2, is regressed on the
+activations of all channels of the new layer, y'. Both are functions of jointly Gaussian variables, whose covariances
+follow from the kernels and the model of the inputs. With `act(mean + std z) = sum_n a_n he_n(z)` in orthonormal Hermite
+polynomials,
+
+    cov(act(y_c), act(y'_d)) = sum_(n >= 1) a_cn a'_dn corr(y_c, y'_d)^n
+
+The coefficients B are added to conv3's weights, `W3_d += sum_c W3_c B_cd`, the constants go into norm3's running mean.
+
+All sums are in float64 on the CPU; the same weights give the same bits again on the same machine."""
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import attention_map
+
+__all__ = [
+    'RHO', 'ActivationStatistics', 'FollowingLayers', 'InputModel', 'LayerFit', 'LayerModel', 'activation_statistics',
+    'fit_layer',
+]
+
+# Correlation of neighbouring positions. Of 0 to 0.75, 0.45 to 0.6 kept the features of a fully trained ResNet-50 of
+# half the width best, and a value for each stage or layer (by the running variances) was no better.
+RHO = 0.5
+TERMS = 12  # of the Hermite series: the next one adds less than 1e-3 of a rectified Gaussian's variance
+NODES = 96  # of the quadrature for activations other than ReLU
+RIDGE = 1e-3  # of the mean variance of the activations, so that dead channels do no harm
+LARGEST_MAP = 129  # queries along an axis; those in the middle of a larger map are alike
+SMALLEST_RADIUS = 0.2  # cells: below it the attention is the identity to 1e-5
+ZOOMS = (65, 33, 33, 33, 33)  # radii tried between the neighbours of the best so far; the last are 1e-6 apart
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """What an activation makes of Gaussian channels; each tensor is float64.
+
+    Attributes:
+        mean: Means, shape (C,).
+        variance: Variances, shape (C,).
+        slope: Means of the squared derivative, shape (C,); for ReLU the share of positions that are active.
+        series: Coefficients of the orthonormal Hermite polynomials from the first order on, shape (TERMS, C).
+    """
+    mean: Tensor
+    variance: Tensor
+    slope: Tensor
+    series: Tensor
+
+
+def activation_statistics(mean: Tensor, std: Tensor, activation: nn.Module) -> ActivationStatistics:
+    """Moments and Hermite series of `activation(mean + std z)` for a standard Gaussian z.
+
+    Args:
+        mean: Means of the channels, shape (C,).
+        std: Standard deviations, shape (C,), at least 0.
+        activation: An activation that works on each element; ReLU is treated in closed form, others by quadrature.
+
+    Returns:
+        The statistics.
+    """
+    mean, std = mean.double().cpu(), std.double().cpu().clamp_min(1e-9)
+    return _rectified(mean, std) if type(activation) is nn.ReLU else _by_quadrature(mean, std, activation)
+
+
+def _rectified(mean: Tensor, std: Tensor) -> ActivationStatistics:
+    offset = (mean / std).clamp(-40, 40)  # beyond, a channel is constant in float64
+    density = torch.exp(-offset.square() / 2) / math.sqrt(2 * math.pi)
+    active = torch.erfc(-offset / math.sqrt(2)) / 2
+    first = mean * active + std * density
+    variance = ((mean.square() + std.square()) * active + mean * std * density - first.square()).clamp_min(0)
+    polynomials = _hermite(-offset)
+    # E[relu(z + t) He_n(z)] = density(t) He_(n-2)(-t) from n = 2 on
+    higher = [polynomials[n - 2] * density / math.sqrt(n * (n - 1)) for n in range(2, TERMS + 1)]
+    return ActivationStatistics(first, variance, active, std * torch.stack([active, *higher]))
+
+
+def _by_quadrature(mean: Tensor, std: Tensor, activation: nn.Module) -> ActivationStatistics:
+    # Gauss-Hermite nodes are the eigenvalues of the recurrence's matrix (Golub and Welsch, 1969)
+    beside = torch.arange(1, NODES, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    weights = vectors[0].square()
+    inputs = (mean + std * nodes[:, None]).requires_grad_()
+    with torch.enable_grad():
+        outputs = activation(inputs.clone())
+        slopes, = torch.autograd.grad(outputs.sum(), inputs)
+    outputs = outputs.detach()
+    first = weights @ outputs
+    series = (_hermite(nodes)[1:TERMS + 1] * weights) @ outputs
+    return ActivationStatistics(first, weights @ (outputs - first).square(), weights @ slopes.square(), series)
+
+
+def _hermite(points: Tensor) -> Tensor:
+    """Orthonormal Hermite polynomials of orders 0 to TERMS, shape (TERMS + 1, *points.shape)."""
+    values = [torch.ones_like(points), points]
+    for n in range(1, TERMS):
+        values.append((points * values[n] - math.sqrt(n) * values[n - 1]) / math.sqrt(n + 1))
+    return torch.stack(values)
+
+
+@dataclass(frozen=True)
+class InputModel:
+    """The model of a 3x3 convolution's inputs: uncorrelated channels, each correlated over its positions.
+
+    Attributes:
+        mean: Mean of each channel, shape (C_in,), float64.
+        variance: Variance of each channel, shape (C_in,), float64.
+        rho: Correlation of two neighbouring positions; at a distance of (dy, dx) it is `rho^(|dy| + |dx|)`.
+    """
+    mean: Tensor
+    variance: Tensor
+    rho: float = RHO
+
+    @classmethod
+    def behind_norm(cls, weight: Tensor, bias: Tensor, activation: nn.Module, rho: float = RHO) -> 'InputModel':
+        """The model behind a batch norm and an activation.
+
+        Args:
+            weight: The norm's weight, shape (C_in,).
+            bias: The norm's bias, shape (C_in,).
+            activation: The activation.
+            rho: Correlation of two neighbouring positions.
+        """
+        statistics = activation_statistics(bias, weight.abs(), activation)
+        return cls(statistics.mean, statistics.variance, rho)
+
+
+class _Axis:
+    """Averages over the output positions of one axis: the factors of the products in the module's docstring."""
+
+    def __init__(self, size: int, stride: int, rho: float, kernel: str) -> None:
+        alike = max((size - 1) // stride + 1 - LARGEST_MAP, 0)
+        self.size, self.stride, self.kernel = size - alike * stride, stride, kernel
+        positions = torch.arange(self.size)
+        queries = positions[::stride]
+        self.share = torch.ones(len(queries), dtype=torch.float64)
+        self.share[len(queries) // 2] += alike
+        self.share /= self.share.sum()
+        self.correlation = rho ** (positions[:, None] - positions).abs().double()
+        taps = queries[:, None] + torch.arange(-1, 2)
+        self.inside = ((taps >= 0) & (taps < self.size)).double()
+        self.taps = taps.clamp(0, self.size - 1)
+        self.seen = self.share @ self.inside
+        self.pairs = torch.einsum('q,qt,qu->tu', self.share, self.inside, self.inside)
+        self.pairs *= rho ** (torch.arange(3)[:, None] - torch.arange(3)).abs().double()
+
+    def windows(self, radii: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of `k_qt' R a_q`, shape (N, 3), and of `a_q' R a_q`, shape (N,), for N radii."""
+        weights = self._weights(radii)
+        spread = weights @ self.correlation
+        taps = spread.gather(2, self.taps.expand(len(radii), -1, -1)) * self.inside
+        return torch.einsum('q,nqt->nt', self.share, taps), (spread * weights).sum(2) @ self.share
+
+    def overlaps(self, radii: Tensor) -> Tensor:
+        """Means of `a_q' R b_q` for the weights of each two of N radii, shape (N, N)."""
+        weights = self._weights(radii)
+        return torch.einsum('q,nqk,mqk->nm', self.share, weights @ self.correlation, weights)
+
+    def _weights(self, radii: Tensor) -> Tensor:
+        return attention_map(radii.log(), self.size, self.stride, kernel=self.kernel)
+
+
+@functools.lru_cache(maxsize=64)
+def _axis(size: int, stride: int, rho: float, kernel: str) -> _Axis:
+    return _Axis(size, stride, rho, kernel)
+
+
+class LayerModel:
+    """A trained 3x3 convolution under a model of its inputs, beside the attention that may replace its channels.
+
+    Attributes:
+        kernels: The convolution's weights, shape (C_out, C_in, 9), float64.
+        inputs: The model of its inputs.
+        variance: Variance of each output channel under it, shape (C_out,).
+    """
+
+    def __init__(
+            self,
+            weight: Tensor,
+            inputs: InputModel,
+            map_size: tuple[int, int],
+            stride: int = 1,
+            kernel: str = 'gaussian',
+    ) -> None:
+        """
+        Args:
+            weight: The convolution's weights, shape (C_out, C_in, 3, 3).
+            inputs: The model of its inputs.
+            map_size: Height and width of its input in cells.
+            stride: Its stride.
+            kernel: The attention's kernel, 'gaussian' or 'laplacian'.
+        """
+        self.kernels = weight.detach().cpu().double().flatten(2)
+        self.inputs = inputs
+        self._axes = [_axis(size, stride, inputs.rho, kernel) for size in map_size]
+        self._pairs = torch.kron(self._axes[0].pairs, self._axes[1].pairs)
+        weighted = self.kernels * inputs.variance[:, None]
+        self._gram = weighted.transpose(1, 2) @ self.kernels
+        self.variance = (self._gram * self._pairs).sum((1, 2))
+
+    @property
+    def largest_radius(self) -> float:
+        """A radius that covers the map, in cells."""
+        return float(max(axis.size for axis in self._axes))
+
+    def _windows(self, radii: Tensor) -> tuple[Tensor, Tensor]:
+        """What `_Axis.windows` has of one axis for both: shapes (N, 9) and (N,)."""
+        (rows, height), (columns, width) = (axis.windows(radii) for axis in self._axes)
+        return (rows[:, :, None] * columns[:, None]).flatten(1), height * width
+
+    def errors(self, radii: Tensor) -> Tensor:
+        """The share of each channel's variance that the best values of a radius miss.
+
+        Args:
+            radii: Radii in cells, shape (N,), float64.
+
+        Returns:
+            Shares from 0 to 1, shape (N, C_out).
+        """
+        taps, norms = self._windows(radii)
+        explained = (taps[:, :, None] * taps[:, None]).flatten(1) @ self._gram.flatten(1).T / norms[:, None]
+        return (1 - explained / self.variance.clamp_min(1e-300)).clamp(0, 1)
+
+    def values(self, channels: Tensor, radius: float) -> Tensor:
+        """W_v of the channels for a radius, shape (len(channels), C_in)."""
+        taps, norms = self._windows(torch.tensor([radius], dtype=torch.float64))
+        return self.kernels[channels] @ (taps[0] / norms[0])
+
+    def mean_shift(self, channels: Tensor, values: Tensor) -> Tensor:
+        """By how much values raise the mean of the channels that they replace, shape (len(channels),)."""
+        seen = torch.kron(*(axis.seen for axis in self._axes))
+        return (values - self.kernels[channels] @ seen) @ self.inputs.mean
+
+    def covariance(self) -> Tensor:
+        """Covariance of the convolution's output channels, shape (C_out, C_out)."""
+        scaled = self.kernels * self.inputs.variance[:, None].sqrt()
+        root = torch.linalg.cholesky(self._pairs + 1e-12 * torch.eye(9, dtype=torch.float64))
+        flat = (scaled @ root).flatten(1)
+        covariance: Tensor = flat @ flat.T
+        return covariance
+
+    def cross_covariance(self, values: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+        """Covariance of the convolution's channels with attention channels, and of these with each other.
+
+        Args:
+            values: W_v of the attention channels, shape (D, C_in), head by head.
+            radii: A radius for each head, in cells, shape (num_heads,).
+
+        Returns:
+            The two covariances, shapes (C_out, D) and (D, D).
+        """
+        share = len(values) // len(radii)
+        weighted = values * self.inputs.variance
+        cross = [(self.kernels @ taps) @ part.T
+                 for taps, part in zip(self._windows(radii)[0], weighted.split(share), strict=True)]
+        overlaps = self._axes[0].overlaps(radii) * self._axes[1].overlaps(radii)
+        overlaps = overlaps.repeat_interleave(share, 0).repeat_interleave(share, 1)
+        return torch.cat(cross, dim=1), weighted @ values.T * overlaps
+
+
+@dataclass(frozen=True)
+class FollowingLayers:
+    """What the fit of a 3x3 convolution needs to know of what follows it.
+
+    Attributes:
+        weight: Weight of the norm behind it, shape (C_out,).
+        bias: Bias of that norm, shape (C_out,).
+        activation: The activation behind that norm.
+        next_weight: Weights of the 1x1 convolution behind the activation, shape (C_next, C_out), each row times the
+            factor of the norm behind that convolution.
+    """
+    weight: Tensor
+    bias: Tensor
+    activation: nn.Module
+    next_weight: Tensor
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """Attention channels in place of a 3x3 convolution's; tensors are float64, in the order of `channels`.
+
+    Attributes:
+        channels: Output channels that are replaced, shape (value_dim,), head by head.
+        radii: The radius of each head, in cells of an undilated grid.
+        values: W_v, shape (value_dim, C_in).
+        mean_shift: What is to be added to the running means of the norm behind, shape (value_dim,).
+        errors: The share of each channel's variance that is lost, shape (value_dim,).
+        correction: B, shape (value_dim, C_out), columns in the source's order: the next convolution's weights of each
+            replaced channel, times its row, are added to the weights of all channels.
+        constant: What each replaced channel still lacks in the mean, shape (value_dim,).
+    """
+    channels: Tensor
+    radii: tuple[float, ...]
+    values: Tensor
+    mean_shift: Tensor
+    errors: Tensor
+    correction: Tensor
+    constant: Tensor
+
+
+def fit_layer(layer: LayerModel, behind: FollowingLayers, value_dim: int, num_heads: int = 1) -> LayerFit:
+    """Choose channels and radii, fit the values, and correct the next convolution.
+
+    Args:
+        layer: The convolution under the model of its inputs.
+        behind: What follows it.
+        value_dim: Channels to replace.
+        num_heads: Radii, each for an equal share of these channels.
+
+    Returns:
+        The fit.
+    """
+    after = activation_statistics(behind.bias, behind.weight.abs(), behind.activation)
+    scale = behind.weight.double().cpu().square() * behind.next_weight.double().cpu().square().sum(0)
+    importance = scale * after.slope
+    share = value_dim // num_heads
+    radii, parts, errors = [], [], []
+    for _ in range(num_heads):
+        radius, chosen, missed = _choose(layer, importance, share)
+        importance = importance.index_fill(0, chosen, math.inf)
+        radii.append(radius)
+        parts.append(chosen)
+        errors.append(missed)
+    channels = torch.cat(parts)
+    values = torch.cat([layer.values(part, radius) for part, radius in zip(parts, radii, strict=True)])
+    correction, constant = _correct(layer, behind, channels, values, torch.tensor(radii, dtype=torch.float64))
+    return LayerFit(channels, tuple(radii), values, layer.mean_shift(channels, values), torch.cat(errors), correction,
+                    constant)
+
+
+def _choose(layer: LayerModel, importance: Tensor, count: int) -> tuple[float, Tensor, Tensor]:
+    """The radius at which the cheapest channels cost least, those channels, and their errors."""
+    low, high = SMALLEST_RADIUS, layer.largest_radius
+    for steps in ZOOMS:
+        radii = torch.logspace(math.log10(low), math.log10(high), steps, dtype=torch.float64)
+        errors = layer.errors(radii)
+        # a channel that is taken costs infinitely much, even where it would lose nothing
+        costs = (errors * importance).nan_to_num(nan=math.inf, posinf=math.inf)
+        best = int(costs.topk(count, largest=False).values.sum(1).argmin())
+        low, high = float(radii[max(best - 1, 0)]), float(radii[min(best + 1, steps - 1)])
+    chosen = costs[best].argsort(stable=True)[:count].sort().values
+    return float(radii[best]), chosen, errors[best, chosen]
+
+
+def _correct(
+        layer: LayerModel,
+        behind: FollowingLayers,
+        channels: Tensor,
+        values: Tensor,
+        radii: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Regress what the activations lose on the activations of the new layer: coefficients and constants."""
+    covariance = layer.covariance()
+    cross, among = layer.cross_covariance(values, radii)
+    old_std = covariance.diagonal().clamp_min(1e-300).sqrt()
+    mixed = covariance.clone()  # of the old channels with the new ones
+    mixed[:, channels] = cross
+    new = mixed.clone()
+    new[channels] = cross.T
+    new[channels[:, None], channels] = among
+    new_std = new.diagonal().clamp_min(1e-300).sqrt()
+    sign = behind.weight.double().sign().cpu()
+    mixed = (mixed * (sign / old_std)[:, None] * (sign / new_std)).clamp(-1, 1)
+    new = (new * (sign / new_std)[:, None] * (sign / new_std)).clamp(-1, 1)
+    std = behind.weight.double().abs().cpu()
+    old = activation_statistics(behind.bias, std, behind.activation)
+    kept = activation_statistics(behind.bias, std * new_std / old_std, behind.activation)
+    lost = _series_covariance(old.series[:, channels], kept.series, mixed[channels])
+    lost -= _series_covariance(kept.series[:, channels], kept.series, new[channels])
+    among = _series_covariance(kept.series, kept.series, new)
+    # the series of a variance converges slowest, and the moments have it
+    among.diagonal().copy_(kept.variance + RIDGE * kept.variance.mean().clamp_min(1e-300))
+    correction = torch.linalg.solve(among, lost.T).T
+    return correction, (old.mean - kept.mean)[channels] - correction @ kept.mean
+
+
+def _series_covariance(one: Tensor, other: Tensor, correlation: Tensor) -> Tensor:
+    """Covariances of two sets of activations from their Hermite series, shape of the correlations."""
+    total = torch.zeros_like(correlation)
+    for first, second in zip(one.flip(0), other.flip(0), strict=True):  # Horner's scheme
+        total = (total + first[:, None] * second) * correlation
+    return total

@@ -1,0 +1,234 @@
+"""The state dict of a trained ResNet as that of a GeoPrior ResNet, wherever timm or torch loads one."""
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GeoPriorError
+from ..layers import GeoPriorAttn2d, GeoPriorConv2d
+from .closed_form import FollowingLayers, InputModel, LayerFit, LayerModel, fit_layer
+
+__all__ = [
+    'AttentionBlock', 'ConversionError', 'apply_fit', 'attention_blocks', 'checkpoint_filter_fn', 'convert_state_dict',
+    'is_plain_resnet',
+]
+
+_logger = logging.getLogger(__name__)
+
+IMAGE_SIZE = (3, 224, 224)  # of a model without a pretrained_cfg
+# what is read of a block; the rest stays as it is
+_NORMS = ('bn2.weight', 'bn2.bias', 'bn2.running_mean', 'bn2.running_var')
+_READ = ('bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'conv3.weight', 'bn3.weight', 'bn3.running_mean',
+         'bn3.running_var')
+
+
+_ADVICE = 'Take weights of the ResNet of the same depth and options.'
+
+
+class ConversionError(GeoPriorError):
+    """A state dict is not one of the plain ResNet that a GeoPrior ResNet can be made from."""
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """A bottleneck whose 3x3 layer has attention channels, and where it stands in the network.
+
+    Attributes:
+        prefix: What the names of its weights begin with, as 'layer2.0.'.
+        block: The bottleneck.
+        map_size: Height and width of the 3x3 layer's input in cells, at the input size of the model's pretrained_cfg.
+        stride: The 3x3 layer's stride. Map and stride are those of the network without `output_stride`, so that the
+            weights do not depend on it.
+    """
+    prefix: str
+    block: Any
+    map_size: tuple[int, int]
+    stride: int
+
+    @property
+    def attn(self) -> GeoPriorAttn2d:
+        """The attention beside the 3x3 convolution."""
+        attn: GeoPriorAttn2d = self.block.conv2.attn
+        return attn
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of the attention."""
+        return self.attn.value.out_channels
+
+
+def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
+    """The bottlenecks of a GeoPriorResNet that have attention channels, in its order.
+
+    Args:
+        model: The model.
+    """
+    _, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or IMAGE_SIZE
+    for stage in range(1, 5):
+        for index, block in enumerate(model.get_submodule(f'layer{stage}').children()):
+            if not isinstance(block.conv2, GeoPriorConv2d):
+                continue
+            halves = stage > 1 and index == 0
+            cell = 2 ** (stage if halves else stage + 1)
+            # an aa_layer takes the stride from the convolution
+            stride = 2 if halves and isinstance(block.aa, nn.Identity) else 1
+            yield AttentionBlock(f'layer{stage}.{index}.', block, (-(-height // cell), -(-width // cell)), stride)
+
+
+def is_plain_resnet(state_dict: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether a state dict has a plain 3x3 convolution where the model has an attention layer, and no attention.
+
+    Args:
+        state_dict: The state dict.
+        model: A GeoPriorResNet.
+    """
+    blocks = [item.prefix for item in attention_blocks(model)]
+    return (any(f'{prefix}conv2.weight' in state_dict for prefix in blocks)
+            and not any(key.startswith(f'{prefix}conv2.attn.') for key in state_dict for prefix in blocks))
+
+
+def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Turn the state dict of a plain ResNet into that of a GeoPrior ResNet, in closed form.
+
+    The formulas are in `timm_geoprior.conversion.closed_form`. The replaced channels of each 3x3 layer move behind the
+    others, in its rows, in its norm and in the columns of the 1x1 convolution behind it.
+
+    Args:
+        state_dict: Weights of the ResNet that the model is made from; only the blocks that have attention in the model
+            are read. It is not changed.
+        model: The GeoPriorResNet that is to load them. Only its structure and its pretrained_cfg are read.
+
+    Returns:
+        Name -> tensor on the source's device: matrices in the source's type, vectors in at least float32.
+
+    Raises:
+        ConversionError: A weight of these blocks is missing, has another shape, or is not finite.
+
+    Examples:
+        >>> source = timm.create_model('resnet50', pretrained=True)
+        >>> model = timm.create_model('geoprior_resnet50', num_classes=1000)
+        >>> model.load_state_dict(convert_state_dict(source.state_dict(), model))
+        <All keys matched successfully>
+    """
+    converted, shapes = dict(state_dict), _plain_shapes(model)
+    fits = []
+    for item in attention_blocks(model):
+        _check_tensors(state_dict, {item.prefix + name: shapes[item.prefix + name] for name in _READ})
+        block = {name: state_dict[item.prefix + name] for name in _READ}
+        fits.append(_fit_block(item, block))
+        del converted[f'{item.prefix}conv2.weight']
+        converted.update({item.prefix + name: tensor for name, tensor in apply_fit(block, fits[-1]).items()})
+    if fits:
+        channels, radii = sum(len(fit.channels) for fit in fits), [radius for fit in fits for radius in fit.radii]
+        _logger.info(
+            f'Converted the weights of a plain ResNet in closed form: {channels} channels of {len(fits)} layers became '
+            f'attention, with radii from {min(radii):.2f} to {max(radii):.2f} cells.')
+    return converted
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Convert a plain ResNet's state dict while timm loads it, and leave a GeoPrior one as it is.
+
+    timm's `pretrained_filter_fn`. With another number of classes timm loads what fits and says nothing of the rest, so
+    every name and shape is checked here. Only the classifier and the first convolution's input channels may differ,
+    which timm adapts itself.
+
+    Args:
+        state_dict: What timm has read.
+        model: The GeoPriorResNet that is to load it.
+
+    Returns:
+        The model's state dict.
+
+    Raises:
+        ConversionError: It is neither, or of another ResNet.
+    """
+    if not any(True for _ in attention_blocks(model)) or any('.conv2.attn.' in key for key in state_dict):
+        return state_dict
+    shapes = _plain_shapes(model)
+    classifier = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'fc'
+    known = {f'{classifier}.weight', f'{classifier}.bias', *shapes}
+    for key in state_dict:
+        if key not in known:
+            raise ConversionError(
+                f'Weights to be converted must be those of a plain ResNet, got {key} among them. {_ADVICE}')
+    _check_tensors(state_dict, {
+        key: shape for key, shape in shapes.items()
+        if not key.startswith(f'{classifier}.') and not key.endswith('.num_batches_tracked')})
+    return convert_state_dict(state_dict, model)
+
+
+def _plain_shapes(model: nn.Module) -> dict[str, tuple[int | None, ...]]:
+    """Names and shapes of the plain ResNet's weights; None where timm adapts a size itself."""
+    shapes: dict[str, tuple[int | None, ...]] = {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for item in attention_blocks(model):
+        for name in ('conv2.conv.weight', 'conv2.attn.value.weight', 'conv2.attn.log_radius'):
+            del shapes[item.prefix + name]
+        conv = item.block.conv2.conv
+        shapes[f'{item.prefix}conv2.weight'] = (conv.out_channels + item.value_dim, conv.in_channels, 3, 3)
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    out_channels, _, *kernel = shapes[f'{first}.weight']
+    return {**shapes, f'{first}.weight': (out_channels, None, *kernel)}
+
+
+def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+    for key, shape in shapes.items():
+        tensor = state_dict.get(key)
+        if not isinstance(tensor, Tensor):
+            got = 'none' if tensor is None else type(tensor).__name__
+            raise ConversionError(f'Weights to be converted must hold a tensor {key}, got {got}. {_ADVICE}')
+        if len(tensor.shape) != len(shape) or any(
+                expected not in (None, size) for size, expected in zip(tensor.shape, shape, strict=True)):
+            expected_shape = ' x '.join('any' if size is None else str(size) for size in shape)
+            raise ConversionError(
+                f'Weights to be converted must have {key} of the shape {expected_shape}, got '
+                f'{" x ".join(map(str, tensor.shape))}. {_ADVICE}')
+        if not torch.isfinite(tensor).all():
+            raise ConversionError(
+                f'Weights to be converted must be finite, got inf or nan in {key}. Take another checkpoint.')
+
+
+def _fit_block(item: AttentionBlock, block: Mapping[str, Tensor]) -> LayerFit:
+    attn, norm = item.attn, item.block.bn3
+    inputs = InputModel.behind_norm(block['bn1.weight'], block['bn1.bias'], item.block.act1)
+    layer = LayerModel(block['conv2.weight'], inputs, item.map_size, item.stride, attn.kernel)
+    scale = block['bn3.weight'].double().cpu() / (block['bn3.running_var'].double().cpu() + norm.eps).sqrt()
+    next_weight = block['conv3.weight'].flatten(1).double().cpu() * scale[:, None]
+    behind = FollowingLayers(block['bn2.weight'], block['bn2.bias'], item.block.act2, next_weight)
+    return fit_layer(layer, behind, item.value_dim, len(attn.log_radius))
+
+
+def apply_fit(block: Mapping[str, Tensor], fit: LayerFit) -> dict[str, Tensor]:
+    """Put a fit into the weights of a bottleneck.
+
+    Args:
+        block: The plain bottleneck's weights by their names in it, as 'conv2.weight'.
+        fit: The fit of its 3x3 convolution.
+
+    Returns:
+        The weights that replace 'conv2.weight' and those that change, by their names in the GeoPrior bottleneck.
+    """
+    conv2, conv3 = block['conv2.weight'], block['conv3.weight']
+    replaced = torch.zeros(len(conv2), dtype=torch.bool).index_fill(0, fit.channels, True)
+    order = torch.cat([torch.arange(len(conv2))[~replaced], fit.channels])
+    norm = {name: block[name].double().cpu() for name in _NORMS}
+    norm['bn2.running_mean'] = norm['bn2.running_mean'].index_add(0, fit.channels, fit.mean_shift)
+    next_weight = conv3.flatten(1).double().cpu()
+    columns = next_weight[:, fit.channels]
+    vectors = {
+        'conv2.attn.log_radius': torch.tensor(fit.radii, dtype=torch.float64).log(),
+        **{name: tensor[order] for name, tensor in norm.items()},
+        'bn3.running_mean': block['bn3.running_mean'].double().cpu() - columns @ fit.constant,
+    }
+    like = block['bn2.weight']
+    return {
+        'conv2.conv.weight': conv2[order[:-len(fit.channels)].to(conv2.device)],
+        'conv2.attn.value.weight': fit.values[:, :, None, None].to(conv2),
+        'conv3.weight': (next_weight + columns @ fit.correction)[:, order, None, None].to(conv3),
+        **{name: tensor.to(like.device, torch.promote_types(like.dtype, torch.float32))
+           for name, tensor in vectors.items()},
+    }
