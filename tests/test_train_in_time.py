@@ -9,8 +9,8 @@ import train_in_time as script
 import yaml
 
 from timm_geoprior.data.memory import decode_images
-from timm_geoprior.release.publish import read_checkpoint, release_tensors
-from timm_geoprior.training.checkpoint import load_checkpoint
+from timm_geoprior.release.publish import release_tensors
+from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import TrainingError
 from timm_geoprior.training.recipe import RecipeError, make_recipe
@@ -88,9 +88,9 @@ class TestRun:
         last, release = args.output / 'last.pt', args.output / 'release.pt'
         assert load_checkpoint(last)['epoch'] == planned[0].epochs
         expected = release_tensors(load_checkpoint(last)['ema'])
-        found = read_checkpoint(release)
-        assert found.recipe == read_checkpoint(last).recipe
-        assert found.commit == read_checkpoint(last).commit
+        found = read_weights(release)
+        assert found.recipe == read_weights(last).recipe
+        assert found.commit == read_weights(last).commit
         assert {key: value.dtype for key, value in found.state_dict.items()} == {
             key: value.dtype for key, value in expected.items()}
         assert all(torch.equal(found.state_dict[key], value) for key, value in expected.items())
