@@ -38,7 +38,7 @@ from timm_geoprior.evaluation.metrics import calibrate
 from timm_geoprior.evaluation.predict import Predictions
 from timm_geoprior.files import write_atomically
 from timm_geoprior.provenance import git_commit, hardware, versions
-from timm_geoprior.training.checkpoint import load_checkpoint
+from timm_geoprior.training.checkpoint import read_weights
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.finetune import ERRORS
 from timm_geoprior.training.parts import create_model
@@ -108,18 +108,18 @@ def predict(network: nn.Module, images: ImageTensors, norms: tuple[Tensor, Tenso
     return Predictions(np.arange(len(images)), images.targets.cpu().numpy(), *joined)
 
 
-def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int]:
+def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int | None]:
     """Network, recipe and seed of a checkpoint.
 
     Raises:
         RobustnessError: It was trained on other classes.
     """
-    state = load_checkpoint(path)
-    if state['class_names'] != list(classes):
+    saved = read_weights(path)
+    if saved.class_names != tuple(classes):
         raise RobustnessError(f'{path} must be trained on the {len(classes)} classes of the images, got '
-                              f'{len(state["class_names"])} others. Check --data-dir.')
-    recipe = make_recipe(state['recipe'], str(path))
-    return create_model(recipe, len(classes), str(path)).eval(), recipe, state['seed']
+                              f'{len(saved.class_names)} others. Check --data-dir.')
+    recipe = make_recipe(saved.recipe, str(path))
+    return create_model(recipe, len(classes), start=saved).eval(), recipe, saved.seed
 
 
 def measure(path: Path, images: ImageTensors, classes: Sequence[str], device: torch.device) -> tuple[
