@@ -84,6 +84,17 @@ def test_release_file(tmp_path):
     assert content.index(b'"architecture"') < content.index(b'"commit"') < content.index(b'"tag"')
 
 
+@pytest.mark.parametrize('recipe', ['größe', '大きさ', '🦊' * 9, 'a"b\\c\n\x07', ''])
+def test_any_name_of_a_recipe_fits_into_the_file(tmp_path, recipe):
+    state = {'w': torch.randn(4, 6), 'b': torch.randn(4)}
+    digests = {export_weights(state, tmp_path / 'a.safetensors', {'recipe': recipe, 'tag': 't'}) for _ in range(2)}
+    assert len(digests) == 1
+    with safe_open(tmp_path / 'a.safetensors', 'pt') as file:
+        assert file.metadata() == {'format': 'pt', 'recipe': recipe, 'tag': 't'}
+        assert torch.equal(file.get_tensor('b'), state['b'])
+        assert torch.equal(file.get_tensor('w'), state['w'].half())
+
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e5])
 def test_values_that_float16_cannot_hold_are_refused(tmp_path, value):
     with pytest.raises(PublishError, match='w has values that are not finite as torch.float16'):

@@ -87,7 +87,7 @@ class TestRun:
 
         last, release = args.output / 'last.pt', args.output / 'release.pt'
         assert load_checkpoint(last)['epoch'] == planned[0].epochs
-        expected = release_tensors(read_weights(last, 'ema').state_dict)
+        expected = release_tensors(load_checkpoint(last)['model_ema'])
         found = read_weights(release)
         assert found.recipe == read_weights(last).recipe
         assert found.commit == read_weights(last).commit

@@ -29,7 +29,7 @@ import torch
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.release.publish import release_tensors
-from timm_geoprior.training.checkpoint import AVERAGED, load_checkpoint, read_weights, save_checkpoint
+from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import Trainer, TrainingError
 from timm_geoprior.training.finetune import ERRORS
@@ -122,10 +122,12 @@ def fit_to_time(recipe: Recipe, config: RunConfig, decoded: ImageTensors, end: f
 
 def write_release(output: Path) -> None:
     """Write release.pt: last.pt with the released weights alone, the averaged ones if there are any."""
-    last = output / 'last.pt'
-    left_out = {*AVERAGED, 'optimizer', 'scaler'}
-    state = {key: value for key, value in load_checkpoint(last).items() if key not in left_out}
-    save_checkpoint({**state, 'model': release_tensors(read_weights(last).state_dict)}, output / 'release.pt')
+    state = load_checkpoint(output / 'last.pt')
+    weights = release_tensors(read_weights(output / 'last.pt').state_dict)
+    left_out = {'model_ema', 'optimizer', 'scaler'}
+    save_checkpoint(
+        {**{key: value for key, value in state.items() if key not in left_out}, 'model': weights},
+        output / 'release.pt')
 
 
 def run(args: argparse.Namespace, end: float) -> None:

@@ -108,8 +108,10 @@ def _sorted_metadata(content: bytes) -> bytes:
     size = int.from_bytes(content[:8], 'little')
     header = json.loads(content[8:8 + size])
     header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-    text = json.dumps(header, separators=(',', ':')).encode().ljust(size)
-    return content[:8] + text + content[8 + len(text):]
+    # escapes would make a name like größe longer than it is in the file
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, 'little') + text + content[8 + size:]
 
 
 @torch.no_grad()
