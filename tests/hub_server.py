@@ -434,6 +434,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ('GET HEAD', r'/objects/(?P<sha256>\w+)', Handler.get_object),
     ('POST', f'/api/models/{_ID}/commit/(?P<revision>[^/]+)', Handler.commit),
     ('GET', f'/api/models/{_ID}', Handler.model_info),
+    ('GET', '/api/models/(?P<repo_id>[^/]+)', Handler.model_info),  # a name without its owner
     ('GET', f'/api/models/{_ID}/revision/(?P<revision>[^/]+)', Handler.model_info),
     ('GET', f'/api/models/{_ID}/tree/(?P<revision>[^/]+)', Handler.tree),
     ('GET', f'/api/models/{_ID}/tree/(?P<revision>[^/]+)/.+', Handler.missing),

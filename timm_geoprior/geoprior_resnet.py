@@ -96,9 +96,8 @@ class GeoPriorBottleneck(Bottleneck):
         self.bn1 = _fold(self.bn1, self.conv1)
         if isinstance(self.conv2, GeoPriorConv2d):
             self.conv2.reparameterize()
-            conv, value = self.conv2.conv, self.conv2.attn.value
             # the attention's weights sum to one: to shift its values is to shift its outputs
-            self.bn2 = _fold(self.bn2, conv) if self.conv2.merged_dim else _fold(self.bn2, conv, value)
+            self.bn2 = _fold(self.bn2, *self.conv2.projections())
         else:
             self.bn2 = _fold(self.bn2, self.conv2)
         self.bn3 = _fold(self.bn3, self.conv3)

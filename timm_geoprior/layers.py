@@ -57,6 +57,16 @@ def _attend(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.bmm(weights.expand(values.shape[0], -1, -1), values)
 
 
+def _mix_head(values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    """Average (B, C, H, W) by weights (Q_h, H) and (Q_w, W): (B, Q_h, Q_w, C), the order of a channels_last tensor."""
+    batch, channels, width = values.shape[0], values.shape[1], values.shape[3]
+    mixed = _attend(rows, values.permute(0, 2, 3, 1).flatten(2))
+    # nothing is copied between the two products; flattened first, because torch.export cannot split an axis of
+    # (H - 1) // 2 + 1 rows directly
+    mixed = mixed.flatten().view(-1, channels).view(batch * rows.shape[0], width, channels)
+    return _attend(cols, mixed).view(batch, rows.shape[0], cols.shape[0], channels)
+
+
 def mix_values(
         values: torch.Tensor,
         log_radius: torch.Tensor,
@@ -78,19 +88,14 @@ def mix_values(
     Returns:
         Shape (B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), channels_last, in the dtype of the values.
     """
-    height, width = values.shape[2], values.shape[3]
     log_radius = log_radius.to(torch.promote_types(values.dtype, torch.float32))
-    rows = attention_map(log_radius, height, stride, dilation, kernel).to(values.dtype)
-    cols = attention_map(log_radius, width, stride, dilation, kernel).to(values.dtype)
-    heads = []
-    for head, value in enumerate(values.chunk(log_radius.shape[0], dim=1)):
-        batch, channels = value.shape[0], value.shape[1]
-        mixed = _attend(rows[head], value.permute(0, 2, 3, 1).flatten(2))
-        # both products are in channels_last order, so that nothing is copied between them; flattened first, because
-        # torch.export cannot split an axis of (H - 1) // 2 + 1 rows directly
-        mixed = mixed.flatten().view(-1, channels).view(batch * rows.shape[1], width, channels)
-        heads.append(_attend(cols[head], mixed).view(batch, rows.shape[1], cols.shape[1], channels))
-    mixed = heads[0] if len(heads) == 1 else torch.cat(heads, dim=3)
+    rows = attention_map(log_radius, values.shape[2], stride, dilation, kernel).to(values.dtype)
+    cols = attention_map(log_radius, values.shape[3], stride, dilation, kernel).to(values.dtype)
+    if log_radius.shape[0] == 1:  # also because the TorchScript-based ONNX exporter cannot make one chunk
+        mixed = _mix_head(values, rows[0], cols[0])
+    else:
+        heads = values.chunk(log_radius.shape[0], dim=1)
+        mixed = torch.cat([_mix_head(value, rows[i], cols[i]) for i, value in enumerate(heads)], dim=3)
     return mixed.permute(0, 3, 1, 2)
 
 
@@ -255,6 +260,13 @@ class GeoPriorConv2d(nn.Module):
             in_channels, value_dim, stride, dilation, num_heads, init_radius, kernel, fan_out=out_channels, **dd)
         self.merged_dim = 0  # value channels that the convolution computes: none before `reparameterize`
 
+    def projections(self) -> tuple[nn.Module, ...]:
+        """Return the convolutions whose outputs, concatenated, are the layer's output before averaging."""
+        if self.merged_dim:
+            return (self.conv,)
+        # an adapter may have taken the place of the attention
+        return self.conv, self.attn.value if type(self.attn) is GeoPriorAttn2d else self.attn
+
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Merge the value projection into the convolution, for inference; `timm.utils.reparameterize_model` calls it.
@@ -263,9 +275,9 @@ class GeoPriorConv2d(nn.Module):
         merged if the stride is above 1, because the attention needs values where the convolution computes none, or if
         one of the two is not a plain convolution. Outputs are the same up to rounding; parameters are renamed.
         """
-        conv, value = self.conv, self.attn.value
-        if self.attn.stride > 1 or not is_plain(conv, value):
+        if self.merged_dim or not is_plain(*self.projections()) or self.attn.stride > 1:
             return
+        conv, value = self.conv, self.attn.value
         memory_format = (torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last)
                          else torch.contiguous_format)
         merged = torch.cat([conv.weight, nn.functional.pad(value.weight, (1, 1, 1, 1))])
