@@ -1,9 +1,16 @@
 """The conversion in closed form: its sums against dense matrices and samples, and what it makes of a state dict."""
+import copy
+import logging
 import math
+import pickle
+import re
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import Bottleneck, ResNet
+from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_geoprior import GeoPriorResNet
@@ -15,7 +22,12 @@ from timm_geoprior.conversion.closed_form import (
     activation_statistics,
     fit_layer,
 )
-from timm_geoprior.conversion.state_dict import attention_blocks, convert_state_dict
+from timm_geoprior.conversion.state_dict import (
+    ConversionError,
+    attention_blocks,
+    checkpoint_filter_fn,
+    convert_state_dict,
+)
 from timm_geoprior.layers import attention_map
 
 CHANNELS = (8, 16, 24, 32)
@@ -322,3 +334,137 @@ def test_the_source_is_not_changed():
     before = {key: value.clone() for key, value in source.items()}
     convert_state_dict(source, geoprior())
     assert all(torch.equal(source[key], before[key]) for key in before)
+
+
+# -- where timm and torch load -----------------------------------------------------------------------------------------
+
+NANO = 'geoprior_resnet14_nano'
+PLAIN = {'value_dims': (0, 0, 0, 0)}  # the nano's plain twin
+
+
+def same(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    found = model.state_dict()
+    return found.keys() == state.keys() and all(torch.equal(found[key], state[key].to(found[key])) for key in found)
+
+
+@pytest.fixture(scope='module')
+def twin() -> dict[str, torch.Tensor]:
+    """The state dict of a plain network of the nano's shape. Not to be changed."""
+    torch.manual_seed(0)
+    return randomize(timm.create_model(NANO, **PLAIN)).state_dict()
+
+
+@pytest.fixture(scope='module')
+def expected(twin) -> dict[str, torch.Tensor]:
+    return convert_state_dict(twin, timm.create_model(NANO))
+
+
+def test_every_way_to_load_converts(twin, expected, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger='timm_geoprior')
+    torch.save(twin, tmp_path / 'twin.pth')
+    save_file(twin, tmp_path / 'twin.safetensors')
+    model = timm.create_model(NANO)
+    model.load_state_dict(twin)
+    whole = nn.ModuleDict({'backbone': timm.create_model(NANO), 'head': nn.Linear(2, 2)})
+    whole.load_state_dict({**whole['head'].state_dict(prefix='head.'),
+                           **{f'backbone.{key}': value for key, value in twin.items()}})
+    for loaded in (
+            model, whole['backbone'],
+            timm.create_model(NANO, checkpoint_path=str(tmp_path / 'twin.pth')),
+            timm.create_model(NANO, checkpoint_path=str(tmp_path / 'twin.safetensors')),
+            timm.create_model(NANO, pretrained=True, pretrained_cfg_overlay={'file': str(tmp_path / 'twin.pth')}),
+            timm.create_model(NANO, pretrained=True, pretrained_cfg_overlay={'state_dict': dict(twin)})):
+        assert same(loaded, expected)
+    assert len(caplog.messages) == 6
+    assert all(message.startswith('Converted the weights of a plain ResNet in closed form: 48 channels of 3 layers')
+               for message in caplog.messages)
+
+
+@pytest.mark.parametrize('options', [
+    {'num_classes': 7}, {'num_classes': 0}, {'in_chans': 1}, {'in_chans': 5, 'num_classes': 3}, {'features_only': True},
+    {'features_only': True, 'output_stride': 8}, {'dtype': torch.bfloat16}])
+def test_timm_adapts_what_it_always_adapts(twin, expected, tmp_path, options):
+    save_file(twin, tmp_path / 'twin.safetensors')
+    save_file(expected, tmp_path / 'converted.safetensors')
+    models = []
+    for file in ('twin', 'converted'):
+        torch.manual_seed(0)
+        models.append(timm.create_model(
+            NANO, pretrained=True, pretrained_cfg_overlay={'file': str(tmp_path / f'{file}.safetensors')}, **options))
+    assert same(models[0], models[1].state_dict())
+
+
+def test_a_geoprior_state_dict_is_not_touched(expected, caplog):
+    caplog.set_level(logging.INFO, logger='timm_geoprior')
+    assert checkpoint_filter_fn(expected, timm.create_model(NANO)) is expected
+    model = timm.create_model(NANO)
+    model.load_state_dict(expected)
+    assert same(model, expected)
+    merged = reparameterize_model(model)
+    merged.load_state_dict(merged.state_dict())
+    plain_one = timm.create_model(NANO, **PLAIN)
+    assert checkpoint_filter_fn(plain_one.state_dict(), plain_one)
+    plain_one.load_state_dict(plain_one.state_dict())
+    assert not caplog.messages
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+def having(name, value):
+    return lambda state: {**state, name: value}
+
+
+SPOILT = {
+    'a 3x3 is missing': (lambda state: without(state, 'layer3.0.conv2.weight'), 'layer3.0.conv2.weight, got none'),
+    'a norm is missing': (lambda state: without(state, 'layer3.0.bn2.weight'), 'layer3.0.bn2.weight, got none'),
+    'a plain stage lacks a norm': (lambda state: without(state, 'layer1.0.bn3.bias'), 'bn3.bias, got none'),
+    'another width': (having('layer4.0.conv2.weight', torch.zeros(72, 144, 3, 3)),
+                      'layer4.0.conv2.weight of the shape 144 x 144 x 3 x 3, got 72 x 144 x 3 x 3'),
+    'groups': (having('layer4.0.conv2.weight', torch.zeros(144, 36, 3, 3)), 'got 144 x 36 x 3 x 3'),
+    'a wider norm': (having('layer2.0.bn1.bias', torch.zeros(70)), 'layer2.0.bn1.bias of the shape 64, got 70'),
+    'a deeper network': (having('layer3.1.conv1.weight', torch.zeros(1)), 'got layer3.1.conv1.weight among them'),
+    'channel attention': (having('layer3.0.se.fc1.weight', torch.zeros(1)), 'got layer3.0.se.fc1.weight among them'),
+    'not finite': (having('layer2.0.bn2.running_var', torch.full((64,), torch.nan)), 'inf or nan in layer2.0.bn2.run'),
+    'not tensors': (having('layer2.0.bn2.running_var', 3), 'layer2.0.bn2.running_var, got int'),
+    'another family': (lambda state: {'head.weight': torch.zeros(3, 3)}, 'got head.weight among them'),
+    'nothing': (lambda state: {}, 'must hold a tensor conv1.0.weight, got none'),
+}
+
+
+@pytest.mark.parametrize('num_classes', [200, 7])
+@pytest.mark.parametrize('name', SPOILT)
+def test_other_weights_are_refused_in_one_sentence(twin, name, num_classes):
+    spoil, message = SPOILT[name]
+    state = spoil(dict(twin))
+    with pytest.raises(ConversionError, match=re.escape(message)) as caught:
+        checkpoint_filter_fn(state, timm.create_model(NANO, num_classes=num_classes))
+    assert '\n' not in str(caught.value)
+    if state:  # timm does not load what is left
+        overlay = {'state_dict': state}
+        with pytest.raises(ConversionError, match=re.escape(message)):
+            timm.create_model(NANO, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
+
+
+def test_load_state_dict_says_what_the_conversion_lacks(twin):
+    model = timm.create_model(NANO)
+    with pytest.raises(RuntimeError, match=r'must hold a tensor layer3\.0\.bn2\.weight, got none'):
+        model.load_state_dict(without(twin, 'layer3.0.bn2.weight'), strict=False)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "layer5'):
+        model.load_state_dict({**twin, 'layer5.weight': torch.zeros(1)})
+
+
+def test_old_checkpoints_without_counters(twin, expected):
+    old = {key: value for key, value in twin.items() if not key.endswith('num_batches_tracked')}
+    model = timm.create_model(NANO, pretrained=True, pretrained_cfg_overlay={'state_dict': old})
+    assert same(model, expected)
+
+
+def test_a_converted_model_is_pickled_and_copied(twin, expected):
+    model = timm.create_model(NANO)
+    model.load_state_dict(twin)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert same(again, expected)
+        again.load_state_dict(twin)
+        assert same(again, expected)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+from .conversion.state_dict import ConversionError, checkpoint_filter_fn, convert_state_dict, is_plain_resnet
 from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType, is_plain
 from .pretrained.cfgs import pretrained_cfgs
 from .pretrained.loading import build_with_verified_weights
@@ -129,6 +130,9 @@ def _aa_class(name: str) -> type[nn.Module]:
 class GeoPriorResNet(ResNet):
     """timm's ResNet, made of GeoPriorBottlenecks.
 
+    It loads the weights of the plain ResNet of the same depth and options too: `load_state_dict`, timm's
+    `checkpoint_path` and `pretrained` convert them in closed form (`timm_geoprior.conversion`).
+
     Examples:
         >>> model = GeoPriorResNet((3, 4, 6, 3), value_dims=(0, 8, 24, 56), num_classes=10)
         >>> model(torch.randn(2, 3, 64, 64)).shape
@@ -193,8 +197,27 @@ class GeoPriorResNet(ResNet):
                 module.reset_parameters()
 
 
+    def _load_from_state_dict(
+            self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        # timm calls its checkpoint filter for `pretrained` only
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if is_plain_resnet(own, self):
+            try:
+                converted = convert_state_dict(own, self)
+            except ConversionError as error:
+                error_msgs.append(str(error))
+            else:
+                for key in own:
+                    del state_dict[prefix + key]
+                state_dict.update({prefix + key: value for key, value in converted.items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
 def _create_geoprior_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GeoPriorResNet:
-    return build_with_verified_weights(GeoPriorResNet, variant, pretrained, **kwargs)
+    return build_with_verified_weights(
+        GeoPriorResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs())

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,8 @@ def build_with_verified_weights(
         model_cls: type[_Model],
         variant: str,
         pretrained: bool = False,
+        *,
+        pretrained_filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
         **kwargs: Any,
 ) -> _Model:
     """timm's `build_model_with_cfg`, with verified weights where they are the manifest's own.
@@ -73,6 +76,7 @@ def build_with_verified_weights(
         model_cls: Class of the model.
         variant: Name of the architecture.
         pretrained: Load weights.
+        pretrained_filter_fn: What makes the model's state dict of one that was read, as timm calls it.
         **kwargs: As `build_model_with_cfg` takes them.
 
     Returns:
@@ -83,7 +87,8 @@ def build_with_verified_weights(
     """
     entry = _own_entry(variant, kwargs) if pretrained else None
     if entry is None:
-        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+        return build_model_with_cfg(
+            model_cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
     cache_dir = kwargs.get('cache_dir')
     asset = _weights(entry)
     path = asset.locate(cache_dir)
@@ -92,7 +97,7 @@ def build_with_verified_weights(
 
         def take_verified(placeholder: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
             model.pretrained_cfg.pop('state_dict')  # type: ignore[operator,union-attr]
-            return _tensors(content.result())
+            return pretrained_filter_fn(_tensors(content.result()), model)
 
         # timm deep-copies its cfg, so the tensors cannot go that way: a placeholder keeps it from looking for a file
         overlay = {**(kwargs.pop('pretrained_cfg_overlay', None) or {}), 'state_dict': {'verified': True}}
