@@ -7,6 +7,7 @@ import pytest
 import robustness
 import torch
 
+from timm_geoprior.evaluation.command import main as validate
 from timm_geoprior.evaluation.predict import Predictions
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import train
@@ -60,7 +61,7 @@ def test_a_square_is_covered_wherever_the_batch_begins(area):
 
 def test_every_condition_changes_the_images():
     images = torch.rand(4, 3, 64, 64)
-    found = {name: change(images, 0) for name, change in robustness.conditions(80).items()}
+    found = {name: change(images, 0) for name, change in robustness.conditions(80, 'bilinear').items()}
     sizes = [values.shape[-1] for values in found.values()]
     assert sizes == [80, 40, 60, 100, 120, 160, 80, 80, 80, 80]
     own = found.pop('as they are')
@@ -96,6 +97,12 @@ def test_the_report(pairs, photo_folder, tmp_path, monkeypatch):
     assert {(row['num_images'], row['size']) for row in rows} == {('20', '48')}
     own = [float(row['prior']) for row in rows if row['condition'] == 'as they are']
     assert f'| as they are | {np.mean(own):.2f} |' in text
+    results = tmp_path / 'validated.csv'
+    assert not validate([
+        '--checkpoint', pairs[1][0], '--data-dir', str(photo_folder), '--split', 'val', '--device', 'cpu',
+        '--results-file', str(results)])
+    with results.open() as file:
+        assert own[1] == pytest.approx(float(next(csv.DictReader(file))['top1']))
     assert text.count('±') == 12  # the head's, and one a condition
     call(monkeypatch, photo_folder, tmp_path / 'one', pairs[0])
     assert (tmp_path / 'one' / 'robustness.md').read_text().count('±') == 1

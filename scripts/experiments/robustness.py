@@ -77,13 +77,13 @@ def cover(images: Tensor, first: int, area: float) -> Tensor:
     return covered
 
 
-def conditions(size: int) -> dict[str, Change]:
+def conditions(size: int, interpolation: str) -> dict[str, Change]:
     """Changes of normalised images by name. Each gets images and the number of the first, and returns them resized."""
     def resize(images: Tensor, factor: float = 1) -> Tensor:
         side = round(factor * size)
         if images.shape[-1] == side:
             return images
-        return F.interpolate(images, size=(side, side), mode='bicubic', antialias=True)
+        return F.interpolate(images, size=(side, side), mode=interpolation, antialias=True)
 
     named: dict[str, Change] = {'as they are': lambda images, first: resize(images)}
     for factor in SIZES:
@@ -130,7 +130,8 @@ def measure(path: Path, images: ImageTensors, classes: Sequence[str], device: to
     mean, std = (255 * torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ('mean', 'std'))
     network = network.to(device, memory_format=torch.channels_last)
     size = recipe.eval_size or recipe.img_size
-    found = {name: predict(network, images, (mean, std), change) for name, change in conditions(size).items()}
+    changes = conditions(size, data['interpolation'])
+    found = {name: predict(network, images, (mean, std), change) for name, change in changes.items()}
     facts = {'recipe': {**recipe.to_dict(), 'model': '', 'model_kwargs': {}}, 'seed': seed, 'size': size}
     return found, facts
 
