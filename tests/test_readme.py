@@ -104,4 +104,4 @@ def test_importing_the_plugin_imports_little():
     assert others == [
         'timm_geoprior', 'timm_geoprior.errors', 'timm_geoprior.files', 'timm_geoprior.geoprior_resnet',
         'timm_geoprior.layers', 'timm_geoprior.pretrained', 'timm_geoprior.pretrained.cfgs',
-        'timm_geoprior.pretrained.loading', 'timm_geoprior.pretrained.manifest']
+        'timm_geoprior.pretrained.loading', 'timm_geoprior.pretrained.manifest', 'timm_geoprior.registration']
