@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_geoprior.cli import main
+from timm_geoprior.cli import _MODULES, main
 from timm_geoprior.inference.images import sample_image
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +57,8 @@ def test_every_command_is_there(capsys):
     commands = set(re.findall(r'^    (\w+) ', capsys.readouterr().out, flags=re.MULTILINE))
     assert commands == {re.match(r'\| `timm-geoprior (\w+)', row)[1] for row in rows}
     for row in rows:
+        if re.match(r'\| `timm-geoprior (\w+)', row)[1] in _MODULES:  # described on a page of its own
+            continue
         with pytest.raises(SystemExit):
             main([row.split()[2].strip('`'), '--help'])
         described = capsys.readouterr().out

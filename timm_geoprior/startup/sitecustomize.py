@@ -5,6 +5,7 @@ that it finds at its start. The next one, the user's or the system's, is run as 
 """
 import os
 import sys
+from importlib import import_module
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(os.path.dirname(_FOLDER))
@@ -20,7 +21,7 @@ finally:
 
 _own = sys.modules.pop('sitecustomize')
 try:
-    import sitecustomize  # noqa: F401
+    import_module('sitecustomize')
 except ModuleNotFoundError as error:
     if error.name != 'sitecustomize':
         raise
