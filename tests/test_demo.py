@@ -14,7 +14,7 @@ from PIL import Image
 from timm_geoprior.cli import main
 from timm_geoprior.inference.classifier import load_classifier
 from timm_geoprior.inference.images import read_image, sample_image
-from timm_geoprior.pretrained.loading import download_tag
+from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.manifest import default_model, load_manifest
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'

@@ -174,7 +174,7 @@ def _download(args: argparse.Namespace) -> int:
     if bool(tags) == args.all:
         got = 'both tags and --all' if tags else 'a folder alone'
         raise GeoPriorError(f'The arguments must be tags and a folder, or --all and a folder, got {got}.')
-    from .pretrained.loading import download_tag
+    from .pretrained.download import download_tag
     from .pretrained.manifest import load_manifest
     for name in tags or [entry.name for entry in load_manifest().models.values() if entry.has_weights]:
         place = download_tag(name, folder)
