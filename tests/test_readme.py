@@ -104,7 +104,8 @@ def test_importing_the_plugin_imports_little():
     imported = subprocess.run([sys.executable, '-c', IMPORTS], capture_output=True, text=True, check=True).stdout
     others = [name for name in json.loads(imported) if name.split('.')[0] not in sys.stdlib_module_names]
     assert others == [
-        'timm_geoprior', 'timm_geoprior.conversion', 'timm_geoprior.errors', 'timm_geoprior.files',
+        'timm_geoprior', 'timm_geoprior.conversion', 'timm_geoprior.conversion.closed_form',
+        'timm_geoprior.conversion.state_dict', 'timm_geoprior.errors', 'timm_geoprior.files',
         'timm_geoprior.geoprior_resnet', 'timm_geoprior.layers', 'timm_geoprior.pretrained',
         'timm_geoprior.pretrained.cfgs', 'timm_geoprior.pretrained.download', 'timm_geoprior.pretrained.loading',
         'timm_geoprior.pretrained.manifest', 'timm_geoprior.registration']
