@@ -22,8 +22,7 @@ import torch
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.reading import CorruptImagesError
-from timm_geoprior.errors import EvaluationError
-from timm_geoprior.pretrained.loading import WeightsError
+from timm_geoprior.errors import EvaluationError, WeightsError
 from timm_geoprior.training.checkpoint import CheckpointError
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import TrainingError, train

@@ -17,9 +17,15 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_geoprior
 from timm_geoprior import GeoPriorAttn2d
-from timm_geoprior.cli import default_architecture, default_model, main
+from timm_geoprior.cli import main
 from timm_geoprior.inference.images import sample_image
-from timm_geoprior.pretrained.manifest import ManifestError, load_manifest, manifest_path
+from timm_geoprior.pretrained.manifest import (
+    ManifestError,
+    default_architecture,
+    default_model,
+    load_manifest,
+    manifest_path,
+)
 
 MODELS = load_manifest().models
 WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']
@@ -154,9 +160,9 @@ def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
     (['classify', '--model', 'resnet50', 'x.png'], "'resnet50', expected one of"),
     (['info', 'geoprior_resnet51'], "'geoprior_resnet51', expected one of"),
     (['run', 'nowhere.py'], 'nowhere.py does not exist'),
-    (['run', '-m', 'nowhere.at.all'], 'nowhere.at.all is no module'),
-    (['run', '-m', 'json.decoder.nowhere'], 'json.decoder.nowhere is no module'),
-    (['run', '-m', 'xml'], 'xml is no module'),
+    (['run', '-m', 'nowhere.at.all'], 'must be one that `python -m` takes, got nowhere.at.all.'),
+    (['run', '-m', 'json.decoder.nowhere'], 'got json.decoder.nowhere.'),
+    (['run', '-m', 'xml'], 'got xml.'),
 ])
 def test_an_error_is_one_sentence(capsys, arguments, words):
     got = output(capsys, *arguments, code=1)
@@ -167,7 +173,7 @@ def test_an_error_is_one_sentence(capsys, arguments, words):
     assert got.err.count('\n') == 1
 
 
-@pytest.mark.parametrize('arguments', [[], ['nothing'], ['info'], ['run'], ['list', '--wrong']])
+@pytest.mark.parametrize('arguments', [['nothing'], ['info'], ['run'], ['list', '--wrong']])
 def test_a_wrong_use_is_exit_code_2(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -201,13 +207,13 @@ def test_damaged_weights_are_told(tmp_path):
     copy = tmp_path / 'timm_geoprior'
     shutil.copytree(Path(timm_geoprior.__file__).parent, copy, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(manifest_path(), tmp_path)
-    weights = copy / 'weights' / f'{default_model(load_manifest()).name}.safetensors'
+    weights = copy / 'pretrained' / 'weights' / f'{default_model(load_manifest()).name}.safetensors'
     weights.write_bytes(weights.read_bytes()[:-1])
     told = run(*COMMAND, 'classify', cwd=tmp_path)  # `python -m` takes the package of the folder it runs in
     assert told.returncode == 1
     assert told.stdout == ''
     assert told.stderr.count('\n') == 1
-    assert 'bytes, expected' in told.stderr
+    assert re.search(r'must be \d+ bytes, got \d+', told.stderr)
 
 
 SCRIPT = """
@@ -245,6 +251,7 @@ def as_a_process(monkeypatch):
     """Undo what `run` does to the process that it is alone in."""
     monkeypatch.setattr(sys, 'argv', list(sys.argv))
     monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.setenv('PYTHONPATH', os.environ.get('PYTHONPATH', ''))
 
 
 @pytest.mark.usefixtures('as_a_process')
@@ -297,3 +304,181 @@ def test_ctrl_c(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.communicate()[1] == ''
     assert process.returncode == 130
+
+# -- the start: what is imported when ----------------------------------------------------------------------------------
+
+def python(code, **options):
+    """Run code in a process of its own; its stdout."""
+    done = run(sys.executable, '-c', code, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize('arguments', [
+    [], ['--help'], ['--version'], ['classify', '--help'], ['run', '--help'], ['lst'], ['classify', '--wrong'],
+    ['info'], ['list'], ['explain', '--point', 'here'], ['download', 'folder']])
+def test_neither_torch_nor_timm_is_imported_for_help_or_a_usage_error(arguments):
+    imported = python(
+        'import sys\nfrom timm_geoprior.cli import main\n'
+        f'try:\n    main({arguments})\nexcept SystemExit:\n    pass\n'
+        'print("imported:", sorted({"torch", "timm", "numpy", "huggingface_hub", "PIL"} & set(sys.modules)))')
+    assert imported.splitlines()[-1] == 'imported: []'
+
+
+def test_alone_it_prints_the_help(capsys):
+    alone = output(capsys).out
+    with pytest.raises(SystemExit) as stop:
+        main(['--help'])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == alone
+    assert alone.startswith('usage: timm-geoprior [-h]')
+
+
+@pytest.mark.parametrize('arguments', [
+    ['classify', '--wrong'], ['list', 'photo.png'], ['info', 'a', 'b'], ['demo', '--port', '1', '--wrong=2'],
+    ['explain', 'a.png', 'b.png'], ['doctor', '-v']])
+def test_wrong_usage_shows_the_commands_own_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f'usage: timm-geoprior {arguments[0]} [-h]')
+    assert f'error: unrecognized arguments: {arguments[-1]}' in told
+
+
+CREATE = "print(type(timm.create_model('geoprior_resnet14_nano')).__name__)"
+
+
+IMPORTS = """
+import os, sys
+import torchvision  # once for all: the children, forked, import timm alone
+for imports in {imports}:
+    if not os.fork():
+        exec(imports + {end!r})
+    assert os.wait()[1] == 0, imports
+"""
+
+
+def test_the_models_are_registered_however_the_two_are_imported():
+    imports = [
+        'import timm_geoprior; import timm',
+        'import timm; import timm_geoprior',
+        'import timm_geoprior; from timm.layers import DropPath; import timm',
+        'import timm_geoprior.pretrained.manifest; from timm.models import create_model; import timm',
+        'import timm_geoprior.errors, timm.optim, timm',
+        'from timm_geoprior import GeoPriorConv2d; import timm',
+        'import timm_geoprior, importlib.util; importlib.util.find_spec("timm"); import timm',
+        'import timm_geoprior, importlib; timm = importlib.import_module("timm")',
+        # the modules that the models are made of, each one before timm
+        'import timm_geoprior.layers; import timm',
+        'from timm_geoprior.pretrained.loading import load_verified; import timm',
+        'import timm_geoprior.geoprior_resnet, timm',
+        'from timm_geoprior import layers; import timm; assert layers is sys.modules["timm_geoprior.layers"]',
+        'import timm_geoprior.inference.classifier, timm',
+    ]
+    end = f'; {CREATE}; sys.stdout.flush(); os._exit(0)'
+    assert python(IMPORTS.format(imports=imports, end=end)) == 'GeoPriorResNet\n' * len(imports)
+
+
+def test_timm_is_as_if_nothing_had_found_it():
+    """The module's loader, source and resources, and the list of finders."""
+    look = ('import inspect, sys; print(timm.__loader__ is timm.__spec__.loader, type(timm.__loader__),'
+            'inspect.getsource(timm)[:99], [str(finder).split(" at ")[0] for finder in sys.meta_path])')
+    assert python(f'import timm_geoprior, timm; {look}') == python(f'import timm; {look}')
+
+
+def test_the_package_has_its_names_before_they_are_imported():
+    names = python('import timm_geoprior; print(sorted({*timm_geoprior.__all__, "layers"} - set(dir(timm_geoprior))),'
+                   'timm_geoprior.layers.attention_map.__name__, timm_geoprior.GeoPriorResNet.__module__,'
+                   'hasattr(timm_geoprior, "nothing"))')
+    assert names == '[] attention_map timm_geoprior.geoprior_resnet False\n'
+
+
+def test_a_timm_that_cannot_be_imported_fails_alike_each_time(tmp_path):
+    """And not with "Unknown model" the second time."""
+    (tmp_path / 'timm.py').write_text('import sys\nraise ImportError("half a timm")')
+    code = ('import timm_geoprior\nfor _ in range(2):\n    try:\n        import timm\n'
+            '    except ImportError as error:\n        print(error)')
+    assert python(code, cwd=tmp_path) == 'half a timm\nhalf a timm\n'
+
+
+# -- run: child processes ----------------------------------------------------------------------------------------------
+
+CHILDREN = {
+    'a grandchild': f"""
+import subprocess, sys
+grandchild = "import timm; {CREATE}"
+child = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {{grandchild!r}}], check=True)'
+subprocess.run([sys.executable, '-c', child], check=True)
+""",
+    'forkserver': f"""
+import multiprocessing
+
+def work(number):
+    import timm
+    {CREATE}
+
+if __name__ == '__main__':
+    with multiprocessing.get_context('forkserver').Pool(1) as pool:
+        pool.map(work, [0])
+""",
+    'mp.spawn': f"""
+import timm
+import torch.multiprocessing as mp
+
+def work(rank):
+    {CREATE}
+
+if __name__ == '__main__':
+    mp.spawn(work, nprocs=1)
+""",
+    'torchrun': f"""
+import os, sys
+import torch.distributed.run
+if 'RANK' in os.environ:
+    import timm
+    {CREATE}
+else:
+    torch.distributed.run.main(['--standalone', '--nproc-per-node', '1', 'parent.py'])
+""",
+}
+
+
+@pytest.mark.parametrize(('kind', 'target'), [
+    ('a grandchild', ['parent.py']), ('forkserver', ['-m', 'parent']), ('mp.spawn', ['parent.py']),
+    ('torchrun', ['parent.py'])])
+def test_run_reaches_child_processes(tmp_path, kind, target):
+    (tmp_path / 'parent.py').write_text(CHILDREN[kind])
+    done = run(*COMMAND, 'run', *target, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, 'GeoPriorResNet\n'), done.stderr
+
+
+LOOK = """
+import json, os, sys
+import sitecustomize
+print(json.dumps([sys.path, getattr(sitecustomize, '__file__', None), sorted(sys.modules)]))
+"""
+
+
+@pytest.mark.parametrize('theirs', ['print("theirs")', None, 'raise ValueError("theirs is broken")', 'import nowhere'])
+def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
+    """Path, module, output and errors of a child: those without `run`, and what it adds to the modules is tiny."""
+    if theirs is not None:
+        (tmp_path / 'site').mkdir()
+        (tmp_path / 'site' / 'sitecustomize.py').write_text(theirs)
+    look = LOOK if theirs == 'print("theirs")' else LOOK.replace('import sitecustomize\n', 'sitecustomize = None\n')
+    (tmp_path / 'child.py').write_text(look)
+    (tmp_path / 'parent.py').write_text('import subprocess, sys; subprocess.run([sys.executable, "child.py"])')
+    inherited = os.pathsep.join([str(tmp_path / 'site'), *filter(None, [os.environ.get('PYTHONPATH')])])
+    options = {'cwd': tmp_path, 'env': {**os.environ, 'PYTHONPATH': inherited}}
+    plain = run(sys.executable, 'parent.py', **options)
+    ours = run(*COMMAND, 'run', 'parent.py', **options)
+    assert ours.stderr == plain.stderr
+    *before, expected = plain.stdout.splitlines()
+    *told, got = ours.stdout.splitlines()
+    assert told == before == (['theirs'] * 2 if theirs == 'print("theirs")' else [])
+    (path, place, modules), (expected_path, expected_place, expected_modules) = json.loads(got), json.loads(expected)
+    assert (path, place) == (expected_path, expected_place)
+    assert set(modules) - set(expected_modules) - {'importlib', 'importlib._bootstrap', 'importlib._bootstrap_external',
+                                                   'warnings', '_warnings', 'sitecustomize'} == {
+        'timm_geoprior', 'timm_geoprior.registration'}

@@ -15,7 +15,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.transforms.functional import normalize, to_tensor
 
 import timm_geoprior  # noqa: F401  registers the models
-from timm_geoprior.pretrained.loading import download_tag
+from timm_geoprior.pretrained.download import download_tag
 
 NANO, LARGE = 'geoprior_resnet14_nano', 'geoprior_resnet50'
 TAG = 'geoprior_resnet14_nano.r64_tin200'
@@ -173,6 +173,9 @@ def test_timm_wrapper(transformers, photos, folder, tmp_path, name):
     again = wrapper.from_pretrained(tmp_path)
     check_same(model, again, lambda model: [model(inputs).logits])
     assert again.config.id2label == model.config.id2label
+    if name == NANO:  # its config.json came from ours
+        timms = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+        check_same(model, timms, lambda model: [getattr(output := model(inputs), 'logits', output)])
 
 
 @pytest.mark.parametrize('name', [NANO, LARGE])

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from timm_geoprior.cli import default_model, main
+from timm_geoprior.cli import main
 from timm_geoprior.inference.classifier import load_classifier
 from timm_geoprior.inference.images import read_image, sample_image
-from timm_geoprior.pretrained.loading import download_tag
-from timm_geoprior.pretrained.manifest import load_manifest
+from timm_geoprior.pretrained.download import download_tag
+from timm_geoprior.pretrained.manifest import default_model, load_manifest
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
 # the command, in a process that tells of every connection to another machine
@@ -136,7 +136,7 @@ def test_without_gradio(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, 'timm_geoprior.inference.demo', raising=False)
     assert main(['demo']) == 1
     assert capsys.readouterr().err == (
-        "timm-geoprior: gradio is not installed, expected it for this command: pip install 'timm-geoprior[demo]'.\n")
+        "timm-geoprior: This command needs gradio, which is not installed. Run `pip install 'timm-geoprior[demo]'`.\n")
 
 
 @pytest.mark.usefixtures('demo')

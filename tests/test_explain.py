@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_geoprior.cli import main
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.inference.classifier import Classifier, load_classifier
 from timm_geoprior.layers import mix_values
 from timm_geoprior.radii import learned_radii
@@ -25,7 +26,7 @@ from matplotlib.patches import Ellipse, Polygon  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from timm_geoprior.inference.explain import _plain, draw, effective_field, receptive_pair  # noqa: E402
-from timm_geoprior.inference.windows import View, WindowsError, draw_windows, learned_windows, to_input, view_of  # noqa: E402
+from timm_geoprior.inference.windows import View, draw_windows, learned_windows, to_input, view_of  # noqa: E402
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
 MODELS = {
@@ -179,7 +180,7 @@ def test_any_network_of_the_family_is_drawn(model, coffee):
 
 
 def test_a_network_without_attention_is_refused(coffee):
-    with pytest.raises(WindowsError, match='The network has no attention layers, expected a GeoPrior ResNet: name'):
+    with pytest.raises(GeoPriorError, match='The network has no attention layers, expected a GeoPrior ResNet: name'):
         draw_windows(classifier_of(timm.create_model('resnet18').eval()), coffee)
 
 
@@ -290,7 +291,7 @@ def test_a_missing_extra_names_its_cure(photo, monkeypatch, capsys, package):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(['explain', photo]) == 1
-    assert capsys.readouterr().err.endswith("expected it for this command: pip install 'timm-geoprior[explain]'.\n")
+    assert capsys.readouterr().err.endswith("which is not installed. Run `pip install 'timm-geoprior[explain]'`.\n")
 
 
 @pytest.mark.parametrize('point', ['1', '1,2,3', 'a,b', '1;2'])
@@ -298,4 +299,4 @@ def test_a_point_is_two_numbers(photo, capsys, point):
     with pytest.raises(SystemExit) as stopped:
         main(['explain', photo, '--point', point])
     assert stopped.value.code == 2
-    assert f'{point!r} is no point, expected X,Y in pixels, as in 120,80' in capsys.readouterr().err
+    assert f'a point must be X,Y in pixels, as in 120,80, got {point!r}' in capsys.readouterr().err

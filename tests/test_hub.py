@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -32,9 +33,11 @@ from releases import (
     using_manifest,
     with_entry,
 )
+from timm_geoprior.errors import WeightsError
 from timm_geoprior.pretrained import cfgs
 from timm_geoprior.pretrained import loading as module
-from timm_geoprior.pretrained.loading import WeightsError, download_tag, load_golden, load_verified
+from timm_geoprior.pretrained.download import download_tag
+from timm_geoprior.pretrained.loading import load_golden, load_verified
 from timm_geoprior.pretrained.manifest import load_manifest
 from timm_geoprior.pretrained.verify import golden_error
 from timm_geoprior.release.publish import bundle, read_staged
@@ -89,6 +92,24 @@ def test_every_stored_type_is_read(tmp_path):
         'double': torch.randn(1, dtype=torch.float64), 'count': torch.tensor(12), 'nothing': torch.empty(0, 4)}
     save_file(tensors, tmp_path / 'a.safetensors', {'format': 'pt'})
     assert same(module._tensors(bytearray((tmp_path / 'a.safetensors').read_bytes())), tensors)
+
+
+@pytest.mark.filterwarnings('ignore:.*copying from a non-meta parameter')
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_a_default_device_moves_no_file(plain_name, published, staged, tmp_path, device):
+    """torch.set_default_device decides where new tensors go; those of a file stay on the CPU."""
+    before = torch.get_default_device()
+    torch.set_default_device(device)
+    try:
+        tensors, golden = load_verified(published, tmp_path), load_golden(published, tmp_path)
+        empty = module._tensors(memoryview(save({'nothing': torch.empty(0, 4, device='cpu')})))
+        model = plain_name()
+    finally:
+        torch.set_default_device(before)
+    assert same(tensors, load_file(staged / 'model.safetensors'))
+    assert same(golden, load_file(staged / 'golden/outputs.safetensors'))
+    assert empty['nothing'].device.type == 'cpu'
+    assert {parameter.device.type for parameter in model.parameters()} == {device}
 
 
 def test_no_network_once_cached(hub, published, tmp_path):
@@ -214,9 +235,10 @@ def test_bundled_file_needs_no_hub(bundled, hub, staged):
 
 
 @pytest.mark.parametrize(('spoil', 'message'), [
-    (lambda content: content[:-1], r'bytes, expected \d+'),
-    (lambda content: content[:-1] + bytes([content[-1] ^ 1]), r'sha256 \w{64}, expected \w{64}'),
-    (lambda content: b'', 'are 0 bytes'),
+    (lambda content: content[:-1], r'must be \d+ bytes, got \d+'),
+    (lambda content: content[:-1] + bytes([content[-1] ^ 1]), r'must have the SHA-256 \w{64}, got \w{64}'),
+    (lambda content: b'', 'got 0'),
+    (lambda content: b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n', 'got a Git LFS pointer'),
     (None, 'No such file'),
 ])
 def test_spoilt_bundled_file_is_refused(bundled, spoil, message):
@@ -225,7 +247,7 @@ def test_spoilt_bundled_file_is_refused(bundled, spoil, message):
     with pytest.raises(WeightsError, match=message) as caught:
         load_verified(bundled)
     assert str(path) in str(caught.value)
-    assert 'install timm_geoprior again' in str(caught.value)
+    assert re.search('Install timm_geoprior again|git lfs pull', str(caught.value))
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -276,16 +298,16 @@ FAULTS = {
     'unauthorized': ('HEAD', status(401), 'answered 401.*log in'),
     'forbidden': ('HEAD', status(403), 'answered 403.*log in'),
     'gated': ('HEAD', status(403, X_Error_Code='GatedRepo'), 'answered 403.*log in'),
-    'no repository': ('HEAD', status(404, X_Error_Code='RepoNotFound'), 'answered 404.*check the name'),
-    'no file': ('HEAD', status(404, X_Error_Code='EntryNotFound'), 'no such file at this revision'),
-    'no revision': ('HEAD', status(404, X_Error_Code='RevisionNotFound'), 'no such revision any more.*update'),
+    'no repository': ('HEAD', status(404, X_Error_Code='RepoNotFound'), 'answered 404.*Check the name'),
+    'no file': ('HEAD', status(404, X_Error_Code='EntryNotFound'), 'no such file at the pinned revision. Update'),
+    'no revision': ('HEAD', status(404, X_Error_Code='RevisionNotFound'), 'no longer has the pinned revision. Update'),
     'no object': ('GET /objects', status(404), 'answered 404'),
-    'too many requests': ('HEAD', status(429), 'answered 429.*wait'),
-    'too many objects': ('GET /objects', status(429), 'answered 429.*wait'),
-    'down': ('HEAD', status(503), 'answered 503.*later'),
-    'store down': ('GET /objects', status(503), 'answered 503.*later'),
-    'always cut': ('GET /objects', broken_after(0, reset=False), 'broke off.*check the network'),
-    'always reset': ('GET /objects', broken_after(100_000, reset=True), 'broke off.*check the network'),
+    'too many requests': ('HEAD', status(429), 'answered 429.*Wait'),
+    'too many objects': ('GET /objects', status(429), 'answered 429.*Wait'),
+    'down': ('HEAD', status(503), 'answered 503. Try again later'),
+    'store down': ('GET /objects', status(503), 'answered 503. Try again later'),
+    'always cut': ('GET /objects', broken_after(0, reset=False), 'broke off.*Check the network'),
+    'always reset': ('GET /objects', broken_after(100_000, reset=True), 'broke off.*Check the network'),
     'no Hub at all': ('HEAD', status(200), 'could not be reached or broke off.*HF_ENDPOINT'),
 }
 
@@ -312,7 +334,7 @@ def test_lasting_trouble_is_one_clear_error(hub, published, tmp_path, waits, mon
 def test_connection_refused(hub, published, tmp_path, waits):
     hub.stop()
     try:
-        with pytest.raises(WeightsError, match=r'http://127\S* could not be reached.*check the network'):
+        with pytest.raises(WeightsError, match=r'http://127\S* could not be reached.*Check the network'):
             load_verified(published, tmp_path)
     finally:
         hub.start()
@@ -329,7 +351,7 @@ def test_private_repository_needs_a_token(hub, staged, tmp_path, monkeypatch, wa
 
 
 @pytest.mark.parametrize(('serve', 'message'), [
-    (other_bytes, r'have the sha256 \w{64}, expected {sha256}'),
+    (other_bytes, r'must have the SHA-256 {sha256}, got \w{64}'),
     (lambda content: content[:-100], 'broke off'),  # shorter than its own metadata says
     (lambda content: content + b'more', 'broke off'),
     (lambda content: pickle.dumps({'a': 1}), 'broke off'),
@@ -347,8 +369,8 @@ def test_wrong_bytes_are_fetched_afresh_once_and_then_refused(hub, published, tm
 
 
 @pytest.mark.parametrize(('content', 'message'), [
-    (b'0' * 1000, r'are 1000 bytes, expected \d+'),
-    (pickle.dumps({'model': 1}), r'are \d+ bytes, expected \d+'),
+    (b'0' * 1000, r'must be \d+ bytes, got 1000'),
+    (pickle.dumps({'model': 1}), r'must be \d+ bytes, got \d+'),
 ])
 def test_another_file_at_the_pinned_revision_is_refused(hub, published, tmp_path, content, message):
     """The Hub's metadata fit what it serves, but not the manifest."""
@@ -381,7 +403,7 @@ def test_a_pickle_is_never_loaded(hub, published, plain_name, tmp_path):
     assert hub.count(r'pytorch_model\.bin') == 0
     for content in (pickled, pickled.ljust(published.bytes)):  # of the expected size too
         commit.files['model.safetensors'] = hub.store(content)
-        with pytest.raises(WeightsError, match='expected'):
+        with pytest.raises(WeightsError, match='must'):
             plain_name()
     assert hub.count('GET /objects/') == 4
     assert not (tmp_path / 'sprung').exists()
@@ -400,7 +422,7 @@ def test_corrupt_cached_file_is_fetched_afresh(hub, published, tmp_path, staged)
 def test_a_revision_that_is_gone(hub, published, tmp_path):
     hub.repos['owner/nano'].commits.clear()
     hub.publish('owner/nano', {'model.safetensors': b'new history'})
-    with pytest.raises(WeightsError, match='no such revision any more.*update timm_geoprior'):
+    with pytest.raises(WeightsError, match='no longer has the pinned revision. Update timm_geoprior'):
         load_verified(published, tmp_path)
 
 
@@ -455,7 +477,7 @@ def test_cache_that_cannot_be_written(hub, published, tmp_path, staged, forkserv
         value, problem = finish(*start(forkserver, _load, published, tmp_path / 'empty', as_mere_mortal))
         assert value is None
         assert f'WeightsError: The weights of {NANO}' in problem
-        assert 'cannot be written (Permission denied): make it writable, or set HF_HOME or cache_dir' in problem
+        assert 'cannot be written (Permission denied). Make it writable, or set HF_HOME or cache_dir' in problem
         assert finish(*start(forkserver, _load, published, tmp_path / 'filled', as_mere_mortal)) == (
             digest(load_file(staged / 'model.safetensors')), '')
     finally:
@@ -467,7 +489,7 @@ def test_cache_that_cannot_be_written(hub, published, tmp_path, staged, forkserv
 def test_full_disk(hub, published, tmp_path, forkserver):
     value, problem = finish(*start(forkserver, _load, published, tmp_path, partial(limit_file_size, 1_000_000)))
     assert value is None
-    assert 'cannot be written (File too large): free some space, or set HF_HOME or cache_dir' in problem
+    assert 'cannot be written (File too large). Free some space, or set HF_HOME or cache_dir' in problem
     assert leftovers(tmp_path) == []
     load_verified(published, tmp_path)
 
@@ -475,7 +497,8 @@ def test_full_disk(hub, published, tmp_path, forkserver):
 OFFLINE = """
 import pickle, sys, timm_geoprior
 from timm_geoprior.pretrained import cfgs
-from timm_geoprior.pretrained.loading import WeightsError, load_verified
+from timm_geoprior.errors import WeightsError
+from timm_geoprior.pretrained.loading import load_verified
 entry, filled, empty, cfgs.WEIGHTS_DIR = pickle.load(open(sys.argv[1], 'rb'))
 print(len(load_verified(entry, filled)))
 try:
@@ -501,8 +524,8 @@ def test_offline_with_and_without_the_file(hub, published, tmp_path):
         capture_output=True, text=True, check=True)
     count, absent, spoilt = done.stdout.splitlines()
     assert int(count) == len(tensors)
-    assert 'not in the cache and HF_HUB_OFFLINE is set, expected a network: unset it' in absent
-    assert 'are 6 bytes, expected' in spoilt
+    assert 'not in the cache and HF_HUB_OFFLINE is set. Unset it' in absent
+    assert 'got 6.' in spoilt
     assert 'HF_HUB_OFFLINE is set' in spoilt
     assert hub.requests == []
 

@@ -105,7 +105,7 @@ def test_the_source_archive_is_whole(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
     assert package_files() <= names
-    assert {'weights_manifest.json', 'weights_manifest.schema.json', 'README.md', 'LICENSE', 'CHANGELOG.md',
+    assert {'weights_manifest.json', 'README.md', 'LICENSE', 'CHANGELOG.md',
             'CITATION.cff', 'pyproject.toml'} <= names
     for folder in ('tests', 'scripts', 'scripts/experiments'):
         assert {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob('*.py')} <= names

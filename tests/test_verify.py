@@ -135,7 +135,7 @@ def test_wrong_golden_outputs_are_told(bundled, tmp_path):
     save_file({**golden, 'logits': golden['logits'] + 1}, path)
     (check,) = (check for check in verify_tags() if check.what == 'golden outputs')
     assert check.ok is False
-    assert 'sha256' in check.detail
+    assert 'must have the SHA-256' in check.detail
 
 
 def test_verify_command(bundled, capsys):

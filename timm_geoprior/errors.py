@@ -1,6 +1,6 @@
 """The exceptions of this package. Each message is one sentence that says what is wrong and what to do."""
 
-__all__ = ['EvaluationError', 'GeoPriorError', 'ProcessError']
+__all__ = ['EvaluationError', 'GeoPriorError', 'ProcessError', 'WeightsError']
 
 
 class GeoPriorError(RuntimeError):
@@ -13,3 +13,7 @@ class EvaluationError(GeoPriorError):
 
 class ProcessError(EvaluationError):
     """An error that a single process of several may meet alone, so that each process has to report it."""
+
+
+class WeightsError(GeoPriorError):
+    """Weights cannot be loaded: there are none, they cannot be fetched, or their bytes are not the manifest's."""

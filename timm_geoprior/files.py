@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ['drawable', 'first_line', 'save_figure', 'write_atomically', 'write_csv', 'write_json']
+__all__ = [
+    'drawable', 'first_line', 'is_lfs_pointer', 'save_figure', 'write_atomically', 'write_csv', 'write_json',
+]
 
 
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
@@ -122,3 +124,9 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or the error's type where there is none."""
     lines = str(error).splitlines()
     return lines[0].rstrip('.') if lines and lines[0] else type(error).__name__
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is only a Git LFS pointer, as in a clone without `git lfs`."""
+    with path.open('rb') as file:
+        return file.read(64).startswith(b'version https://git-lfs.github.com/spec/')

@@ -12,8 +12,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import list_models
 from torch import Tensor, nn
 
-from ..errors import EvaluationError
-from ..pretrained.loading import WeightsError
+from ..errors import EvaluationError, WeightsError
 from ..pretrained.manifest import LabelSet, ModelEntry, load_manifest
 from ..training.checkpoint import SavedModel, read_weights, take_prefix_off
 

@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from ..errors import GeoPriorError
 from ..pretrained.manifest import load_manifest
 
-__all__ = ['Classifier', 'ClassifierError', 'load_classifier']
-
-
-class ClassifierError(GeoPriorError):
-    """A folder cannot be loaded as a classifier."""
+__all__ = ['Classifier', 'load_classifier']
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def load_classifier(name: str) -> Classifier:
         The classifier.
 
     Raises:
-        ClassifierError: The folder holds no model that timm can load.
+        GeoPriorError: The folder holds no model that timm can load.
         ManifestError: No such tag.
         WeightsError: The tag has no weights, or they cannot be had.
     """
@@ -74,7 +70,7 @@ def _load_folder(name: str) -> Classifier:
         model: Any = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # timm, json and safetensors raise half a dozen types for a wrong folder
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ClassifierError(
+        raise GeoPriorError(
             f'{name} cannot be loaded ({reason}), expected a folder with config.json and model.safetensors, as '
             f'`finetune` and `download` make them.') from error
     labels = model.pretrained_cfg.get('label_names') or [str(index) for index in range(model.num_classes)]

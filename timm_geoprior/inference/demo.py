@@ -20,18 +20,16 @@ from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 
 from ..errors import GeoPriorError
-from ..pretrained.loading import WeightsError
 from ..pretrained.manifest import default_model, load_manifest, manifest_path
-from .classifier import Classifier, ClassifierError, load_classifier
-from .images import ImageError, read_image
-from .windows import WindowsError, draw_windows
+from .classifier import Classifier, load_classifier
+from .images import read_image
+from .windows import draw_windows
 
-__all__ = ['DemoError', 'build', 'serve', 'write_space']
+__all__ = ['build', 'serve', 'write_space']
 
 SAMPLES = [Path(skimage.data.data_dir, name) for name in ('coffee.png', 'chelsea.png', 'rocket.jpg', 'astronaut.png')]
 PREVIEW_SIDE = 1024  # pixels of what is shown, clicked into and drawn on; the network gets the picture itself
 MAX_UPLOAD = '50mb'
-ERRORS = (ClassifierError, ImageError, WeightsError, WindowsError)
 
 TITLE = 'GeoPrior ResNet: what it sees, and how far it looks'
 LEAD = ('Drop a picture or pick a sample, then click into it: what stays light is where the attention layers look from '
@@ -66,10 +64,6 @@ SPACE = """---
 """
 
 load = lru_cache(maxsize=None)(load_classifier)
-
-
-class DemoError(GeoPriorError):
-    """The page cannot be served, or its folder not be written; the message says what to do."""
 
 
 def _about(name: str) -> str:
@@ -116,7 +110,7 @@ def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
         guesses = _guesses(classifier, image)
         preview = ImageOps.contain(image, (PREVIEW_SIDE, PREVIEW_SIDE))
         return path, preview, None, guesses, _windows(classifier, preview, None, window)
-    except ERRORS as error:
+    except GeoPriorError as error:
         _tell(error, path)
         return (gr.skip(),) * 5
 
@@ -134,7 +128,7 @@ def _click(image: Image.Image, name: str, window: dict[str, bool], event: gr.Sel
     """Draw the windows at another point: the point and the windows."""
     try:
         return event.index, _windows(load(name), image, tuple(event.index), window)
-    except ERRORS as error:
+    except GeoPriorError as error:
         _tell(error)
         return gr.skip(), gr.skip()
 
@@ -147,7 +141,7 @@ def _switch(
         classifier = load(name)
         guesses = _guesses(classifier, read_image(path))
         return gr.Dropdown(info=_about(name)), guesses, _windows(classifier, image, point, window)
-    except ERRORS as error:
+    except GeoPriorError as error:
         _tell(error, path)
         return (gr.skip(),) * 3
 
@@ -162,7 +156,7 @@ def build(model: str | None = None) -> gr.Blocks:
         The page, on which all models of the manifest that have weights can be chosen.
 
     Raises:
-        ClassifierError: `load_classifier` cannot load the model, and so ManifestError and WeightsError.
+        GeoPriorError: `load_classifier` cannot load the model.
     """
     manifest = load_manifest()
     chosen = load(model or default_model(manifest).name).name
@@ -205,7 +199,7 @@ def _check_port(port: int) -> None:
         socket.create_server((os.environ.get('GRADIO_SERVER_NAME', '127.0.0.1'), port)).close()
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else 'Not from 1 to 65535'
-        raise DemoError(
+        raise GeoPriorError(
             f'Port {port} cannot be opened ({reason}), expected a free one: name another by --port.') from None
 
 
@@ -224,7 +218,7 @@ def serve(model: str | None = None, port: int | None = None) -> None:
             GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say otherwise.
 
     Raises:
-        DemoError: The port cannot be opened.
+        GeoPriorError: The port cannot be opened.
     """
     if port is not None:
         _check_port(port)
@@ -252,7 +246,7 @@ def write_space(folder: Path, model: str | None = None) -> None:
         model: A model of the manifest, the one that is chosen at first.
 
     Raises:
-        DemoError: The folder has something in it, or cannot be written.
+        GeoPriorError: The folder has something in it, or cannot be written.
         ManifestError: No such model.
     """
     manifest = load_manifest()
@@ -270,7 +264,7 @@ def write_space(folder: Path, model: str | None = None) -> None:
     }
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise DemoError(f'{folder} has files in it, expected a new or an empty folder: name another.')
+            raise GeoPriorError(f'{folder} has files in it, expected a new or an empty folder: name another.')
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             whole = Path(scratch, 'space')
@@ -281,5 +275,5 @@ def write_space(folder: Path, model: str | None = None) -> None:
                 (whole / name).write_text(text, encoding='utf-8')
             whole.replace(folder)
     except OSError as error:
-        raise DemoError(f'{folder} cannot be written ({error.strerror}), expected a new or an empty folder: '
+        raise GeoPriorError(f'{folder} cannot be written ({error.strerror}), expected a new or an empty folder: '
                         f'name another.') from None

@@ -35,15 +35,11 @@ from .windows import (
     view_of,
 )
 
-__all__ = ['ExplainError', 'draw', 'effective_field', 'explain', 'receptive_pair']
+__all__ = ['draw', 'effective_field', 'explain', 'receptive_pair']
 
 DRAWS = 4  # random weights, and noise images, that an effective receptive field is the mean of
 FAINTEST = 1e-4  # of the strongest gradient, that is drawn
 DPI = 150
-
-
-class ExplainError(GeoPriorError):
-    """The figure cannot be written; the message says what to do."""
 
 
 def effective_field(model: nn.Module, images: Tensor) -> Tensor:
@@ -183,7 +179,7 @@ def draw(classifier: Classifier, image: Image.Image, point: tuple[float, float] 
         The figure, for slides of 16:9.
 
     Raises:
-        WindowsError: The network has no attention layers, or the point is outside of what it sees.
+        GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
     """
     view = view_of(classifier, image)
     place = to_input(view, image, point)
@@ -213,16 +209,16 @@ def explain(
         point: As `draw` has it.
 
     Raises:
-        ExplainError: matplotlib writes no such file, or it cannot be written there.
-        WindowsError: As `draw`.
+        GeoPriorError: matplotlib writes no such file, or it cannot be written there.
+        GeoPriorError: As `draw`.
     """
     kind = path.suffix.removeprefix('.').lower()
     if kind not in Figure().canvas.get_supported_filetypes():
-        raise ExplainError(f'{path} ends in {path.suffix or "nothing"}, expected .png, .pdf, .svg or .jpg: rename it.')
+        raise GeoPriorError(f'{path} ends in {path.suffix or "nothing"}, expected .png, .pdf, .svg or .jpg: rename it.')
     if not path.parent.is_dir():
-        raise ExplainError(f'{path.parent} is no folder, expected one for {path.name}: make it, or name another.')
+        raise GeoPriorError(f'{path.parent} is no folder, expected one for {path.name}: make it, or name another.')
     figure = draw(classifier, image, point)
     try:
         write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=DPI))
     except OSError as error:
-        raise ExplainError(f'{path} cannot be written ({error.strerror}): name another place by --output.') from None
+        raise GeoPriorError(f'{path} cannot be written ({error.strerror}): name another place by --output.') from None

@@ -21,7 +21,7 @@ from ..layers import GeoPriorAttn2d, attention_map
 from ..radii import learned_radii
 from .classifier import Classifier
 
-__all__ = ['ON_PHOTO', 'View', 'Window', 'WindowsError', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
+__all__ = ['ON_PHOTO', 'View', 'Window', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
            'learned_windows', 'new_figure', 'to_input', 'view_of']
 
 COLORS = ('#2ec4b6', '#ffb703', '#ff5d8f', '#8ecae6')  # one a stage
@@ -30,10 +30,6 @@ DARK_EDGE = [withStroke(linewidth=3, foreground='black', alpha=0.55)]  # lines a
 ON_PHOTO: dict[str, Any] = {  # text, likewise
     'color': 'white', 'fontsize': 9, 'ha': 'center', 'va': 'center',
     'path_effects': [withStroke(linewidth=2, foreground='black')]}
-
-
-class WindowsError(GeoPriorError):
-    """There is no window to draw at this point, or in this network; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +105,15 @@ def to_input(view: View, image: Image.Image, point: tuple[float, float] | None) 
         x and y in pixels of the input.
 
     Raises:
-        WindowsError: The point is outside the picture, or of what the network sees of it.
+        GeoPriorError: The point is outside the picture, or of what the network sees of it.
     """
     x, y = point or (image.width / 2, image.height / 2)
     left, top, right, bottom = view.box
     if not (0 <= x <= image.width and 0 <= y <= image.height):  # nan too
-        raise WindowsError(f'The point {x:g},{y:g} is outside the picture of {image.width} x {image.height} pixels, '
+        raise GeoPriorError(f'The point {x:g},{y:g} is outside the picture of {image.width} x {image.height} pixels, '
                            f'expected x from 0 to {image.width} and y from 0 to {image.height}: choose another.')
     if not (left <= x <= right and top <= y <= bottom):
-        raise WindowsError(f'The point {x:g},{y:g} is in the margin that the network does not see, expected x from '
+        raise GeoPriorError(f'The point {x:g},{y:g} is in the margin that the network does not see, expected x from '
                            f'{max(left, 0):.0f} to {min(right, image.width):.0f} and y from {max(top, 0):.0f} to '
                            f'{min(bottom, image.height):.0f}: choose another, or crop the picture.')
     return (x - left) / (right - left) * view.width, (y - top) / (bottom - top) * view.height
@@ -136,7 +132,7 @@ def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) ->
         The windows, in the order of the network.
 
     Raises:
-        WindowsError: The network has no `GeoPriorAttn2d` layer.
+        GeoPriorError: The network has no `GeoPriorAttn2d` layer.
     """
     windows = []
     for found in learned_radii(model, (3, view.height, view.width)):
@@ -152,7 +148,7 @@ def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) ->
             weights = torch.outer(down[head, row], across[head, column])
             windows.append(Window(found.name.split('.')[0], weights, center, cell, radius, layer.kernel))
     if not windows:
-        raise WindowsError('The network has no attention layers, expected a GeoPrior ResNet: name another model.')
+        raise GeoPriorError('The network has no attention layers, expected a GeoPrior ResNet: name another model.')
     return windows
 
 
@@ -254,7 +250,7 @@ def draw_windows(
         The figure, 3.5 inches wide a column.
 
     Raises:
-        WindowsError: The network has no attention layers, or the point is outside of what it sees.
+        GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
     """
     view = view_of(classifier, image)
     place = to_input(view, image, point)

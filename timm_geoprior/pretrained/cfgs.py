@@ -10,15 +10,15 @@ WEIGHTS_DIR = Path(__file__).parent / 'weights'
 
 
 def bundled_path(entry: ModelEntry) -> Path:
-    """Where the package carries a tag's weights, if it does."""
+    """The path of a tag's weights in the package, whether they are there or not."""
     return WEIGHTS_DIR / f'{entry.name}.safetensors'
 
 
 def pretrained_cfgs() -> dict[str, Any]:
-    """timm's cfgs, from the manifest: for `generate_default_cfgs`; a star marks the default tags.
+    """timm's cfgs from the manifest, for `generate_default_cfgs`; a star marks the default tags.
 
     A planned tag has no source, so timm lists it among the models but not among the pretrained ones. With a malformed
-    manifest there are none: the import succeeds, and whoever asks for weights or runs a command gets the error.
+    manifest there are none: the import still succeeds, and the error comes with the first request for weights.
     """
     try:
         models = load_manifest().models.values()
@@ -41,7 +41,7 @@ def pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
         'mean': entry.input.mean,
         'std': entry.input.std,
         'num_classes': entry.num_classes,
-        # what timm knows by the number of classes it looks up itself
+        # timm looks ImageNet's up by the number of classes
         'label_names': tuple(label_set.classes) or None,
         'label_descriptions': label_set.classes or None,
         'first_conv': entry.first_conv,
@@ -53,7 +53,7 @@ def pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
 
 
 def source_keys(entry: ModelEntry) -> dict[str, str]:
-    """timm's keys for where the weights are."""
+    """timm's keys that say where the weights are; none for a tag without weights."""
     if not entry.has_weights:
         return {}
     if entry.status == 'bundled':
@@ -80,4 +80,5 @@ def hub_config(entry: ModelEntry) -> dict[str, Any]:
         'num_classes': entry.num_classes,
         **({'label_names': list(names)} if names else {}),
         'pretrained_cfg': {'tag': entry.tag, 'custom_load': False, **cfg},
+        'model_args': {},  # without it transformers' save_pretrained writes null, which timm cannot load
     }

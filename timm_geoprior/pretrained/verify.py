@@ -13,17 +13,10 @@ import torch
 from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
 from torch import Tensor, nn
 
+from ..errors import WeightsError
 from .cfgs import bundled_path
-from .loading import (
-    WeightsError,
-    endpoint,
-    explain,
-    load_golden,
-    load_verified,
-    read_verified,
-    redact,
-    require_weights,
-)
+from .download import endpoint, explain, read_verified, redact, require_weights
+from .loading import load_golden, load_verified
 from .manifest import ModelEntry, load_manifest, manifest_path
 
 __all__ = ['GOLDEN_TOLERANCES', 'Check', 'doctor', 'golden_error', 'verify_tags']

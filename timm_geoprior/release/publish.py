@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..errors import GeoPriorError
 from ..files import write_atomically
 from ..pretrained.cfgs import bundled_path, hub_config
-from ..pretrained.loading import explain, http_status, load_golden
+from ..pretrained.download import explain, http_status
+from ..pretrained.loading import load_golden
 from ..pretrained.manifest import (
     Baseline,
     Golden,

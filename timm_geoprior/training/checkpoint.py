@@ -12,7 +12,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from ..errors import GeoPriorError
-from ..files import first_line, write_atomically
+from ..files import first_line, is_lfs_pointer, write_atomically
 
 __all__ = [
     'CheckpointError', 'SavedModel', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
@@ -132,9 +132,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f'The checkpoint {path} does not exist. Check its path.')
     try:
-        with path.open('rb') as file:
-            if file.read(24).startswith(b'version https://git-lfs'):
-                raise CheckpointError(f'{path} must hold weights, got a Git LFS pointer to them. Run `git lfs pull`.')
+        if is_lfs_pointer(path):
+            raise CheckpointError(f'{path} must hold weights, got a Git LFS pointer to them. Run `git lfs pull`.')
         if path.suffix == '.safetensors':
             return load_file(path, device='cpu')
         with torch.serialization.safe_globals([argparse.Namespace]):  # what timm's own checkpoints hold

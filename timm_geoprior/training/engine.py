@@ -23,9 +23,8 @@ from tqdm import tqdm
 from ..data.memory import ImageTensors
 from ..data.seeding import seed_everything
 from ..distributed import find_device
-from ..errors import EvaluationError, GeoPriorError
+from ..errors import EvaluationError, GeoPriorError, WeightsError
 from ..evaluation.accuracy import Counts, count_correct
-from ..pretrained.loading import WeightsError
 from ..provenance import git_commit, hardware, versions
 from . import report
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint

@@ -275,7 +275,7 @@ def export(trainer: Trainer, folder: Path) -> None:
                 model_args=recipe.model_kwargs or None, safe_serialization=True)
     config = json.loads((folder / 'config.json').read_text())
     # timm 1.0.31 repeats it among the options, where transformers refuses it; it stands at the root in any case
-    config.get('model_args', {}).pop('num_classes', None)
+    config.setdefault('model_args', {}).pop('num_classes', None)  # absent, transformers' save_pretrained makes it null
     write_atomically(folder / 'config.json', json.dumps(config, indent=2).encode())
 
 

@@ -1,0 +1,304 @@
+"""The files of a tag: where they are, how they come from the Hub, and whether they are what the manifest says.
+
+A file comes from the package's `weights` folder, else from the Hugging Face Hub at the manifest's revision, through
+huggingface_hub and its cache. It is read once, and size and SHA-256 are checked on the very bytes that were read.
+"""
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import WeightsError
+from ..files import is_lfs_pointer, write_atomically, write_json
+from .cfgs import bundled_path, hub_config
+from .manifest import ModelEntry, load_manifest
+
+__all__ = [
+    'Asset', 'download_tag', 'endpoint', 'explain', 'golden_asset', 'http_status', 'read_asset', 'read_verified',
+    'redact', 'require_weights', 'weights_asset',
+]
+
+ATTEMPTS = 3  # of a download that the network broke; huggingface_hub's own retries come before
+CHUNK = 1 << 20
+
+
+class _DigestError(WeightsError):
+    """A file is there, but not as the manifest has it."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file of a tag, in the package or in a repository of the Hub.
+
+    Attributes:
+        title: What messages call it.
+        bundled: Its path if it is in the package.
+        hub_id: 'owner/name' of the repository.
+        revision: Commit of the repository.
+        file: Its name in the repository.
+        sha256: Its SHA-256.
+        size: Its size in bytes; None if the manifest does not say.
+    """
+    title: str
+    bundled: Path
+    hub_id: str | None
+    revision: str | None
+    file: str
+    sha256: str
+    size: int | None
+
+    def locate(self, cache_dir: str | Path | None, force: bool = False) -> Path:
+        """The path of the file on this machine; it is fetched if it is not there.
+
+        Args:
+            cache_dir: The cache of huggingface_hub, if not the user's own.
+            force: Fetch it although it is there.
+
+        Raises:
+            WeightsError: It cannot be fetched.
+        """
+        if self.hub_id is None or self.bundled.exists():
+            return self.bundled
+        return _download(self, cache_dir, force)
+
+
+def require_weights(entry: ModelEntry) -> None:
+    """Raise WeightsError, naming the tags that have weights, if this one has none."""
+    if not entry.has_weights:
+        known = [other.name for other in load_manifest().models.values() if other.has_weights]
+        raise WeightsError(
+            f'{entry.name} has no weights (its status is {entry.status}). Tags with weights: '
+            f'{", ".join(known) or "none in this version"}. Name one of them, or use pretrained=False.')
+
+
+def weights_asset(entry: ModelEntry) -> Asset:
+    """The weights of a tag. Raises WeightsError if it has none."""
+    require_weights(entry)
+    return Asset(f'The weights of {entry.name}', bundled_path(entry), entry.hub_id, entry.revision, str(entry.file),
+                  str(entry.sha256), entry.bytes)
+
+
+def golden_asset(entry: ModelEntry) -> Asset:
+    """The golden outputs of a tag. Raises WeightsError if it has no weights."""
+    weights = weights_asset(entry)
+    assert entry.golden is not None, 'the manifest checks that every tag with weights has them'
+    path = bundled_path(entry).with_suffix('.golden.safetensors')
+    return replace(weights, title=f'The golden outputs of {entry.name}', bundled=path, file=entry.golden.file,
+                   sha256=entry.golden.sha256, size=None)
+
+
+def read_asset(asset: Asset, path: Path | None = None, cache_dir: str | Path | None = None) -> memoryview:
+    """Read and verify a file. A file in the cache that is not what the manifest says is fetched again, once.
+
+    Args:
+        asset: What to read.
+        path: Where `Asset.locate` found it; None locates it.
+        cache_dir: The cache of huggingface_hub, if not the user's own.
+
+    Returns:
+        The verified bytes.
+
+    Raises:
+        WeightsError: The file cannot be had, or is not what the manifest says.
+    """
+    path = path or asset.locate(cache_dir)
+    try:
+        return _read_verified(asset, path)
+    except _DigestError as wrong:
+        if path == asset.bundled:
+            raise
+        found = wrong
+    try:
+        path = asset.locate(cache_dir, force=True)
+    except WeightsError as error:
+        raise WeightsError(f'{found} {error}') from None
+    try:
+        return _read_verified(asset, path)
+    except _DigestError:
+        _discard(path)
+        raise
+
+
+def _read_verified(asset: Asset, path: Path) -> memoryview:
+    """Read a file once, and check size and hash on what was read."""
+    advice = 'Install timm_geoprior again.' if path == asset.bundled else 'Try again; if it recurs, report it.'
+    where, digest = f'{asset.title} in {path}', hashlib.sha256()
+    try:
+        with path.open('rb') as file:
+            size = os.fstat(file.fileno()).st_size
+            if asset.size not in (size, None):
+                if is_lfs_pointer(path):
+                    raise _DigestError(f'{where} must be the file, got a Git LFS pointer to it. Run `git lfs pull`.')
+                raise _DigestError(f'{where} must be {asset.size} bytes, got {size}. {advice}')
+            # not a bytearray: filling it with zeros would take as long as reading, beside the model's creation;
+            # the device is named because torch.set_default_device may have set another
+            content, position = torch.empty(size, dtype=torch.uint8, device='cpu').numpy().data, 0
+            while count := file.readinto(content[position:position + CHUNK]):
+                digest.update(content[position:position + count])
+                position += count
+    except OSError as error:
+        raise WeightsError(f'{where} cannot be read ({error.strerror}). {advice}') from None
+    if digest.hexdigest() != asset.sha256:
+        raise _DigestError(f'{where} must have the SHA-256 {asset.sha256}, got {digest.hexdigest()}. {advice}')
+    return content
+
+
+def read_verified(entry: ModelEntry, path: Path) -> None:
+    """Hold a file against a tag's size and SHA-256.
+
+    Args:
+        entry: The manifest's entry.
+        path: The file.
+
+    Raises:
+        WeightsError: The tag has no weights, or the file is missing or another.
+    """
+    _read_verified(weights_asset(entry), path)
+
+
+def download_tag(name: str, folder: str | Path) -> Path:
+    """Make a folder that `local-dir:` loads without a network. Files that are there and right are kept.
+
+    Args:
+        name: 'architecture.tag', or an architecture for its default tag.
+        folder: Where the folder of the tag goes.
+
+    Returns:
+        The folder of the tag, with model.safetensors, golden/outputs.safetensors and config.json.
+
+    Raises:
+        ManifestError: There is no such tag.
+        WeightsError: It has no weights, or they cannot be had.
+    """
+    entry = load_manifest().get(name)
+    target = Path(folder) / entry.name
+    assets = {'model.safetensors': weights_asset(entry), 'golden/outputs.safetensors': golden_asset(entry)}
+    try:
+        (target / 'golden').mkdir(parents=True, exist_ok=True)
+        for file, asset in assets.items():
+            if not _is_right(asset, target / file):
+                write_atomically(target / file, bytes(read_asset(asset)))
+        write_json(target / 'config.json', hub_config(entry))
+    except OSError as error:
+        raise WeightsError(f'{target} cannot be written ({error.strerror}). Name another folder.') from None
+    return target
+
+
+def _is_right(asset: Asset, path: Path) -> bool:
+    try:
+        _read_verified(asset, path)
+    except WeightsError:
+        return False
+    return True
+
+
+def _discard(path: Path) -> None:
+    """Remove a wrong file from the cache, both its name and its blob, so that nothing else loads it."""
+    for item in (path.resolve(), path):
+        with contextlib.suppress(OSError):
+            item.unlink(missing_ok=True)
+
+
+def _download(asset: Asset, cache_dir: str | Path | None, force: bool) -> Path:
+    """The path of the file in huggingface_hub's cache, fetched if it is not there."""
+    started = time.time() - 1  # file systems' clocks are coarse
+    for attempt in range(ATTEMPTS):
+        begun = time.monotonic()
+        try:
+            path = Path(hf_hub_download(
+                str(asset.hub_id), asset.file, revision=asset.revision, cache_dir=cache_dir, force_download=force,
+                library_name='timm_geoprior'))
+            _sweep(path, started)
+            return path
+        except Exception as error:
+            if attempt + 1 == ATTEMPTS or not _is_transient(error, time.monotonic() - begun):
+                raise WeightsError(
+                    f'{asset.title} ({asset.file} of {asset.hub_id} at {asset.revision}) could not be fetched: '
+                    f'{explain(error, cache_dir)}.') from None
+            force = force or type(error) is OSError  # a part of the wrong size must not be resumed
+        time.sleep(2 ** attempt)
+    raise AssertionError('unreachable')
+
+
+def _sweep(path: Path, started: float) -> None:
+    """Remove what a killed process left of the same file once the whole file is there; nothing else does."""
+    blob = path.resolve()
+    with contextlib.suppress(OSError):
+        if blob.stat().st_mtime >= started:
+            for part in blob.parent.glob(f'{blob.name}*.incomplete'):
+                part.unlink()
+
+
+def _is_transient(error: Exception, seconds: float) -> bool:
+    """Whether to try again after an attempt of so many seconds: huggingface_hub retries some failures itself."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        return http_status(error.__cause__) >= 500 and seconds < 5  # older versions give up at once
+    if isinstance(error, HfHubHTTPError):
+        return http_status(error) >= 500
+    local = isinstance(error, OSError) and error.errno is not None
+    return not local and not isinstance(error, (LocalEntryNotFoundError, ValueError))
+
+
+def http_status(error: BaseException) -> int:
+    """The status with which the Hub answered; 0 if it did not answer."""
+    return getattr(getattr(error, 'response', None), 'status_code', None) or 0
+
+
+def explain(error: Exception, cache_dir: str | Path | None = None) -> str:
+    """Say in one sentence, or two, why huggingface_hub failed and what to do about it. No token is in the text.
+
+    Args:
+        error: What it raised.
+        cache_dir: The cache that it was told to use.
+
+    Returns:
+        The text, without its last full stop.
+    """
+    cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) and error.__cause__ else error
+    status = http_status(cause)
+    if constants.HF_HUB_OFFLINE:
+        return 'it is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch the file where there is a network'
+    if isinstance(cause, RevisionNotFoundError):
+        return 'the Hub no longer has the pinned revision. Update timm_geoprior'
+    if isinstance(cause, EntryNotFoundError):
+        return 'the Hub has no such file at the pinned revision. Update timm_geoprior'
+    if isinstance(cause, (GatedRepoError, RepositoryNotFoundError)) or status in (401, 403):
+        return (f'the Hub answered {status}: the repository is private, gated or gone, or the token lacks a right. '
+                f'Check the name, log in with `hf auth login`, or set HF_TOKEN')
+    if status == 429:
+        return 'the Hub answered 429, too many requests. Wait some minutes, or log in for a higher limit'
+    if status:
+        return f'the Hub answered {status}. Try again later'
+    if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
+        place = cache_dir or constants.HF_HUB_CACHE
+        hint = 'Free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Make it writable'
+        return f'the cache {place} cannot be written ({cause.strerror}). {hint}, or set HF_HOME or cache_dir'
+    return (f'{endpoint()} could not be reached or broke off ({type(cause).__name__}: {redact(str(cause))}). '
+            f'Check the network, the proxy and HF_ENDPOINT')
+
+
+def endpoint() -> str:
+    """The address of the Hub in use, without a password."""
+    return redact(constants.ENDPOINT)
+
+
+def redact(text: str) -> str:
+    """Remove tokens, passwords and signatures from a text, for messages and reports."""
+    text = re.sub(r'hf_\w+', 'hf_***', ' '.join(text.split()))
+    text = re.sub(r'(?<=//)[^/@\s]+@', '***@', text)
+    return re.sub(r'(?<=://)(\S*?)\?[^\s\'")]*', r'\1', text).strip().rstrip('.')
