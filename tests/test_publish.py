@@ -533,13 +533,11 @@ def test_two_pushes_at_once(hub, staged, manifest, login, forkserver):
 
 
 def script(monkeypatch, *arguments):
-    """Run scripts/publish.py in this process; what it exits with."""
+    """Run scripts/publish.py in this process; its exit code."""
     monkeypatch.setattr(sys, 'argv', ['publish.py', *map(str, arguments)])
-    try:
+    with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(ROOT / 'scripts' / 'publish.py'), run_name='__main__')
-    except SystemExit as error:
-        return error.code
-    return None
+    return exit.value.code
 
 
 def test_script_stages_bundles_and_pushes(
@@ -547,38 +545,39 @@ def test_script_stages_bundles_and_pushes(
     shutil.copy(ROOT / 'README.md', tmp_path)
     out, val = tmp_path / 'out', run_folder / 'val.json'
     with using_manifest(manifest):
-        assert script(monkeypatch, NANO, run_folder / 'last.pt', '--results', val, '--output', out, '--bundle') is None
+        assert script(monkeypatch, NANO, run_folder / 'last.pt', '--results', val, '--output', out, '--bundle') == 0
         assert f'{NANO} is bundled' in capsys.readouterr().out
         assert (out / 'model.safetensors').read_bytes() == (staged / 'model.safetensors').read_bytes()
         assert f'| `{NANO}` | bundled |' in (tmp_path / 'README.md').read_text(encoding='utf-8')
 
-        assert script(monkeypatch, NANO, '--output', out, '--push', 'owner/nano', '--dry-run') is None
+        assert script(monkeypatch, NANO, '--output', out, '--push', 'owner/nano', '--dry-run') == 0
         said = capsys.readouterr().out
         assert 'would push' in said
         assert 'private' in said
         assert f'model.safetensors, {(out / "model.safetensors").stat().st_size:,} bytes' in said
         assert hub.requests == []
 
-        assert script(monkeypatch, NANO, '--output', out, '--push', 'owner/nano', '--public') is None
+        assert script(monkeypatch, NANO, '--output', out, '--push', 'owner/nano', '--public') == 0
         said = capsys.readouterr().out
         assert f'published: owner/nano at {hub.repos["owner/nano"].commits[-1].oid}' in said
         assert 'writetoken' not in said
-        said = script(monkeypatch, 'geoprior_resnet50.r96_tin200', '--output', out, '--push', 'owner/nano')
-        assert said == (f'publish.py: {out} holds {NANO}, expected geoprior_resnet50.r96_tin200: name the tag that was '
-                        f'staged, or another folder.')
+        assert script(monkeypatch, 'geoprior_resnet50.r96_tin200', '--output', out, '--push', 'owner/nano') == 1
+        assert capsys.readouterr().err == (
+            f'publish: {out} must hold geoprior_resnet50.r96_tin200, got {NANO}. Name that tag, or another folder.\n')
     assert load_manifest(manifest).get(NANO).status == 'published'
 
 
-def test_script_says_what_is_wrong(manifest, tmp_path, monkeypatch):
+def test_script_says_what_is_wrong(manifest, tmp_path, monkeypatch, capsys):
     with using_manifest(manifest):
         for arguments, message in (
                 ((NANO, tmp_path / 'no.pt', '--output', tmp_path / 'out'), 'no.pt'),
                 (('resnet50', tmp_path / 'no.pt', '--output', tmp_path / 'out'), "Got the model name 'resnet50'"),
                 ((NANO, '--output', tmp_path / 'out', '--push', 'owner/nano'), 'is no staged folder')):
-            said = script(monkeypatch, *arguments)
-            assert said.startswith('publish.py: ')
+            assert script(monkeypatch, *arguments) == 1
+            said = capsys.readouterr().err
+            assert said.startswith('publish: ')
             assert message in said
-            assert '\n' not in said
+            assert said.count('\n') == 1
     assert list(tmp_path.iterdir()) == [manifest]
 
 
@@ -586,9 +585,9 @@ def test_script_refuses_what_it_would_not_use(tmp_path, monkeypatch, capsys):
     for arguments, message in (
             (('--bundle', '--experiments', 'comparison.md'), '--experiments is for staging: name the checkpoint'),
             (('--push', 'owner/nano', '--raw'), '--raw is for staging: name the checkpoint after the tag'),
-            (('--bundle', '--dry-run'), '--dry-run says what --push would do: name the repository by --push'),
-            (('--bundle', '--push', 'owner/nano', '--dry-run'), '--dry-run is for --push alone: leave --bundle out'),
-            ((), 'nothing to do: name a checkpoint to stage, --bundle or --push')):
+            (('--bundle', '--dry-run'), '--dry-run prints what --push would do: name the repository with --push'),
+            (('--bundle', '--push', 'owner/nano', '--dry-run'), '--dry-run is for --push only: leave out --bundle'),
+            ((), 'nothing to do: name a checkpoint to stage, or add --bundle or --push')):
         assert script(monkeypatch, NANO, '--output', tmp_path / 'out', *arguments) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -38,6 +38,7 @@ _COMMANDS: dict[str, _Command] = {}
 # Commands with a parser of their own: the module whose `main` takes the arguments, and what it does
 _MODULES = {
     'validate': ('evaluation.command', 'measure the accuracy of any timm model, or of a checkpoint'),
+    'publish': ('release.command', 'stage, bundle or push trained weights'),
 }
 
 
