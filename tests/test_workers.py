@@ -28,8 +28,9 @@ class Numbers(torch.utils.data.Dataset):
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    loader = DataLoader(Numbers(), 2, num_workers=2, worker_init_fn=init_worker, persistent_workers=True)
-    numbers = [batch.tolist() for batch in loader]
+    loader = DataLoader(Numbers(), 2, num_workers=2, collate_fn=list,
+                        worker_init_fn=init_worker, persistent_workers=True)
+    numbers = list(loader)
     print(numbers)
 """
 
