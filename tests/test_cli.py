@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from timm.data import create_transform, resolve_model_data_config
 import timm_geoprior
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import main
-from timm_geoprior.inference.images import sample_image
+from timm_geoprior.inference.classifier import load_classifier
+from timm_geoprior.inference.images import read_image, sample_image
 from timm_geoprior.pretrained.manifest import (
     ManifestError,
     default_architecture,
@@ -30,13 +32,12 @@ from timm_geoprior.pretrained.manifest import (
 MODELS = load_manifest().models
 WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']
 PLANNED = [name for name, entry in MODELS.items() if entry.status == 'planned']
-CATS = {'n02123045', 'n02123159', 'n02123394', 'n02123597', 'n02124075'}  # tabby, tiger, Persian, Siamese, Egyptian
 COMMAND = [sys.executable, '-m', 'timm_geoprior']
 
 
 @pytest.fixture
 def photo(tmp_path):
-    path = tmp_path / 'cat.png'
+    path = tmp_path / 'coffee.png'
     sample_image().save(path)
     return str(path)
 
@@ -89,16 +90,22 @@ def test_info_shows_each_layers_radius(capsys, name):
         assert row.split() == [key, str(side), 'x', str(side), f'{radius:.3f}', f'{radius / side:.3f}']
 
 
+def classify(capsys, *arguments, code=0):
+    """The JSON lines of `classify`."""
+    return [json.loads(line) for line in output(capsys, 'classify', '--json', *arguments, code=code).out.splitlines()]
+
+
 def test_classify_takes_the_sample_photograph_and_the_default_model(capsys):
-    (result,) = json.loads(output(capsys, 'classify', '--json').out)
+    (result,) = classify(capsys)
     assert result['model'] == default_model(load_manifest()).name
-    named = json.loads(output(capsys, 'classify', '--json', '--model', result['model']).out)
-    assert result == named[0]
+    assert [result] == classify(capsys, '--model', result['model'])
 
 
-def test_classify_finds_the_cat_in_the_sample_photograph(capsys):
-    (result,) = json.loads(output(capsys, 'classify', '--json', '--model', 'geoprior_resnet14_nano').out)
-    assert CATS & {guess['label'] for guess in result['predictions']}
+def test_the_sample_photograph_is_classified_right(capsys):
+    """By the model that a newcomer sees first, and by a margin."""
+    first, second, *_ = classify(capsys)[0]['predictions']
+    assert first['name'] == 'espresso'
+    assert first['probability'] > 0.9 > 10 * second['probability']
 
 
 @pytest.mark.parametrize('name', WITH_WEIGHTS)
@@ -108,7 +115,7 @@ def test_classify_gives_what_timm_gives(capsys, photo, name):
     with torch.inference_mode():
         probabilities, classes = model(transform(sample_image())[None]).softmax(-1)[0].topk(5)
     labels = load_manifest().label_sets[MODELS[name].label_set]
-    (result,) = json.loads(output(capsys, 'classify', photo, '--model', name, '--json').out)
+    (result,) = classify(capsys, photo, '--model', name)
     assert (result['image'], result['model']) == (photo, name)
     assert [guess['label'] for guess in result['predictions']] == [labels.wnids[index] for index in classes]
     assert [guess['name'] for guess in result['predictions']] == [labels.names[index] for index in classes]
@@ -129,25 +136,149 @@ def test_odd_pictures_are_classified(capsys, tmp_path, mode):
     else:
         image = image.convert(mode)
     image.save(tmp_path / 'odd.tiff')
-    (result,) = json.loads(output(capsys, 'classify', str(tmp_path / 'odd.tiff'), '--json').out)
+    (result,) = classify(capsys, str(tmp_path / 'odd.tiff'))
     assert len(result['predictions']) == 5
 
 
 def test_a_bad_image_does_not_keep_the_others_from_being_classified(capsys, tmp_path, photo):
     bad, odd = tmp_path / 'bad.png', tmp_path / os.fsdecode(b'\xff.png')  # a name that no terminal can print
     bad.write_text('no picture')
-    images = [str(bad), photo, str(tmp_path), str(odd)]
+    cut = tmp_path / 'cut.png'
+    cut.write_bytes(Path(photo).read_bytes()[:-9000])
+    (tmp_path / 'empty').mkdir()
+    images = [str(bad), photo, str(cut), str(tmp_path / 'empty'), str(odd)]
     got = output(capsys, 'classify', *images, code=1)
     assert len(got.out.splitlines()) == 6
     complaints = got.err.splitlines()
-    assert [line.split()[0] for line in complaints] == ['timm-geoprior:'] * 3
+    assert [line.split()[0] for line in complaints] == ['timm-geoprior:'] * 4
     assert 'not an image' in complaints[0]
-    assert 'is a folder' in complaints[1]
-    assert 'does not exist' in complaints[2]
-    results = json.loads(output(capsys, 'classify', *images, '--json', code=1).out)
+    assert 'cannot be decoded' in complaints[1]
+    assert 'has no images in it' in complaints[2]
+    assert 'does not exist' in complaints[3]
+    results = classify(capsys, *images, code=1)
     assert [result['image'] for result in results] == images
-    assert ['error' in result for result in results] == [True, False, True, True]
-    assert ['predictions' in result for result in results] == [False, True, False, False]
+    assert ['error' in result for result in results] == [True, False, True, True, True]
+    assert ['predictions' in result for result in results] == [False, True, False, False, False]
+
+
+@pytest.fixture
+def album(tmp_path):
+    """70 crops of the photograph below a folder, more than two batches, and what is no image."""
+    for number in range(70):
+        folder = tmp_path / 'album' / f'part {number % 3}'
+        folder.mkdir(parents=True, exist_ok=True)
+        ending = ('jpg', 'PNG', 'webp')[number % 3]
+        sample_image().crop((number, 0, number + 400, 400)).resize((96, 96)).save(folder / f'{number:02}.{ending}')
+    (tmp_path / 'album' / '@eaDir').mkdir()
+    for litter in ('@eaDir/00.jpg', '._01.jpg', '.DS_Store'):
+        (tmp_path / 'album' / litter).write_text('litter')
+    (tmp_path / 'album' / 'notes.txt').write_text('of the journey')
+    return tmp_path / 'album'
+
+
+def test_a_folder_is_classified_in_batches(capsys, album):
+    got = output(capsys, 'classify', '--json', '--top', '2', str(album))
+    results = [json.loads(line) for line in got.out.splitlines()]
+    files = sorted(str(path) for path in album.rglob('*/*.*') if path.parent.name != '@eaDir')
+    assert [result['image'] for result in results] == files
+    assert got.err == f'timm-geoprior: files that are not images are left out: {album}/notes.txt.\n'
+    model = load_classifier(default_model(load_manifest()).name)
+    for result in results[::23]:
+        alone = model(read_image(result['image']), 2)
+        assert [guess['name'] for guess in result['predictions']] == [guess['name'] for guess in alone]
+        assert result['predictions'][0]['probability'] == pytest.approx(alone[0]['probability'], rel=1e-4)
+
+
+@pytest.mark.parametrize(('pattern', 'count'), [
+    ('part 1/*', 23), ('**/*.webp', 23), ('*/0?.jpg', 4), ('part [02]', 47), ('**', 70)])
+def test_a_pattern_that_the_shell_has_left(capsys, album, pattern, count):
+    assert len(classify(capsys, '--top', '1', str(album / pattern))) == count
+
+
+def test_a_name_of_brackets_is_a_file_first(capsys, tmp_path):
+    sample_image().save(tmp_path / 'photo [1].jpg')
+    assert len(classify(capsys, str(tmp_path / 'photo [1].jpg'))) == 1
+
+
+def test_the_compact_form_is_a_line_for_each_image(capsys, photo):
+    (result,) = classify(capsys, photo, '--top', '2')
+    one, other = (f'{guess["probability"]:.1%} {guess["name"]}' for guess in result['predictions'])
+    assert output(capsys, 'classify', '--compact', '--top', '2', photo).out == f'{photo}: {one}; {other}\n'
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """timm's own networks as folders: one of 1,000 classes, which timm has the names of, and one of 7."""
+    root = tmp_path_factory.mktemp('models')
+    for num_classes in (1000, 7):
+        model = timm.create_model('resnet10t', num_classes=num_classes)
+        timm.models.save_for_hf(model, root / str(num_classes))
+    return root
+
+
+def test_any_model_whose_classes_have_names(capsys, folders, photo):
+    (result,) = classify(capsys, '--model', f'local-dir:{folders / "1000"}', '--top', '1000', photo)
+    names = {guess['label']: guess['name'] for guess in result['predictions']}
+    assert len(names) == 1000
+    assert names['n07920052'] == 'espresso'
+    assert f'{folders / "7"} has none. Use it from Python' in output(
+        capsys, 'classify', photo, '--model', f'local-dir:{folders / "7"}', code=1).err
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['nowhere.jpg'], 'nowhere.jpg does not exist'), (['*.nothing'], 'does not exist'), (['.'], 'has no images in it'),
+    (['notes.txt'], 'notes.txt is not an image'), (['--device', 'nothing', 'photo.png'], 'nothing'),
+    (['--device', 'cuda:9', 'photo.png'], 'got cuda:9, and torch finds no GPU'),
+])
+def test_arguments_are_looked_at_before_a_model_is_loaded(capsys, tmp_path, monkeypatch, photo, arguments, words):
+    from timm_geoprior.inference import classifier
+
+    loaded = []
+    monkeypatch.setattr(classifier, 'load_model', loaded.append)
+    folder = tmp_path / 'folder'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / 'notes.txt').write_text('words')
+    if 'photo.png' in arguments:
+        shutil.copy(photo, folder / 'photo.png')
+    got = output(capsys, 'classify', *arguments, code=1)
+    assert words in got.err.splitlines()[-1]
+    assert got.out == ''
+    assert not loaded
+
+
+@pytest.mark.parametrize('top', ['0', '-1', 'many', '1.5', ''])
+def test_top_is_a_number(capsys, top):
+    with pytest.raises(SystemExit) as stop:
+        main(['classify', f'--top={top}'])
+    assert stop.value.code == 2
+    assert f"argument --top: it must be a whole number of at least 1, got '{top}'" in capsys.readouterr().err
+
+
+def test_results_come_one_by_one_and_a_bar_shows_how_far_it_is(album):
+    """The bar is on the terminal only, here a real one; the lines go to a pipe."""
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(end, (24, 80))
+    with subprocess.Popen([*COMMAND, 'classify', '--compact', str(album)], stdout=subprocess.PIPE, stderr=end,
+                          text=True) as process:
+        os.close(end)
+        lines = process.stdout.readlines()
+        shown = b''
+        while chunk := _read(terminal):
+            shown += chunk
+    assert len(lines) == 70
+    assert process.returncode == 0
+    assert b'/70 [' in shown
+    plain = run(*COMMAND, 'classify', '--compact', str(album))
+    assert plain.stdout.splitlines() == [line.rstrip('\n') for line in lines]
+    assert 'image/s' not in plain.stderr
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # how Linux says that the other end is closed
+        return b''
 
 
 def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
@@ -156,8 +287,8 @@ def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
-    *((['classify', '--model', name, 'x.png'], f'{name} has no weights') for name in PLANNED),
-    (['classify', '--model', 'resnet50', 'x.png'], "'resnet50', expected one of"),
+    *((['classify', '--model', name], f'{name} has no weights') for name in PLANNED),
+    (['classify', '--model', 'geoprior_resnet51'], 'a model of timm, like geoprior_resnet50 '),
     (['info', 'geoprior_resnet51'], "'geoprior_resnet51', expected one of"),
     (['run', 'nowhere.py'], 'nowhere.py does not exist'),
     (['run', '-m', 'nowhere.at.all'], 'must be one that `python -m` takes, got nowhere.at.all.'),

@@ -10,12 +10,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from . import __version__
 from .errors import GeoPriorError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ['main']
 
+_T = TypeVar('_T')
 Function = Callable[[argparse.Namespace], int]
 
 
@@ -193,6 +194,7 @@ def _doctor(args: argparse.Namespace) -> int:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 _MODEL = _argument('--model', help='model to use (default: the bundled one with the best accuracy)')
+_SAMPLE = 'the sample photograph of a cup of coffee'
 
 
 def _default_model(args: argparse.Namespace) -> str:
@@ -200,32 +202,90 @@ def _default_model(args: argparse.Namespace) -> str:
     return args.model or default_model(load_manifest()).name
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'it must be a whole number of at least 1, got {text!r}')
+    return int(text)
+
+
 @_command(
-    'classify', 'name the five most probable classes of each image',
-    _argument('images', nargs='*', metavar='IMAGE', help="image files (with none, scikit-image's photograph of a cat)"),
-    _MODEL, _argument('--json', action='store_true', help='print JSON'))
+    'classify', 'name the most probable classes of each image',
+    _argument('images', nargs='*', metavar='IMAGE',
+              help='image files, folders, or patterns like "photos/*.jpg" (default: a photograph of a cup of coffee)'),
+    _argument('--model', help='any timm model whose classes have names, or local-dir: and a folder (default: the '
+                              'bundled model with the best accuracy)'),
+    _argument('--top', type=_count, default=5, metavar='N', help='classes to print for each image (default: 5)'),
+    _argument('--device', help='cpu, cuda or cuda:N (default: cuda if there is one)'),
+    _argument('--compact', action='store_true', help='print one line per image'),
+    _argument('--json', action='store_true', help='print one JSON object per image, each on a line of its own'))
 def _classify(args: argparse.Namespace) -> int:
+    from .inference.images import sample_image
+    sample = None if args.images else sample_image()
+    faults = _find_images(args.images)
+    if faults and all(faults.values()):  # no model is loaded for nothing
+        for path, fault in faults.items():
+            _print_result(args, {'image': path, 'error': str(fault)})
+        return 1
+    import torch
+
+    from .distributed import find_device
     from .inference.classifier import load_classifier
-    from .inference.images import ImageError, read_image, sample_image
-    paths: list[str | None] = args.images or [None]
-    sample = None if args.images else sample_image()  # a missing extra is told before a network is loaded
-    classify = load_classifier(_default_model(args))
-    results = []
-    for path in paths:
-        result: dict[str, Any] = {'image': path or 'the sample photograph of a cat', 'model': classify.name}
-        results.append(result)
+    device = find_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))[0]
+    classify = load_classifier(_default_model(args), device)
+    if sample:
+        _print_result(args, {'image': _SAMPLE, 'model': classify.name, 'predictions': classify(sample, args.top)})
+        return 0
+    failed = False
+    guesses = classify.files([path for path, fault in faults.items() if not fault], args.top)
+    for path, fault in _progress(faults.items()):
+        found = fault or next(guesses)
+        error = isinstance(found, Exception)
+        failed |= error
+        _print_result(args, {'image': path, 'model': classify.name,
+                             **({'error': str(found)} if error else {'predictions': found})})
+    return 1 if failed else 0
+
+
+def _find_images(names: Sequence[str]) -> dict[str, GeoPriorError | None]:
+    """Path -> what is wrong with it, of all images that the names stand for."""
+    from .inference.images import ImageError, check_header, find_images
+    faults: dict[str, GeoPriorError | None] = {}
+    left_out: list[str] = []
+    for name in names:
         try:
-            result['predictions'] = classify(sample or read_image(cast(str, path)))
+            found, others = find_images(name)
+            if found == [name]:
+                check_header(name)
+            faults.update(dict.fromkeys(found))
+            left_out += others
         except ImageError as error:
-            result['error'] = str(error)
-            _complain(error)
-        if not args.json and 'predictions' in result:
-            print(f'{result["image"]} ({classify.name})')
-            for guess in result['predictions']:
-                print(f'{guess["probability"]:7.1%}  {guess["name"]}')
+            faults[name] = error
+    if left_out:
+        more = f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''
+        print(f'timm-geoprior: files that are not images are left out: {", ".join(left_out[:3])}{more}.',
+              file=sys.stderr)
+    return faults
+
+
+def _progress(items: Collection[_T]) -> Iterator[_T]:
+    """A progress bar on a terminal, where the results go elsewhere."""
+    from tqdm import tqdm
+    return iter(tqdm(items, unit='image', disable=len(items) == 1 or sys.stdout.isatty() or None, leave=False))
+
+
+def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    if 'error' in result:
+        _complain(result['error'])
+    guesses = [f'{guess["probability"]:.1%} {guess["name"]}' for guess in result.get('predictions', ())]
     if args.json:
-        print(json.dumps(results, indent=2))
-    return 1 if any('error' in result for result in results) else 0
+        print(json.dumps(result), flush=True)
+    elif guesses and args.compact:
+        print(f'{result["image"]}: {"; ".join(guesses)}', flush=True)
+    elif guesses:
+        print(f'{result["image"]} ({result["model"]})')
+        for guess in guesses:
+            share, _, name = guess.partition(' ')
+            print(f'{share:>7}  {name}', flush=True)
 
 
 def _point(text: str) -> tuple[float, float]:
@@ -394,7 +454,7 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception | str) -> None:
     print(f'timm-geoprior: {error}', file=sys.stderr)
 
 

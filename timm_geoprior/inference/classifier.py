@@ -1,18 +1,24 @@
-"""A trained network as a user of pictures wants it: a picture in, names and probabilities out."""
-from collections.abc import Callable
+"""A trained network for people with pictures: pictures in, names and probabilities out."""
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from ..errors import GeoPriorError
-from ..pretrained.manifest import load_manifest
+from ..evaluation.models import load_model
+from .images import ImageError, read_image
 
 __all__ = ['Classifier', 'load_classifier']
+
+BATCH_SIZE = 32
+
+Guesses = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -22,59 +28,101 @@ class Classifier:
     Attributes:
         name: Its name, as it was loaded by.
         model: In eval mode.
-        transform: Makes a picture in mode 'RGB' what the network takes, (3, height, width).
+        transform: Turns a picture in mode 'RGB' into the network's input, shape (3, height, width).
         classes: Label and readable name of each class.
+        device: Where the model is.
     """
     name: str
     model: nn.Module
     transform: Callable[[Image.Image], Tensor]
     classes: tuple[tuple[str, str], ...]
+    device: torch.device = torch.device('cpu')
+
+    def __call__(self, image: Image.Image, top_k: int = 5) -> Guesses:
+        """The most probable classes of a picture, best first.
+
+        Args:
+            image: In mode 'RGB'.
+            top_k: How many classes; all of them if there are fewer.
+
+        Returns:
+            For each class its `label`, its readable `name` and its `probability`.
+
+        Examples:
+            >>> from timm_geoprior.inference.classifier import load_classifier
+            >>> from timm_geoprior.inference.images import sample_image
+            >>> load_classifier('geoprior_resnet14_nano')(sample_image())[0]['name']
+            'espresso'
+        """
+        return self._classify([self.transform(image)], top_k)[0]
+
+    def files(self, paths: Sequence[str], top_k: int = 5) -> Iterator[Guesses | ImageError]:
+        """Classify image files in batches, which threads read ahead.
+
+        Args:
+            paths: The files.
+            top_k: How many classes of each; all of them if there are fewer.
+
+        Yields:
+            For each file in turn what `__call__` returns, or why the file cannot be read.
+        """
+        batches: deque[list[Future[Tensor | ImageError]]] = deque()
+        with ThreadPoolExecutor() as threads:
+            for start in range(0, len(paths), BATCH_SIZE):
+                batches.append([threads.submit(self._read, path) for path in paths[start:start + BATCH_SIZE]])
+                if len(batches) > 1:
+                    yield from self._finish(batches.popleft(), top_k)
+            while batches:
+                yield from self._finish(batches.popleft(), top_k)
+
+    def _read(self, path: str) -> Tensor | ImageError:
+        try:
+            return self.transform(read_image(path))
+        except ImageError as error:
+            return error
+
+    def _finish(self, batch: list[Future[Tensor | ImageError]], top_k: int) -> Iterator[Guesses | ImageError]:
+        results = [future.result() for future in batch]
+        guesses = iter(self._classify([result for result in results if isinstance(result, Tensor)], top_k))
+        for result in results:
+            yield next(guesses) if isinstance(result, Tensor) else result
 
     @torch.inference_mode()
-    def __call__(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
-        """The most probable classes of a picture, best first, each with `label`, `name` and `probability`."""
-        logits = self.model(self.transform(image)[None])[0]
-        probabilities, indices = logits.softmax(-1).topk(min(top_k, len(self.classes)))
+    def _classify(self, inputs: list[Tensor], top_k: int) -> list[Guesses]:
+        if not inputs:
+            return []
+        logits = self.model(torch.stack(inputs).to(self.device))
+        found = logits.float().softmax(-1).topk(min(top_k, len(self.classes)))
         return [
-            {'label': self.classes[index][0], 'name': self.classes[index][1], 'probability': probability}
-            for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)]
+            [{'label': self.classes[index][0], 'name': self.classes[index][1], 'probability': probability}
+             for index, probability in zip(indices, probabilities, strict=True)]
+            for indices, probabilities in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
 
 
-def load_classifier(name: str) -> Classifier:
-    """Load a tag of the manifest, or a folder that was fine-tuned, staged or downloaded.
+def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier:
+    """Load any model of timm whose classes have names.
 
     Args:
-        name: A tag, an architecture for its default tag, or `local-dir:` and a folder.
+        name: A model of timm, with or without a tag, or `local-dir:` and a folder that was fine-tuned, staged or
+            downloaded, or `hf-hub:` and a repository.
+        device: Where it computes.
 
     Returns:
         The classifier.
 
     Raises:
-        GeoPriorError: The folder holds no model that timm can load.
-        ManifestError: No such tag.
-        WeightsError: The tag has no weights, or they cannot be had.
+        GeoPriorError: There is no such model, it cannot be loaded, or nothing names its classes.
+        WeightsError: It is a tag of this package without weights, or they cannot be had.
+
+    Examples:
+        >>> len(load_classifier('geoprior_resnet14_nano').classes)
+        200
     """
-    if name.startswith('local-dir:'):
-        return _load_folder(name)
-    manifest = load_manifest()
-    entry = manifest.get(name)
-    label_set = manifest.label_sets[entry.label_set]
-    model = timm.create_model(entry.name, pretrained=True).eval()
+    loaded = load_model(name)
+    if not loaded.wnids:
+        raise GeoPriorError(f'The model must have class names, and {name} has none. Use it from Python, or choose a '
+                            f'model whose pretrained_cfg has label_names.')
     return Classifier(
-        entry.name, model, create_transform(**resolve_model_data_config(model)),
-        tuple(zip(label_set.wnids, label_set.names, strict=True)))
-
-
-def _load_folder(name: str) -> Classifier:
-    try:
-        model: Any = timm.create_model(name, pretrained=True).eval()
-    except Exception as error:  # timm, json and safetensors raise half a dozen types for a wrong folder
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise GeoPriorError(
-            f'{name} cannot be loaded ({reason}), expected a folder with config.json and model.safetensors, as '
-            f'`finetune` and `download` make them.') from error
-    labels = model.pretrained_cfg.get('label_names') or [str(index) for index in range(model.num_classes)]
-    described = model.pretrained_cfg.get('label_descriptions') or {}
-    return Classifier(
-        name, model, create_transform(**resolve_model_data_config(model)),
-        tuple((label, described.get(label, label)) for label in labels))
+        loaded.entry.name if loaded.entry else name, loaded.model.to(device),
+        create_transform(**resolve_model_data_config(loaded.model)),
+        tuple(zip(loaded.wnids, loaded.names or loaded.wnids, strict=True)), torch.device(device))

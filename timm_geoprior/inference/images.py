@@ -1,6 +1,9 @@
 """Pictures as people have them, made into what a network takes."""
+import glob
 import os
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +11,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import GeoPriorError
 
-__all__ = ['MAX_PIXELS', 'MAX_ASPECT_RATIO', 'ImageError', 'read_image', 'sample_image']
+__all__ = ['MAX_PIXELS', 'MAX_ASPECT_RATIO', 'ImageError', 'check_header', 'find_images', 'read_image', 'sample_image']
 
 MAX_PIXELS = 178_956_970  # half a GiB of RGB, where Pillow itself refuses too
 MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner picture would not fit into memory
+
+EXTENSIONS = ('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.ppm', '.tga',
+              '.tif', '.tiff', '.webp')
+_LITTER = re.compile(r'@eaDir|__MACOSX')  # of network drives and archives
 
 
 class ImageError(GeoPriorError):
@@ -91,18 +98,67 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def sample_image() -> Image.Image:
-    """The photograph of a cat that scikit-image carries, 451 x 300 pixels.
+    """A photograph of a cup of espresso, which comes with scikit-image, 600 x 400 pixels.
 
     Returns:
         The picture in mode 'RGB'.
 
     Raises:
-        ImageError: scikit-image is not installed.
+        GeoPriorError: scikit-image is not installed.
     """
     try:
         from skimage import data
     except ImportError:
-        raise ImageError(
-            'No image was named, and the sample photograph comes with scikit-image, which is not installed: '
-            'name an image, or `pip install scikit-image` (the extra "sample").') from None
-    return Image.fromarray(data.cat())
+        raise GeoPriorError(
+            'The sample photograph comes with scikit-image, which is not installed. Name an image, or run '
+            '`pip install scikit-image` (the extra "sample").') from None
+    return Image.fromarray(data.coffee())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith('.') or _LITTER.fullmatch(name) is not None
+
+
+def _walk(place: str) -> Iterator[str]:
+    """Files of a folder and of all below it, without hidden ones and litter, sorted."""
+    for folder, folders, files in os.walk(place):
+        folders[:] = sorted(item for item in folders if not _is_hidden(item))
+        yield from (os.path.join(folder, file) for file in sorted(files) if not _is_hidden(file))
+
+
+def find_images(name: str) -> tuple[list[str], list[str]]:
+    """The images that a word of the command line stands for.
+
+    Args:
+        name: A file, a folder to search with all that is below it, or a pattern such as `photos/**/*.jpg`.
+
+    Returns:
+        The image files, sorted, and what else the folder or pattern has, which is left out by its ending.
+
+    Raises:
+        ImageError: There is nothing by this name, a folder without images, or a file that is no image.
+    """
+    if os.path.isfile(name):
+        return [name], []
+    found = [name] if os.path.lexists(name) else [  # without hidden files, which glob leaves out
+        item for item in sorted(glob.glob(name, recursive=True)) if not _LITTER.search(item)]
+    files = dict.fromkeys(file for place in found for file in (_walk(place) if os.path.isdir(place) else [place]))
+    images = [file for file in files if file.lower().endswith(EXTENSIONS)]
+    others = [file for file in files if not file.lower().endswith(EXTENSIONS)]
+    if not images:
+        reason = 'has no images in it' if found else 'does not exist'
+        raise ImageError(f'{name} {reason}. Name an image, a folder of images or a pattern.')
+    return images, others
+
+
+def check_header(path: str) -> None:
+    """Find out whether a file is an image, without reading all of it.
+
+    Raises:
+        ImageError: It is none.
+    """
+    try:
+        with Image.open(path):
+            pass
+    except Exception:
+        read_image(path)  # says why
