@@ -35,6 +35,13 @@ def test_python_runs(tmp_path, monkeypatch, name, code):
     exec(compile(code, name, 'exec'), {})
 
 
+def test_the_first_lines_print_what_is_written(capsys):
+    (code, *_), (printed, *_) = (re.findall(rf'^```{language}\n(.*?)^```$', README, flags=re.DOTALL | re.MULTILINE)
+                                 for language in ('python', 'text'))
+    exec(compile(code, 'README.md', 'exec'), {})
+    assert capsys.readouterr().out == printed
+
+
 def test_the_two_lines_to_paste():
     assert SHELL[0] == "python -m pip install '.[sample]' && python -m timm_geoprior classify"
     assert SHELL[1] == "python -m pip install -e '.[test]' && python -m pytest"
