@@ -20,12 +20,13 @@ from timm.models import _registry, generate_default_cfgs, register_model
 
 from hub_server import HubServer
 from timm_geoprior import geoprior_resnet
+from timm_geoprior.files import write_csv
 from timm_geoprior.pretrained import cfgs, manifest
 from timm_geoprior.pretrained.cfgs import pretrained_cfgs
 from timm_geoprior.pretrained.manifest import Manifest, ModelEntry, load_manifest
 from timm_geoprior.release.publish import read_staged, stage
 from timm_geoprior.training.checkpoint import read_weights
-from timm_geoprior.training.report import plot_history, write_epoch
+from timm_geoprior.training.report import plot_history
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
 WEIGHTS_DIR = cfgs.WEIGHTS_DIR
@@ -53,7 +54,7 @@ def make_run(folder: Path) -> Path:
     torch.save({'model': model.state_dict(), 'model_ema': averaged, 'model_name': 'geoprior_resnet14_nano',
                 'model_kwargs': {'attn_radius': 2.0}, 'num_classes': 200, **facts}, folder / 'last.pt')
     history = [{'epoch': epoch, 'lr': 0.1, 'train_loss': 5.1 - epoch, 'seconds': 3600} for epoch in range(2)]
-    write_epoch(history, folder)
+    write_csv(folder / 'summary.csv', history)
     plot_history(history, folder)
     (folder / 'results.json').write_text(json.dumps({**facts, 'epochs': 2, 'hours': 2.0, 'hardware': 'a CPU'}))
     return folder

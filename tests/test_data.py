@@ -9,7 +9,7 @@ from timm.data import create_dataset, create_transform
 from timm_geoprior.data.folder import FolderLoader
 from timm_geoprior.data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from timm_geoprior.data.reading import CorruptImagesError
-from timm_geoprior.data.splits import hold_out
+from timm_geoprior.data.splits import folders_of_split, hold_out, hold_out_share
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -172,12 +172,32 @@ def copy_with_bad_images(folder: Path, tmp_path: Path, count: int) -> Path:
 
 
 class TestHoldOut:
-    def test_the_last_of_each_class(self):
-        targets = torch.tensor([0, 1, 0, 1, 0, 1, 1])
-        stay, held = hold_out(targets, 1)
-        assert held.tolist() == [4, 6]
-        assert stay.tolist() == [0, 1, 2, 3, 5]
+    def test_the_same_images_of_each_class_are_drawn_each_time(self):
+        targets = torch.tensor([0, 1] * 50)
+        stay, held = hold_out(targets, 10)
+        assert targets[held].bincount().tolist() == [10, 10]
+        assert torch.equal(torch.cat([stay, held]).sort().values, torch.arange(100))
+        assert torch.equal(hold_out(targets, 10)[1], held)
+        for target in (0, 1):  # neither the first nor the last by name
+            places = (targets == target).nonzero().flatten().tolist()
+            drawn = [places.index(index) for index in held.tolist() if targets[index] == target]
+            assert min(drawn) < 20 < max(drawn)
+        assert torch.equal(hold_out_share(targets, 0.2)[1], held)
 
     def test_a_class_that_would_vanish(self):
-        with pytest.raises(ValueError, match='Class 1 has 2 images, more than 2 are needed'):
+        with pytest.raises(ValueError, match='Class 1 must have more than 2 images to hold out 2, got 2'):
             hold_out(torch.tensor([0, 0, 0, 1, 1]), 2)
+
+
+@pytest.mark.parametrize(('folders', 'split', 'expected'), [
+    (['train', 'Train', 'TRAINING'], 'train', ['train', 'Train', 'TRAINING']),
+    (['Training', 'Testing'], 'train', ['Training']),
+    (['val', 'Validation', 'dev'], 'validation', ['Validation', 'val', 'dev']),
+    (['Testing', 'testing2'], 'test', ['Testing']),
+    (['Fold1', 'fold2'], 'fold1', ['Fold1']),
+    (['a', 'b'], 'train', []),
+])
+def test_a_split_has_several_names_in_any_case(folders, split, expected, tmp_path):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    assert folders_of_split(tmp_path, split) == expected

@@ -1,5 +1,7 @@
 """Fine-tuning on a folder of images, as a user calls it, on real photographs."""
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,14 +11,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from conftest import PHOTOGRAPHS
 from PIL import Image
 
 from timm_geoprior.cli import main
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.pretrained.manifest import load_manifest
 from timm_geoprior.release.publish import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
-from timm_geoprior.training.finetune import Splits, find_splits, plot_confusion
+from timm_geoprior.training.finetune import Splits, find_splits, plot_confusion, rate_factor, unused_folders
 
 FAST = ('--set', 'epochs=2', '-j', '0', '--device', 'cpu')
 
@@ -41,15 +45,13 @@ def photos(photo_folder: Path, tmp_path: Path) -> Path:
 
 def test_the_folder_is_what_timm_loads(finished, photo_folder):
     model = timm.create_model(f'local-dir:{finished}', pretrained=True).eval()
-    best = load_checkpoint(finished / 'best.pt')
-    assert all(torch.equal(value, best['model'][name]) for name, value in model.state_dict().items())
-    assert model.pretrained_cfg['label_names'] == best['class_names'] == list(PHOTOGRAPHS)
+    assert model.pretrained_cfg['label_names'] == list(PHOTOGRAPHS)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     right = 0
     for path in photo_folder.glob('val/*/*.jpg'):
         with torch.no_grad():
             answer = model(transform(Image.open(path).convert('RGB'))[None]).argmax().item()
-        right += best['class_names'][answer] == path.parent.name
+        right += PHOTOGRAPHS[answer] == path.parent.name
     results = json.loads((finished / 'results.json').read_text())
     assert (results['measured']['num_images'], results['measured']['top1_correct']) == (20, right)
     assert results['measured']['top1'] == pytest.approx(results['best'])
@@ -77,11 +79,36 @@ def test_transformers_takes_the_folder(finished, photo_folder):
 
 
 def test_publish_takes_the_run(finished):
-    """Both files that scripts/publish.py may be given hold the same release."""
-    files = ('best.pt', 'model.safetensors')
+    """Of the epoch that was measured last, where that was the best one."""
+    files = ('last.pt', 'model.safetensors')
     run, bare = (release_tensors(read_weights(finished / name).state_dict) for name in files)
     assert run.keys() == bare.keys()
-    assert all(torch.equal(run[name], bare[name]) for name in run)
+    results = json.loads((finished / 'results.json').read_text())
+    if results['best'] == results['last']['top1']:
+        assert all(torch.equal(run[name], bare[name]) for name in run)
+
+
+def test_what_a_run_leaves_on_the_disk(finished, photo_folder, tmp_path, capsys):
+    """One file of weights and one to resume from, both with the rights of the umask, and what they take is said."""
+    assert {path.name for path in finished.iterdir()} == {
+        'last.pt', 'model.safetensors', 'config.json', 'recipe.yaml', 'summary.csv', 'results.json', 'tensorboard',
+        'curves.png', 'radii.png', 'confusion.png'}
+    before = os.umask(0o027)
+    try:
+        assert finetune(photo_folder, '--model', 'test_resnet', '--from-scratch', '--output', tmp_path / 'run',
+                        '--set', 'img_size=32') == 0
+        # a run that is resumed after its end has nothing left to do
+        assert finetune(photo_folder, '--model', 'test_resnet', '--from-scratch', '--output', tmp_path / 'run',
+                        '--set', 'img_size=32', '--resume') == 0
+    finally:
+        os.umask(before)
+    for name in ('model.safetensors', 'config.json', 'last.pt', 'results.json', 'confusion.png'):
+        assert (tmp_path / 'run' / name).stat().st_mode & 0o777 == 0o640, name
+    assert 'num_classes' not in json.loads((tmp_path / 'run' / 'config.json').read_text())['model_args']
+    said = re.search(r'run takes (\S+) MB, of which model.safetensors are (\S+)\. last.pt, with (\S+) MB, is needed',
+                     capsys.readouterr().out)
+    assert [float(size) for size in said.groups()[1:]] == [
+        round((tmp_path / 'run' / name).stat().st_size / 1e6, 1) for name in ('model.safetensors', 'last.pt')]
 
 
 def test_curves_of_several_runs(finished, tmp_path):
@@ -121,7 +148,7 @@ def test_from_a_folder_and_held_out_images(finished, photos, tmp_path, capsys):
     results = json.loads((output / 'results.json').read_text())
     assert results['measured']['num_images'] == 6  # two of each twelve
     assert results['images_per_epoch'] == 28  # batches of 4 of the other 30
-    before, after = (load_checkpoint(folder / 'best.pt')['model'] for folder in (finished, output))
+    before, after = (read_weights(folder / 'model.safetensors').state_dict for folder in (finished, output))
     assert (after['conv1.0.weight'] - before['conv1.0.weight']).abs().max() < 0.05  # began with those weights
     assert timm.create_model(f'local-dir:{output}', pretrained=True).num_classes == 3
 
@@ -150,11 +177,11 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
         'import os, signal, sys\n'
         'from timm_geoprior.training import finetune\n'
         'from timm_geoprior.cli import main\n'
-        'tell = finetune._Watch.__call__\n'
+        'tell = finetune._Patience.__call__\n'
         'def stop(self, history):\n'
         '    os.kill(os.getpid(), signal.SIGINT)\n'
         '    return tell(self, history)\n'
-        'finetune._Watch.__call__ = stop\n'
+        'finetune._Patience.__call__ = stop\n'
         'sys.exit(main(sys.argv[1:]))\n')
     arguments = [str(photo_folder), '--output', str(tmp_path / 'run'), *FAST]
     stopped = subprocess.run([sys.executable, '-c', program, 'finetune', *arguments], capture_output=True, text=True)
@@ -175,11 +202,79 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
     (['train/a', 'test/a'], Splits('train', '', 'test')),
     (['train', 'bus'], Splits()),  # a class of that name
     (['val/a', 'b'], Splits()),
+    (['Training/a', 'Testing/a', 'DEV/a'], Splits('Training', 'DEV', 'Testing')),
+    (['train/a', 'training/a', 'valid/a'], Splits('train', 'valid', '')),
+    (['train', 'Training/a'], Splits('Training')),
 ])
 def test_splits_are_found(tmp_path, folders, expected):
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
     assert find_splits(tmp_path) == expected
+
+
+@pytest.mark.parametrize('folders', [['train', 'test'], ['Train', 'VAL', 'test'], ['val', 'test']])
+def test_splits_without_class_folders_are_no_classes(tmp_path, folders):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'a.jpg').touch()
+    with pytest.raises(GeoPriorError, match='must have one folder of images for each class, got none'):
+        find_splits(tmp_path)
+
+
+def test_what_is_beside_the_splits_is_told(photo_folder, tmp_path, capsys):
+    for split in ('train', 'extra'):
+        shutil.copytree(photo_folder / 'train', tmp_path / 'data' / split)
+    shutil.copytree(photo_folder / 'val' / 'coffee', tmp_path / 'data' / 'test')  # no class folders
+    assert unused_folders(tmp_path / 'data', find_splits(tmp_path / 'data')) == ['extra', 'test']
+    assert finetune(tmp_path / 'data', '--output', tmp_path / 'run', '--set', 'epochs=1') == 0
+    printed = capsys.readouterr().out
+    for name in ('extra', 'test'):
+        assert f'data/{name} is not used: it is no split, or has no class folders' in printed
+
+
+@pytest.mark.parametrize(('changes', 'splits', 'expected'), [
+    (['holdout=2'], ['train', 'val'], ('val', 20)),
+    (['holdout=2'], ['train', 'val', 'test'], ('test', 20)),
+    (['holdout=2'], ['train'], ('held out of training', 8)),
+    ([], ['train'], ('held out of training', 8)),
+])
+def test_held_out_images_choose_and_others_are_measured(photo_folder, tmp_path, changes, splits, expected):
+    for split in splits:
+        shutil.copytree(photo_folder / ('train' if split == 'train' else 'val'), tmp_path / 'data' / split)
+    more = [word for change in changes for word in ('--set', change)]
+    output = tmp_path / 'run'
+    assert finetune(tmp_path / 'data', '--output', output, *more) == 0
+    results = json.loads((output / 'results.json').read_text())
+    assert (results['measured']['split'], results['measured']['num_images']) == expected
+    state = load_checkpoint(output / 'last.pt')
+    assert len(state['held_names']) == 8
+    if expected[0] == 'held out of training':
+        assert results['measured']['top1'] == pytest.approx(results['best'])
+
+
+def test_images_that_came_since_are_not_held_out_unnoticed(photos, tmp_path, capsys):
+    output = tmp_path / 'run'
+    assert finetune(photos, '--output', output, '--set', 'img_size=32') == 0
+    shutil.copy(photos / 'coffee' / '00.jpg', photos / 'coffee' / '99.jpg')
+    assert finetune(photos, '--output', output, '--set', 'img_size=32', '--resume') == 1
+    assert 'was trained on other images than those in' in capsys.readouterr().err
+
+
+def test_class_names_are_drawn_literally(photo_folder, tmp_path):
+    for number, name in enumerate(('$_$', 'a$^$b', '猫', 'größe')):
+        shutil.copytree(photo_folder / 'train' / PHOTOGRAPHS[number], tmp_path / 'data' / name)
+    assert finetune(tmp_path / 'data', '--output', tmp_path / 'run', '--set', 'epochs=1') == 0
+    assert (tmp_path / 'run' / 'confusion.png').exists()
+
+
+def test_the_learning_rate_suits_the_batch_and_the_network(photos, tmp_path, capsys):
+    assert rate_factor(64, 1_100_000) == 1 == rate_factor(256, 400_000)
+    assert rate_factor(16, 1_100_000) == pytest.approx(1 / 2)
+    assert rate_factor(64, 4_400_000) == pytest.approx(1 / 2)
+    assert finetune(photos, '--model', 'geoprior_resnet14_nano', '--output', tmp_path / 'run') == 0
+    # 48 images in batches of 8
+    assert 'Batches of 8 images, learning rate 3.5e-04' in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / 'run' / 'recipe.yaml').read_text())['lr'] == pytest.approx(1e-3 / 8 ** 0.5)
 
 
 def no_class(photos: Path) -> None:
@@ -245,7 +340,7 @@ def test_bad_images_are_told_before_anything_is_written(photos, tmp_path, capsys
     *((['--model', name], f'{name} has no trained weights') for name, entry in load_manifest().models.items()
       if entry.status == 'planned'),
     (['--set', 'epoch=3'], "did you mean 'epochs'"),
-    (['--set', 'batch_size=512'], 'fewer training images than one batch of 512: lower batch_size'),
+    (['--set', 'batch_size=512'], 'fewer training images than one batch of 512. Lower batch_size'),
     (['--device', 'cuda:77'], 'cuda:77'),
     (['--output', '{photos}/out'], 'lies in the folder of the images'),
     (['--output', '{photos}/coffee/00.jpg'], 'lies in the folder of the images'),
@@ -263,7 +358,7 @@ def test_bad_arguments(photos, tmp_path, monkeypatch, capsys, arguments, words):
 
 def test_no_folder(capsys, tmp_path):
     assert finetune(tmp_path / 'nowhere') == 1
-    assert 'nowhere is no folder, expected one' in capsys.readouterr().err
+    assert 'nowhere must be a folder with one folder of images for each class' in capsys.readouterr().err
 
 
 def test_a_missing_extra_names_its_cure(photos, capsys, monkeypatch):

@@ -9,13 +9,13 @@ from timm.data import Mixup
 from torch import nn
 
 from timm_geoprior.training.parts import (
+    TargetLoss,
     check_recipe,
-    create_loss,
     create_mixup,
     create_model,
     create_optimizer,
     create_schedule,
-    learned_radii,
+    radii_in_cells,
 )
 from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe, make_recipe, recipe_names
 from timm_geoprior.training.sources import _make_transform, _Transform
@@ -154,7 +154,7 @@ class TestShipped:
     def test_model_loss_and_augmentation(self, name):
         recipe = load_recipe(name)
         check_recipe(recipe)
-        loss = create_loss(recipe)
+        loss = TargetLoss(recipe)
         targets = torch.tensor([1, 3])
         mixup = create_mixup(recipe, 4)
         if mixup:
@@ -234,16 +234,16 @@ class TestParts:
          lambda x, y: 5 * F.binary_cross_entropy_with_logits(x, F.one_hot(y, 5).float())),
     ])
     def test_losses(self, changes, expected):
-        loss = create_loss(make_recipe({**LEAST, **changes}))
+        loss = TargetLoss(make_recipe({**LEAST, **changes}))
         logits, targets = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
         assert loss(logits, targets) == pytest.approx(expected(logits, targets).item())
 
     def test_losses_of_mixed_targets(self):
         logits, mixed = torch.randn(1, 3), torch.tensor([[0.7, 0.3, 0.0]])
-        loss = create_loss(make_recipe({**LEAST, 'bce_loss': True, 'bce_target_thresh': 0.2}))
+        loss = TargetLoss(make_recipe({**LEAST, 'bce_loss': True, 'bce_target_thresh': 0.2}))
         both = torch.tensor([[1.0, 1.0, 0.0]])
         assert loss(logits, mixed) == pytest.approx(F.binary_cross_entropy_with_logits(logits, both).item())
-        assert create_loss(make_recipe(LEAST))(logits, mixed) == pytest.approx(F.cross_entropy(logits, mixed).item())
+        assert TargetLoss(make_recipe(LEAST))(logits, mixed) == pytest.approx(F.cross_entropy(logits, mixed).item())
 
     def test_every_key_of_the_augmentation_arrives(self):
         recipe = make_recipe({
@@ -294,5 +294,5 @@ class TestParts:
 
     def test_radii_by_layer(self):
         model = create_model(make_recipe({**LEAST, 'model_kwargs': {'attn_radius': 2.0, 'attn_heads': 2}}), 10)
-        assert learned_radii(model)['layer4.0.conv2.attn'] == pytest.approx([2.0, 2.0])
-        assert learned_radii(timm.create_model('test_resnet')) == {}
+        assert radii_in_cells(model)['layer4.0.conv2.attn'] == pytest.approx([2.0, 2.0])
+        assert radii_in_cells(timm.create_model('test_resnet')) == {}

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from timm_geoprior.data.reading import CorruptImagesError
 from timm_geoprior.errors import EvaluationError, GeoPriorError
-from timm_geoprior.training import engine
+from timm_geoprior.training import engine, report
 from timm_geoprior.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import Trainer, TrainingError, train
@@ -56,6 +56,13 @@ def config(folder, output, **changes):
 
 def command(folder: Path, output: Path, recipe: Path, *more: str) -> list[str]:
     return [sys.executable, str(SCRIPT), str(recipe), '--data-dir', str(folder), '--output', str(output), *more]
+
+
+def counted(function, calls, name):
+    def call(*args, **options):
+        calls.append(name)
+        return function(*args, **options)
+    return call
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -197,9 +204,20 @@ class TestRun:
         terminal.isatty = lambda: True
         monkeypatch.setattr(sys, 'stderr', terminal)
         every_step = {'mininterval': 0, 'miniters': 1}
-        monkeypatch.setattr(engine, 'tqdm', lambda **options: tqdm(**{**options, **every_step}))
+        monkeypatch.setattr(report, 'tqdm', lambda **options: tqdm(**{**options, **every_step}))
         train(tiny(epochs=1, in_memory=True), config(photo_folder, tmp_path / 'run'))
         assert re.search(r'epoch 1/1: +\d+%.*/40 \[\d\d:\d\d<\d\d:\d\d, .*img/s, loss=\d', terminal.getvalue())
+
+    def test_progress_in_a_log_file(self, photo_folder, tmp_path, monkeypatch):
+        """No bar: a line each minute, here for each update, and one for each epoch."""
+        monkeypatch.setattr(report, 'LOG_SECONDS', 0)
+        said = []
+        train(tiny(epochs=2, in_memory=True), config(photo_folder, tmp_path / 'run', tell=said.append))
+        lines = [line for line in said if line.startswith('epoch 1/2: ')]
+        assert len(lines) == 5
+        assert re.fullmatch(r'epoch 1/2: 24 of 40 images, loss \d\.\d{3}, [\d,]+ images/s', lines[2])
+        assert re.fullmatch(
+            r'epoch 2: training loss \d\.\d{3}, held-out top-1 \d+\.\d\d%( \(best\))?, [\d,]+ images/s', said[-1])
 
     def test_accumulation_is_the_same_update(self, photo_folder, tmp_path):
         """Half the batch twice is the batch, where no norm sees the batch."""
@@ -323,11 +341,11 @@ class TestResume:
         recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
         shutil.copytree(photo_folder, tmp_path / 'data')
         (tmp_path / 'data/train/rocket').rename(tmp_path / 'data/train/robot')
-        with pytest.raises(TrainingError, match='trained on 4 other classes than the 4 in .*data: check --data-dir'):
+        with pytest.raises(TrainingError, match=r'trained on 4 other classes than the 4 in .*data\. Check --data-dir'):
             Trainer(recipe, config(tmp_path / 'data', whole_run, resume=True))
         (tmp_path / 'run').mkdir()
         torch.save({'model': {}}, tmp_path / 'run' / 'last.pt')
-        with pytest.raises(TrainingError, match='last.pt lacks best, class_names, .*, expected a checkpoint of this'):
+        with pytest.raises(TrainingError, match='must be a checkpoint of this .*, got one without best, class_names, '):
             Trainer(recipe, config(photo_folder, tmp_path / 'run', resume=True))
 
     def test_a_run_is_not_overwritten(self, whole_run, photo_folder):
@@ -399,12 +417,21 @@ sys.argv =""", 1).replace('import os', 'import torch, os', 1))
         assert_same_run(two_processes, written)
 
     def test_a_batch_that_does_not_divide(self, photo_folder, tmp_path):
-        with pytest.raises(TrainingError, match='batch_size is 8, expected a multiple of 1 processes times 3'):
+        with pytest.raises(TrainingError, match='must be a multiple of 1 processes times 3 accumulation steps, got 8'):
             Trainer(tiny(grad_accum_steps=3), config(photo_folder, tmp_path))
 
     def test_mixup_of_an_odd_batch(self, photo_folder, tmp_path):
-        with pytest.raises(TrainingError, match='gives each process 7 images a step, expected an even number'):
+        with pytest.raises(TrainingError, match='an even number of images for mixup and cutmix, got 7, which gives 7'):
             Trainer(tiny(batch_size=7, mixup=0.2), config(photo_folder, tmp_path))
+
+    def test_batches_of_one_image(self, photo_folder, tmp_path):
+        """Where the last map has one cell, there is no variance; where it has four, there is."""
+        network = {'model_kwargs': {'channels': [8, 16, 16, 16], 'value_dims': [0, 0, 0, 0], 'stem_width': 8}}
+        for batch, steps in ((1, 1), (2, 2)):
+            with pytest.raises(TrainingError, match=r'at least 2 images at 16 px, got 1, of which .*Raise batch_size'):
+                Trainer(tiny(batch_size=batch, grad_accum_steps=steps, img_size=16, **network),
+                        config(photo_folder, tmp_path))
+        Trainer(tiny(batch_size=1, img_size=64), config(photo_folder, tmp_path / 'larger'))
 
     def test_fewer_images_than_a_batch(self, photo_folder, tmp_path):
         with pytest.raises(TrainingError, match='fewer training images than one batch of 64'):
@@ -450,17 +477,33 @@ class TestStartingPoint:
         with pytest.raises(GeoPriorError, match=message):
             Trainer(tiny(**changes), config(photo_folder, tmp_path / 'run', finetune=finetune))
 
+    def test_a_teacher_of_other_classes_is_refused(self, photo_folder, tmp_path):
+        """timm would draw a new head for it."""
+        recipe = tiny(in_memory=True, teacher='geoprior_resnet14_nano')
+        with pytest.raises(GeoPriorError, match='must know the 4 classes of the images, got weights for 200'):
+            Trainer(recipe, config(photo_folder, tmp_path / 'run'))
+
+    def test_a_teacher_has_the_averaged_weights(self, photo_folder, first_run, tmp_path):
+        recipe = tiny(in_memory=True, teacher='test_resnet', teacher_path=str(tmp_path / 'teacher.pt'))
+        weights = timm.create_model('test_resnet', num_classes=4).state_dict()
+        torch.save({'model': {name: 0 * value for name, value in weights.items()}, 'model_ema': weights},
+                   tmp_path / 'teacher.pt')
+        teacher = Trainer(recipe, config(photo_folder, tmp_path / 'run')).task.teacher.model.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in teacher.items())
+
     def test_distillation_from_a_checkpoint(self, photo_folder, first_run, tmp_path):
         teacher = {'teacher': 'geoprior_resnet14_nano', 'teacher_path': str(tmp_path / 'teacher.pt')}
         torch.save(timm.create_model('geoprior_resnet14_nano', num_classes=4).state_dict(), tmp_path / 'teacher.pt')
         trainer = Trainer(
             tiny(in_memory=True, distill_alpha=1.0, distill_temperature=2.0, **teacher),
             config(photo_folder, tmp_path / 'run'))
-        images, logits = torch.randn(4, 3, 32, 32), torch.randn(4, 4, requires_grad=True)
-        expected = trainer.distillation.teacher(images)
-        assert trainer.distillation(images, expected).item() == pytest.approx(0, abs=1e-6)
-        trainer.distillation(images, logits).backward()
-        assert logits.grad.abs().sum() > 0
+        images, targets = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+        assert not any(parameter.requires_grad for parameter in trainer.task.teacher.parameters())
+        found = trainer.task(images, targets)
+        expected = trainer.task.teacher(images).detach()
+        divergence = torch.nn.functional.kl_div(
+            (found['output'].detach() / 2).log_softmax(1), (expected / 2).softmax(1), reduction='batchmean')
+        assert found['loss'].item() == pytest.approx(4 * divergence.item(), rel=1e-4)
         assert trainer.fit()['last']['train_loss'] > 0
 
     @pytest.mark.parametrize('alpha', [1.0, 0.5])
@@ -473,7 +516,8 @@ class TestStartingPoint:
                 tiny(in_memory=True, teacher='test_resnet', teacher_path=str(path), distill_alpha=alpha, drop_path=0),
                 config(photo_folder, tmp_path / 'run'))
             torch.manual_seed(0)
-            losses.append(trainer._step(iter([(torch.randn(8, 3, 32, 32), torch.full((8,), label))])))
+            trainer._step(iter([(torch.randn(8, 3, 32, 32), torch.full((8,), label))]))
+            losses.append(trainer.loss_sum.item())
         assert (losses[0] == losses[1]) == (alpha == 1)
 
 
@@ -492,7 +536,7 @@ class TestData:
         assert images.shape == (2, 3, 32, 32)
 
     @pytest.mark.parametrize(('changes', 'message'), [
-        ({'data_dir': Path('nowhere')}, 'nowhere is no folder, expected one with a folder train'),
+        ({'data_dir': Path('nowhere')}, 'nowhere must be a folder with a folder train in it'),
         ({'train_split': 'tain'}, '4 classes more than once, such as astronaut in train/astronaut and val/astronaut'),
         ({'val_split': 'more'}, 'The split more has 1 classes that train does not have, such as dog'),
     ])
@@ -532,7 +576,7 @@ class TestData:
             list(Trainer(tiny(holdout=0), config(**options, max_corrupt=1)).data.held_out())
 
     def test_more_held_out_than_there_is(self, photo_folder, tmp_path):
-        with pytest.raises(DataError, match='Class 0 has 12 images, more than 12 are needed'):
+        with pytest.raises(DataError, match='Class 0 must have more than 12 images to hold out 12, got 12'):
             Trainer(tiny(holdout=12), config(photo_folder, tmp_path / 'run'))
 
 
@@ -544,6 +588,24 @@ class TestFaults:
         trainer._step(iter([(torch.full((8, 3, 32, 32), torch.inf), torch.zeros(8, dtype=torch.int64))]))
         assert trainer.skipped == 1
         assert all(torch.equal(value, before[name]) for name, value in trainer.state()['model'].items())
+        assert trainer.loss_sum == 0
+
+    def test_an_update_asks_the_device_once(self, photo_folder, tmp_path, monkeypatch):
+        """For the loss and a signal together, before the backward pass; buffers are copied together too."""
+        trainer = Trainer(tiny(in_memory=True, grad_accum_steps=2), config(photo_folder, tmp_path / 'run'))
+        order, clones = [], []
+        monkeypatch.setattr(torch.Tensor, 'item', lambda tensor: order.append('item'))
+        monkeypatch.setattr(torch.Tensor, 'backward', counted(torch.Tensor.backward, order, 'backward'))
+        monkeypatch.setattr(engine._Answer, '__init__', counted(engine._Answer.__init__, order, 'asked'))
+        monkeypatch.setattr(engine._Answer, 'wait', counted(engine._Answer.wait, order, 'answered'))
+        buffers = {id(buffer) for buffer in trainer.model.buffers()}
+        clone = torch.Tensor.clone
+        monkeypatch.setattr(torch.Tensor, 'clone', lambda tensor, **options: (
+            clones.append(id(tensor)), clone(tensor, **options))[1])
+        trainer.model.train()
+        trainer._step(trainer.data.train.epoch(0, 32))
+        assert order == ['backward', 'asked', 'backward', 'answered']
+        assert not buffers & set(clones)
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, photo_folder, tmp_path):
         recipe = tiny(lr=1e30, warmup_epochs=0, max_skipped_steps=3, epochs=20, in_memory=True)
@@ -564,9 +626,9 @@ class TestFaults:
         assert trainer.last.read_bytes() == before
 
     @pytest.mark.parametrize(('changes', 'error', 'message'), [
-        ({'save_every': 0}, TrainingError, '--save-every is 0, expected 1 or more'),
-        ({'workers': -1}, TrainingError, '--workers is -1, expected 0 or more'),
-        ({'max_corrupt': -1}, TrainingError, '--max-corrupt is -1, expected 0 or more'),
+        ({'save_every': 0}, TrainingError, '--save-every must be 1 or more, got 0'),
+        ({'workers': -1}, TrainingError, '--workers must be 0 or more, got -1'),
+        ({'max_corrupt': -1}, TrainingError, '--max-corrupt must be 0 or more, got -1'),
         ({'device': 'gpu'}, EvaluationError, r'--device gpu cannot be used \(.*\), expected cuda, cpu'),
     ])
     def test_a_wrong_command(self, changes, error, message, photo_folder, tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from . import __version__
-from .errors import GeoPriorError
+from .errors import GeoPriorError, sentence
 
 if TYPE_CHECKING:
     from .pretrained.manifest import ModelEntry
@@ -38,6 +38,7 @@ class _Command(NamedTuple):
 _COMMANDS: dict[str, _Command] = {}
 # Commands with a parser of their own: the module whose `main` takes the arguments, and what it does
 _MODULES = {
+    'train': ('training.command', 'train a model by a recipe'),
     'validate': ('evaluation.command', 'measure the accuracy of any timm model, or of a checkpoint'),
     'publish': ('release.command', 'stage, bundle or push trained weights'),
 }
@@ -490,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # a closed pipe shows here, where it is dealt with, not at the interpreter's end
     except GeoPriorError as error:
-        _complain(error)
+        _complain(sentence(error))
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,6 @@
 """The exceptions of this package. Each message is one sentence that says what is wrong and what to do."""
 
-__all__ = ['EvaluationError', 'GeoPriorError', 'ProcessError', 'WeightsError']
+__all__ = ['EvaluationError', 'GeoPriorError', 'ProcessError', 'WeightsError', 'sentence']
 
 
 class GeoPriorError(RuntimeError):
@@ -17,3 +17,8 @@ class ProcessError(EvaluationError):
 
 class WeightsError(GeoPriorError):
     """Weights cannot be loaded: there are none, they cannot be fetched, or their bytes are not the manifest's."""
+
+
+def sentence(error: GeoPriorError) -> str:
+    """An error's message without the traceback that a data loader's worker has put before it."""
+    return str(error).rpartition(f'{type(error).__name__}: ')[2]

@@ -4,8 +4,8 @@ import functools
 import io
 import json
 import os
-import tempfile
 import unicodedata
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +25,9 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
     Raises:
         OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
+    # the umask takes rights away, as from every new file; tempfile's would be the owner's alone
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, 'wb') as file:
             if callable(content):
@@ -34,10 +36,11 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's is 0600
+        if path.exists():
+            os.chmod(temporary, path.stat().st_mode & 0o777)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

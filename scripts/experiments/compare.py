@@ -43,18 +43,16 @@ from torch import nn
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.datasets import fingerprint
 from timm_geoprior.data.memory import ImageTensors, decode_images
-from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.errors import GeoPriorError, sentence
 from timm_geoprior.evaluation.accuracy import count_correct
-from timm_geoprior.files import write_atomically
+from timm_geoprior.files import write_atomically, write_json
 from timm_geoprior.layers import GeoPriorAttn2d
 from timm_geoprior.radii import learned_radii, scale_radii
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import Trainer
-from timm_geoprior.training.finetune import ERRORS
 from timm_geoprior.training.parts import check_recipe
 from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe, make_recipe
-from timm_geoprior.training.report import write_results
-from timm_geoprior.training.sources import open_data, open_images
+from timm_geoprior.training.sources import Share, open_images, open_training_data
 
 FACTORS = (0.75, 1, 2)  # sizes that the networks are measured at, as multiples of the recipe's own
 LEAST_SEEDS = 3  # Student's factor for a mean of two is 12.7
@@ -240,7 +238,7 @@ def run(name: str, recipe: Recipe, place: RunConfig, decoded: ImageTensors, imag
     results = trainer.fit()
     network = trainer.ema.module if trainer.ema else trainer.model
     results['measured'] = {**measure(network, recipe, place, trainer.device, decoded), 'images': dict(images)}
-    write_results(results, place.output)
+    write_json(place.output / 'results.json', results)
     return _row(name, results)
 
 
@@ -266,7 +264,7 @@ def measure(
     measured: dict[str, Any] = {'eval_size': size}
     for factor in FACTORS:
         other = replace(recipe, eval_size=round(factor * size))
-        held_out = open_data(other, place, 1, device, 0, 1, decoded).held_out
+        held_out = open_training_data(other, place, Share(1, device), decoded).held_out
         assert held_out is not None  # as load_variants has seen to
         for unit in ('cells', 'share') if radii and factor != 1 else ('cells',):
             with _scaled_radii(network, other.eval_size / size if unit == 'share' else 1):
@@ -526,15 +524,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config = RunConfig(
-        args.data_dir, args.output, device=args.device, workers=args.workers, save_every=args.save_every)
+        args.data_dir, args.output, device=args.device, workers=args.workers, save_every=args.save_every,
+        command=shlex.join(['python', *sys.argv]))
     text = ''
     try:
         recipes = load_variants(args.source, args.set, args.variant)
         for rows in compare(recipes, list(dict.fromkeys(args.seeds)), config):
             if rows:
                 text = report(rows, args.output, shlex.join(['python', *sys.argv]))
-    except (ComparisonError, *ERRORS) as error:
-        sys.exit(f'compare.py: {error}')
+    except GeoPriorError as error:
+        sys.exit(f'compare.py: {sentence(error)}')
     except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
         sys.exit(130)
     print(f'\n{text}')

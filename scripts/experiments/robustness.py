@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import timm_geoprior  # noqa: F401  (registers the models)
 from compare import LEAST_SEEDS, markdown_table, paired_interval, write_csv
 from timm_geoprior.data.memory import ImageTensors, decode_images
-from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.errors import GeoPriorError, sentence
 from timm_geoprior.evaluation.accuracy import target_ranks
 from timm_geoprior.evaluation.metrics import calibrate
 from timm_geoprior.evaluation.predict import Predictions
@@ -40,7 +40,6 @@ from timm_geoprior.files import write_atomically
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import read_weights
 from timm_geoprior.training.config import RunConfig
-from timm_geoprior.training.finetune import ERRORS
 from timm_geoprior.training.parts import create_model
 from timm_geoprior.training.recipe import Recipe, make_recipe
 from timm_geoprior.training.sources import model_cfg, open_images
@@ -217,8 +216,8 @@ def main() -> None:
     args = parse_args()
     try:
         text = run(args)
-    except (RobustnessError, *ERRORS) as error:
-        sys.exit(f'robustness.py: {error}')
+    except GeoPriorError as error:
+        sys.exit(f'robustness.py: {sentence(error)}')
     print(f'\n{text}')
 
 

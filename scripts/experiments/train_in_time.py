@@ -28,11 +28,11 @@ import torch
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.memory import ImageTensors, decode_images
+from timm_geoprior.errors import GeoPriorError, sentence
 from timm_geoprior.release.publish import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import Trainer, TrainingError
-from timm_geoprior.training.finetune import ERRORS
 from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe
 from timm_geoprior.training.sources import open_images
 
@@ -169,8 +169,8 @@ def main() -> None:
     args = parse_args()
     try:
         run(args, time.monotonic() + 60 * args.minutes)
-    except ERRORS as error:
-        sys.exit(f'train_in_time.py: {error}')
+    except GeoPriorError as error:
+        sys.exit(f'train_in_time.py: {sentence(error)}')
 
 
 if __name__ == '__main__':

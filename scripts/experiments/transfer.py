@@ -44,13 +44,13 @@ from timm_geoprior.data.datasets import EvalSet, fingerprint, open_data
 from timm_geoprior.data.seeding import generator, seed_everything
 from timm_geoprior.data.splits import hold_out_share
 from timm_geoprior.distributed import find_device
-from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.errors import GeoPriorError, sentence
 from timm_geoprior.evaluation.evaluate import Settings, check_data
 from timm_geoprior.evaluation.models import state_dict_sha256
 from timm_geoprior.files import write_atomically
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import save_checkpoint
-from timm_geoprior.training.finetune import ERRORS, HELD_OUT_SHARE, Job, find_splits, finetune
+from timm_geoprior.training.finetune import HELD_OUT_SHARE, Job, find_splits, finetune
 from timm_geoprior.training.recipe import load_recipe
 from timm_geoprior.training.sources import model_cfg
 
@@ -122,7 +122,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
 
     Raises:
         TransferError: Bad images, too few of them, a model without weights, or an output with other settings.
-        RuntimeError: One of `finetune.ERRORS`, whose message is a sentence for people.
+        RuntimeError: What stops a run; the message is a sentence for people.
         SystemExit: On SIGTERM and Ctrl-C.
     """
     cases = [(seed, per_class, method, start) for seed in job.seeds for per_class in job.per_class
@@ -568,8 +568,8 @@ def main() -> None:
         for rows in transfer(job):
             if rows:
                 text = report(rows, args.output)
-    except (TransferError, *ERRORS) as error:
-        sys.exit(f'transfer.py: {error}')
+    except GeoPriorError as error:
+        sys.exit(f'transfer.py: {sentence(error)}')
     except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
         sys.exit(130)
     print(f'\n{text}')

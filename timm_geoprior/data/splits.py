@@ -1,13 +1,36 @@
-"""Training images kept out of training, to choose recipes and checkpoints by."""
+"""The splits of a data set's folder, and training images kept out of training to choose recipes and checkpoints by."""
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-__all__ = ['hold_out', 'hold_out_share']
+from .seeding import generator
+
+__all__ = ['SPLITS', 'folders_of_split', 'hold_out', 'hold_out_share']
+
+SPLITS = {
+    'train': ('train', 'training'),
+    'val': ('val', 'valid', 'validation', 'dev'),
+    'test': ('test', 'testing'),
+}
+
+
+def folders_of_split(folder: Path, split: str) -> list[str]:
+    """Find the folders that a split may mean: of that very name first, then of its other names, in any case.
+
+    Args:
+        folder: The data set's.
+        split: Name of the split, such as 'train', 'validation' or one of the data set's own.
+    """
+    meaning = next((names for names in SPLITS.values() if split.lower() in names), (split.lower(),))
+    found = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name.lower() in meaning]
+    return sorted(found, key=lambda name: (
+        name != split, name.lower() != split.lower(), meaning.index(name.lower()), name))
 
 
 def hold_out(targets: torch.Tensor, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split off the last images of each class, in the data set's order (file names, sorted).
+    """Draw images of each class to hold out. The same images are drawn each time, whatever the seed of a run.
 
     Args:
         targets: Class of each image, shape (N,).
@@ -21,15 +44,15 @@ def hold_out(targets: torch.Tensor, per_class: int) -> tuple[torch.Tensor, torch
     """
     def count(target: int, images: int) -> int:
         if per_class >= images:
-            raise ValueError(f'Class {target} has {images} images, more than {per_class} are needed to hold out '
-                             f'{per_class}: lower the recipe key holdout.')
+            raise ValueError(f'Class {target} must have more than {per_class} images to hold out {per_class}, got '
+                             f'{images}. Lower the recipe key holdout.')
         return per_class
 
     return _split_off(targets, count)
 
 
 def hold_out_share(targets: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split off the last images of each class, a share of them, rounded; at least one is held out and one stays.
+    """Draw a share of the images of each class, rounded; at least one is held out and one stays.
 
     Args:
         targets: Class of each image, shape (N,).
@@ -43,16 +66,18 @@ def hold_out_share(targets: torch.Tensor, share: float) -> tuple[torch.Tensor, t
     """
     def count(target: int, images: int) -> int:
         if images < 2:
-            raise ValueError(f'Class {target} has one image, expected at least 2 to hold one out: add some.')
+            raise ValueError(f'Class {target} must have at least 2 images to hold one out, got one. Add some.')
         return min(max(round(share * images), 1), images - 1)
 
     return _split_off(targets, count)
 
 
 def _split_off(targets: torch.Tensor, count: Callable[[int, int], int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hold out the last `count(class, its images)` images of each class."""
+    """Hold out `count(class, its images)` images of each class."""
     held = torch.zeros(len(targets), dtype=torch.bool)
     for target in targets.unique().tolist():
         members = (targets == target).nonzero().flatten()
-        held[members[len(members) - count(target, len(members)):]] = True
+        # drawn, since names are rarely in random order: the last ones may be of one breed, or one camera
+        order = torch.randperm(len(members), generator=generator('holdout', target))
+        held[members[order[:count(target, len(members))]]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()

@@ -3,10 +3,10 @@
 Whatever is random is a function of the seed, the epoch and the position in it (`data/seeding.py`), so that a checkpoint
 needs no random states: a resumed run draws what an uninterrupted one would have drawn.
 """
+import math
+import os
 import signal
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,30 +17,30 @@ import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from ..data.memory import ImageTensors
 from ..data.seeding import seed_everything
 from ..distributed import find_device
-from ..errors import EvaluationError, GeoPriorError, WeightsError
+from ..errors import GeoPriorError
 from ..evaluation.accuracy import Counts, count_correct
+from ..files import first_line, write_json
 from ..provenance import git_commit, hardware, versions
 from . import report
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint
 from .config import RunConfig
 from .parts import (
-    Distillation,
     check_recipe,
-    create_loss,
     create_mixup,
     create_model,
     create_optimizer,
     create_schedule,
-    learned_radii,
+    create_task,
+    create_teacher,
+    radii_in_cells,
 )
 from .recipe import Recipe
-from .sources import TrainingData, open_data
+from .sources import Share, TrainingData, open_training_data
 
 __all__ = ['Trainer', 'TrainingError', 'train']
 
@@ -57,7 +57,7 @@ class Trainer:
         Args:
             recipe: What is trained, and how.
             config: Where.
-            decoded: The images of the training split, as `open_data` takes them.
+            decoded: The images of the training split, as `open_training_data` takes them.
         """
         self.recipe, self.config = recipe, config
         check_recipe(recipe)
@@ -68,17 +68,19 @@ class Trainer:
         if self.rank == 0:
             self._check_output()
         self.resume = bool(self._from_first(config.resume))
-        share = self._share()
-        self.data: TrainingData = open_data(
-            recipe, config, share, self.device, self.rank, self.world_size, decoded)
+        share = Share(self._batch_share(), self.device, self.rank, self.world_size)
+        self.data: TrainingData = open_training_data(recipe, config, share, decoded)
         self.updates_per_epoch = len(self.data.train) // recipe.grad_accum_steps
         if not self.updates_per_epoch:
             raise TrainingError(
-                f'{config.data_dir} has fewer training images than one batch of {recipe.batch_size}: lower batch_size.')
+                f'{config.data_dir} has fewer training images than one batch of {recipe.batch_size}. Lower batch_size.')
         seed_everything(config.seed, 'init')  # here, since what decodes draws too
         self._build_model()
         self.epoch = self.update = 0  # epochs and, within this one, updates that are behind us
-        self.loss_sum = self.seconds = 0.0
+        # mps has no float64
+        self.loss_sum = torch.zeros(
+            (), dtype=torch.float32 if self.device.type == 'mps' else torch.float64, device=self.device)
+        self.seconds = 0.0
         self.skipped = 0
         self.history: list[dict[str, Any]] = []
         self.best: float | None = None
@@ -90,7 +92,8 @@ class Trainer:
         """Find this process's device, and its place among the others."""
         self.device, self.rank, self.world_size = find_device(self.config.device)
         if self.recipe.sync_bn and self.world_size > 1 and self.device.type == 'cpu':
-            raise TrainingError('sync_bn is true, which torch has for GPUs only: add --set sync_bn=false.')
+            raise TrainingError('sync_bn must be false on CPUs, got true, which torch has for GPUs only. Add '
+                                '--set sync_bn=false.')
         if self.device.type == 'cuda':
             torch.backends.cudnn.benchmark = True  # sizes are few
 
@@ -100,22 +103,36 @@ class Trainer:
         try:
             self.config.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise TrainingError(f'{self.config.output} cannot be made ({error.strerror}), expected a folder for the '
-                                f'run: check --output.') from None
+            raise TrainingError(f'The folder {self.config.output} cannot be made ({error.strerror}). Check --output.'
+                                ) from None
 
-    def _share(self) -> int:
+    def _batch_share(self) -> int:
         """Images of one process's batch."""
         recipe = self.recipe
         share, rest = divmod(recipe.batch_size, self.world_size * recipe.grad_accum_steps)
         if rest or not share:
             raise TrainingError(
-                f'batch_size is {recipe.batch_size}, expected a multiple of {self.world_size} processes times '
-                f'{recipe.grad_accum_steps} accumulation steps: change batch_size or grad_accum_steps.')
+                f'batch_size must be a multiple of {self.world_size} processes times {recipe.grad_accum_steps} '
+                f'accumulation steps, got {recipe.batch_size}. Change batch_size or grad_accum_steps.')
         if share % 2 and (recipe.mixup or recipe.cutmix):
             raise TrainingError(
-                f'batch_size is {recipe.batch_size}, which gives each process {share} images a step, expected an even '
-                f'number for mixup and cutmix: change batch_size or grad_accum_steps.')
+                f'batch_size must give each process an even number of images for mixup and cutmix, got '
+                f'{recipe.batch_size}, which gives {share}. Change batch_size or grad_accum_steps.')
+        if share == 1:
+            self._check_single_images()
         return share
+
+    def _check_single_images(self) -> None:
+        """Batch norm has no statistics of a single value, which a single image is where the last map is one cell."""
+        size = min(self.recipe.size_at(epoch) for epoch in range(self.recipe.epochs))
+        with torch.device('meta'):
+            model = create_model(self.recipe, 2).train()
+            try:
+                model(torch.empty(1, 3, size, size))
+            except ValueError as error:
+                raise TrainingError(
+                    f'batch_size must give each process at least 2 images at {size} px, got 1, of which batch norm has '
+                    f'no statistics ({first_line(error)}). Raise batch_size or img_size.') from None
 
     def _from_first(self, value: Any) -> Any:
         """What the first process has: only its machine needs to see the run's folder."""
@@ -126,15 +143,8 @@ class Trainer:
 
     def _build_model(self) -> None:
         recipe = self.recipe
-        finetune = '' if self.resume else self.config.finetune
         classes = len(self.data.class_names)
-        start = None
-        if finetune and finetune != 'pretrained':
-            start = read_weights(Path(finetune))
-            if start.note and self.rank == 0:
-                print(start.note, file=sys.stderr)
-        self.model = _load(lambda: create_model(recipe, classes, finetune == 'pretrained', start),
-                           f'--finetune {finetune}').to(self.device)
+        self.model = self._start(classes).to(self.device)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=self.memory_format)
         if recipe.sync_bn and self.world_size > 1:
@@ -143,11 +153,7 @@ class Trainer:
             self.model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup) if recipe.model_ema else None
         self.optimizer = create_optimizer(recipe, self.model)
         self.schedule = create_schedule(recipe, self.optimizer, self.updates_per_epoch)
-        self.loss = create_loss(recipe)
         self.mixup = create_mixup(recipe, classes)
-        self.distillation = _load(
-            lambda: Distillation(recipe, classes, *self.data.normalization).to(self.device),
-            f'The teacher {recipe.teacher}') if recipe.teacher else None
         half = recipe.amp and recipe.amp_dtype == 'float16'
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         network, self.replica = self.model, None
@@ -155,7 +161,23 @@ class Trainer:
             ids = [self.device] if self.device.type == 'cuda' else None
             network = self.replica = nn.parallel.DistributedDataParallel(network, device_ids=ids)
         # sizes are few and fixed: a graph for each is faster than a dynamic one
-        self.network = torch.compile(network, dynamic=False) if recipe.torchcompile else network
+        self.network: Any = torch.compile(network, dynamic=False) if recipe.torchcompile else network
+        teacher = _load(
+            lambda: create_teacher(recipe, classes).to(self.device), f'The teacher {recipe.teacher}'
+        ) if recipe.teacher else None
+        self.task = create_task(recipe, self.network, teacher, self.device)
+
+    def _start(self, classes: int) -> nn.Module:
+        """The model with the weights that it starts from."""
+        finetune = '' if self.resume else self.config.finetune
+        start = None
+        if finetune and finetune != 'pretrained':
+            start = read_weights(Path(finetune))
+            if start.note and self.rank == 0:
+                self.config.tell(start.note)
+        model: nn.Module = _load(
+            lambda: create_model(self.recipe, classes, finetune == 'pretrained', start), f'--finetune {finetune}')
+        return model
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if not self.recipe.amp:
@@ -164,50 +186,74 @@ class Trainer:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, and what a reader of the weights wants to know."""
+    def weights(self) -> dict[str, Any]:
+        """What a reader of the weights wants: them, their average, and where they are from."""
         return {
             'model': self.model.state_dict(),
+            # timm's own loading knows this name, and takes these weights before the raw ones
             'model_ema': self.ema.module.state_dict() if self.ema else None,
-            'optimizer': self.optimizer.state_dict(),
-            'scaler': self.scaler.state_dict(),
-            'epoch': self.epoch, 'update': self.update, 'loss_sum': self.loss_sum, 'seconds': self.seconds,
-            'skipped': self.skipped, 'best': self.best, 'history': self.history,
-            'step': self.epoch * self.updates_per_epoch + self.update,
             'recipe': self.recipe.to_dict(), 'seed': self.config.seed,
             'model_name': self.recipe.model, 'model_kwargs': self.recipe.model_kwargs,
             'num_classes': len(self.data.class_names), 'class_names': list(self.data.class_names),
             'versions': versions(), 'commit': self.commit,
         }
 
+    def state(self) -> dict[str, Any]:
+        """The weights, and all else that a resumed run needs."""
+        return {
+            **self.weights(),
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'epoch': self.epoch, 'update': self.update, 'loss_sum': self.loss_sum.item(), 'seconds': self.seconds,
+            'skipped': self.skipped, 'best': self.best, 'history': self.history,
+            'step': self.epoch * self.updates_per_epoch + self.update,
+            'held_names': list(self.data.held_names), 'train_sha256': self.data.train_sha256,
+        }
+
     def _resume(self) -> None:
         state = self._from_first(load_checkpoint(self.last) if self.rank == 0 else None)
-        if missing := self.state().keys() - state.keys():
-            raise TrainingError(f'{self.last} lacks {", ".join(sorted(missing))}, expected a checkpoint of this '
-                                f'version of train.py: train into another folder.')
-        recipe = self.recipe.to_dict()
-        for key in recipe:
-            if state['recipe'].get(key) != recipe[key]:
-                raise TrainingError(
-                    f'{self.last} was trained with {key} = {state["recipe"].get(key)!r}, this run has {recipe[key]!r}: '
-                    f'resume with the same recipe, or train into another folder.')
-        if state['seed'] != self.config.seed:
-            raise TrainingError(f'{self.last} has seed {state["seed"]}, this run {self.config.seed}: use the same.')
-        if state['class_names'] != list(self.data.class_names):
-            raise TrainingError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
-                                f'{len(self.data.class_names)} in {self.config.data_dir}: check --data-dir.')
+        self._check_same_run(state)
         self.model.load_state_dict(state['model'])
         if self.ema:
             self.ema.module.load_state_dict(state['model_ema'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.scaler.load_state_dict(state['scaler'])
-        for key in ('epoch', 'update', 'loss_sum', 'seconds', 'skipped', 'best', 'history'):
+        self.loss_sum.fill_(state['loss_sum'])
+        for key in ('epoch', 'update', 'seconds', 'skipped', 'best', 'history'):
             setattr(self, key, state[key])
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint; only the first process does. Weights that are not finite replace no good ones."""
-        if self.rank == 0 and all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            save_checkpoint(self.state(), path)
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        """A checkpoint goes on with its own recipe, seed, classes and images, or not at all."""
+        if missing := self.state().keys() - state.keys():
+            raise TrainingError(f'{self.last} must be a checkpoint of this version of train, got one without '
+                                f'{", ".join(sorted(missing))}. Train into another folder.')
+        recipe = self.recipe.to_dict()
+        for key in recipe:
+            if state['recipe'].get(key) != recipe[key]:
+                raise TrainingError(
+                    f'{self.last} was trained with {key} = {state["recipe"].get(key)!r}, this run has {recipe[key]!r}. '
+                    f'Resume with the same recipe, or train into another folder.')
+        if state['seed'] != self.config.seed:
+            raise TrainingError(f'{self.last} has seed {state["seed"]}, this run {self.config.seed}. Use the same.')
+        if state['class_names'] != list(self.data.class_names):
+            raise TrainingError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
+                                f'{len(self.data.class_names)} in {self.config.data_dir}. Check --data-dir.')
+        images = (list(self.data.held_names), self.data.train_sha256)
+        if (state['held_names'], state['train_sha256']) != images:
+            raise TrainingError(
+                f'{self.last} was trained on other images than those in {self.config.data_dir}: some were added, '
+                f'removed or renamed, and images that were trained on might be held out now. Restore them, or train '
+                f'into another folder.')
+
+    def save(self, path: Path, whole: bool = True) -> None:
+        """Write a checkpoint; only the first process does. Weights that are not finite replace no good ones.
+
+        Args:
+            path: The file.
+            whole: Write what a run resumes from too, which is several times the weights.
+        """
+        if self.rank == 0 and bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()):
+            save_checkpoint(self.state() if whole else self.weights(), path)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -232,11 +278,12 @@ class Trainer:
                 self._end_epoch()
                 if log:
                     log.write(self.history)
+                    self.config.tell(report.describe_epoch(self.history))
             if self.stop_signal:  # it came while the last epoch was measured; a resumed run has only results to write
-                raise SystemExit(128 + self.stop_signal)
+                self._leave(self.stop_signal)
             results = self._results()
             if self.rank == 0:
-                report.write_results(results, self.config.output)
+                write_json(self.config.output / 'results.json', results)
                 report.plot_history(self.history, self.config.output)
             return results
         finally:
@@ -252,7 +299,7 @@ class Trainer:
             'epochs': self.epoch, 'images_per_epoch': self.updates_per_epoch * self.recipe.batch_size,
             'parameters': sum(p.numel() for p in self.model.parameters()),
             'last': self.history[-1] if self.history else {}, 'best': self.best,
-            'radii': learned_radii(self.model), 'hours': round(self.seconds / 3600, 3),
+            'radii': radii_in_cells(self.model), 'hours': round(self.seconds / 3600, 3),
             'hardware': hardware(self.device), 'versions': versions(), 'commit': self.commit,
         }
 
@@ -261,46 +308,55 @@ class Trainer:
             return None
         report.write_recipe(self.recipe, self.config.output, self.commit)
         if self.data.held_out is None:
-            warnings.warn('No images are held out of this run: its accuracy is not measured, and best.pt not written. '
-                          'Name --val-split, or set holdout.', stacklevel=2)
+            self.config.tell('No images are held out of this run: its accuracy is not measured, and best.pt is not '
+                             'written. Name --val-split, or set holdout.')
         return report.EpochLog(self.config.output, self.epoch)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        # not by print, which a second signal could interrupt in itself
+        if not self.stop_signal and self.rank == 0:
+            os.write(2, f'\n{signal.Signals(number).name}: stopping as soon as a checkpoint is saved.\n'.encode())
         self.stop_signal = number
+
+    def _leave(self, number: int) -> None:
+        """End the process as a signal would, once all is saved."""
+        if self.rank == 0:
+            how = self.config.command or 'the same command and --resume'
+            self.config.tell(f'Saved {self.last}. Resume with: {how}')
+        raise SystemExit(128 + number)
 
     def _train_epoch(self) -> None:
         recipe = self.recipe
         self.model.train()
         first = self.update * recipe.grad_accum_steps
         batches = self.data.train.epoch(self.epoch, recipe.size_at(self.epoch), first)
-        bar = tqdm(
-            total=self.updates_per_epoch, initial=self.update, desc=f'epoch {self.epoch + 1}/{recipe.epochs}',
-            unit_scale=recipe.batch_size, unit='img', disable=self.rank > 0, leave=False,
-            mininterval=0.1 if sys.stderr.isatty() else 60)
+        progress = report.Progress(
+            f'epoch {self.epoch + 1}/{recipe.epochs}', (self.update, self.updates_per_epoch), recipe.batch_size,
+            None if self.rank else self.config.tell)
         started = time.perf_counter()
-        with bar:
+        try:
             while self.update < self.updates_per_epoch:
-                loss = self._step(batches)
+                self._step(batches)
                 self.update += 1
-                self.loss_sum += loss
                 now = time.perf_counter()
                 self.seconds, started = self.seconds + now - started, now
-                bar.set_postfix(loss=f'{self.loss_sum / self.update:.3f}', refresh=False)
-                bar.update()
+                progress.update(self.update, lambda: self.loss_sum.item() / self.update)
                 # alone, a process stops now; many stop at the step that all have agreed on
                 if number := self.agreed_signal if self.replica else self.stop_signal:
                     self.save(self.last)
-                    raise SystemExit(128 + number)
+                    self._leave(number)
                 if self.update % self.config.save_every == 0:
                     self.save(self.last)
+        finally:
+            progress.close()
 
-    def _step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """One update; the mean loss over all processes. An update whose loss is not finite is left out."""
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One update, and its loss into the sum. An update whose loss is not finite is left out."""
         recipe = self.recipe
         done = self.epoch * self.updates_per_epoch + self.update
         self.schedule.step_update(done)
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        total = 0.0
+        statistics = _Statistics(self.model)
+        total = torch.zeros_like(self.loss_sum)
         for micro_step in range(recipe.grad_accum_steps):
             images, targets = next(batches)
             # after the batch was made, which may draw too: when an epoch is entered decides about those draws
@@ -309,26 +365,24 @@ class Trainer:
             last = micro_step == recipe.grad_accum_steps - 1
             with self._no_sync(not last):
                 with self._autocast():
-                    logits = self.network(images)
-                    loss = self.loss(logits, targets)
-                    if self.distillation:
-                        alpha = recipe.distill_alpha
-                        loss = (1 - alpha) * loss + alpha * self.distillation(images, logits)
-                loss = loss / recipe.grad_accum_steps
+                    loss = self.task(images, targets)['loss'] / recipe.grad_accum_steps
+                total += loss.detach()
+                if last:
+                    answer = self._agree(total)  # before the backward pass, during which it travels to the host
                 self.scaler.scale(loss).backward()
-            total += loss.item()
-        total, finite = self._agree(total)
+        mean = answer.mean
+        finite, self.agreed_signal = answer.wait()
         if finite:
             self._apply(done)
             self.skipped = 0
+            self.loss_sum += mean
         else:
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)  # norms have seen what was not finite
+            statistics.restore()  # norms have seen what was not finite
             self._skip(done)
+            self.loss_sum += self.loss_sum / max(self.update, 1)
         self.optimizer.zero_grad(set_to_none=True)
-        return total if finite else self.loss_sum / max(self.update, 1)
 
-    def _augment(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         off = self.recipe.mixup_off_epoch
         if self.mixup and not (off and self.epoch >= off):
             images, targets = self.mixup(images, targets)
@@ -339,16 +393,15 @@ class Trainer:
             return self.replica.no_sync()
         return nullcontext()
 
-    def _agree(self, loss: float) -> tuple[float, bool]:
-        """Mean loss, and whether it is finite everywhere; a signal that one process got stops all at the same step."""
-        facts = torch.tensor([loss, float(self.stop_signal)], dtype=torch.float64, device=self.device)
+    def _agree(self, loss: Tensor) -> '_Answer':
+        """The mean loss of all processes, and a signal that any of them got: all stop at the same step."""
+        facts = torch.stack([loss, torch.full_like(loss, self.stop_signal)])
         if self.world_size > 1:
             gathered = [torch.empty_like(facts) for _ in range(self.world_size)]
             dist.all_gather(gathered, facts)
-            facts = torch.stack(gathered)
-            self.agreed_signal = int(facts[:, 1].max())
-            loss = float(facts[:, 0].mean())
-        return loss, bool(torch.isfinite(torch.tensor(loss)))
+            every = torch.stack(gathered)
+            facts = torch.stack([every[:, 0].mean(), every[:, 1].max()])
+        return _Answer(facts)
 
     def _apply(self, done: int) -> None:
         recipe = self.recipe
@@ -367,27 +420,28 @@ class Trainer:
             good = f'the last good checkpoint is {self.last}' if self.last.exists() else 'there is no checkpoint yet'
             raise TrainingError(
                 f'The loss was not finite for {self.skipped} steps in a row, up to step {done} with a learning rate of '
-                f'{lr:.3g}; {good}: lower lr, or clip gradients with clip_grad.')
+                f'{lr:.3g}; {good}. Lower lr, or clip gradients with clip_grad.')
 
     # -- after each epoch ----------------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> None:
         row: dict[str, Any] = {
             'epoch': self.epoch, 'img_size': self.recipe.size_at(self.epoch),
-            'lr': self.optimizer.param_groups[-1]['lr'], 'train_loss': self.loss_sum / self.updates_per_epoch,
+            'lr': self.optimizer.param_groups[-1]['lr'], 'train_loss': self.loss_sum.item() / self.updates_per_epoch,
         }
         row.update(self._measure())
         before = self.history[-1]['seconds'] if self.history else 0
         row['seconds'] = round(self.seconds, 1)
         row['images_per_second'] = round(
             self.updates_per_epoch * self.recipe.batch_size / max(self.seconds - before, 1e-9), 1)
-        row.update({f'radius.{name}': value for name, value in learned_radii(self.model).items()})
+        row.update({f'radius.{name}': value for name, value in radii_in_cells(self.model).items()})
         self.history.append(row)
-        self.epoch, self.update, self.loss_sum = self.epoch + 1, 0, 0.0
+        self.epoch, self.update = self.epoch + 1, 0
+        self.loss_sum.zero_()
         chosen_by = row.get('ema_top1', row.get('top1'))
         if chosen_by is not None and (self.best is None or chosen_by > self.best):
             self.best = chosen_by
-            self.save(self.config.output / 'best.pt')
+            self.save(self.config.output / 'best.pt', whole=False)
         self.save(self.last)
 
     def _measure(self) -> dict[str, float]:
@@ -409,21 +463,57 @@ class Trainer:
             return count_correct(network, batches)
 
 
+class _Answer:
+    """Mean loss and signal on the device, on their way to the host while the device goes on."""
+
+    def __init__(self, facts: Tensor) -> None:
+        self.mean = facts[0]
+        self.facts = facts.to('cpu', non_blocking=facts.is_cuda)
+        self.arrived = None
+        if facts.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(facts.device))
+
+    def wait(self) -> tuple[bool, int]:
+        """Whether the loss is finite, and the signal; on a GPU only the forward pass is waited for."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, number = self.facts.tolist()
+        return math.isfinite(loss), int(number)
+
+
+class _Statistics:
+    """A network's buffers before an update, one flat copy for each type of number."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.groups: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in model.buffers():
+            self.groups.setdefault(buffer.dtype, []).append(buffer)
+        self.copies = {dtype: torch.cat([buffer.reshape(-1) for buffer in buffers])
+                       for dtype, buffers in self.groups.items()}
+
+    def restore(self) -> None:
+        """Put them back."""
+        for dtype, buffers in self.groups.items():
+            parts = self.copies[dtype].split([buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+
 def _check_config(config: RunConfig) -> None:
     for key, least in (('workers', 0), ('save_every', 1), ('max_corrupt', 0)):
         if getattr(config, key) < least:
-            raise TrainingError(f'--{key.replace("_", "-")} is {getattr(config, key)}, expected {least} or more.')
+            raise TrainingError(f'--{key.replace("_", "-")} must be {least} or more, got {getattr(config, key)}.')
 
 
 def _load(make: Callable[[], Any], what: str) -> Any:
     """What `make` gives; what goes wrong with its weights is one sentence."""
     try:
         return make()
-    except (EvaluationError, WeightsError):
+    except GeoPriorError:
         raise
     except Exception as error:  # timm's loading, and a Hub's, fail in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f'{what} cannot be loaded ({reason}), expected weights that fit: check the name, and the '
+        raise TrainingError(f'{what} cannot be loaded ({first_line(error)}). Check the name, the weights and the '
                             f'connection.') from error
 
 

@@ -4,6 +4,8 @@ Before: the folder is looked at, images are held out where no split is there for
 that `timm.create_model('local-dir:...')` loads, measured as it is loaded from there, and a confusion matrix.
 """
 import json
+import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,32 +22,32 @@ from timm.models import save_for_hf
 
 from ..data.datasets import EvalSet
 from ..data.datasets import open_data as open_split
-from ..data.reading import CorruptImagesError
+from ..data.splits import SPLITS, folders_of_split
 from ..errors import EvaluationError, GeoPriorError
 from ..evaluation.evaluate import Settings, check_data, evaluate, plan
 from ..evaluation.metrics import confused_pairs, wilson_interval
 from ..evaluation.models import load_model
 from ..evaluation.predict import Predictions
-from ..files import write_atomically
-from .checkpoint import CheckpointError, read_weights
-from .config import RunConfig
-from .engine import Trainer, TrainingError
-from .parts import create_model
-from .recipe import Recipe, RecipeError, load_recipe
-from .report import write_results
-from .sources import DataError, model_cfg, split_off
+from ..files import drawable, first_line, save_figure, write_atomically, write_json
+from .checkpoint import read_weights
+from .config import RunConfig, resuming_command
+from .engine import Trainer
+from .parts import check_recipe, create_model
+from .recipe import Recipe, load_recipe
+from .sources import model_cfg
 
-__all__ = ['ERRORS', 'FinetuneError', 'Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
+__all__ = ['FinetuneError', 'Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
 
 HELD_OUT_SHARE = 0.2
-TRAIN, VAL, TEST = ('train', 'training'), ('val', 'valid', 'validation'), ('test',)
+# what the recipe's learning rate was found for
+RATED_BATCH, RATED_PARAMETERS = 64, 1.1e6
 
 
 class FinetuneError(GeoPriorError):
     """A folder, a model or an output that fine-tuning can do nothing with; the message says what to do."""
 
 
-ERRORS = (CheckpointError, CorruptImagesError, DataError, EvaluationError, FinetuneError, RecipeError, TrainingError)
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,12 @@ def finetune(job: Job) -> dict[str, Any]:
 
     Raises:
         FinetuneError: The folder holds too little, the model cannot be loaded, or the output is in the way.
-        RuntimeError: One of `ERRORS`, whose message is a sentence for people.
+        GeoPriorError: Whatever else stops a run; the message is a sentence for people.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
     splits = find_splits(job.data_dir)
+    for name in unused_folders(job.data_dir, splits):
+        job.tell(f'{job.data_dir / name} is not used: it is no split, or has no class folders.')
     _check_places(job)
     recipe = _recipe(job, splits)
     if not job.resume:
@@ -115,12 +119,13 @@ def finetune(job: Job) -> dict[str, Any]:
     config = RunConfig(
         job.data_dir, job.output, splits.train, splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE,
         seed=job.seed, device=job.device, workers=job.workers, finetune='' if job.from_scratch else 'pretrained',
-        resume=job.resume)
+        resume=job.resume, command=resuming_command(), tell=job.tell)
     trainer = _trainer(recipe, config)
-    results = trainer.fit(_Watch(job))
+    results = trainer.fit(_Patience(job))
     export(trainer, job.output)
-    results['measured'] = _measure(job, splits, recipe, config)
-    write_results(results, job.output)
+    results['measured'] = _measure(job, splits, trainer)
+    write_json(job.output / 'results.json', results)
+    _tell_disk_use(job)
     return results
 
 
@@ -130,19 +135,35 @@ def find_splits(folder: Path) -> Splits:
     """Find the splits of a data set's folder: `train` and the like are splits if there are class folders in them.
 
     Raises:
-        FinetuneError: There is no such folder, or one has images but no class folders.
+        FinetuneError: There is no such folder, or its splits have no class folders.
     """
     if not folder.is_dir():
-        raise FinetuneError(f'{folder} is no folder, expected one with one folder of images a class: check its name.')
-    train, val, test = (next((name for name in names if _has_folders(folder / name)), '')
-                        for names in (TRAIN, VAL, TEST))
-    if not train:
-        return Splits()
-    return Splits(train, val, test)
+        raise FinetuneError(f'{folder} must be a folder with one folder of images for each class. Check its name.')
+    train, val, test = (next((name for name in folders_of_split(folder, split) if _has_folders(folder / name)), '')
+                        for split in SPLITS)
+    if train:
+        return Splits(train, val, test)
+    names = _folders(folder)
+    meant = [name for split in SPLITS for name in folders_of_split(folder, split)]
+    if len(meant) > 1 and len(meant) == len(names):
+        raise FinetuneError(f'The splits {", ".join(sorted(meant))} of {folder} must have one folder of images for '
+                            f'each class, got none. Sort the images into class folders.')
+    return Splits()
+
+
+def unused_folders(folder: Path, splits: Splits) -> list[str]:
+    """Folders beside the splits that are taken for none of them."""
+    used = (splits.train, splits.val, splits.measured)
+    return [name for name in _folders(folder) if splits.train and name not in used]
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder that are not hidden."""
+    return sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith('.'))
 
 
 def _has_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(item.is_dir() for item in folder.iterdir())
+    return bool(_folders(folder))
 
 
 def _check_places(job: Job) -> None:
@@ -155,31 +176,46 @@ def _check_places(job: Job) -> None:
 
 
 def _recipe(job: Job, splits: Splits) -> Recipe:
-    """The recipe `finetune`, at the model's own size, with batches that a small set of images fills."""
+    """The recipe `finetune` at the model's own size, with a batch that suits the images and a rate that suits both."""
     own = [f'model={json.dumps(job.model)}']
     chosen = {override.partition('=')[0] for override in job.overrides}
     if 'img_size' not in chosen:
         own.append(f'img_size={_cfg(job.model).get("input_size", (3, 224, 224))[-1]}')
     recipe = load_recipe('finetune', own + list(job.overrides))
-    if 'batch_size' in chosen:
-        return recipe
-    images = len(_open(job, splits.train).labels)
-    batch_size = recipe.batch_size
-    while batch_size > 2 and 5 * batch_size > images:  # so that an epoch has a few steps, also without those held out
-        batch_size //= 2
-    return replace(recipe, batch_size=batch_size)
+    if 'batch_size' not in chosen:
+        images = len(_open(job, splits.train).labels)
+        batch_size = recipe.batch_size
+        while batch_size > 2 and 5 * batch_size > images:
+            batch_size //= 2  # so that an epoch has a few steps, also without those held out
+        recipe = replace(recipe, batch_size=batch_size)
+    if 'lr' not in chosen:
+        check_recipe(recipe)
+        with torch.device('meta'):
+            parameters = sum(parameter.numel() for parameter in create_model(recipe, 2).parameters())
+        recipe = replace(recipe, lr=recipe.lr * rate_factor(recipe.batch_size, parameters))
+        job.tell(f'Batches of {recipe.batch_size} images, learning rate {recipe.lr:.1e}.')
+    return recipe
+
+
+def rate_factor(batch_size: int, parameters: int) -> float:
+    """What a learning rate of Adam's kind is multiplied by for smaller batches and larger networks.
+
+    It goes with the root of the batch (Malladi et al., 2022, arXiv 2205.10287) and against the width of the network
+    (Yang et al., 2022, arXiv 2203.03466), whose square the number of parameters goes with. It is never above one.
+
+    Args:
+        batch_size: Images of an update.
+        parameters: Parameters of the network.
+    """
+    return min(1, math.sqrt(batch_size / RATED_BATCH)) * min(1, math.sqrt(RATED_PARAMETERS / parameters))
 
 
 def _cfg(model: str) -> dict[str, Any]:
     try:
         return model_cfg(model)
     except Exception as error:  # timm, json and the Hub's client raise half a dozen types
-        raise FinetuneError(f'{model} cannot be loaded ({_reason(error)}), expected a model of timm, or `local-dir:` '
+        raise FinetuneError(f'{model} cannot be loaded ({first_line(error)}). Name a model of timm, or `local-dir:` '
                             f'and a folder with config.json and model.safetensors.') from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
 def _check_model(model: str, from_scratch: bool) -> None:
@@ -229,28 +265,24 @@ def _check_classes(data: EvalSet, place: Path, held_out: bool) -> None:
 def _trainer(recipe: Recipe, config: RunConfig) -> Trainer:
     try:
         return Trainer(recipe, config)
-    except ERRORS:
+    except GeoPriorError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # what timm and the Hub's client say of weights
-        raise FinetuneError(f'{recipe.model} cannot be loaded ({_reason(error)}), expected a model with weights for '
+        raise FinetuneError(f'{recipe.model} cannot be loaded ({first_line(error)}), expected a model with weights for '
                             f'this architecture: name another, or start with --from-scratch.') from error
 
 
 # -- in between --------------------------------------------------------------------------------------------------------
 
-class _Watch:
-    """Says how each epoch went, and ends the training when it gets no better."""
+class _Patience:
+    """Ends the training when it gets no better."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
     def __call__(self, history: Sequence[dict[str, Any]]) -> bool:
-        row = history[-1]
         scores = [past.get('ema_top1', past['top1']) for past in history]
         best = int(np.argmax(scores))  # the first of equal ones, as best.pt is
-        note = ' (best)' if best == len(scores) - 1 else ''
-        self.job.tell(f'epoch {row["epoch"] + 1}: training loss {row["train_loss"]:.3f}, '
-                      f'held-out top-1 {scores[-1]:.2f}%{note}')
         stop = len(scores) - 1 - best >= self.job.patience
         if stop:
             self.job.tell(f'No better for {self.job.patience} epochs than after epoch {best + 1}: that is the end.')
@@ -260,8 +292,14 @@ class _Watch:
 # -- after -------------------------------------------------------------------------------------------------------------
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write the best epoch's weights and config.json, with which the run's folder is what `local-dir:` loads."""
-    saved = read_weights(trainer.config.output / 'best.pt')
+    """Write the best epoch's weights and config.json, with which the run's folder is what `local-dir:` loads.
+
+    best.pt, which holds the same weights, goes. A run that is resumed after its end has none: all is there.
+    """
+    best = trainer.config.output / 'best.pt'
+    if not best.exists() and (folder / WEIGHTS).exists():
+        return
+    saved = read_weights(best)
     names = saved.class_names
     recipe = trainer.recipe
     model: Any = create_model(recipe, len(names))
@@ -271,26 +309,35 @@ def export(trainer: Trainer, folder: Path) -> None:
            if key not in ('label_names', 'label_descriptions', 'tag') and not key.startswith('test_')}
     cfg.update(input_size=(3, size, size), num_classes=len(names), tag='finetuned')
     model.pretrained_cfg = cfg
-    save_for_hf(model, str(folder), model_config={'label_names': list(names)},
-                model_args=recipe.model_kwargs or None, safe_serialization=True)
-    config = json.loads((folder / 'config.json').read_text())
-    # timm 1.0.31 repeats it among the options, where transformers refuses it; it stands at the root in any case
-    config.setdefault('model_args', {}).pop('num_classes', None)  # absent, transformers' save_pretrained makes it null
-    write_atomically(folder / 'config.json', json.dumps(config, indent=2).encode())
+    with tempfile.TemporaryDirectory() as made:
+        save_for_hf(model, made, model_config={'label_names': list(names)}, model_args=recipe.model_kwargs or None,
+                    safe_serialization=True)
+        config = json.loads(Path(made, CONFIG).read_text())
+        # timm 1.0.31 repeats it among the options, where transformers refuses it; it stands at the root in any case
+        config.setdefault('model_args', {}).pop('num_classes', None)
+        write_json(folder / CONFIG, config)
+        write_atomically(folder / WEIGHTS, Path(made, WEIGHTS).read_bytes())
+    best.unlink()
 
 
-def _measure(job: Job, splits: Splits, recipe: Recipe, config: RunConfig) -> dict[str, Any]:
+def _tell_disk_use(job: Job) -> None:
+    sizes = {path: path.stat().st_size for path in job.output.rglob('*') if path.is_file()}
+    job.tell(f'{job.output} takes {sum(sizes.values()) / 1e6:.1f} MB, of which {WEIGHTS} are '
+             f'{sizes[job.output / WEIGHTS] / 1e6:.1f}. last.pt, with {sizes[job.output / "last.pt"] / 1e6:.1f} MB, is '
+             f'needed for --resume alone.')
+
+
+def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
     """Measure the folder as it is loaded, and draw its confusion matrix."""
     split = splits.measured or splits.val or splits.train
     data = _open(job, split)
     loaded = load_model(f'local-dir:{job.output}')
     settings = Settings(device=torch.device(job.device), batch_size=64, workers=job.workers, tell=lambda text: None)
     todo = plan(data, loaded, settings)
-    held_out = not splits.measured and (recipe.holdout or not splits.val)
+    held_out = not splits.measured and not splits.val
     if held_out:
-        _, held = split_off(torch.from_numpy(_open(job, splits.train).labels), recipe, config)
-        assert held is not None
-        todo = replace(todo, indices=todo.indices[held.numpy()], targets=todo.targets[held.numpy()])
+        held = trainer.data.held_indices.numpy()
+        todo = replace(todo, indices=todo.indices[held], targets=todo.targets[held])
     outcome = evaluate(data, loaded, todo, settings).outcome
     predictions = outcome.predictions['float32']
     counts = outcome.counts['float32']
@@ -328,7 +375,8 @@ def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path) 
     image = axes.imshow(shares, cmap='Blues', norm=PowerNorm(gamma, 0, 100))
     size = float(np.clip(330 / count, 4.5, 10))
     if count <= 120:
-        shown = [name if len(name) <= 24 else f'{name[:22]}…' for name in names]
+        short = [name if len(name) <= 24 else f'{name[:22]}…' for name in names]
+        shown = [drawable(name, str(index)) for index, name in enumerate(short)]
         axes.set_xticks(range(count), shown, rotation=90 if count > 6 or max(map(len, shown)) > 8 else 0, fontsize=size)
         axes.set_yticks(range(count), shown, fontsize=size)
     for row, column in np.argwhere(matrix) if count <= 30 else ():
@@ -341,4 +389,4 @@ def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path) 
     bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
     bar.set_label('% of the true class')
     bar.outline.set_visible(False)
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=150))
+    save_figure(path, figure)

@@ -1,26 +1,27 @@
 """What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
 import difflib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.task import DistillationTeacher
+from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import freeze
 from torch import nn
 
-from .checkpoint import SavedModel, take_prefix_off
+from ..files import first_line
+from .checkpoint import SavedModel, read_weights, take_prefix_off
 from .recipe import Recipe, RecipeError
 
 __all__ = [
-    'Distillation', 'check_recipe', 'create_loss', 'create_mixup', 'create_model', 'create_optimizer',
-    'create_schedule', 'learned_radii',
+    'TargetLoss', 'check_recipe', 'create_mixup', 'create_model', 'create_optimizer', 'create_schedule', 'create_task',
+    'create_teacher', 'radii_in_cells',
 ]
 
 
@@ -39,7 +40,7 @@ def create_model(
     """
     options = {'drop_rate': recipe.drop, 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
     if start is not None:
-        options['pretrained_cfg_overlay'] = _overlay(recipe, num_classes, start)
+        options['pretrained_cfg_overlay'] = _overlay(recipe.model, num_classes, start, **recipe.model_kwargs)
     model: Any = timm.create_model(
         recipe.model, pretrained=pretrained or start is not None, num_classes=num_classes, **options)
     for cfg in (model.pretrained_cfg, model.default_cfg):
@@ -50,14 +51,18 @@ def create_model(
     return network
 
 
-def _overlay(recipe: Recipe, num_classes: int, start: SavedModel) -> dict[str, Any]:
+def _overlay(name: str, num_classes: int, start: SavedModel, **model_kwargs: Any) -> dict[str, Any]:
     """What timm loads in place of the tag's weights."""
     with torch.device('meta'):
-        model = timm.create_model(recipe.model, num_classes=num_classes, **recipe.model_kwargs)
+        model = timm.create_model(name, num_classes=num_classes, **model_kwargs)
     state_dict, _ = take_prefix_off(start.state_dict, model.state_dict().keys())
-    classifier = getattr(model, 'pretrained_cfg', {}).get('classifier') or 'fc'
-    head = state_dict.get(f'{classifier}.weight')
+    head = state_dict.get(f'{_classifier(model)}.weight')
     return {'state_dict': state_dict, 'num_classes': num_classes if head is None else len(head)}
+
+
+def _classifier(model: nn.Module) -> str:
+    """Name of a model's last layer."""
+    return str(getattr(model, 'pretrained_cfg', {}).get('classifier') or 'fc')
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -78,38 +83,41 @@ def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[],
     try:
         return make()
     except Exception as error:  # timm's and torch's constructors raise what they like
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         near = [] if name in known() else difflib.get_close_matches(name, known(), n=1)
         hint = f'did you mean {near[0]!r}?' if near else 'change one, in the recipe or by --set KEY=VALUE.'
-        raise RecipeError(f'timm can make nothing of the recipe keys {keys} ({reason}): {hint}') from error
+        raise RecipeError(f'timm can make nothing of the recipe keys {keys} ({first_line(error)}): {hint}') from error
 
 
-class Distillation(nn.Module):
-    """Kullback-Leibler divergence from a teacher's softened probabilities (Hinton et al., 2015, arXiv 1503.02531)."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, recipe: Recipe, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.teacher = DistillationTeacher(
-            recipe.teacher, num_classes=num_classes, pretrained_path=recipe.teacher_path or None,
-            device=torch.device('cpu'),  # where timm 1.0.24 and older take CUDA; the whole module is moved later
-        ).requires_grad_(False)
-        self.temperature = recipe.distill_temperature
-        self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1))
-
-    def forward(self, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The mean divergence of logits (B, K) for the student's normalised images (B, C, H, W)."""
-        with torch.no_grad():
-            expected = self.teacher(self.teacher.normalize_input(images, self.mean, self.std)).float()
-        student = (logits.float() / self.temperature).log_softmax(dim=1)
-        teacher = (expected / self.temperature).log_softmax(dim=1)
-        return self.temperature ** 2 * F.kl_div(student, teacher, reduction='batchmean', log_target=True)
+def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's teacher, with the weights of its name or those of `teacher_path`."""
+    options: dict[str, Any] = {}
+    if recipe.teacher_path:
+        start = read_weights(Path(recipe.teacher_path))
+        options['pretrained_cfg_overlay'] = _overlay(recipe.teacher, num_classes, start)
+    teacher: Any = timm.create_model(recipe.teacher, pretrained=True, num_classes=num_classes, **options)
+    known = teacher.pretrained_cfg.get('num_classes')
+    if known != num_classes:  # timm has drawn a new head, which teaches noise
+        raise RecipeError(f'The teacher {recipe.teacher} must know the {num_classes} classes of the images, got '
+                          f'weights for {known}. Name another, or a checkpoint by teacher_path.')
+    network: nn.Module = teacher.eval().requires_grad_(False)
+    return network
 
 
-def learned_radii(model: nn.Module) -> dict[str, Any]:
+def create_task(recipe: Recipe, network: Any, teacher: nn.Module | None, device: torch.device) -> nn.Module:
+    """timm's task: the loss of a network for images (B, C, H, W) and targets (B,) or (B, K), as `['loss']`.
+
+    With a teacher, a share of the loss is the Kullback-Leibler divergence from its softened probabilities (Hinton et
+    al., 2015, arXiv 1503.02531).
+    """
+    loss = TargetLoss(recipe)
+    if teacher is None:
+        return ClassificationTask(network, loss, device=device, verbose=False)
+    return LogitDistillationTask(
+        network, teacher, loss, task_loss_weight=1 - recipe.distill_alpha, temperature=recipe.distill_temperature,
+        device=device, verbose=False)
+
+
+def radii_in_cells(model: nn.Module) -> dict[str, Any]:
     """Each layer's radii in cells of its input grid, by the layer's name; a list where it has several heads."""
     radii = {name: module.radius().tolist() for name, module in model.named_modules() if hasattr(module, 'log_radius')}
     return {name: values if len(values) > 1 else values[0] for name, values in radii.items()}
@@ -122,9 +130,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """
     radii = {id(p) for name, p in model.named_parameters() if name.endswith('log_radius')}
     # timm's optimizers with a fallback (Muon) leave vectors to it by themselves, but the classifier must be named
-    classifier = getattr(model, 'pretrained_cfg', {}).get('classifier') or 'fc'
-    groups = param_groups_weight_decay(
-        model, recipe.weight_decay, fallback_list=[f'{classifier}.weight'])
+    groups = param_groups_weight_decay(model, recipe.weight_decay, fallback_list=[f'{_classifier(model)}.weight'])
     split = []
     for group in groups:
         own = [p for p in group['params'] if id(p) in radii]
@@ -175,8 +181,3 @@ class TargetLoss(nn.Module):
         """The mean loss of logits (B, K) for targets (B,) or (B, K)."""
         loss: torch.Tensor = (self.soft if targets.ndim == 2 else self.hard)(logits, targets)
         return loss
-
-
-def create_loss(recipe: Recipe) -> TargetLoss:
-    """The recipe's loss."""
-    return TargetLoss(recipe)

@@ -10,10 +10,12 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
+from ..errors import GeoPriorError
+
 __all__ = ['Recipe', 'RecipeError', 'load_recipe', 'recipe_names']
 
 
-class RecipeError(ValueError):
+class RecipeError(GeoPriorError):
     """A recipe that cannot be run; the message names the key, what was got and what was expected."""
 
 

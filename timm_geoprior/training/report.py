@@ -1,7 +1,8 @@
-"""What a run leaves for people: a CSV row an epoch, the recipe echoed, results as JSON."""
-import csv
-import io
+"""What a run says and leaves for people: progress, a CSV row for each epoch, the recipe echoed, curves."""
 import json
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,65 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from ..files import write_atomically
+from ..files import save_figure, write_atomically, write_csv
 from ..provenance import versions
 from .recipe import Recipe
 
-__all__ = ['EpochLog', 'plot_history', 'write_recipe', 'write_results']
+__all__ = ['EpochLog', 'Progress', 'describe_epoch', 'plot_history', 'write_recipe']
+
+LOG_SECONDS = 60  # between two lines of progress in a log file
 
 
-def write_epoch(history: list[dict[str, Any]], output: Path) -> None:
-    """Write summary.csv anew from the whole history, so that a resumed run has no row twice."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in history for key in row)))
-    writer.writeheader()
-    writer.writerows(history)
-    write_atomically(output / 'summary.csv', text.getvalue().encode())
+class Progress:
+    """How far an epoch is: a bar on a terminal, a line each minute where stderr is a file."""
+
+    def __init__(
+            self, title: str, updates: tuple[int, int], batch_size: int, tell: Callable[[str], None] | None) -> None:
+        """
+        Args:
+            title: Of the epoch.
+            updates: Those that are done, and all of the epoch.
+            batch_size: Images of an update.
+            tell: Called with each line; None shows nothing.
+        """
+        self.title, self.batch_size, self.tell = title, batch_size, tell
+        self.first, self.total = updates
+        self.started = self.told = time.monotonic()
+        self.bar = tqdm(
+            total=self.total, initial=self.first, desc=title, unit_scale=batch_size, unit='img', leave=False,
+            disable=tell is None or not sys.stderr.isatty(), mininterval=0.5)
+
+    def update(self, done: int, mean_loss: Callable[[], float]) -> None:
+        """Note that an update is done. The loss is asked for, and so waited for, only when it is shown."""
+        if self.bar.update():
+            self.bar.set_postfix(loss=f'{mean_loss():.3f}', refresh=False)
+        now = time.monotonic()
+        if self.tell is not None and self.bar.disable and now - self.told >= LOG_SECONDS:
+            self.told = now
+            speed = (done - self.first) * self.batch_size / max(now - self.started, 1e-9)
+            self.tell(f'{self.title}: {done * self.batch_size:,} of {self.total * self.batch_size:,} images, '
+                      f'loss {mean_loss():.3f}, {speed:,.0f} images/s')
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
+
+
+def describe_epoch(history: list[dict[str, Any]]) -> str:
+    """A line about the last epoch."""
+    row = history[-1]
+    text = f'epoch {row["epoch"] + 1}: training loss {row["train_loss"]:.3f}'
+    if 'top1' in row:
+        scores = [past.get('ema_top1', past['top1']) for past in history]
+        best = all(scores[-1] > score for score in scores[:-1])
+        text += f', held-out top-1 {scores[-1]:.2f}%{" (best)" if best else ""}'
+    return f'{text}, {row["images_per_second"]:,.0f} images/s'
 
 
 class EpochLog:
-    """summary.csv and TensorBoard's events, a row an epoch; rows of an earlier start are not written twice."""
+    """summary.csv and TensorBoard's events, a row for each epoch; rows of an earlier start are not written twice."""
 
     def __init__(self, output: Path, epochs_behind: int) -> None:
         """
@@ -45,7 +86,7 @@ class EpochLog:
                 suffix = f'.{head}' if isinstance(value, list) else ''
                 self.events.add_scalar(key.replace('.', '/', 1) + suffix, number, history[-1]['epoch'])
         self.events.flush()
-        write_epoch(history, self.output)
+        write_csv(self.output / 'summary.csv', history)
 
     def close(self) -> None:
         """End TensorBoard's events."""
@@ -76,12 +117,7 @@ def _plot(epochs: list[int], history: list[dict[str, Any]], panels: list[tuple[s
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend(fontsize='small')
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120))
-
-
-def write_results(values: dict[str, Any], output: Path) -> None:
-    """Write results.json."""
-    write_atomically(output / 'results.json', json.dumps(values, indent=2).encode())
+    save_figure(path, figure, dpi=120)
 
 
 def write_recipe(recipe: Recipe, output: Path, commit: str) -> None:

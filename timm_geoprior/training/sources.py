@@ -1,4 +1,5 @@
 """The data of a run: training batches, and held-out ones to choose by."""
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
@@ -17,18 +18,35 @@ from ..data.folder import FolderLoader
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages
-from ..data.splits import hold_out, hold_out_share
+from ..data.splits import folders_of_split, hold_out, hold_out_share
 from ..data.workers import init_worker
 from ..errors import EvaluationError, GeoPriorError
+from ..files import first_line
 from .config import RunConfig
 from .recipe import Recipe, RecipeError
 
-__all__ = ['DataError', 'TrainingData', 'model_cfg', 'open_data', 'open_images', 'split_off']
+__all__ = ['DataError', 'Share', 'TrainingData', 'model_cfg', 'open_images', 'open_training_data']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Share:
+    """What one process takes of each batch.
+
+    Attributes:
+        batch_size: Images of this process in a batch.
+        device: Where its batches go; a set in memory lies there whole.
+        rank: This process among `world_size`.
+        world_size: Number of processes.
+    """
+    batch_size: int
+    device: torch.device = torch.device('cpu')
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """What a run reads.
 
@@ -36,13 +54,16 @@ class TrainingData:
         train: Training batches by epoch.
         held_out: Gives the held-out batches once through, or None where nothing is held out.
         class_names: Names of the classes in their order, the folders' names.
-        normalization: Mean and standard deviation of the channels that the images were normalised by.
+        held_indices: Places of the training images that are held out, shape (N,); empty where there are none.
+        held_names: Their files.
+        train_sha256: Hash of the names of the files that are trained on.
     """
-
     train: MemoryLoader | FolderLoader
     held_out: Callable[[], Batches] | None
     class_names: tuple[str, ...]
-    normalization: tuple[tuple[float, ...], tuple[float, ...]]
+    held_indices: torch.Tensor
+    held_names: tuple[str, ...]
+    train_sha256: str
 
 
 class _SomeImages:
@@ -93,23 +114,25 @@ def open_images(config: RunConfig, split: str) -> EvalSet:
 
     Args:
         config: Says where the images are.
-        split: The split's name, its folder's.
+        split: The split's name, or another name of it, in any case; '' for class folders without splits.
 
     Raises:
         DataError: There is no such folder, or it has no images, or a class twice.
     """
     if not config.data_dir.is_dir():
-        raise DataError(f'{config.data_dir} is no folder, expected one with a folder {split}: check --data-dir.')
+        raise DataError(f'{config.data_dir} must be a folder with a folder {split} in it. Check --data-dir.')
+    if split:
+        split = next(iter(folders_of_split(config.data_dir, split)), split)
     try:
         found = open_split(config.data_dir, split=split)
     except EvaluationError as error:
-        raise DataError(f'The split {split} in {config.data_dir} cannot be opened ({error.__cause__ or error}), '
-                        f'expected one folder of images a class in it: check --data-dir and the split.') from error
+        raise DataError(f'The split {split} in {config.data_dir} cannot be opened ({first_line(error)}). It must have '
+                        f'one folder of images for each class.') from error
     if repeated := repeated_classes(found):
         name, places = repeated[0]
         raise DataError(f'{config.data_dir} has {len(repeated)} classes more than once, such as {name} in '
-                        f'{" and ".join(places[:3])}, expected one folder a class for the split {split}: check '
-                        f'--data-dir and the split.')
+                        f'{" and ".join(places[:3])}. The split {split} must have one folder for each class: check '
+                        f'--data-dir and --train-split.')
     return found
 
 
@@ -119,78 +142,117 @@ def _open_measured(config: RunConfig, names: tuple[str, ...]) -> _Labelled:
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
         raise DataError(f'The split {config.val_split} has {len(unknown)} classes that {config.train_split} does not '
-                        f'have, such as {unknown[0]}, expected the same class folders: check --val-split.')
+                        f'have, such as {unknown[0]}. Check --val-split.')
     index = torch.tensor([names.index(name) for name in found.classes])
     return _Labelled(found.dataset, index[torch.from_numpy(found.labels)])
 
 
-def split_off(
-        targets: torch.Tensor, recipe: Recipe, config: RunConfig,
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Indices of the training images that stay and of those held out, or two None where all of them stay."""
-    if recipe.holdout:
-        return hold_out(targets, recipe.holdout)
-    if config.holdout_share:
-        return hold_out_share(targets, config.holdout_share)
-    return None, None
+@dataclass(frozen=True)
+class _Opened:
+    """The training split of a run, divided."""
+    recipe: Recipe
+    config: RunConfig
+    share: Share
+    found: EvalSet
+    stay: torch.Tensor
+    held: torch.Tensor
+
+    @property
+    def norms(self) -> dict[str, Any]:
+        """timm's data configuration of the recipe's model."""
+        norms: dict[str, Any] = resolve_data_config(pretrained_cfg=model_cfg(self.recipe.model))
+        return norms
+
+    @property
+    def order(self) -> dict[str, int]:
+        """What decides which images this process gets, and when."""
+        return {'seed': self.config.seed, 'rank': self.share.rank, 'world_size': self.share.world_size}
+
+    @property
+    def measured_size(self) -> int:
+        """Side of the images when measured, in pixels."""
+        return self.recipe.eval_size or self.recipe.img_size
 
 
-def open_data(
-        recipe: Recipe, config: RunConfig, batch_size: int, device: torch.device, rank: int, world_size: int,
-        decoded: ImageTensors | None = None,
-) -> TrainingData:
+def open_training_data(
+        recipe: Recipe, config: RunConfig, share: Share, decoded: ImageTensors | None = None) -> TrainingData:
     """Open the data of a run.
 
     Args:
         recipe: Says how it is read, augmented and split.
         config: Says where it is.
-        batch_size: Images in each batch of this process.
-        device: Where the batches go; a set in memory lies there whole.
-        rank: This process among `world_size`.
-        world_size: Number of processes.
+        share: What this process takes of it.
         decoded: The images of the training split where a recipe holds them in memory; decoded anew where it is None.
 
     Raises:
-        DataError: No images where `config` says, classes that stand twice or differ, or more images held out of a class
-            than it has.
-        CorruptImagesError: More images cannot be read than `config` allows.
-        RecipeError: timm cannot make the recipe's augmentation.
+        GeoPriorError: No images where `config` says, classes that stand twice or differ, more images held out of a
+            class than it has, more unreadable ones than `config` allows, or an augmentation that timm cannot make.
     """
     found = open_images(config, config.train_split)
-    norms = resolve_data_config(pretrained_cfg=model_cfg(recipe.model))
+    stay, held = _divide(found, recipe, config)
+    opened = _Opened(recipe, config, share, found, stay, held)
+    val = None
+    if config.val_split and not len(held):
+        val = _open_measured(config, found.classes)
+    train, held_out = _from_memory(opened, val, decoded) if recipe.in_memory else _from_files(opened, val)
+    names = '\n'.join(found.names[index] for index in stay.tolist())
+    return TrainingData(
+        train, held_out, found.classes, held, tuple(found.names[index] for index in held.tolist()),
+        hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest())
+
+
+def _divide(found: EvalSet, recipe: Recipe, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the training images that stay and of those held out."""
+    targets = torch.from_numpy(found.labels)
     try:
-        stay, held = split_off(torch.from_numpy(found.labels), recipe, config)
+        if recipe.holdout:
+            return hold_out(targets, recipe.holdout)
+        if config.holdout_share:
+            return hold_out_share(targets, config.holdout_share)
     except ValueError as error:
         raise DataError(str(error)) from None
-    val = _open_measured(config, found.classes) if config.val_split and held is None else None
-    part = {'seed': config.seed, 'rank': rank, 'world_size': world_size}
-    size = recipe.eval_size or recipe.img_size
-    measured: Callable[[], Batches] | None = None
-    loader: MemoryLoader | FolderLoader
-    if recipe.in_memory:
-        images = (_decode(found.dataset, recipe, config) if decoded is None else decoded).to(device)
-        augment = CropFlip(recipe.scale, recipe.ratio, recipe.hflip)
-        loader = MemoryLoader(images.readable(stay), batch_size, norms['mean'], norms['std'], augment, **part)
-        if held is not None:
-            measured = _memory_batches(loader, images.readable(held), size, rank, world_size)
-        elif val is not None:
-            found_val = _decode(val.dataset, recipe, config)
-            val_images = ImageTensors(found_val.images, val.targets.where(found_val.targets >= 0, -1)).to(device)
-            measured = _memory_batches(loader, val_images.readable(), size, rank, world_size)
+    return torch.arange(len(targets)), torch.empty(0, dtype=torch.int64)
+
+
+def _from_memory(
+        opened: _Opened, val: _Labelled | None, decoded: ImageTensors | None,
+) -> tuple[MemoryLoader, Callable[[], Batches] | None]:
+    recipe, config, share, norms = opened.recipe, opened.config, opened.share, opened.norms
+    images = _decode(opened.found.dataset, recipe, config) if decoded is None else decoded
+    images = images.to(share.device)
+    augment = CropFlip(recipe.scale, recipe.ratio, recipe.hflip)
+    trained_on = images.readable(opened.stay if len(opened.held) else None)
+    loader = MemoryLoader(
+        trained_on, share.batch_size, norms['mean'], norms['std'], augment, **opened.order)
+    if len(opened.held):
+        measured = images.readable(opened.held)
+    elif val is not None:
+        found = _decode(val.dataset, recipe, config)
+        measured = ImageTensors(found.images, val.targets.where(found.targets >= 0, -1)).to(share.device).readable()
     else:
-        train = _SomeImages(found.dataset, stay.tolist()) if stay is not None else found.dataset
-        loader = FolderLoader(
-            train, batch_size, _make_transform(recipe, norms), repeats=recipe.aug_repeats, workers=config.workers,
-            max_corrupt=config.max_corrupt, device=device, **part)
-        if held is not None:
-            own = create_dataset('', root=str(config.data_dir), split=config.train_split)
-            val = _Labelled(own, torch.from_numpy(found.labels))
-        if val is not None:
-            val.dataset.transform = create_transform(**{**norms, 'input_size': (3, size, size)})
-            indices = held.tolist() if held is not None else list(range(len(val)))
-            corrupt = CorruptImages(val.dataset, config.max_corrupt)
-            measured = _folder_batches(Subset(val, indices[rank::world_size]), config.workers, device, corrupt)
-    return TrainingData(loader, measured, found.classes, (norms['mean'], norms['std']))
+        return loader, None
+    return loader, _memory_batches(loader, measured, opened.measured_size)
+
+
+def _from_files(
+        opened: _Opened, val: _Labelled | None) -> tuple[FolderLoader, Callable[[], Batches] | None]:
+    recipe, config, share, norms = opened.recipe, opened.config, opened.share, opened.norms
+    dataset = opened.found.dataset
+    train = _SomeImages(dataset, opened.stay.tolist()) if len(opened.held) else dataset
+    loader = FolderLoader(
+        train, share.batch_size, _make_transform(recipe, norms), repeats=recipe.aug_repeats, workers=config.workers,
+        max_corrupt=config.max_corrupt, device=share.device, **opened.order)
+    indices = opened.held.tolist()
+    if indices:  # the same images once more, to be transformed otherwise
+        val = _Labelled(open_images(config, config.train_split).dataset, torch.from_numpy(opened.found.labels))
+    elif val is not None:
+        indices = list(range(len(val)))
+    else:
+        return loader, None
+    val.dataset.transform = create_transform(**{**norms, 'input_size': (3, opened.measured_size, opened.measured_size)})
+    corrupt = CorruptImages(val.dataset, config.max_corrupt)
+    own = Subset(val, indices[share.rank::share.world_size])
+    return loader, _folder_batches(own, config.workers, share.device, corrupt)
 
 
 def _decode(dataset: Any, recipe: Recipe, config: RunConfig) -> ImageTensors:
@@ -242,10 +304,9 @@ def _make_transform(recipe: Recipe, norms: dict[str, Any]) -> _Transform:
     return transform
 
 
-def _memory_batches(
-        loader: MemoryLoader, images: ImageTensors, size: int, rank: int, world_size: int) -> Callable[[], Batches]:
+def _memory_batches(loader: MemoryLoader, images: ImageTensors, size: int) -> Callable[[], Batches]:
     def batches() -> Batches:
-        for index in torch.arange(rank, len(images), world_size).split(250):
+        for index in torch.arange(loader.rank, len(images), loader.world_size).split(250):
             part = images.subset(index)
             batch = (part.images.float() - loader.mean) / loader.std
             if batch.shape[-1] != size:

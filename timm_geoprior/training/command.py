@@ -1,0 +1,96 @@
+"""The command line of training: `scripts/train.py` and `timm-geoprior train`."""
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import GeoPriorError, sentence
+from .config import RunConfig, resuming_command
+from .engine import train
+from .recipe import load_recipe, recipe_names
+
+__all__ = ['main']
+
+DESCRIPTION = """Train a model by a recipe.
+
+    python scripts/train.py r64_tin200 --data-dir DATA --output RUN            one process
+    torchrun --standalone --nproc-per-node 8 scripts/train.py paper_in1k --val-split val -j 8 ...     eight GPUs
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 scripts/train.py ...
+
+The last line is run on each of four machines; HOST is one of them. Only the first process reads and writes --output.
+An interrupted run resumes with --resume. To have torchrun do so by itself:
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 8 --max-restarts 3 scripts/train.py ...
+
+(the variable, since torchrun's shared store gives restarted workers the addresses of the dead ones, pytorch/135712)
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """The arguments of `main`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('recipe', help=f'a YAML file, or one of: {", ".join(recipe_names())}')
+    parser.add_argument(
+        '--data-dir', type=Path, required=True, help='folder with a folder for each split, with one for each class')
+    parser.add_argument(
+        '--output', type=Path, required=True, help='folder of the run: checkpoints, summary.csv, results.json')
+    parser.add_argument('--train-split', default='train', help='folder of the training images below --data-dir')
+    parser.add_argument('--val-split', default='', help='split measured each epoch where the recipe holds nothing out')
+    parser.add_argument('--model', default='', help="a timm model in place of the recipe's, for a control")
+    parser.add_argument(
+        '--finetune', default='', metavar='pretrained|FILE',
+        help="start from the weights of the model's tag, or from a checkpoint (averaged weights where it has them); "
+             'another head is drawn anew')
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='KEY=VALUE',
+        help='another value for a recipe key, as in --set epochs=30; as often as need be')
+    parser.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation (default: 0)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='default: cuda if there is one, else cpu')
+    parser.add_argument(
+        '-j', '--workers', type=int, default=2,
+        help='processes that decode images, for each process that trains (default: 2)')
+    parser.add_argument(
+        '--save-every', type=int, default=200, help='updates between two checkpoints in mid-epoch (default: 200)')
+    parser.add_argument(
+        '--max-corrupt', type=int, default=10,
+        help='unreadable images that are named and skipped; at one more the run stops (default: 10)')
+    parser.add_argument('--resume', action='store_true', help='go on with the run in --output')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
+    """Train what the command line says.
+
+    Args:
+        argv: Arguments, those of the process where it is None.
+        prog: What the command is called in its help and messages.
+
+    Returns:
+        The exit code: 0 after the last epoch, 1 if something is wrong, 130 after Ctrl-C while images are read.
+
+    Raises:
+        SystemExit: 130 or 143, once all is saved, after Ctrl-C or SIGTERM in a run; 2 for a wrong command line.
+    """
+    args = parse_arguments(argv, prog)
+    # torchrun --max-restarts runs the same command again
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and (args.output / 'last.pt').exists()
+    config = RunConfig(
+        args.data_dir, args.output, train_split=args.train_split, val_split=args.val_split, seed=args.seed,
+        device=args.device, workers=args.workers, finetune=args.finetune, resume=args.resume or restarted,
+        save_every=args.save_every, max_corrupt=args.max_corrupt, command=resuming_command())
+    try:
+        recipe = load_recipe(args.recipe, args.set + ([f'model={args.model}'] if args.model else []))
+        results = train(recipe, config)
+    except GeoPriorError as error:
+        print(f'{prog}: {sentence(error)}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+        return 130
+    print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
+    return 0
