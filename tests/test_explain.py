@@ -3,6 +3,7 @@ import itertools
 import math
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,10 +23,11 @@ pytest.importorskip('pytorch_grad_cam')
 data = pytest.importorskip('skimage.data')
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.colors import same_color  # noqa: E402
 from matplotlib.patches import Ellipse, Polygon  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from timm_geoprior.inference.explain import _plain, draw, effective_field, receptive_pair  # noqa: E402
+from timm_geoprior.inference.explain import _plain, draw_explanation, effective_field, receptive_pair, save_explanation  # noqa: E402
 from timm_geoprior.inference.windows import View, draw_windows, learned_windows, to_input, view_of  # noqa: E402
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
@@ -73,15 +75,15 @@ def test_a_point_is_where_the_preprocessing_puts_it(size, config):
     point = 0.45 * size[0], 0.54 * size[1]
     spot = 0.06 * min(size)
     ImageDraw.Draw(image).ellipse([point[0] - spot, point[1] - spot, point[0] + spot, point[1] + spot], fill='white')
-    view = view_of(classify, image)
+    view = view_of(classify, image.size)
     seen = classify.transform(image).mean(0)
     assert seen.shape == (view.height, view.width)
     bright = (seen - seen[seen.shape[0] // 2, seen.shape[1] // 3]).clamp(min=0)  # against black, not the border
     bright = torch.where(bright > bright.max() / 2, bright, 0)
     rows, columns = bright.sum(1), bright.sum(0)
     found = [float((weights * (torch.arange(len(weights)) + 0.5)).sum() / weights.sum()) for weights in (columns, rows)]
-    assert found == pytest.approx(to_input(view, image, point), abs=1.0)
-    assert to_input(view, image, None) == pytest.approx((view.width / 2, view.height / 2))
+    assert found == pytest.approx(to_input(view, image.size, point), abs=1.0)
+    assert to_input(view, image.size, None) == pytest.approx((view.width / 2, view.height / 2))
 
 
 @pytest.mark.parametrize('point', [(33, 29), (20.5, 51), (0, 63.9)])
@@ -125,7 +127,7 @@ def test_a_point_moves_the_windows(nano, coffee):
     """On the figure itself: the first panel has every layer around the point, each other panel its own stage's."""
     figures = [draw_windows(nano, coffee, point) for point in (None, (200, 150))]
     for figure, point in zip(figures, ((300, 200), (200, 150)), strict=True):
-        x, y = to_input(view_of(nano, coffee), coffee, point)
+        x, y = to_input(view_of(nano, coffee.size), coffee.size, point)
         first, *stages = figure.axes
         radii = [layer.cells[0] * 64 / layer.width for layer in learned_radii(nano.model, (3, 64, 64))]
         assert (first.get_xlim(), first.get_ylim()) == ((0, 64), (64, 0))
@@ -162,7 +164,7 @@ def check_legible(figure):
 @pytest.mark.parametrize('picture', ['wide', 'tall', 'tiny'])
 def test_the_figure_is_legible(nano, coffee, picture):
     image = {'wide': coffee, 'tall': coffee.crop((250, 0, 350, 400)), 'tiny': coffee.resize((3, 2))}[picture]
-    words = check_legible(draw(nano, image))
+    words = check_legible(draw_explanation(nano, image))
     guesses = nano(image)
     assert {f'{guess["probability"]:.1%}' for guess in guesses} <= words
     assert any(word.startswith('Grad-CAM: ') for word in words)
@@ -173,14 +175,50 @@ def test_the_figure_is_legible(nano, coffee, picture):
 
 def test_any_network_of_the_family_is_drawn(model, coffee):
     classify = classifier_of(model, input_size=(3, 64, 64), label_names=None)
-    figure = draw(classify, coffee, (310, 190))
+    figure = draw_explanation(classify, coffee, (310, 190))
     words = check_legible(figure)
     stages = {name.split('.')[0] for name, module in model.named_modules() if hasattr(module, 'log_radius')}
     assert {f'Attention in {stage}' for stage in stages} <= words
 
 
+def test_names_are_drawn_literally_and_whole(nano, coffee, tmp_path):
+    """What would be a formula to matplotlib, other scripts, and the longest name of ImageNet's."""
+    names = ('$_$', 'a$^$b', 'Größe 犬', r'\frac{1}{0}', 'soft-coated wheaten terrier')
+    labels = [guess['label'] for guess in nano(coffee)]
+    renamed = dict(zip(labels, names, strict=True))
+    classify = replace(nano, classes=tuple((label, renamed.get(label, name)) for label, name in nano.classes))
+    words = {text.replace(r'\$', '$') for text in check_legible(draw_explanation(classify, coffee))}
+    assert {'$_$', 'a$^$b', r'\frac{1}{0}', names[-1], 'Grad-CAM: $_$'} <= words
+    save_explanation(classify, coffee, tmp_path / 'names.svg')
+
+
+@pytest.mark.parametrize('length', [5, 30, 60])
+def test_no_title_is_cut_off_or_wider_than_its_panel(nano, coffee, length):
+    name = ('the longest name of any class that there is in the world, ' * 2).replace(',', '')[:length].strip()
+    figure = draw_explanation(replace(nano, classes=tuple((label, name) for label, _ in nano.classes)), coffee)
+    assert f'Grad-CAM: {name}' in check_legible(figure)
+    renderer = figure.canvas.get_renderer()
+    for axes in figure.axes:
+        width = figure.bbox.width / 4
+        for text in axes.findobj(Text):
+            assert text.get_window_extent(renderer).width <= width, text.get_text()
+
+
+def test_the_colours_are_explained(nano, coffee):
+    """By a legend on the picture that has all circles: each stage by the colour that it is drawn in."""
+    first, *stages = draw_windows(nano, coffee).axes
+    legend = first.get_legend()
+    assert legend.get_title().get_text() == 'radius of a layer in'
+    shown = {text.get_text(): line.get_color() for text, line in zip(
+        legend.get_texts(), legend.get_lines(), strict=True)}
+    assert list(shown) == ['layer2', 'layer3', 'layer4']
+    for panel, (stage, color) in zip(stages, shown.items(), strict=True):
+        assert panel.get_title(loc='left') == f'Attention in {stage}'
+        assert same_color(panel.patches[0].get_edgecolor(), color)
+
+
 def test_a_network_without_attention_is_refused(coffee):
-    with pytest.raises(GeoPriorError, match='The network has no attention layers, expected a GeoPrior ResNet: name'):
+    with pytest.raises(GeoPriorError, match='must be a GeoPrior ResNet, got one without attention layers'):
         draw_windows(classifier_of(timm.create_model('resnet18').eval()), coffee)
 
 
@@ -203,6 +241,34 @@ def test_attention_reaches_beyond_the_convolutions(nano):
     again = receptive_pair(nano.model, 257)
     assert torch.equal(again[0], own)
     assert torch.equal(again[1], plain)
+
+
+def texts_by_panel(figure):
+    return {axes.get_title(loc='left'): [text.get_text() for text in axes.texts] for axes in figure.axes}
+
+
+def test_fields_that_differ_are_shown_beside_each_other(nano, coffee):
+    panels = texts_by_panel(draw_explanation(nano, coffee))
+    reach, plain = (int(re.search(r'99% of it within (\d+) px', ' '.join(panels[title]))[1])
+                    for title in ('Receptive field: GeoPrior', 'Receptive field: plain ResNet'))
+    assert reach > 1.5 * plain
+    assert 'Reach of each layer' not in panels
+
+
+def test_fields_that_look_alike_give_way_to_the_reach_of_each_layer(coffee):
+    """A small radius adds nothing to what the convolutions of a stage see: the numbers say so."""
+    torch.manual_seed(0)
+    model = timm.create_model('geoprior_resnet14_nano', attn_radius=0.4).eval()
+    figure = draw_explanation(classifier_of(model, input_size=(3, 64, 64), label_names=None), coffee)
+    panels = texts_by_panel(figure)
+    reach, plain = map(int, re.search(
+        r'99% of it within (\d+) px\nplain ResNet: (\d+) px', '|'.join(panels['Receptive field: GeoPrior'])).groups())
+    assert reach == pytest.approx(plain, rel=0.1)
+    assert 'Receptive field: plain ResNet' not in panels
+    axes = next(axes for axes in figure.axes if axes.get_title(loc='left') == 'Reach of each layer')
+    cells = [64 / layer.width for layer in learned_radii(model, (3, 64, 64))]
+    assert [line.get_xdata()[0] for line in axes.lines] == pytest.approx([0.4 * cell for cell in cells])
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([1.5 * cell for cell in cells])
 
 
 def test_a_wider_window_makes_a_wider_field(nano):
@@ -252,15 +318,15 @@ def test_the_table_of_layers(nano, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
-    (['--point', '600.5,10'], 'The point 600.5,10 is outside the picture of 600 x 400 pixels, expected x from 0 to '),
-    (['--point', '300,nan'], 'The point 300,nan is outside the picture'),
-    (['--point', '10,200'], 'The point 10,200 is in the margin that the network does not see, expected x from 100 to '),
-    (['-o', 'out.txt'], 'out.txt ends in .txt, expected .png, .pdf, .svg or .jpg: rename it.'),
-    (['-o', 'out'], 'out ends in nothing, expected .png'),
-    (['-o', 'nowhere/out.png'], 'nowhere is no folder, expected one for out.png: make it, or name another.'),
-    (['-o', 'folder.png'], 'folder.png cannot be written (Is a directory): name another place by --output.'),
+    (['--point', '600.5,10'], 'The point must be in the picture (x from 0 to 600, y from 0 to 400), got 600.5,10.'),
+    (['--point', '300,nan'], 'The point must be in the picture (x from 0 to 600, y from 0 to 400), got 300,nan.'),
+    (['--point', '10,200'], 'The point must be in the part of the picture that the network sees (x from 100 to '),
+    (['-o', 'out.txt'], 'The output must end in .png, .jpg, .pdf or .svg, got out.txt.'),
+    (['-o', 'out'], 'The output must end in .png, .jpg, .pdf or .svg, got out.'),
+    (['-o', 'nowhere/out.png'], 'The output must be in a folder that exists, got nowhere/out.png.'),
+    (['-o', 'folder.png'], 'folder.png cannot be written (Is a directory). Name another place with --output.'),
     (['--model', 'geoprior_resnet101'], 'geoprior_resnet101.paper_in1k'),
-    (['--model', 'local-dir:nowhere'], 'local-dir:nowhere cannot be loaded'),
+    (['--model', 'local-dir:nowhere'], 'The model local-dir:nowhere cannot be made'),
 ])
 def test_an_error_is_one_sentence_and_nothing_is_written(photo, tmp_path, monkeypatch, capsys, arguments, words):
     (tmp_path / 'folder.png').mkdir()

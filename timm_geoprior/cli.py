@@ -310,10 +310,10 @@ def _explain(args: argparse.Namespace) -> int:
     if args.layers:
         return _print_layers(_default_model(args))
     with _extra('explain'):
-        from .inference.explain import explain
+        from .inference.explain import save_explanation
     from .inference.images import read_image, sample_image
     image = read_image(args.image) if args.image else sample_image()
-    explain(load_classifier(_default_model(args)), image, args.output, args.point)
+    save_explanation(load_classifier(_default_model(args)), image, args.output, args.point)
     print(f'Wrote {args.output}.')
     return 0
 

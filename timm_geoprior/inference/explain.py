@@ -13,33 +13,39 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from ..errors import GeoPriorError
-from ..files import write_atomically
+from ..files import drawable, save_figure
 from ..layers import GeoPriorConv2d
 from .classifier import Classifier
 from .windows import (
+    COLORS,
     ON_PHOTO,
+    PANEL_WIDTH,
     View,
+    Window,
     draw_heading,
     draw_photo,
     fill_windows,
+    fitting_size,
     learned_windows,
     new_figure,
     to_input,
     view_of,
 )
 
-__all__ = ['draw', 'effective_field', 'explain', 'receptive_pair']
+__all__ = ['draw_explanation', 'effective_field', 'receptive_pair', 'save_explanation']
 
 DRAWS = 4  # random weights, and noise images, that an effective receptive field is the mean of
 FAINTEST = 1e-4  # of the strongest gradient, that is drawn
-DPI = 150
+ALIKE = 0.1  # of the plain network's reach, that two receptive fields differ by at most and look the same
 
 
 def effective_field(model: nn.Module, images: Tensor) -> Tensor:
@@ -114,21 +120,22 @@ def _radius_of_share(field: Tensor, share: float) -> float:
     return float(distance[order][int(torch.searchsorted(inside, share * inside[-1]))])
 
 
-def _short(name: str, length: int = 22) -> str:
-    """The first of a class's names, not too long."""
-    first = name.split(',')[0]
-    return first if len(first) <= length else f'{first[:length - 1]}…'
+def _first_name(name: str) -> str:
+    """The first of a class's names, as matplotlib draws it literally."""
+    return drawable(name.split(',')[0])
 
 
 def _draw_guesses(axes: Axes, classifier: Classifier, guesses: Sequence[dict[str, Any]]) -> None:
     for row, guess in enumerate(guesses):
         weight, color = ('bold', '#1d3557') if row == 0 else ('normal', '#a8b8cc')
         axes.barh(row, guess['probability'], height=0.34, color=color)
-        axes.text(0, row - 0.27, _short(guess['name']), fontsize=11, va='bottom', fontweight=weight)
+        name = _first_name(guess['name'])
+        size = fitting_size(name, 11, PANEL_WIDTH - 0.6, weight)
+        axes.text(0, row - 0.27, name, fontsize=size, va='bottom', fontweight=weight)
         axes.text(1, row - 0.27, f'{guess["probability"]:.1%}', fontsize=11, va='bottom', ha='right')
     axes.set(xlim=(0, 1), ylim=(4.5, -0.75), box_aspect=1)
     axes.set_axis_off()
-    draw_heading(axes, 'What it says', _short(classifier.name.rstrip('/').split('/')[-1], 34))
+    draw_heading(axes, 'What it says', drawable(classifier.name.rstrip('/').split('/')[-1]))
 
 
 def _draw_grad_cam(
@@ -144,29 +151,57 @@ def _draw_grad_cam(
     draw_photo(axes, image, view)
     axes.imshow(heat, cmap='inferno', alpha=0.55, extent=(0, view.width, view.height, 0), interpolation='bicubic')
     cells = side // stages[-1]['reduction']
-    draw_heading(axes, f'Grad-CAM: {_short(guess["name"], 15)}', f'{stage}, {cells} × {cells} cells')
+    draw_heading(axes, f'Grad-CAM: {_first_name(guess["name"])}', f'{stage}, {cells} × {cells} cells')
 
 
-def _draw_fields(figure: Figure, panels: Sequence[Axes], model: nn.Module, view: View) -> None:
-    size = _field_size(model, view)
-    half = size / 2
-    names = 'Receptive field: GeoPrior', 'Receptive field: plain ResNet'
-    lines = 'random weights, learned radii', 'same depth and widths, random weights'
-    for axes, field, name, line in zip(panels, receptive_pair(model, size), names, lines, strict=True):
-        drawn = axes.imshow((field / field.max()).clamp(min=FAINTEST).numpy(), cmap='magma', norm=LogNorm(FAINTEST, 1),
-                            extent=(-half, half, half, -half))
-        axes.add_patch(Rectangle((-view.width / 2, -view.height / 2), view.width, view.height, fill=False,
-                                 edgecolor='white', linestyle=':'))
-        axes.text(0, view.height / 2 + 0.09 * size, f'input, {view.width} px', **ON_PHOTO)
-        axes.text(0, 0.45 * size, f'99% of it within {_radius_of_share(field, 0.99):.0f} px', **ON_PHOTO)
-        axes.set(xticks=(), yticks=())
-        draw_heading(axes, name, line)
-    bar = figure.colorbar(drawn, ax=list(panels), location='right', shrink=0.5, aspect=30, pad=0.02)
-    bar.set_label(f'relative gradient, {DRAWS} noise images', fontsize=9, color='0.35')
-    bar.outline.set_visible(False)
+def _draw_field(axes: Axes, field: Tensor, view: View, lines: Sequence[str]) -> AxesImage:
+    """A receptive field, on axes in pixels around its middle, with the input's frame and a few words."""
+    half = len(field) / 2
+    drawn = axes.imshow((field / field.max()).clamp(min=FAINTEST).numpy(), cmap='magma', norm=LogNorm(FAINTEST, 1),
+                        extent=(-half, half, half, -half))
+    axes.add_patch(Rectangle((-view.width / 2, -view.height / 2), view.width, view.height, fill=False,
+                             edgecolor='white', linestyle=':'))
+    axes.text(0, view.height / 2 + 0.18 * half, f'input, {view.width} px', **ON_PHOTO)
+    axes.text(0, 0.96 * half, '\n'.join(lines), **{**ON_PHOTO, 'va': 'bottom'})
+    axes.set(xticks=(), yticks=())
+    return drawn
 
 
-def draw(classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
+def _draw_reach(axes: Axes, windows: Sequence[Window]) -> None:
+    """How far each layer looks, beside what a 3x3 convolution on the same map sees."""
+    stages = list(dict.fromkeys(window.stage for window in windows))
+    for row, window in enumerate(windows):
+        color = COLORS[stages.index(window.stage) % len(COLORS)]
+        axes.barh(row, 1.5 * window.cell[1], height=0.7, color=color, alpha=0.35)
+        axes.plot(window.radius * window.cell[1], row, 'o', color=color, markeredgecolor='0.3')
+    axes.set(box_aspect=1, xlim=(0, None), ylim=(len(windows) - 0.5, -0.5), yticks=())
+    axes.set_axis_on()
+    axes.spines[['top', 'right', 'left']].set_visible(False)
+    axes.set_xlabel('px, layers from first to last', fontsize=9, color='0.35')
+
+
+def _draw_fields(panels: Sequence[Axes], model: nn.Module, view: View, windows: Sequence[Window]) -> None:
+    """The receptive field, and below it what differs: a plain network's, or else each layer's own reach."""
+    own, plain = receptive_pair(model, _field_size(model, view))
+    reach, plain_reach = (_radius_of_share(field, 0.99) for field in (own, plain))
+    draw_heading(panels[0], 'Receptive field: GeoPrior', 'random weights, learned radii')
+    lines = [f'99% of it within {reach:.0f} px']
+    if abs(reach - plain_reach) < ALIKE * plain_reach:
+        _draw_reach(panels[1], windows)
+        draw_heading(panels[1], 'Reach of each layer', 'dot: radius, bar: 3 × 3 convolution')
+        lines += [f'plain ResNet: {plain_reach:.0f} px']
+    else:
+        _draw_field(panels[1], plain, view, [f'99% of it within {plain_reach:.0f} px'])
+        draw_heading(panels[1], 'Receptive field: plain ResNet', 'same depth and widths, random weights')
+    bar = panels[0].inset_axes((0.05, 0.94, 0.4, 0.025))
+    drawn = _draw_field(panels[0], own, view, lines)
+    panels[0].figure.colorbar(drawn, cax=bar, orientation='horizontal', ticks=(FAINTEST, 1),
+                            format=PercentFormatter(1, 2))
+    bar.tick_params(colors='white', labelsize=8, length=0)
+
+
+def draw_explanation(
+        classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
     """Draw what a network attends to in a picture.
 
     Args:
@@ -181,12 +216,12 @@ def draw(classifier: Classifier, image: Image.Image, point: tuple[float, float] 
     Raises:
         GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
     """
-    view = view_of(classifier, image)
-    place = to_input(view, image, point)
+    view = view_of(classifier, image.size)
+    place = to_input(view, image.size, point)
     windows = learned_windows(classifier.model, view, place)
     stages = len({window.stage for window in windows})
     columns = max(stages, 3) + 1
-    figure = new_figure(3.3 * columns + 0.3, 7.3)
+    figure = new_figure(3.3 * columns, 7.3)
     panels = figure.subplots(2, columns)
     for axes in panels.flat:
         axes.set_axis_off()
@@ -194,31 +229,35 @@ def draw(classifier: Classifier, image: Image.Image, point: tuple[float, float] 
     guesses = classifier(image)
     _draw_guesses(panels[0, 1], classifier, guesses)
     _draw_grad_cam(panels[0, 2], classifier, image, view, guesses[0])
-    _draw_fields(figure, panels[:, -1], classifier.model, view)
+    _draw_fields(panels[:, -1], classifier.model, view, windows)
     return figure
 
 
-def explain(
+def save_explanation(
         classifier: Classifier, image: Image.Image, path: Path, point: tuple[float, float] | None = None) -> None:
-    """Write the figure of `draw`.
+    """Write the figure of `draw_explanation`.
 
     Args:
         classifier: Its model is a `GeoPriorResNet`.
         image: In mode 'RGB'.
-        path: The file: PNG, PDF, SVG or what else matplotlib writes, by its ending.
-        point: As `draw` has it.
+        path: The file, whose ending names the format: .png, .jpg, .pdf, .svg or another one that matplotlib writes.
+        point: As for `draw_explanation`.
 
     Raises:
-        GeoPriorError: matplotlib writes no such file, or it cannot be written there.
-        GeoPriorError: As `draw`.
+        GeoPriorError: matplotlib writes no such file, it cannot be written there, or there is nothing to draw.
+
+    Examples:
+        >>> from timm_geoprior.inference.classifier import load_classifier
+        >>> from timm_geoprior.inference.images import sample_image
+        >>> save_explanation(load_classifier('geoprior_resnet14_nano'), sample_image(), Path('explain.png'))
     """
     kind = path.suffix.removeprefix('.').lower()
     if kind not in Figure().canvas.get_supported_filetypes():
-        raise GeoPriorError(f'{path} ends in {path.suffix or "nothing"}, expected .png, .pdf, .svg or .jpg: rename it.')
+        raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}.')
     if not path.parent.is_dir():
-        raise GeoPriorError(f'{path.parent} is no folder, expected one for {path.name}: make it, or name another.')
-    figure = draw(classifier, image, point)
+        raise GeoPriorError(f'The output must be in a folder that exists, got {path}.')
+    figure = draw_explanation(classifier, image, point)
     try:
-        write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=DPI))
+        save_figure(path, figure)
     except OSError as error:
-        raise GeoPriorError(f'{path} cannot be written ({error.strerror}): name another place by --output.') from None
+        raise GeoPriorError(f'{path} cannot be written ({error.strerror}). Name another place with --output.') from None

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse, Patch, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.textpath import TextPath
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -22,9 +25,10 @@ from ..radii import learned_radii
 from .classifier import Classifier
 
 __all__ = ['ON_PHOTO', 'View', 'Window', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
-           'learned_windows', 'new_figure', 'to_input', 'view_of']
+           'fitting_size', 'learned_windows', 'new_figure', 'to_input', 'view_of']
 
 COLORS = ('#2ec4b6', '#ffb703', '#ff5d8f', '#8ecae6')  # one a stage
+PANEL_WIDTH = 2.6  # inches, that a panel's titles may take
 PHOTO_SIDE = 600  # pixels of a drawn photograph
 DARK_EDGE = [withStroke(linewidth=3, foreground='black', alpha=0.55)]  # lines are seen on anything
 ON_PHOTO: dict[str, Any] = {  # text, likewise
@@ -73,12 +77,12 @@ class Window:
         return Ellipse(center, 2 * across, 2 * down, fill=False, **style)
 
 
-def view_of(classifier: Classifier, image: Image.Image) -> View:
+def view_of(classifier: Classifier, size: tuple[int, int]) -> View:
     """The part of a picture that the classifier's preprocessing leaves.
 
     Args:
         classifier: Its model's configuration is that of its transform.
-        image: The picture.
+        size: Width and height of the picture, in pixels.
 
     Returns:
         The view; with the crop mode 'border' it reaches beyond the picture.
@@ -86,19 +90,19 @@ def view_of(classifier: Classifier, image: Image.Image) -> View:
     config = resolve_model_data_config(classifier.model)
     height, width = config['input_size'][1:]
     rows, columns = (math.floor(side / config['crop_pct']) for side in (height, width))  # as timm resizes
-    scales = image.width / columns, image.height / rows
+    scales = size[0] / columns, size[1] / rows
     if config['crop_mode'] != 'squash':
         scales = (max(scales) if config['crop_mode'] == 'border' else min(scales),) * 2
-    (x, y), across, down = (image.width / 2, image.height / 2), scales[0] * width / 2, scales[1] * height / 2
+    (x, y), across, down = (size[0] / 2, size[1] / 2), scales[0] * width / 2, scales[1] * height / 2
     return View((x - across, y - down, x + across, y + down), height, width)
 
 
-def to_input(view: View, image: Image.Image, point: tuple[float, float] | None) -> tuple[float, float]:
+def to_input(view: View, size: tuple[int, int], point: tuple[float, float] | None) -> tuple[float, float]:
     """A point of a picture as the network sees it.
 
     Args:
         view: What the network sees of the picture.
-        image: The picture.
+        size: Width and height of the picture, in pixels.
         point: x and y in pixels of the picture, from its top left corner; None for the middle.
 
     Returns:
@@ -107,15 +111,16 @@ def to_input(view: View, image: Image.Image, point: tuple[float, float] | None) 
     Raises:
         GeoPriorError: The point is outside the picture, or of what the network sees of it.
     """
-    x, y = point or (image.width / 2, image.height / 2)
+    width, height = size
+    x, y = point or (width / 2, height / 2)
     left, top, right, bottom = view.box
-    if not (0 <= x <= image.width and 0 <= y <= image.height):  # nan too
-        raise GeoPriorError(f'The point {x:g},{y:g} is outside the picture of {image.width} x {image.height} pixels, '
-                           f'expected x from 0 to {image.width} and y from 0 to {image.height}: choose another.')
+    if not (0 <= x <= width and 0 <= y <= height):  # nan too
+        raise GeoPriorError(f'The point must be in the picture (x from 0 to {width}, y from 0 to {height}), '
+                            f'got {x:g},{y:g}.')
     if not (left <= x <= right and top <= y <= bottom):
-        raise GeoPriorError(f'The point {x:g},{y:g} is in the margin that the network does not see, expected x from '
-                           f'{max(left, 0):.0f} to {min(right, image.width):.0f} and y from {max(top, 0):.0f} to '
-                           f'{min(bottom, image.height):.0f}: choose another, or crop the picture.')
+        raise GeoPriorError(
+            f'The point must be in the part of the picture that the network sees (x from {max(left, 0):.0f} to '
+            f'{min(right, width):.0f}, y from {max(top, 0):.0f} to {min(bottom, height):.0f}), got {x:g},{y:g}.')
     return (x - left) / (right - left) * view.width, (y - top) / (bottom - top) * view.height
 
 
@@ -148,7 +153,7 @@ def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) ->
             weights = torch.outer(down[head, row], across[head, column])
             windows.append(Window(found.name.split('.')[0], weights, center, cell, radius, layer.kernel))
     if not windows:
-        raise GeoPriorError('The network has no attention layers, expected a GeoPrior ResNet: name another model.')
+        raise GeoPriorError('The model must be a GeoPrior ResNet, got one without attention layers.')
     return windows
 
 
@@ -157,10 +162,28 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, rect=(0, 0, 1, 0.98)))
 
 
+def fitting_size(text: str, size: float, width: float = PANEL_WIDTH, weight: str = 'normal') -> float:
+    """The font size, at most `size` points, at which a text is no wider than so many inches."""
+    plain = ''.join(character if character.isascii() else 'W' for character in text.replace('$', 'S'))
+    drawn = TextPath((0, 0), plain, size=size, prop=FontProperties(weight=weight)).get_extents().width / 72
+    return size * min(1, width / drawn) if drawn > 0 else size
+
+
 def draw_heading(axes: Axes, title: str, line: str = '') -> None:
-    """A title, and a smaller line below it."""
-    axes.set_title(title, loc='left', fontsize=12, fontweight='bold', pad=22 if line else 8)
-    axes.text(0, 1.02, line, transform=axes.transAxes, fontsize=9.5, color='0.35', va='bottom')
+    """A title, and a smaller line below it, each as large as the panel's width allows."""
+    size = fitting_size(title, 12, weight='bold')
+    axes.set_title(title, loc='left', fontsize=size, fontweight='bold', pad=22 if line else 8)
+    axes.text(0, 1.02, line, transform=axes.transAxes, fontsize=fitting_size(line, 9.5), color='0.35', va='bottom')
+
+
+def _draw_legend(axes: Axes, stages: Sequence[str]) -> None:
+    """Which colour is which stage."""
+    handles = [Line2D([], [], color=color, linewidth=3) for color, _ in zip(COLORS, stages, strict=False)]
+    legend = axes.legend(handles, stages, loc='lower left', fontsize=9, framealpha=0.75, facecolor='black',
+                         edgecolor='none', labelcolor='white', handlelength=1.2, borderaxespad=0.4,
+                         title='radius of a layer in')
+    legend.get_title().set(color='white', fontsize=9)
+    legend.set_in_layout(False)
 
 
 def draw_photo(axes: Axes, image: Image.Image, view: View) -> None:
@@ -224,6 +247,7 @@ def fill_windows(
     draw_heading(panels[0], 'How far it looks', f'learned radii to scale, {view.width} × {view.height} px')
     for axes in panels:
         draw_photo(axes, image, view)
+    _draw_legend(panels[0], stages)
     for axes, stage, color in zip(panels[1:], stages, COLORS, strict=False):
         own = [window for window in windows if window.stage == stage]
         _draw_stage(axes, own, color)
@@ -252,8 +276,8 @@ def draw_windows(
     Raises:
         GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
     """
-    view = view_of(classifier, image)
-    place = to_input(view, image, point)
+    view = view_of(classifier, image.size)
+    place = to_input(view, image.size, point)
     windows = learned_windows(classifier.model, view, place)
     count = 1 + len({window.stage for window in windows})
     rows = math.ceil(count / columns)
