@@ -164,7 +164,7 @@ def test_samples_and_clicks(demo, chromium, url):
         assert click(page, 0.3, 0.3) == one
         box = page.locator('#picture img').bounding_box()
         page.locator('#picture img').click(position={'x': 0.05 * box['width'], 'y': 0.5 * box['height']})
-        x, y = map(float, re.search(r'The point ([\d.]+),([\d.]+) is in the margin', message(page, 'margin')).groups())
+        x, y = map(float, re.search(r'got ([\d.]+),([\d.]+)\.', message(page, 'that the network sees')).groups())
         assert (x, y) == (pytest.approx(0.05 * 1024, abs=5), pytest.approx(0.5 * 683, abs=5))
         page.locator('#samples button').nth(1).click()
         wait_for_names(page, names(sample_image()))

@@ -15,7 +15,6 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -175,6 +174,8 @@ def _draw_reach(axes: Axes, windows: Sequence[Window]) -> None:
         axes.barh(row, 1.5 * window.cell[1], height=0.7, color=color, alpha=0.35)
         axes.plot(window.radius * window.cell[1], row, 'o', color=color, markeredgecolor='0.3')
     axes.set(box_aspect=1, xlim=(0, None), ylim=(len(windows) - 0.5, -0.5), yticks=())
+    limit = axes.get_xlim()[1]
+    axes.set_xticks([place for place in axes.get_xticks() if place <= limit])  # those beyond would have room made
     axes.set_axis_on()
     axes.spines[['top', 'right', 'left']].set_visible(False)
     axes.set_xlabel('px, layers from first to last', fontsize=9, color='0.35')
@@ -193,10 +194,11 @@ def _draw_fields(panels: Sequence[Axes], model: nn.Module, view: View, windows: 
     else:
         _draw_field(panels[1], plain, view, [f'99% of it within {plain_reach:.0f} px'])
         draw_heading(panels[1], 'Receptive field: plain ResNet', 'same depth and widths, random weights')
-    bar = panels[0].inset_axes((0.05, 0.94, 0.4, 0.025))
+    bar = panels[0].inset_axes((0.14, 0.94, 0.4, 0.025))
     drawn = _draw_field(panels[0], own, view, lines)
-    panels[0].figure.colorbar(drawn, cax=bar, orientation='horizontal', ticks=(FAINTEST, 1),
-                            format=PercentFormatter(1, 2))
+    scale = panels[0].figure.colorbar(drawn, cax=bar, orientation='horizontal')
+    scale.set_ticks([FAINTEST, 1], labels=['0.01%', '100%'])
+    scale.minorticks_off()
     bar.tick_params(colors='white', labelsize=8, length=0)
 
 
