@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -153,6 +154,7 @@ class TestRun:
         assert make_recipe(yaml.safe_load(echoed)).mixup == 0.2
         state = load_checkpoint(whole_run / 'best.pt')
         assert state['class_names'] == ['astronaut', 'chelsea', 'coffee', 'rocket']
+        assert not {'optimizer', 'scaler'} & state.keys()  # weights to use, a third of what a run resumes from
         assert {path.name for path in whole_run.glob('*.png')} == {'curves.png', 'radii.png'}
         events = EventAccumulator(str(whole_run / 'tensorboard')).Reload()
         for key in ('train_loss', 'ema_top1', 'lr', 'images_per_second', 'radius.layer2.0.conv2.attn'):
@@ -282,13 +284,23 @@ class TestResume:
 
     @pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_asked_to_stop_it_saves_and_leaves(self, whole_run, photo_folder, recipe_file, tmp_path, number, code):
+        """The signal goes to the whole group of processes, workers too, as SLURM, systemd and a terminal send it."""
         output = tmp_path / 'run'
         arguments = command(photo_folder, output, recipe_file, '-j', '2')
-        stopper = at_update('self.update == 2', number)
-        stopped = subprocess.run([sys.executable, '-c', stopper, *arguments[1:]], env=environment())
+        stopper = at_update('self.update == 2', number).replace('os.kill(os.getpid(), ', 'os.killpg(os.getpgrp(), ')
+        stopped = subprocess.run([sys.executable, '-c', stopper, *arguments[1:]], env=environment(),
+                                 start_new_session=True, capture_output=True, text=True)
         assert stopped.returncode == code
+        assert 'Traceback' not in stopped.stderr
+        at_once, _, at_the_end = stopped.stderr.partition(
+            f'{number.name}: stopping as soon as a checkpoint is saved.\n')
+        assert 'Saved' not in at_once
+        saved, resume = at_the_end.strip().split('. Resume with: ')
+        assert saved == f'Saved {output / "last.pt"}'
         assert load_checkpoint(output / 'last.pt')['update'] == 3
-        subprocess.run([*arguments, '--resume'], env=environment(), check=True)
+        program, *words = shlex.split(resume)
+        assert (program, words[-1]) == ('python', '--resume')
+        subprocess.run([sys.executable, *words], env=environment(), check=True)
         assert_same_run(whole_run, output)
 
     @pytest.mark.parametrize('name', ['train', 'compare', 'transfer'])
@@ -351,6 +363,19 @@ class TestResume:
     def test_a_run_is_not_overwritten(self, whole_run, photo_folder):
         with pytest.raises(TrainingError, match='already holds a run: add --resume'):
             Trainer(tiny(), config(photo_folder, whole_run))
+
+    def test_other_images_are_refused(self, whole_run, photo_folder, recipe_file, tmp_path):
+        """One more changes what is held out; one that has another name might be held out now."""
+        recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
+        state = load_checkpoint(whole_run / 'last.pt')
+        assert len(state['held_names']) == 8
+        for number, change in enumerate((
+                lambda path: shutil.copy(path, path.with_name('99.jpg')), lambda path: path.unlink(),
+                lambda path: path.rename(path.with_name('99.jpg')))):
+            data = Path(shutil.copytree(photo_folder, tmp_path / str(number)))
+            change(data / 'train' / state['held_names'][0])
+            with pytest.raises(TrainingError, match=r'last\.pt was trained on other images than those in'):
+                Trainer(recipe, config(data, whole_run, resume=True))
 
     def test_nothing_to_resume(self, photo_folder, tmp_path):
         with pytest.raises(CheckpointError, match='There is no checkpoint'):

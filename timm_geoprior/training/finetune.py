@@ -122,8 +122,12 @@ def finetune(job: Job) -> dict[str, Any]:
         resume=job.resume, command=resuming_command(), tell=job.tell)
     trainer = _trainer(recipe, config)
     results = trainer.fit(_Patience(job))
-    export(trainer, job.output)
-    results['measured'] = _measure(job, splits, trainer)
+    try:
+        export(trainer, job.output)
+        results['measured'] = _measure(job, splits, trainer)
+    except KeyboardInterrupt:
+        job.tell(f'The training is done, its figures are not. Resume with: {config.command}')
+        raise
     write_json(job.output / 'results.json', results)
     _tell_disk_use(job)
     return results
