@@ -231,7 +231,7 @@ def test_what_cannot_be_compared(plan, overrides, variants, error, words):
 
 
 def test_bad_input_is_one_sentence(plan, tmp_path, script):
-    with pytest.raises(SystemExit, match=r'^compare.py: .*nowhere is no folder.*$'):
+    with pytest.raises(SystemExit, match=r'^compare.py: .*nowhere must be a folder.*$'):
         script(plan, tmp_path / 'nowhere', tmp_path / 'out')
     plan.write_text('variants: {a: {}, b: {}}')
     with pytest.raises(SystemExit, match='has the keys variants, expected recipe, set and variants'):

@@ -179,7 +179,7 @@ def test_the_report_of_the_documentation_is_its_rows(tmp_path):
     (['--img-size', '-1'], r'--img-size is -1, expected pixels'),
     (['--device', 'gpu'], r'--device gpu cannot be used \(.*\), expected cuda, cpu or another one of torch: check'),
     (['--output', __file__], r'test_transfer.py is a file, expected a folder'),
-    (['--data-dir', 'nowhere'], 'nowhere is no folder'),
+    (['--data-dir', 'nowhere'], 'nowhere must be a folder'),
     (['--set', 'epoch=2'], "did you mean 'epochs'"),
 ])
 def test_bad_arguments(photo_folder, tmp_path, script, given, words):
