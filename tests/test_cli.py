@@ -312,7 +312,8 @@ def test_a_wrong_use_is_exit_code_2(capsys, arguments):
     assert 'usage: timm-geoprior' in capsys.readouterr().err
 
 
-def test_the_default_model_is_bundled_first_then_published(tmp_path):
+def test_the_default_model_is_the_best_of_those_at_hand(tmp_path):
+    """Of the bundled tags the most accurate, measured; without any, of the published ones."""
     data = json.loads(load_manifest().to_json())
     weights = {'file': 'model.safetensors', 'sha256': '0' * 64, 'bytes': 1, 'dtype': 'float16',
                'golden': {'file': 'golden.safetensors', 'sha256': '0' * 64}, 'hub_id': 'a/b', 'revision': '0' * 40}
@@ -329,9 +330,15 @@ def test_the_default_model_is_bundled_first_then_published(tmp_path):
     scratch = []  # finetune's network without trained weights: the same, so that the two compare
     assert default(geoprior_resnet50='published', geoprior_resnet14_nano='bundled') == 'geoprior_resnet14_nano'
     assert default(geoprior_resnet50='staged', geoprior_resnet101='published') == 'geoprior_resnet101'
-    with pytest.raises(ManifestError, match='has weights'):
+    with pytest.raises(ManifestError, match='must have a bundled or a published tag'):
         default(geoprior_resnet50='staged')
     assert scratch == ['geoprior_resnet14_nano', 'geoprior_resnet101', 'geoprior_resnet14_nano']  # the smallest at last
+    both = {'geoprior_resnet50': 'bundled', 'geoprior_resnet14_nano': 'bundled'}
+    assert default(**both) == 'geoprior_resnet14_nano'  # 49.19%, and 47.15%
+    data['models']['geoprior_resnet50.r96_tin200']['metrics'][0].update(top1_correct=5000)
+    assert default(**both) == 'geoprior_resnet50'
+    data['models']['geoprior_resnet50.r96_tin200']['metrics'] = []
+    assert default(**both) == 'geoprior_resnet14_nano'
 
 
 def test_damaged_weights_are_told(tmp_path):

@@ -1,4 +1,5 @@
 """The page to try: served by real processes, used in a real browser."""
+import io
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from PIL import Image
 
 from timm_geoprior.cli import main
 from timm_geoprior.inference.classifier import load_classifier
-from timm_geoprior.inference.images import read_image, sample_image
+from timm_geoprior.inference.images import read_image
 from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.manifest import default_model, load_manifest
 
@@ -165,9 +166,72 @@ def test_samples_and_clicks(demo, chromium, url):
         box = page.locator('#picture img').bounding_box()
         page.locator('#picture img').click(position={'x': 0.05 * box['width'], 'y': 0.5 * box['height']})
         x, y = map(float, re.search(r'got ([\d.]+),([\d.]+)\.', message(page, 'that the network sees')).groups())
-        assert (x, y) == (pytest.approx(0.05 * 1024, abs=5), pytest.approx(0.5 * 683, abs=5))
+        # in pixels of the picture, not of what is shown of it
+        assert (x, y) == (pytest.approx(0.05 * 600, abs=3), pytest.approx(0.5 * 400, abs=3))
+        page.locator('[data-testid=toast-text]').wait_for(state='detached', timeout=40_000)
         page.locator('#samples button').nth(1).click()
-        wait_for_names(page, names(sample_image()))
+        wait_for_names(page, names(read_image(demo.SAMPLES[1])))
+
+
+def shown(page):
+    """The picture as the page shows it."""
+    answer = page.request.get(page.evaluate('document.querySelector("#picture img").src'))
+    return Image.open(io.BytesIO(answer.body())).convert('RGB')
+
+
+def test_the_picture_shows_the_point_and_what_the_network_sees(demo, chromium, url):
+    """A white cross where one clicked, a white frame around the square that is cropped, the margin darker."""
+    with opened(chromium, url, viewport={'width': 1400, 'height': 1200}) as (page, _):
+        own = read_image(demo.SAMPLES[0]).resize((1024, 683))
+        for across, down in ((0.5, 0.5), (0.62, 0.4)):
+            if across != 0.5:
+                click(page, across, down)
+            picture = shown(page)
+            assert picture.size == (1024, 683)
+            assert min(picture.getpixel((round(across * 1024), round(down * 683)))) > 240
+            left, right = (1024 - 683) / 2, (1024 + 683) / 2
+            for x in (left + 1, right - 2):
+                assert min(picture.getpixel((round(x), 300))) > 200
+            for x in (60, 960):
+                assert sum(picture.getpixel((x, 300))) < 0.7 * sum(own.getpixel((x, 300)))
+            assert picture.getpixel((300, 600)) == pytest.approx(own.getpixel((300, 600)), abs=25)
+
+
+def test_probabilities_are_legible_below_one_percent(demo, chromium, url):
+    guesses = load_classifier(NANO)(read_image(demo.SAMPLES[0]))
+    assert guesses[-1]['probability'] < 0.005
+    with opened(chromium, url) as (page, _):
+        wait_for_names(page, [guess['name'] for guess in guesses])
+        told = [text.strip() for text in page.locator('#guesses dd').all_inner_texts()]
+        assert told == [f'{guess["probability"]:.1%}' for guess in guesses]
+        legend = page.inner_text('#legend')
+    assert all(word in legend for word in ('Light', 'Circle', 'Dotted', 'frame'))
+
+
+def test_a_share_is_never_nothing(demo):
+    """Less than a thousandth is said to be so; a name that HTML would read is shown as it is."""
+    said = demo._guesses(FixedClassifier(), None)
+    assert re.findall('<dd>(.*?)</dd>', said) == ['99.9%', '< 0.1%', '< 0.1%']
+    assert re.findall('<dt>(.*?)</dt>', said) == ['&lt;b&gt;', 'x', 'x (c)']
+
+
+class FixedClassifier:
+    """Always the same."""
+
+    def __call__(self, image):
+        return [{'label': label, 'name': name, 'probability': probability}
+                for label, name, probability in (('a', '<b>', 0.999), ('b', 'x', 0.0006), ('c', 'x', 0.0004))]
+
+
+def test_a_tap_brings_the_windows_into_view(chromium, url):
+    with opened(chromium, url, viewport={'width': 400, 'height': 800}, has_touch=True, is_mobile=True) as (page, _):
+        place = 'document.querySelector("#windows").getBoundingClientRect().top'
+        image = page.locator('#picture img')
+        image.scroll_into_view_if_needed()
+        assert page.evaluate(place) > 400
+        box = image.bounding_box()
+        image.tap(position={'x': 0.6 * box['width'], 'y': 0.5 * box['height']})
+        page.wait_for_function(f'{place} < 200 && {place} > -50')
 
 
 def test_another_model(demo, chromium, url):
@@ -192,7 +256,7 @@ def test_bad_files_then_a_good_one(demo, chromium, url, tmp_path):
         (tmp_path / name).write_text(text)
     os.truncate(tmp_path / 'large.png', 100_000_000)
     Image.new('1', (20_000, 20_000)).save(tmp_path / 'bomb.png')
-    sample_image().save(tmp_path / 'cat.tif')
+    read_image(demo.SAMPLES[1]).save(tmp_path / 'cat.tif')
     with opened(chromium, url) as (page, _):
         before = page.inner_text('#guesses'), windows(page), page.get_attribute('#picture img', 'src')
         for name, (_, sentence) in bad.items():

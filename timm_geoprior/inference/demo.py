@@ -5,6 +5,7 @@ import platform
 import shutil
 import socket
 import tempfile
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -16,32 +17,50 @@ from huggingface_hub import SpaceCardData
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from packaging.requirements import Requirement
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from timm.data import resolve_model_data_config
 
 from ..errors import GeoPriorError
 from ..pretrained.manifest import default_model, load_manifest, manifest_path
 from .classifier import Classifier, load_classifier
 from .images import read_image
-from .windows import draw_windows
+from .windows import draw_windows, to_input, view_of
 
 __all__ = ['build', 'serve', 'write_space']
 
 SAMPLES = [Path(skimage.data.data_dir, name) for name in ('coffee.png', 'chelsea.png', 'rocket.jpg', 'astronaut.png')]
 PREVIEW_SIDE = 1024  # pixels of what is shown, clicked into and drawn on; the network gets the picture itself
 MAX_UPLOAD = '50mb'
+SECONDS = 10  # that a message stays
 
 TITLE = 'GeoPrior ResNet: what it sees, and how far it looks'
 LEAD = ('Drop a picture or pick a sample, then click into it: what stays light is where the attention layers look from '
         'that point. How far they look is all they have learned of it, a radius each, the same in every picture.')
+LEGEND = ('**Light**: where the position at the cross looks, in the cells of the layers. **Circle**: the learned '
+          'radius of a layer, at which its attention has fallen to 61% of its peak (a diamond: to 37%). **Dotted**: the '
+          'cell that looks, the nearest one to the cross. The **frame** on the picture is what the network sees of it.')
 CSS = """
+.gradio-container {  /* Gradio's own greys are too light to read */
+    --block-info-text-color: var(--block-label-text-color); --body-text-color-subdued: var(--block-label-text-color)}
 #picture img {cursor: crosshair}
+#guesses dl {display: grid; grid-template-columns: 1fr max-content; gap: 2px 12px; margin: 0; font-size: 16px}
+#guesses dd {text-align: right}
+#guesses dt, #guesses dd {margin: 4px 0 0; padding: 0; color: var(--body-text-color)}
+#guesses dt:first-of-type, #guesses dt:first-of-type + dd {font-weight: 700}
+#guesses .bar {grid-column: 1 / -1; height: 8px; min-width: 1px; border-radius: 4px; background: var(--color-accent)}
 #samples .container {width: 72px; height: 72px}
 #samples img {width: 100%; height: 100%; object-fit: cover}
 """
 # the last input of every event: a figure is drawn to fit the window that it is for
 WINDOW_JS = """(...inputs) => [...inputs.slice(0, -1), {
     dark: document.body.classList.contains('dark'), narrow: window.innerWidth < 640}]"""
+
+# on a telephone the windows are below the picture: bring them into view
+SCROLL_JS = """() => {
+    if (window.innerWidth < 640) {
+        document.querySelector('#windows').scrollIntoView({behavior: 'smooth', block: 'start'});
+    }
+}"""
 
 APP = '''"""The page of timm_geoprior, as a Hugging Face Space serves it."""
 from timm_geoprior.inference.demo import serve
@@ -66,6 +85,22 @@ SPACE = """---
 load = lru_cache(maxsize=None)(load_classifier)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """The picture on a visitor's page.
+
+    Attributes:
+        path: The file.
+        size: Its width and height, in pixels.
+        preview: What is shown of it and drawn on, at most `PREVIEW_SIDE` wide and high.
+        point: Where it was clicked, in pixels of the preview; None for the middle.
+    """
+    path: str
+    size: tuple[int, int]
+    preview: Image.Image
+    point: tuple[float, float] | None = None
+
+
 def _about(name: str) -> str:
     """What a visitor has to know of a model: what it can tell apart, and how well."""
     classifier, entry = load(name), load_manifest().models.get(name)
@@ -76,13 +111,18 @@ def _about(name: str) -> str:
     return about + '.'
 
 
-def _guesses(classifier: Classifier, image: Image.Image) -> dict[str, float]:
-    """Probabilities by name; of two classes with one name, the second has its label beside it."""
-    guesses: dict[str, float] = {}
+def _guesses(classifier: Classifier, image: Image.Image) -> str:
+    """The most probable classes as HTML; of two classes with one name, the second has its label beside it."""
+    rows, seen = [], set()
     for guess in classifier(image):
-        name = f'{guess["name"]} ({guess["label"]})' if guess['name'] in guesses else guess['name']
-        guesses[name] = guess['probability']
-    return guesses
+        name, probability = guess['name'], guess['probability']
+        if name in seen:
+            name = f'{name} ({guess["label"]})'
+        seen.add(name)
+        share = f'{probability:.1%}' if probability >= 0.001 else '< 0.1%'
+        rows.append(f'<dt>{html.escape(name)}</dt><dd>{share}</dd>'
+                    f'<div class="bar" style="width: {100 * probability:.2f}%"></div>')
+    return f'<dl>{"".join(rows)}</dl>'
 
 
 def _windows(
@@ -97,22 +137,39 @@ def _windows(
     return figure
 
 
+def _mark(classifier: Classifier, preview: Image.Image, point: tuple[float, float] | None) -> Image.Image:
+    """A picture with a frame around what the network sees of it, the rest darker, and a cross at the point."""
+    left, top, right, bottom = map(round, view_of(classifier, preview.size).box)
+    inside = max(left, 0), max(top, 0), min(right, preview.width), min(bottom, preview.height)
+    marked = Image.blend(preview, Image.new('RGB', preview.size), 0.5)
+    marked.paste(preview.crop(inside), inside)
+    draw, unit = ImageDraw.Draw(marked), max(preview.size) / PREVIEW_SIDE
+    x, y = point or (preview.width / 2, preview.height / 2)
+    for color, width, arm in (('black', 12, 30), ('white', 6, 27)):
+        stroke, reach = max(round(width * unit), 1), arm * unit
+        draw.rectangle((inside[0], inside[1], inside[2] - 1, inside[3] - 1), outline=color, width=max(stroke // 2, 1))
+        draw.line([x - reach, y, x + reach, y], fill=color, width=stroke)
+        draw.line([x, y - reach, x, y + reach], fill=color, width=stroke)
+    return marked
+
+
 def _tell(error: Exception, path: str = '') -> None:
     """Put an error's sentence on the page, a file called by the name that its owner knows."""
     sentence = str(error).replace(path, Path(path).name) if path else str(error)
-    gr.Warning(html.escape(sentence), duration=60)
+    gr.Warning(html.escape(sentence), duration=SECONDS)
 
 
 def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
-    """Show a picture: its path, itself, no point, the classes and the windows; a bad one leaves what was there."""
+    """Show a picture: what `_Shown` has of it, itself, the classes and the windows; a bad one leaves what was there."""
     try:
         image, classifier = read_image(path), load(name)
         guesses = _guesses(classifier, image)
         preview = ImageOps.contain(image, (PREVIEW_SIDE, PREVIEW_SIDE))
-        return path, preview, None, guesses, _windows(classifier, preview, None, window)
+        shown = _Shown(path, image.size, preview)
+        return shown, _mark(classifier, preview, None), guesses, _windows(classifier, preview, None, window)
     except GeoPriorError as error:
         _tell(error, path)
-        return (gr.skip(),) * 5
+        return (gr.skip(),) * 4
 
 
 def _upload(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
@@ -124,26 +181,30 @@ def _pick(index: int, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
     return _open(str(SAMPLES[index]), name, window)
 
 
-def _click(image: Image.Image, name: str, window: dict[str, bool], event: gr.SelectData) -> tuple[Any, ...]:
-    """Draw the windows at another point: the point and the windows."""
+def _click(shown: _Shown, name: str, window: dict[str, bool], event: gr.SelectData) -> tuple[Any, ...]:
+    """Draw the windows at another point, and the cross there."""
     try:
-        return event.index, _windows(load(name), image, tuple(event.index), window)
+        classifier, (x, y) = load(name), event.index
+        scale = shown.size[0] / shown.preview.width
+        # in the picture's own pixels, which its owner knows: so is the message
+        to_input(view_of(classifier, shown.size), shown.size, (round(x * scale), round(y * scale)))
+        moved = replace(shown, point=(x, y))
+        return moved, _mark(classifier, shown.preview, (x, y)), _windows(classifier, shown.preview, (x, y), window)
     except GeoPriorError as error:
         _tell(error)
-        return gr.skip(), gr.skip()
+        return (gr.skip(),) * 3
 
 
-def _switch(
-        name: str, path: str, image: Image.Image, point: tuple[float, float] | None,
-        window: dict[str, bool]) -> tuple[Any, ...]:
-    """Ask another model the same: what it is, the classes and the windows."""
+def _switch(name: str, shown: _Shown, window: dict[str, bool]) -> tuple[Any, ...]:
+    """Ask another model the same: what it is, the picture as it sees it, the classes and the windows."""
     try:
         classifier = load(name)
-        guesses = _guesses(classifier, read_image(path))
-        return gr.Dropdown(info=_about(name)), guesses, _windows(classifier, image, point, window)
+        guesses = _guesses(classifier, read_image(shown.path))
+        figure = _windows(classifier, shown.preview, shown.point, window)
+        return gr.Dropdown(info=_about(name)), _mark(classifier, shown.preview, shown.point), guesses, figure
     except GeoPriorError as error:
-        _tell(error, path)
-        return (gr.skip(),) * 3
+        _tell(error, shown.path)
+        return (gr.skip(),) * 4
 
 
 def build(model: str | None = None) -> gr.Blocks:
@@ -162,7 +223,7 @@ def build(model: str | None = None) -> gr.Blocks:
     chosen = load(model or default_model(manifest).name).name
     names = [entry.name for entry in manifest.models.values() if entry.has_weights]
     with gr.Blocks(title='timm_geoprior', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        path, point, window = gr.State(str(SAMPLES[0])), gr.State(), gr.JSON(visible=False)
+        shown, window = gr.State(), gr.JSON(visible=False)
         gr.Markdown(f'# {TITLE}\n{LEAD}')
         with gr.Row(equal_height=True):
             file = gr.File(label='Your own picture', height=140, min_width=280, elem_id='file')
@@ -177,17 +238,19 @@ def build(model: str | None = None) -> gr.Blocks:
                 picture = gr.Image(
                     label='Picture', type='pil', interactive=False, buttons=[], height=320, elem_id='picture',
                     alt_text='The chosen picture: a click shows the windows from there.')
-                guesses = gr.Label(label='Most probable classes', show_heading=False, elem_id='guesses')
+                guesses = gr.HTML(elem_id='guesses')
             with gr.Column(scale=3):
                 windows = gr.Plot(label='Where the attention looks', show_label=False, elem_id='windows')
-        shown = [path, picture, point, guesses, windows]
-        page.load(_open, [path, tag, window], shown, js=WINDOW_JS)
-        samples.click(_pick, [samples, tag, window], shown, js=WINDOW_JS)
-        file.upload(_upload, [file, tag, window], [file, *shown], js=WINDOW_JS)
+                gr.Markdown(LEGEND, elem_id='legend')
+        outputs = [shown, picture, guesses, windows]
+        page.load(lambda *inputs: _open(str(SAMPLES[0]), *inputs), [tag, window], outputs, js=WINDOW_JS)
+        samples.click(_pick, [samples, tag, window], outputs, js=WINDOW_JS)
+        file.upload(_upload, [file, tag, window], [file, *outputs], js=WINDOW_JS)
         picture.select(
-            _click, [picture, tag, window], [point, windows], js=WINDOW_JS,
-            trigger_mode='always_last', show_progress='hidden')  # who clicks about wants no flicker, and the last one
-        tag.input(_switch, [tag, path, picture, point, window], [tag, guesses, windows], js=WINDOW_JS)
+            _click, [shown, tag, window], [shown, picture, windows], js=WINDOW_JS,
+            trigger_mode='always_last', show_progress='hidden'  # who clicks about wants no flicker, and the last one
+        ).then(None, js=SCROLL_JS)
+        tag.input(_switch, [tag, shown, window], [tag, picture, guesses, windows], js=WINDOW_JS)
     return page
 
 

@@ -484,7 +484,7 @@ def check_bytes_stay(manifest: Manifest, entry: ModelEntry) -> None:
 
 
 def default_model(manifest: Manifest) -> ModelEntry:
-    """The model that `classify` takes where none is named: the first default tag that is bundled, else published.
+    """The model that commands take where none is named: of the bundled tags the most accurate, else a published one.
 
     Args:
         manifest: The manifest.
@@ -493,13 +493,13 @@ def default_model(manifest: Manifest) -> ModelEntry:
         Its entry.
 
     Raises:
-        ManifestError: No default tag has weights.
+        ManifestError: No tag is bundled or published.
     """
     for status in ('bundled', 'published'):
-        for entry in manifest.models.values():
-            if entry.default and entry.status == status:
-                return entry
-    raise ManifestError('No default tag in the manifest has weights, expected one: train one, or name one by --model.')
+        entries = [entry for entry in manifest.models.values() if entry.status == status]
+        if entries:  # of equals the first
+            return max(entries, key=lambda entry: entry.metrics[0].top1 if entry.metrics else 0)
+    raise ManifestError('The manifest must have a bundled or a published tag, got none. Name a model by --model.')
 
 
 def default_architecture(manifest: Manifest) -> str:
