@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import nn
 
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.evaluation.models import load_model
-from timm_geoprior.training.checkpoint import CheckpointError, load_checkpoint, read_weights, take_prefix_off
+from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, take_prefix_off
 from timm_geoprior.training.parts import create_model
 from timm_geoprior.training.recipe import make_recipe
 
@@ -102,8 +103,8 @@ def empty(path: Path) -> None:
 ])
 def test_files_that_hold_something_else(write, name, message, tmp_path):
     write(tmp_path / name)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(GeoPriorError, match=message):
         read_weights(tmp_path / name)
     if write in (pointer, whole_model):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(GeoPriorError, match=message):
             load_checkpoint(tmp_path / name)

@@ -17,10 +17,10 @@ from scipy.stats import ttest_rel
 
 import compare as comparison
 from compare import ComparisonError, compare, differences, load_variants, paired_interval, report
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.training.checkpoint import load_checkpoint
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import train
-from timm_geoprior.training.recipe import RecipeError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / 'scripts' / 'experiments' / 'compare.py'
@@ -222,8 +222,8 @@ def test_the_control_differs_from_its_network_in_the_model_alone():
     (['holdout=0'], [], ComparisonError, 'has holdout = 0 and in_memory = True, expected images held out'),
     ([], ['a: {}', 'b: {holdout: 5}'], ComparisonError, 'holdout is 2 and 5, expected the same'),
     (['eval_size=0'], ['a: {}', 'b: {img_size: 40}'], ComparisonError, 'eval_size is 32 and 40, expected the same'),
-    ([], ['a: {}', 'b: {radius: 5}'], RecipeError, "'radius' in variant b: did you mean 'radius_lr'"),
-    ([], ['a: {}', 'b: {model_kwargs: {attn_heads: 3}}'], RecipeError, 'Variant b: .*attn_?heads|Variant b: .*3'),
+    ([], ['a: {}', 'b: {radius: 5}'], GeoPriorError, "'radius' in variant b: did you mean 'radius_lr'"),
+    ([], ['a: {}', 'b: {model_kwargs: {attn_heads: 3}}'], GeoPriorError, 'Variant b: .*attn_?heads|Variant b: .*3'),
 ])
 def test_what_cannot_be_compared(plan, overrides, variants, error, words):
     with pytest.raises(error, match=words):

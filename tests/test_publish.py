@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from hub_server import status, together
 from releases import NANO, files, finish, planned, start, using_manifest, with_entry, write_results
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.pretrained.loading import load_golden, load_verified
 from timm_geoprior.pretrained.manifest import ManifestError, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import golden_error
@@ -32,7 +33,7 @@ from timm_geoprior.release.publish import (
     read_staged,
     stage,
 )
-from timm_geoprior.training.checkpoint import CheckpointError, SavedModel, read_weights
+from timm_geoprior.training.checkpoint import SavedModel, read_weights
 
 ROOT = Path(__file__).parent.parent
 FILES = {'model.safetensors', 'golden/outputs.safetensors', 'config.json', 'README.md', 'results.json', 'radii.png',
@@ -113,7 +114,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name):
         (tmp_path / name).write_text('weights')
     if name == 'trap.pt':
         torch.save({'model': Path('sprung')}, tmp_path / name)
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(GeoPriorError, match=name):
         read_weights(tmp_path / name)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import nn
 
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.training.parts import (
     TargetLoss,
     check_recipe,
@@ -17,7 +18,7 @@ from timm_geoprior.training.parts import (
     create_schedule,
     radii_in_cells,
 )
-from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe, make_recipe, recipe_names
+from timm_geoprior.training.recipe import Recipe, load_recipe, make_recipe, recipe_names
 from timm_geoprior.training.sources import _make_transform, _Transform
 
 LEAST = {'name': 'x', 'model': 'geoprior_resnet14_nano', 'epochs': 1, 'batch_size': 8, 'lr': 0.1, 'img_size': 32}
@@ -27,27 +28,27 @@ class TestRefusals:
     @pytest.mark.parametrize(('changes', 'message'), [
         ({'weight_decai': 0.1}, "Unknown key 'weight_decai' in the recipe: did you mean 'weight_decay'?"),
         ({'zzz': 1}, "Unknown key 'zzz' in the recipe: see"),
-        ({'epochs': 'ten'}, "Recipe key 'epochs' is 'ten', expected a value of type int."),
-        ({'epochs': True}, "Recipe key 'epochs' is True, expected a value of type int."),
-        ({'epochs': 0}, "Recipe key 'epochs' is 0, expected at least 1."),
-        ({'lr': -1}, "Recipe key 'lr' is -1.0, expected more than 0."),
-        ({'lr': 'fast'}, "Recipe key 'lr' is 'fast', expected a value of type float."),
-        ({'smoothing': 1.5}, "Recipe key 'smoothing' is 1.5, expected from 0 to 1."),
-        ({'scale': [0.5]}, "Recipe key 'scale' is [0.5], expected a value of type tuple[float, float]."),
-        ({'scale': [0.9, 0.5]}, "Recipe key 'scale' is (0.9, 0.5), expected two shares of the area"),
-        ({'progressive': [[3, 48]]}, "Recipe key 'progressive' is ((3, 48),), expected pairs of first epoch and size"),
-        ({'amp_dtype': 'int8'}, "Recipe key 'amp_dtype' is 'int8', expected bfloat16 or float16."),
-        ({'sched': 'cosin'}, "Recipe key 'sched' is 'cosin', expected cosine or tanh or poly."),
-        ({'in_memory': True, 'aa': 'rand-m9'}, "Recipe key 'aa' is 'rand-m9', expected none with in_memory"),
-        ({'radius_lr': -0.1}, "Recipe key 'radius_lr' is -0.1, expected 0 or more."),
-        ({'lr': '.inf'}, "Recipe key 'lr' is '.inf', expected a value of type float."),
-        ({'weight_decay': math.nan}, "Recipe key 'weight_decay' is nan, expected a value of type float."),
-        ({'min_lr': 1}, "Recipe key 'min_lr' is 1.0, expected at most lr, 0.1."),
-        ({'lr_cycle_limit': 0}, "Recipe key 'lr_cycle_limit' is 0, expected at least 1."),
-        ({'progressive': [[0, 0]]}, "Recipe key 'progressive' is ((0, 0),), expected pairs of first epoch and size"),
+        ({'epochs': 'ten'}, "The recipe key 'epochs' must be of type int, got 'ten'."),
+        ({'epochs': True}, "The recipe key 'epochs' must be of type int, got True."),
+        ({'epochs': 0}, "The recipe key 'epochs' must be at least 1, got 0."),
+        ({'lr': -1}, "The recipe key 'lr' must be more than 0, got -1.0."),
+        ({'lr': 'fast'}, "The recipe key 'lr' must be of type float, got 'fast'."),
+        ({'smoothing': 1.5}, "The recipe key 'smoothing' must be from 0 to 1, got 1.5."),
+        ({'scale': [0.5]}, "The recipe key 'scale' must be of type tuple[float, float], got [0.5]."),
+        ({'scale': [0.9, 0.5]}, "The recipe key 'scale' must be two shares of the area"),
+        ({'progressive': [[3, 48]]}, "The recipe key 'progressive' must be pairs of first epoch and size"),
+        ({'amp_dtype': 'int8'}, "The recipe key 'amp_dtype' must be bfloat16 or float16, got 'int8'."),
+        ({'sched': 'cosin'}, "The recipe key 'sched' must be cosine or tanh or poly, got 'cosin'."),
+        ({'in_memory': True, 'aa': 'rand-m9'}, "The recipe key 'aa' must be left out with in_memory"),
+        ({'radius_lr': -0.1}, "The recipe key 'radius_lr' must be 0 or more, got -0.1."),
+        ({'lr': '.inf'}, "The recipe key 'lr' must be of type float, got '.inf'."),
+        ({'weight_decay': math.nan}, "The recipe key 'weight_decay' must be of type float, got nan."),
+        ({'min_lr': 1}, "The recipe key 'min_lr' must be at most lr, 0.1, got 1.0."),
+        ({'lr_cycle_limit': 0}, "The recipe key 'lr_cycle_limit' must be at least 1, got 0."),
+        ({'progressive': [[0, 0]]}, "The recipe key 'progressive' must be pairs of first epoch and size"),
     ])
     def test_keys_and_values(self, changes, message):
-        with pytest.raises(RecipeError) as error:
+        with pytest.raises(GeoPriorError) as error:
             make_recipe({**LEAST, **changes})
         assert message in str(error.value)
 
@@ -60,37 +61,39 @@ class TestRefusals:
         ({'teacher': 'resnet5'}, r"teacher \(Unknown model.*did you mean 'resnet50'\?"),
     ])
     def test_what_timm_cannot_build(self, changes, message):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(GeoPriorError, match=message):
             check_recipe(make_recipe({**LEAST, **changes}))
 
     @pytest.mark.parametrize('changes', [{'aa': 'randm'}, {'interpolation': 'bic'}, {'remode': 'x', 'reprob': 0.1}])
     def test_augmentation_that_timm_does_not_have(self, changes):
         norms = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-        with pytest.raises(RecipeError, match='timm can make nothing of the recipe keys aa = '):
+        with pytest.raises(GeoPriorError, match='timm can make nothing of the recipe keys aa = '):
             _make_transform(make_recipe({**LEAST, **changes}), norms)
 
     def test_a_missing_key(self):
-        with pytest.raises(RecipeError, match="lacks the key 'lr'"):
+        with pytest.raises(GeoPriorError, match="lacks the key 'lr'"):
             make_recipe({key: value for key, value in LEAST.items() if key != 'lr'})
 
     @pytest.mark.parametrize(('content', 'message'), [
-        (b'- a list', 'holds a list, expected keys and values'), (b'a: [', r'is not YAML \([^\n]*\), expected'),
-        (b'\xff\xfe\xff', 'cannot be read .*, expected a YAML file')])
+        (b'- a list', 'must hold keys and values, got a list'),
+        (b'a: [', r'must be YAML with keys and values \([^\n]*\)\. Check'),
+        (b'\xff\xfe\xff', 'cannot be read .* must be a YAML file')])
     def test_files(self, tmp_path, content, message):
         path = tmp_path / 'recipe.yaml'
         path.write_bytes(content)
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(GeoPriorError, match=message):
             load_recipe(path)
 
     def test_names(self):
-        with pytest.raises(RecipeError, match="There is no recipe 'a4': give one of a1, a2, a3"):
+        with pytest.raises(GeoPriorError, match="There is no recipe 'a4': give one of a1, a2, a3"):
             load_recipe('a4')
 
     def test_overrides(self):
         recipe = load_recipe('a1', ['lr=1e-4', 'epochs=3', 'scale=[0.5, 1]'])
         assert (recipe.lr, recipe.epochs, recipe.scale) == (1e-4, 3, (0.5, 1.0))
-        for override, message in (('lr', "Override 'lr' has no value"), ('lr=[', r"value of 'lr=\[' is not YAML")):
-            with pytest.raises(RecipeError, match=message):
+        for override, message in (
+                ('lr', "An override must be key=value, got 'lr'"), ('lr=[', r"value of 'lr=\[' must be YAML")):
+            with pytest.raises(GeoPriorError, match=message):
                 load_recipe('a1', [override])
 
 

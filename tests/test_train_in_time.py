@@ -9,11 +9,11 @@ import train_in_time as script
 import yaml
 
 from timm_geoprior.data.memory import decode_images
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.release.publish import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
 from timm_geoprior.training.config import RunConfig
-from timm_geoprior.training.engine import TrainingError
-from timm_geoprior.training.recipe import RecipeError, make_recipe
+from timm_geoprior.training.recipe import make_recipe
 from timm_geoprior.training.sources import open_images
 
 TINY = {
@@ -101,11 +101,11 @@ class TestRun:
         found = script.fit_to_time(tiny(), config, decoded, time.monotonic() + 3600)
         assert found.epochs > 14
         assert found.progressive[0] == (0, 32)
-        with pytest.raises(TrainingError, match=r'One epoch at each size takes \d+ s, and 0 s are left\. Raise --min'):
+        with pytest.raises(GeoPriorError, match=r'One epoch at each size takes \d+ s, and 0 s are left\. Raise --min'):
             script.fit_to_time(tiny(), config, decoded, time.monotonic())
         assert not config.output.exists()
 
     @pytest.mark.parametrize('changes', [{'in_memory': False}, {'holdout': 2}])
     def test_what_it_cannot_scale_is_refused(self, changes, photo_folder, tmp_path):
-        with pytest.raises(RecipeError, match='must have in_memory = true and holdout = 0, got'):
+        with pytest.raises(GeoPriorError, match='must have in_memory = true and holdout = 0, got'):
             script.run(arguments(photo_folder, tmp_path / 'run', changes), time.monotonic() + 60)

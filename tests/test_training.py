@@ -28,11 +28,10 @@ from tqdm import tqdm
 from timm_geoprior.data.reading import CorruptImagesError
 from timm_geoprior.errors import EvaluationError, GeoPriorError
 from timm_geoprior.training import engine, report
-from timm_geoprior.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from timm_geoprior.training.checkpoint import load_checkpoint, save_checkpoint
 from timm_geoprior.training.config import RunConfig
-from timm_geoprior.training.engine import Trainer, TrainingError, train
+from timm_geoprior.training.engine import Trainer, train
 from timm_geoprior.training.recipe import load_recipe, make_recipe
-from timm_geoprior.training.sources import DataError
 
 TIMES = ('seconds', 'images_per_second')
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'train.py'
@@ -344,24 +343,24 @@ class TestResume:
     def test_another_recipe_or_seed_is_refused(self, whole_run, photo_folder, recipe_file):
         recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
         changed = make_recipe({**recipe.to_dict(), 'lr': 0.3})
-        with pytest.raises(TrainingError, match='was trained with lr = 0.05, this run has 0.3'):
+        with pytest.raises(GeoPriorError, match='was trained with lr = 0.05, this run has 0.3'):
             Trainer(changed, config(photo_folder, whole_run, resume=True))
-        with pytest.raises(TrainingError, match='has seed 0, this run 5'):
+        with pytest.raises(GeoPriorError, match='has seed 0, this run 5'):
             Trainer(recipe, config(photo_folder, whole_run, resume=True, seed=5))
 
     def test_other_data_or_another_checkpoint_is_refused(self, whole_run, photo_folder, recipe_file, tmp_path):
         recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
         shutil.copytree(photo_folder, tmp_path / 'data')
         (tmp_path / 'data/train/rocket').rename(tmp_path / 'data/train/robot')
-        with pytest.raises(TrainingError, match=r'trained on 4 other classes than the 4 in .*data\. Check --data-dir'):
+        with pytest.raises(GeoPriorError, match=r'trained on 4 other classes than the 4 in .*data\. Check --data-dir'):
             Trainer(recipe, config(tmp_path / 'data', whole_run, resume=True))
         (tmp_path / 'run').mkdir()
         torch.save({'model': {}}, tmp_path / 'run' / 'last.pt')
-        with pytest.raises(TrainingError, match='must be a checkpoint of this .*, got one without best, class_names, '):
+        with pytest.raises(GeoPriorError, match='must be a checkpoint of this .*, got one without best, class_names, '):
             Trainer(recipe, config(photo_folder, tmp_path / 'run', resume=True))
 
     def test_a_run_is_not_overwritten(self, whole_run, photo_folder):
-        with pytest.raises(TrainingError, match='already holds a run: add --resume'):
+        with pytest.raises(GeoPriorError, match='already holds a run: add --resume'):
             Trainer(tiny(), config(photo_folder, whole_run))
 
     def test_other_images_are_refused(self, whole_run, photo_folder, recipe_file, tmp_path):
@@ -374,11 +373,11 @@ class TestResume:
                 lambda path: path.rename(path.with_name('99.jpg')))):
             data = Path(shutil.copytree(photo_folder, tmp_path / str(number)))
             change(data / 'train' / state['held_names'][0])
-            with pytest.raises(TrainingError, match=r'last\.pt was trained on other images than those in'):
+            with pytest.raises(GeoPriorError, match=r'last\.pt was trained on other images than those in'):
                 Trainer(recipe, config(data, whole_run, resume=True))
 
     def test_nothing_to_resume(self, photo_folder, tmp_path):
-        with pytest.raises(CheckpointError, match='There is no checkpoint'):
+        with pytest.raises(GeoPriorError, match='There is no checkpoint'):
             Trainer(tiny(), config(photo_folder, tmp_path, resume=True))
 
 
@@ -442,24 +441,24 @@ sys.argv =""", 1).replace('import os', 'import torch, os', 1))
         assert_same_run(two_processes, written)
 
     def test_a_batch_that_does_not_divide(self, photo_folder, tmp_path):
-        with pytest.raises(TrainingError, match='must be a multiple of 1 processes times 3 accumulation steps, got 8'):
+        with pytest.raises(GeoPriorError, match='must be a multiple of 1 processes times 3 accumulation steps, got 8'):
             Trainer(tiny(grad_accum_steps=3), config(photo_folder, tmp_path))
 
     def test_mixup_of_an_odd_batch(self, photo_folder, tmp_path):
-        with pytest.raises(TrainingError, match='an even number of images for mixup and cutmix, got 7, which gives 7'):
+        with pytest.raises(GeoPriorError, match='an even number of images for mixup and cutmix, got 7, which gives 7'):
             Trainer(tiny(batch_size=7, mixup=0.2), config(photo_folder, tmp_path))
 
     def test_batches_of_one_image(self, photo_folder, tmp_path):
         """Where the last map has one cell, there is no variance; where it has four, there is."""
         network = {'model_kwargs': {'channels': [8, 16, 16, 16], 'value_dims': [0, 0, 0, 0], 'stem_width': 8}}
         for batch, steps in ((1, 1), (2, 2)):
-            with pytest.raises(TrainingError, match=r'at least 2 images at 16 px, got 1, of which .*Raise batch_size'):
+            with pytest.raises(GeoPriorError, match=r'at least 2 images at 16 px, got 1, of which .*Raise batch_size'):
                 Trainer(tiny(batch_size=batch, grad_accum_steps=steps, img_size=16, **network),
                         config(photo_folder, tmp_path))
         Trainer(tiny(batch_size=1, img_size=64), config(photo_folder, tmp_path / 'larger'))
 
     def test_fewer_images_than_a_batch(self, photo_folder, tmp_path):
-        with pytest.raises(TrainingError, match='fewer training images than one batch of 64'):
+        with pytest.raises(GeoPriorError, match='fewer training images than one batch of 64'):
             Trainer(tiny(batch_size=64), config(photo_folder, tmp_path))
 
 
@@ -570,7 +569,7 @@ class TestData:
         shutil.copytree(photo_folder / 'val' / 'coffee', tmp_path / 'data' / 'more' / 'dog')
         if 'train_split' in changes:
             shutil.rmtree(tmp_path / 'data' / 'more')
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(GeoPriorError, match=message):
             Trainer(tiny(holdout=0), config(**{'folder': tmp_path / 'data', 'output': tmp_path / 'run', **changes}))
 
     def test_what_cannot_be_read_in_memory_takes_no_part(self, photo_folder, tmp_path):
@@ -601,7 +600,7 @@ class TestData:
             list(Trainer(tiny(holdout=0), config(**options, max_corrupt=1)).data.held_out())
 
     def test_more_held_out_than_there_is(self, photo_folder, tmp_path):
-        with pytest.raises(DataError, match='Class 0 must have more than 12 images to hold out 12, got 12'):
+        with pytest.raises(GeoPriorError, match='Class 0 must have more than 12 images to hold out 12, got 12'):
             Trainer(tiny(holdout=12), config(photo_folder, tmp_path / 'run'))
 
 
@@ -636,7 +635,7 @@ class TestFaults:
         recipe = tiny(lr=1e30, warmup_epochs=0, max_skipped_steps=3, epochs=20, in_memory=True)
         for number, (every, good) in enumerate(((1, r'the last good checkpoint is \S*last\.pt'), (99, 'there is no'))):
             expected = rf'not finite for 3 steps in a row, up to step \d+ with a learning rate of \S+e\+\d+; {good}'
-            with pytest.raises(TrainingError, match=expected):
+            with pytest.raises(GeoPriorError, match=expected):
                 train(recipe, config(photo_folder, tmp_path / str(number), save_every=every))
         saved = load_checkpoint(tmp_path / '0' / 'last.pt')['model']
         assert all(value.isfinite().all() for value in saved.values())
@@ -651,9 +650,9 @@ class TestFaults:
         assert trainer.last.read_bytes() == before
 
     @pytest.mark.parametrize(('changes', 'error', 'message'), [
-        ({'save_every': 0}, TrainingError, '--save-every must be 1 or more, got 0'),
-        ({'workers': -1}, TrainingError, '--workers must be 0 or more, got -1'),
-        ({'max_corrupt': -1}, TrainingError, '--max-corrupt must be 0 or more, got -1'),
+        ({'save_every': 0}, GeoPriorError, '--save-every must be 1 or more, got 0'),
+        ({'workers': -1}, GeoPriorError, '--workers must be 0 or more, got -1'),
+        ({'max_corrupt': -1}, GeoPriorError, '--max-corrupt must be 0 or more, got -1'),
         ({'device': 'gpu'}, EvaluationError, r'--device gpu cannot be used \(.*\), expected cuda, cpu'),
     ])
     def test_a_wrong_command(self, changes, error, message, photo_folder, tmp_path):
@@ -686,7 +685,7 @@ class TestFaults:
         ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
-            with pytest.raises(CheckpointError, match='the one before it is untouched'):
+            with pytest.raises(GeoPriorError, match='the one before it is untouched'):
                 save_checkpoint({'model': {'w': torch.zeros(100_000)}}, path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -703,14 +702,14 @@ class TestFaults:
         for write in (lambda file: pickle.dump(Evil(), file), lambda file: torch.save({'model': Evil()}, file)):
             with path.open('wb') as file:
                 write(file)
-            with pytest.raises(CheckpointError, match='cannot be read as a checkpoint|got a pickled'):
+            with pytest.raises(GeoPriorError, match='cannot be read as a checkpoint|got a pickled'):
                 load_checkpoint(path)
         assert not (tmp_path / 'was_here').exists()
 
     def test_a_damaged_checkpoint(self, whole_run, tmp_path):
         path = tmp_path / 'last.pt'
         path.write_bytes((whole_run / 'last.pt').read_bytes()[:-5000])
-        with pytest.raises(CheckpointError, match='cannot be read as a checkpoint'):
+        with pytest.raises(GeoPriorError, match='cannot be read as a checkpoint'):
             load_checkpoint(path)
 
     def test_the_script_says_what_is_wrong_in_one_line(self, photo_folder, tmp_path):

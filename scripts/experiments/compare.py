@@ -51,7 +51,7 @@ from timm_geoprior.radii import learned_radii, scale_radii
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import Trainer
 from timm_geoprior.training.parts import check_recipe
-from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe, make_recipe
+from timm_geoprior.training.recipe import Recipe, load_recipe, make_recipe
 from timm_geoprior.training.sources import Share, open_images, open_training_data
 
 FACTORS = (0.75, 1, 2)  # sizes that the networks are measured at, as multiples of the recipe's own
@@ -80,7 +80,7 @@ def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence
 
     Raises:
         ComparisonError: Fewer than two variants, or such as cannot be compared.
-        RecipeError: Keys or values that a recipe refuses.
+        GeoPriorError: Keys or values that a recipe refuses.
     """
     path = Path(source)
     plan = _mapping(path.read_text(), source) if path.suffix in ('.yaml', '.yml') and path.is_file() else {}
@@ -128,8 +128,8 @@ def _vary(base: Recipe, name: str, changes: Mapping[str, Any]) -> Recipe:
     recipe = make_recipe(values, f'variant {name}')
     try:
         check_recipe(recipe)
-    except RecipeError as error:
-        raise RecipeError(f'Variant {name}: {error}') from error
+    except GeoPriorError as error:
+        raise GeoPriorError(f'Variant {name}: {error}') from error
     return recipe
 
 

@@ -32,8 +32,8 @@ from timm_geoprior.errors import GeoPriorError, sentence
 from timm_geoprior.release.publish import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from timm_geoprior.training.config import RunConfig
-from timm_geoprior.training.engine import Trainer, TrainingError
-from timm_geoprior.training.recipe import Recipe, RecipeError, load_recipe
+from timm_geoprior.training.engine import Trainer
+from timm_geoprior.training.recipe import Recipe, load_recipe
 from timm_geoprior.training.sources import open_images
 
 TIMED_UPDATES = 20
@@ -104,7 +104,7 @@ def fit_to_time(recipe: Recipe, config: RunConfig, decoded: ImageTensors, end: f
     """The recipe with as many epochs as there is time for.
 
     Raises:
-        TrainingError: There is none for one epoch at each size.
+        GeoPriorError: There is none for one epoch at each size.
     """
     speed = measure(recipe, config, decoded)
     updates = int((decoded.targets >= 0).sum()) // recipe.batch_size
@@ -115,7 +115,7 @@ def fit_to_time(recipe: Recipe, config: RunConfig, decoded: ImageTensors, end: f
     print(f'Images/s: {rates}. Epochs: {found.epochs} instead of {recipe.epochs}, {list(found.progressive)}, '
           f'{needed:.0f} s of {left:.0f} s.', flush=True)
     if needed > left:
-        raise TrainingError(f'One epoch at each size takes {needed:.0f} s, and {max(left, 0):.0f} s are left. Raise '
+        raise GeoPriorError(f'One epoch at each size takes {needed:.0f} s, and {max(left, 0):.0f} s are left. Raise '
                             f'--minutes.')
     return found
 
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, end: float) -> None:
     resume = (args.output / 'last.pt').exists()
     recipe = load_recipe(args.output / 'recipe.yaml') if resume else load_recipe(args.recipe, args.set)
     if not recipe.in_memory or recipe.holdout:
-        raise RecipeError(f'The recipe must have in_memory = true and holdout = 0, got {recipe.in_memory} and '
+        raise GeoPriorError(f'The recipe must have in_memory = true and holdout = 0, got {recipe.in_memory} and '
                           f'{recipe.holdout}. Set them.')
     config = RunConfig(
         args.data_dir, args.output, seed=args.seed, device=args.device, workers=args.workers, resume=resume)

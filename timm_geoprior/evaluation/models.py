@@ -67,7 +67,7 @@ def load_model(
 
     Raises:
         EvaluationError: The model is unknown, has no weights, or they do not fit it.
-        CheckpointError: The checkpoint cannot be read.
+        GeoPriorError: The checkpoint cannot be read.
         WeightsError: A tag's weights cannot be had as the manifest has them.
     """
     saved = read_weights(checkpoint, weights) if checkpoint is not None else None

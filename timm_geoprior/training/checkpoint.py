@@ -15,16 +15,12 @@ from ..errors import GeoPriorError
 from ..files import first_line, is_lfs_pointer, write_atomically
 
 __all__ = [
-    'CheckpointError', 'SavedModel', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
+    'SavedModel', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
 ]
 
 # timm's names first: 'model_ema' beside 'model' is what its own loading takes before the raw weights
 AVERAGED = ('model_ema', 'state_dict_ema', 'ema')
 RAW = ('model', 'state_dict')
-
-
-class CheckpointError(GeoPriorError):
-    """A checkpoint that cannot be read or written."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +67,13 @@ def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') ->
             there are any. Every command takes 'auto' unless it is told otherwise.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or has no averaged weights where they are asked for.
+        GeoPriorError: The file is missing or damaged, or has no averaged weights where they are asked for.
     """
     content = _read(path)
     averaged = next((key for key in AVERAGED if isinstance(content.get(key), Mapping)), None)
     raw = next((key for key in RAW if isinstance(content.get(key), Mapping)), None)
     if weights == 'ema' and averaged is None:
-        raise CheckpointError(f'{path} must hold averaged weights, got raw ones only. Leave out --use-ema.')
+        raise GeoPriorError(f'{path} must hold averaged weights, got raw ones only. Leave out --use-ema.')
     key = raw if weights == 'raw' or averaged is None else averaged
     note = ''
     if averaged is not None and raw is not None:
@@ -85,7 +81,7 @@ def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') ->
         note = f'{path}: the {taken} weights are used; it holds {other} ones too.'
     state_dict = content if key is None else content[key]
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise CheckpointError(f'{path} must hold a state dict of tensors, got the keys '
+        raise GeoPriorError(f'{path} must hold a state dict of tensors, got the keys '
                               f'{", ".join(map(str, list(content)[:5])) or "of an empty file"}. Name a checkpoint.')
     said = {name: content[name] for name in ('model_name', 'model_kwargs', 'num_classes', 'class_names', 'recipe',
                                              'commit', 'seed', 'versions') if key and content.get(name) is not None}
@@ -99,13 +95,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load all that `save_checkpoint` saved, for a run to resume from.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or no checkpoint of a run.
+        GeoPriorError: The file is missing, damaged, or no checkpoint of a run.
     """
     if not path.is_file():
-        raise CheckpointError(f'There is no checkpoint {path}. Start without --resume, or name another folder.')
+        raise GeoPriorError(f'There is no checkpoint {path}. Start without --resume, or name another folder.')
     state = _read(path)
     if 'model' not in state:
-        raise CheckpointError(f'{path} must hold the state of a run, got the keys {", ".join(map(str, state))[:80]}. '
+        raise GeoPriorError(f'{path} must hold the state of a run, got the keys {", ".join(map(str, state))[:80]}. '
                               f'Name the folder of a run of `timm-geoprior train`.')
     return state
 
@@ -114,7 +110,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Save tensors and plain containers with `torch.save`.
 
     Raises:
-        CheckpointError: The file system refused; the checkpoint that was there is untouched.
+        GeoPriorError: The file system refused; the checkpoint that was there is untouched.
     """
     try:
         write_atomically(path, lambda file: torch.save(state, file))
@@ -123,31 +119,31 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(cause)
-        raise CheckpointError(f'The checkpoint {path} could not be written ({reason}); the one before it is '
+        raise GeoPriorError(f'The checkpoint {path} could not be written ({reason}); the one before it is '
                               f'untouched. Free some space and run again with --resume.') from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The dictionary in a file."""
     if not path.is_file():
-        raise CheckpointError(f'The checkpoint {path} does not exist. Check its path.')
+        raise GeoPriorError(f'The checkpoint {path} does not exist. Check its path.')
     try:
         if is_lfs_pointer(path):
-            raise CheckpointError(f'{path} must hold weights, got a Git LFS pointer to them. Run `git lfs pull`.')
+            raise GeoPriorError(f'{path} must hold weights, got a Git LFS pointer to them. Run `git lfs pull`.')
         if path.suffix == '.safetensors':
             return load_file(path, device='cpu')
         with torch.serialization.safe_globals([argparse.Namespace]):  # what timm's own checkpoints hold
             content = torch.load(path, map_location='cpu', weights_only=True)
-    except CheckpointError:
+    except GeoPriorError:
         raise
     except Exception as error:  # torch and safetensors raise half a dozen types for a damaged file
         if pickled := re.search(r'Unsupported global: GLOBAL (\S+)', str(error)):
-            raise CheckpointError(f'{path} must hold tensors and plain containers, got a pickled {pickled[1]}, whose '
+            raise GeoPriorError(f'{path} must hold tensors and plain containers, got a pickled {pickled[1]}, whose '
                                   f'code is not run. Save `model.state_dict()` instead of the model.') from None
-        raise CheckpointError(f'{path} cannot be read as a checkpoint ({first_line(error).split(". ")[0]}). It is '
+        raise GeoPriorError(f'{path} cannot be read as a checkpoint ({first_line(error).split(". ")[0]}). It is '
                               f'damaged or of another kind: copy it again.') from None
     if not isinstance(content, dict):
-        raise CheckpointError(f'{path} must hold a dictionary, got a {type(content).__name__}. Name a checkpoint.')
+        raise GeoPriorError(f'{path} must hold a dictionary, got a {type(content).__name__}. Name a checkpoint.')
     return content
 
 

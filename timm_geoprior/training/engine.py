@@ -42,11 +42,7 @@ from .parts import (
 from .recipe import Recipe
 from .sources import Share, TrainingData, open_training_data
 
-__all__ = ['Trainer', 'TrainingError', 'train']
-
-
-class TrainingError(GeoPriorError):
-    """A run that cannot start or go on; the message says why and what to do."""
+__all__ = ['Trainer', 'train']
 
 
 class Trainer:
@@ -72,7 +68,7 @@ class Trainer:
         self.data: TrainingData = open_training_data(recipe, config, share, decoded)
         self.updates_per_epoch = len(self.data.train) // recipe.grad_accum_steps
         if not self.updates_per_epoch:
-            raise TrainingError(
+            raise GeoPriorError(
                 f'{config.data_dir} has fewer training images than one batch of {recipe.batch_size}. Lower batch_size.')
         seed_everything(config.seed, 'init')  # here, since what decodes draws too
         self._build_model()
@@ -92,18 +88,18 @@ class Trainer:
         """Find this process's device, and its place among the others."""
         self.device, self.rank, self.world_size = find_device(self.config.device)
         if self.recipe.sync_bn and self.world_size > 1 and self.device.type == 'cpu':
-            raise TrainingError('sync_bn must be false on CPUs, got true, which torch has for GPUs only. Add '
+            raise GeoPriorError('sync_bn must be false on CPUs, got true, which torch has for GPUs only. Add '
                                 '--set sync_bn=false.')
         if self.device.type == 'cuda':
             torch.backends.cudnn.benchmark = True  # sizes are few
 
     def _check_output(self) -> None:
         if not self.config.resume and self.last.exists():
-            raise TrainingError(f'{self.config.output} already holds a run: add --resume, or name another folder.')
+            raise GeoPriorError(f'{self.config.output} already holds a run: add --resume, or name another folder.')
         try:
             self.config.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise TrainingError(f'The folder {self.config.output} cannot be made ({error.strerror}). Check --output.'
+            raise GeoPriorError(f'The folder {self.config.output} cannot be made ({error.strerror}). Check --output.'
                                 ) from None
 
     def _batch_share(self) -> int:
@@ -111,11 +107,11 @@ class Trainer:
         recipe = self.recipe
         share, rest = divmod(recipe.batch_size, self.world_size * recipe.grad_accum_steps)
         if rest or not share:
-            raise TrainingError(
+            raise GeoPriorError(
                 f'batch_size must be a multiple of {self.world_size} processes times {recipe.grad_accum_steps} '
                 f'accumulation steps, got {recipe.batch_size}. Change batch_size or grad_accum_steps.')
         if share % 2 and (recipe.mixup or recipe.cutmix):
-            raise TrainingError(
+            raise GeoPriorError(
                 f'batch_size must give each process an even number of images for mixup and cutmix, got '
                 f'{recipe.batch_size}, which gives {share}. Change batch_size or grad_accum_steps.')
         if share == 1:
@@ -130,7 +126,7 @@ class Trainer:
             try:
                 model(torch.empty(1, 3, size, size))
             except ValueError as error:
-                raise TrainingError(
+                raise GeoPriorError(
                     f'batch_size must give each process at least 2 images at {size} px, got 1, of which batch norm has '
                     f'no statistics ({first_line(error)}). Raise batch_size or img_size.') from None
 
@@ -225,22 +221,22 @@ class Trainer:
     def _check_same_run(self, state: dict[str, Any]) -> None:
         """A checkpoint goes on with its own recipe, seed, classes and images, or not at all."""
         if missing := self.state().keys() - state.keys():
-            raise TrainingError(f'{self.last} must be a checkpoint of this version of train, got one without '
+            raise GeoPriorError(f'{self.last} must be a checkpoint of this version of train, got one without '
                                 f'{", ".join(sorted(missing))}. Train into another folder.')
         recipe = self.recipe.to_dict()
         for key in recipe:
             if state['recipe'].get(key) != recipe[key]:
-                raise TrainingError(
+                raise GeoPriorError(
                     f'{self.last} was trained with {key} = {state["recipe"].get(key)!r}, this run has {recipe[key]!r}. '
                     f'Resume with the same recipe, or train into another folder.')
         if state['seed'] != self.config.seed:
-            raise TrainingError(f'{self.last} has seed {state["seed"]}, this run {self.config.seed}. Use the same.')
+            raise GeoPriorError(f'{self.last} has seed {state["seed"]}, this run {self.config.seed}. Use the same.')
         if state['class_names'] != list(self.data.class_names):
-            raise TrainingError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
+            raise GeoPriorError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
                                 f'{len(self.data.class_names)} in {self.config.data_dir}. Check --data-dir.')
         images = (list(self.data.held_names), self.data.train_sha256)
         if (state['held_names'], state['train_sha256']) != images:
-            raise TrainingError(
+            raise GeoPriorError(
                 f'{self.last} was trained on other images than those in {self.config.data_dir}: some were added, '
                 f'removed or renamed, and images that were trained on might be held out now. Restore them, or train '
                 f'into another folder.')
@@ -267,7 +263,7 @@ class Trainer:
             The run's results, as written to results.json.
 
         Raises:
-            TrainingError: The loss was not finite for too many steps in a row.
+            GeoPriorError: The loss was not finite for too many steps in a row.
             SystemExit: 128 plus the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
         """
         previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -418,7 +414,7 @@ class Trainer:
         if self.skipped >= self.recipe.max_skipped_steps:
             lr = self.optimizer.param_groups[-1]['lr']
             good = f'the last good checkpoint is {self.last}' if self.last.exists() else 'there is no checkpoint yet'
-            raise TrainingError(
+            raise GeoPriorError(
                 f'The loss was not finite for {self.skipped} steps in a row, up to step {done} with a learning rate of '
                 f'{lr:.3g}; {good}. Lower lr, or clip gradients with clip_grad.')
 
@@ -503,7 +499,7 @@ class _Statistics:
 def _check_config(config: RunConfig) -> None:
     for key, least in (('workers', 0), ('save_every', 1), ('max_corrupt', 0)):
         if getattr(config, key) < least:
-            raise TrainingError(f'--{key.replace("_", "-")} must be {least} or more, got {getattr(config, key)}.')
+            raise GeoPriorError(f'--{key.replace("_", "-")} must be {least} or more, got {getattr(config, key)}.')
 
 
 def _load(make: Callable[[], Any], what: str) -> Any:
@@ -513,7 +509,7 @@ def _load(make: Callable[[], Any], what: str) -> Any:
     except GeoPriorError:
         raise
     except Exception as error:  # timm's loading, and a Hub's, fail in many ways
-        raise TrainingError(f'{what} cannot be loaded ({first_line(error)}). Check the name, the weights and the '
+        raise GeoPriorError(f'{what} cannot be loaded ({first_line(error)}). Check the name, the weights and the '
                             f'connection.') from error
 
 
@@ -528,7 +524,7 @@ def train(recipe: Recipe, config: RunConfig) -> dict[str, Any]:
         The results, as `Trainer.fit` gives them.
 
     Raises:
-        TrainingError: As `Trainer` and `Trainer.fit` have it.
+        GeoPriorError: As `Trainer` and `Trainer.fit` have it.
     """
     try:
         return Trainer(recipe, config).fit()

@@ -36,15 +36,11 @@ from .parts import check_recipe, create_model
 from .recipe import Recipe, load_recipe
 from .sources import model_cfg
 
-__all__ = ['FinetuneError', 'Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
+__all__ = ['Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
 
 HELD_OUT_SHARE = 0.2
 # what the recipe's learning rate was found for
 RATED_BATCH, RATED_PARAMETERS = 64, 1.1e6
-
-
-class FinetuneError(GeoPriorError):
-    """A folder, a model or an output that fine-tuning can do nothing with; the message says what to do."""
 
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
@@ -104,7 +100,7 @@ def finetune(job: Job) -> dict[str, Any]:
         The run's results, as in results.json, with the figures of the finished folder under 'measured'.
 
     Raises:
-        FinetuneError: The folder holds too little, the model cannot be loaded, or the output is in the way.
+        GeoPriorError: The folder holds too little, the model cannot be loaded, or the output is in the way.
         GeoPriorError: Whatever else stops a run; the message is a sentence for people.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
@@ -139,10 +135,10 @@ def find_splits(folder: Path) -> Splits:
     """Find the splits of a data set's folder: `train` and the like are splits if there are class folders in them.
 
     Raises:
-        FinetuneError: There is no such folder, or its splits have no class folders.
+        GeoPriorError: There is no such folder, or its splits have no class folders.
     """
     if not folder.is_dir():
-        raise FinetuneError(f'{folder} must be a folder with one folder of images for each class. Check its name.')
+        raise GeoPriorError(f'{folder} must be a folder with one folder of images for each class. Check its name.')
     train, val, test = (next((name for name in folders_of_split(folder, split) if _has_folders(folder / name)), '')
                         for split in SPLITS)
     if train:
@@ -150,7 +146,7 @@ def find_splits(folder: Path) -> Splits:
     names = _folders(folder)
     meant = [name for split in SPLITS for name in folders_of_split(folder, split)]
     if len(meant) > 1 and len(meant) == len(names):
-        raise FinetuneError(f'The splits {", ".join(sorted(meant))} of {folder} must have one folder of images for '
+        raise GeoPriorError(f'The splits {", ".join(sorted(meant))} of {folder} must have one folder of images for '
                             f'each class, got none. Sort the images into class folders.')
     return Splits()
 
@@ -173,10 +169,10 @@ def _has_folders(folder: Path) -> bool:
 def _check_places(job: Job) -> None:
     output, data = job.output.resolve(), job.data_dir.resolve()
     if output == data or data in output.parents:
-        raise FinetuneError(f'{job.output} lies in the folder of the images, expected another place: its pictures '
+        raise GeoPriorError(f'{job.output} lies in the folder of the images, expected another place: its pictures '
                             f'would be taken for one more class. Name one by --output.')
     if output.exists() and not output.is_dir():
-        raise FinetuneError(f'{job.output} is a file, expected a folder, or none yet: name another by --output.')
+        raise GeoPriorError(f'{job.output} is a file, expected a folder, or none yet: name another by --output.')
 
 
 def _recipe(job: Job, splits: Splits) -> Recipe:
@@ -218,7 +214,7 @@ def _cfg(model: str) -> dict[str, Any]:
     try:
         return model_cfg(model)
     except Exception as error:  # timm, json and the Hub's client raise half a dozen types
-        raise FinetuneError(f'{model} cannot be loaded ({first_line(error)}). Name a model of timm, or `local-dir:` '
+        raise GeoPriorError(f'{model} cannot be loaded ({first_line(error)}). Name a model of timm, or `local-dir:` '
                             f'and a folder with config.json and model.safetensors.') from error
 
 
@@ -226,7 +222,7 @@ def _check_model(model: str, from_scratch: bool) -> None:
     cfg = _cfg(model)
     sources = ('file', 'url', 'hf_hub_id', 'state_dict')
     if not from_scratch and timm.is_model(model.split('.')[0]) and not any(cfg.get(key) for key in sources):
-        raise FinetuneError(f'{model} has no trained weights to start from, expected a model that has some: '
+        raise GeoPriorError(f'{model} has no trained weights to start from, expected a model that has some: '
                             f'`timm-geoprior list` names them, and --from-scratch starts from random ones.')
 
 
@@ -235,11 +231,11 @@ def _open(job: Job, split: str) -> EvalSet:
     try:
         data = open_split(job.data_dir, split=split)
     except EvaluationError as error:
-        raise FinetuneError(
+        raise GeoPriorError(
             f'{place} has no images in class folders, expected one folder a class with files that end in '
             f'{", ".join(get_img_extensions())}: sort them into folders, or convert them.') from error
     if len(data.classes) < 2:
-        raise FinetuneError(f'{place} has one class, {data.classes[0]}, expected at least two folders of images: a '
+        raise GeoPriorError(f'{place} has one class, {data.classes[0]}, expected at least two folders of images: a '
                             f'classifier needs something to tell apart.')
     return data
 
@@ -259,10 +255,10 @@ def _check_classes(data: EvalSet, place: Path, held_out: bool) -> None:
     per_class = np.bincount(data.labels, minlength=len(data.classes))
     hidden = [name for name in data.classes if name.startswith('.')]
     if hidden:
-        raise FinetuneError(f'{place} has images in the hidden folder {hidden[0]}, expected class folders: remove it.')
+        raise GeoPriorError(f'{place} has images in the hidden folder {hidden[0]}, expected class folders: remove it.')
     few = [name for name, count in zip(data.classes, per_class, strict=True) if count < 2]
     if held_out and few:
-        raise FinetuneError(f'{place} has classes with one image ({", ".join(few[:3])}), expected at least two, one to '
+        raise GeoPriorError(f'{place} has classes with one image ({", ".join(few[:3])}), expected at least two, one to '
                             f'train on and one to hold out: add some, or a folder val beside train.')
 
 
@@ -272,7 +268,7 @@ def _trainer(recipe: Recipe, config: RunConfig) -> Trainer:
     except GeoPriorError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # what timm and the Hub's client say of weights
-        raise FinetuneError(f'{recipe.model} cannot be loaded ({first_line(error)}), expected a model with weights for '
+        raise GeoPriorError(f'{recipe.model} cannot be loaded ({first_line(error)}), expected a model with weights for '
                             f'this architecture: name another, or start with --from-scratch.') from error
 
 

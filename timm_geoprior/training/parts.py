@@ -15,9 +15,10 @@ from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import freeze
 from torch import nn
 
+from ..errors import GeoPriorError
 from ..files import first_line
 from .checkpoint import SavedModel, read_weights, take_prefix_off
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe
 
 __all__ = [
     'TargetLoss', 'check_recipe', 'create_mixup', 'create_model', 'create_optimizer', 'create_schedule', 'create_task',
@@ -69,7 +70,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Build all of a recipe without memory, before any data are read.
 
     Raises:
-        RecipeError: timm can make nothing of some keys; the message names them, and what is near the name that was got.
+        GeoPriorError: timm can make nothing of some keys; the message names them, and the nearest known name.
     """
     with torch.device('meta'):
         model = _try(lambda: create_model(recipe, 2), 'model, model_kwargs and freeze', recipe.model, timm.list_models)
@@ -85,7 +86,7 @@ def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[],
     except Exception as error:  # timm's and torch's constructors raise what they like
         near = [] if name in known() else difflib.get_close_matches(name, known(), n=1)
         hint = f'did you mean {near[0]!r}?' if near else 'change one, in the recipe or by --set KEY=VALUE.'
-        raise RecipeError(f'timm can make nothing of the recipe keys {keys} ({first_line(error)}): {hint}') from error
+        raise GeoPriorError(f'timm can make nothing of the recipe keys {keys} ({first_line(error)}): {hint}') from error
 
 
 def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -97,7 +98,7 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     teacher: Any = timm.create_model(recipe.teacher, pretrained=True, num_classes=num_classes, **options)
     known = teacher.pretrained_cfg.get('num_classes')
     if known != num_classes:  # timm has drawn a new head, which teaches noise
-        raise RecipeError(f'The teacher {recipe.teacher} must know the {num_classes} classes of the images, got '
+        raise GeoPriorError(f'The teacher {recipe.teacher} must know the {num_classes} classes of the images, got '
                           f'weights for {known}. Name another, or a checkpoint by teacher_path.')
     network: nn.Module = teacher.eval().requires_grad_(False)
     return network

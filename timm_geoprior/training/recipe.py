@@ -12,11 +12,7 @@ import yaml
 
 from ..errors import GeoPriorError
 
-__all__ = ['Recipe', 'RecipeError', 'load_recipe', 'recipe_names']
-
-
-class RecipeError(GeoPriorError):
-    """A recipe that cannot be run; the message names the key, what was got and what was expected."""
+__all__ = ['Recipe', 'load_recipe', 'recipe_names']
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class Recipe:
                  'pairs of first epoch and size, the first from epoch 0 on')
         for key in _OF_FILES if self.in_memory else ():
             _require(not getattr(self, key), key, getattr(self, key),
-                     'none with in_memory, whose images are only cropped and flipped')
+                     'left out with in_memory, which only crops and flips')
 
     def size_at(self, epoch: int) -> int:
         """Side of the training images in an epoch, in pixels."""
@@ -149,7 +145,7 @@ _OF_FILES = ('aa', 'color_jitter', 'reprob', 'aug_repeats')  # what only images 
 
 def _require(holds: bool, key: str, got: Any, expected: str) -> None:
     if not holds:
-        raise RecipeError(f'Recipe key {key!r} is {got!r}, expected {expected}.')
+        raise GeoPriorError(f'The recipe key {key!r} must be {expected}, got {got!r}.')
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
@@ -176,14 +172,14 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = getattr(kind, '__name__', str(kind)) if origin is None else str(kind).replace('typing.', '')
-    raise RecipeError(f'Recipe key {key!r} is {value!r}, expected a value of type {name}.')
+    raise GeoPriorError(f'The recipe key {key!r} must be of type {name}, got {value!r}.')
 
 
 def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe:
     """A Recipe of plain values.
 
     Raises:
-        RecipeError: An unknown key (the nearest valid one is suggested), a missing one, a wrong type or an impossible
+        GeoPriorError: An unknown key (the nearest valid one is suggested), a missing one, a wrong type or an impossible
             value.
     """
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
@@ -191,11 +187,11 @@ def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f'did you mean {near[0]!r}?' if near else 'see timm_geoprior/training/recipe.py for those there are.'
-            raise RecipeError(f'Unknown key {key!r} in {source}: {hint}')
+            raise GeoPriorError(f'Unknown key {key!r} in {source}: {hint}')
     missing = [key for key, f in fields.items() if key not in values
                and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing:
-        raise RecipeError(f'{source} lacks the key {missing[0]!r}: every recipe needs {", ".join(missing)}.')
+        raise GeoPriorError(f'{source} lacks the key {missing[0]!r}. Every recipe needs {", ".join(missing)}.')
     return Recipe(**{key: _convert(key, value, fields[key].type) for key, value in values.items()})
 
 
@@ -209,8 +205,9 @@ def _parse(text: str, what: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f'{what} is not YAML ({" ".join(str(error).split())}), expected keys and values: check '
-                          f'brackets, colons and quotes.') from None
+        reason = ' '.join(str(error).split())
+        raise GeoPriorError(
+            f'{what} must be YAML with keys and values ({reason}). Check brackets, colons and quotes.') from None
 
 
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -221,29 +218,29 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         overrides: 'key=value' strings, values as YAML, that replace or add keys.
 
     Raises:
-        RecipeError: No such recipe, no mapping in the file, or keys and values that `make_recipe` refuses.
+        GeoPriorError: No such recipe, no mapping in the file, or keys and values that `make_recipe` refuses.
     """
     path = Path(source)
     shipped = resources.files('timm_geoprior.training') / 'recipes' / f'{source}.yaml'
     if path.suffix in ('.yaml', '.yml'):
         if not path.is_file():
-            raise RecipeError(
+            raise GeoPriorError(
                 f'There is no recipe file {source}: give a YAML file, or one of {", ".join(recipe_names())}.')
         try:
-            text = path.read_text()
+            text = path.read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f'{source} cannot be read ({error}), expected a YAML file: check its path.') from None
+            raise GeoPriorError(f'{source} cannot be read ({error}). It must be a YAML file in UTF-8.') from None
     elif shipped.is_file():
-        text = shipped.read_text()
+        text = shipped.read_text(encoding='utf-8')
     else:
-        raise RecipeError(
+        raise GeoPriorError(
             f'There is no recipe {str(source)!r}: give one of {", ".join(recipe_names())}, or a YAML file.')
     values = _parse(text, f'Recipe {source}')
     if not isinstance(values, dict):
-        raise RecipeError(f'Recipe {source} holds a {type(values).__name__}, expected keys and values.')
+        raise GeoPriorError(f'Recipe {source} must hold keys and values, got a {type(values).__name__}.')
     for override in overrides or []:
         key, equals, value = override.partition('=')
         if not equals:
-            raise RecipeError(f'Override {override!r} has no value, expected key=value.')
+            raise GeoPriorError(f'An override must be key=value, got {override!r}.')
         values[key] = _parse(value, f'The value of {override!r}')
     return make_recipe(values, f'recipe {source}')

@@ -23,9 +23,9 @@ from ..data.workers import init_worker
 from ..errors import EvaluationError, GeoPriorError
 from ..files import first_line
 from .config import RunConfig
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe
 
-__all__ = ['DataError', 'Share', 'TrainingData', 'model_cfg', 'open_images', 'open_training_data']
+__all__ = ['Share', 'TrainingData', 'model_cfg', 'open_images', 'open_training_data']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -87,10 +87,6 @@ class _SomeImages:
         return str(self.dataset.filename(self.indices[index]))
 
 
-class DataError(GeoPriorError):
-    """Images that cannot be trained on, or measured; the message says why and what to do."""
-
-
 class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
     """A timm data set with targets of our own: image, target, index; -1 is the target of what cannot be read."""
 
@@ -117,20 +113,20 @@ def open_images(config: RunConfig, split: str) -> EvalSet:
         split: The split's name, or another name of it, in any case; '' for class folders without splits.
 
     Raises:
-        DataError: There is no such folder, or it has no images, or a class twice.
+        GeoPriorError: There is no such folder, or it has no images, or a class twice.
     """
     if not config.data_dir.is_dir():
-        raise DataError(f'{config.data_dir} must be a folder with a folder {split} in it. Check --data-dir.')
+        raise GeoPriorError(f'{config.data_dir} must be a folder with a folder {split} in it. Check --data-dir.')
     if split:
         split = next(iter(folders_of_split(config.data_dir, split)), split)
     try:
         found = open_split(config.data_dir, split=split)
     except EvaluationError as error:
-        raise DataError(f'The split {split} in {config.data_dir} cannot be opened ({first_line(error)}). It must have '
-                        f'one folder of images for each class.') from error
+        raise GeoPriorError(f'The split {split} in {config.data_dir} cannot be opened ({first_line(error)}). It must '
+                            f'have one folder of images for each class.') from error
     if repeated := repeated_classes(found):
         name, places = repeated[0]
-        raise DataError(f'{config.data_dir} has {len(repeated)} classes more than once, such as {name} in '
+        raise GeoPriorError(f'{config.data_dir} has {len(repeated)} classes more than once, such as {name} in '
                         f'{" and ".join(places[:3])}. The split {split} must have one folder for each class: check '
                         f'--data-dir and --train-split.')
     return found
@@ -141,8 +137,8 @@ def _open_measured(config: RunConfig, names: tuple[str, ...]) -> _Labelled:
     found = open_images(config, config.val_split)
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
-        raise DataError(f'The split {config.val_split} has {len(unknown)} classes that {config.train_split} does not '
-                        f'have, such as {unknown[0]}. Check --val-split.')
+        raise GeoPriorError(f'The split {config.val_split} has {len(unknown)} classes that {config.train_split} does '
+                            f'not have, such as {unknown[0]}. Check --val-split.')
     index = torch.tensor([names.index(name) for name in found.classes])
     return _Labelled(found.dataset, index[torch.from_numpy(found.labels)])
 
@@ -210,7 +206,7 @@ def _divide(found: EvalSet, recipe: Recipe, config: RunConfig) -> tuple[torch.Te
         if config.holdout_share:
             return hold_out_share(targets, config.holdout_share)
     except ValueError as error:
-        raise DataError(str(error)) from None
+        raise GeoPriorError(str(error)) from None
     return torch.arange(len(targets)), torch.empty(0, dtype=torch.int64)
 
 
@@ -298,7 +294,7 @@ def _make_transform(recipe: Recipe, norms: dict[str, Any]) -> _Transform:
     try:
         transform(recipe.img_size)
     except Exception as error:  # timm's parsers fail in their own ways
-        raise RecipeError(f'timm can make nothing of the recipe keys aa = {recipe.aa!r}, interpolation = '
+        raise GeoPriorError(f'timm can make nothing of the recipe keys aa = {recipe.aa!r}, interpolation = '
                           f'{recipe.interpolation!r} and remode = {recipe.remode!r} ({type(error).__name__} {error}).'
                           ) from error
     return transform
