@@ -37,8 +37,9 @@ TITLE = 'GeoPrior ResNet: what it sees, and how far it looks'
 LEAD = ('Drop a picture or pick a sample, then click into it: what stays light is where the attention layers look from '
         'that point. How far they look is all they have learned of it, a radius each, the same in every picture.')
 LEGEND = ('**Light**: where the position at the cross looks, in the cells of the layers. **Circle**: the learned '
-          'radius of a layer, at which its attention has fallen to 61% of its peak (a diamond: to 37%). **Dotted**: '
-          'the cell that looks, the nearest one to the cross. The **frame** on the picture is what the network sees of it.')
+          'radius of a layer, at which its attention has fallen to 61% of its peak (a diamond: to 37%). '
+          '**Dotted**: the cell that looks, the nearest one to the cross. The **frame** on the picture is what the '
+          'network sees of it.')
 CSS = """
 .gradio-container {  /* Gradio's own greys are too light to read */
     --block-info-text-color: var(--block-label-text-color); --body-text-color-subdued: var(--block-label-text-color)}
