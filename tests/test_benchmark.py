@@ -11,9 +11,9 @@ import torch
 from benchmark import (
     ENGINES,
     BenchmarkError,
-    Setting,
-    compare,
+    Workload,
     create_network,
+    describe,
     measure_speed,
     measure_startup,
     prepare_step,
@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'benchmark.py'
 
 
 def setting(**changes):
-    return Setting(**{'img_size': 32, 'batch_size': 2, 'model_kwargs': TINY, **changes})
+    return Workload(**{'img_size': 32, 'batch_size': 2, 'model_kwargs': TINY, **changes})
 
 
 def run(*arguments, **options):
@@ -92,7 +92,7 @@ def test_ratios_are_of_the_same_repetition():
             for name, values in {'a': [10.0, 22.0, 30.0], 'b': [10.0, 20.0]}.items()
             for index, value in enumerate(values)]
     assert ratios(rows, ['a', 'b'], 'images_per_second') == {'b': [1.0, 1.1]}
-    assert list(compare(rows, ['a', 'b'], 'images_per_second')) == [
+    assert list(describe(rows, ['a', 'b'], 'images_per_second')) == [
         'images_per_second of a: 22 [16, 26]', 'images_per_second of b: 15 [12.5, 17.5]',
         'ratio to b: 1.050 [1.025, 1.075] (closer to one than its spread is wide: no difference shown)']
 
@@ -114,6 +114,15 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(BenchmarkError, match='nonesuch is left out: timm .* has no such model. Name one of'):
         usable_models(['nonesuch', NANO])
     assert usable_models([NANO, 'nonesuch'])[0] == [NANO]
+
+
+def test_another_gpu_is_torchs_current_device(monkeypatch):
+    """torch.cuda.synchronize and torch's timers are about the current device."""
+    used = []
+    monkeypatch.setattr(torch.cuda, 'set_device', used.append)
+    for device in ('cpu', 'cuda', 'cuda:1'):
+        setting(device=device).use_device()
+    assert used == [0, 1]
 
 
 def test_the_script(tmp_path):

@@ -6,12 +6,13 @@ import json
 import os
 import unicodedata
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
-    'drawable', 'first_line', 'is_lfs_pointer', 'save_figure', 'write_atomically', 'write_csv', 'write_json',
+    'drawable', 'first_line', 'is_lfs_pointer', 'markdown_table', 'save_figure', 'write_atomically', 'write_csv',
+    'write_json',
 ]
 
 
@@ -68,6 +69,20 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     write_atomically(path, text.getvalue().encode(errors='backslashreplace'))
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Make a Markdown table, its first column to the left, the others to the right.
+
+    Examples:
+        >>> print(markdown_table(['model', 'top-1'], [['resnet50', 76.1]]))
+        | model | top-1 |
+        | --- | ---: |
+        | resnet50 | 76.1 |
+    """
+    names = list(header)
+    lines = [names, ['---'] + ['---:'] * (len(names) - 1), *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 
 def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:

@@ -3,13 +3,10 @@
 
     python scripts/experiments/benchmark.py geoprior_resnet50 resnet50 --channels-last --output bench
 
-The first model is compared with each of the others: a ratio for every repetition, its median and, in brackets, the
-middle half. Above one, the first is faster (images a second) or needs more (seconds, bytes).
-
-Speed and memory of networks side by side: interleaved repetitions in one process, and ratios of neighbours in time.
-
-A machine's speed drifts by more than networks differ. So each repetition measures every network once, in an order that
-alternates, and what is compared are the repetitions' ratios: their median, with the middle half as spread.
+The speed of a machine drifts by more than networks differ. So each repetition measures every network once, in
+alternating order, in one process. The first model is compared with each of the others by the ratio of each repetition;
+the median is printed, with the middle half in brackets. Above one, the first model is faster (images per second) or
+needs more (seconds, bytes).
 """
 import argparse
 import contextlib
@@ -41,9 +38,9 @@ from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.files import write_atomically
 from timm_geoprior.provenance import git_commit, hardware, versions
 
-ENGINES = ('eager', 'compile', 'torchscript', 'onnxruntime', 'aotinductor')
+ENGINES = ('eager', 'compile', 'cudagraphs', 'torchscript', 'onnxruntime', 'aotinductor')
+COMPILED = {'compile': None, 'cudagraphs': 'reduce-overhead'}  # the mode of torch.compile
 PROCESS = Path('/proc/self')
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 Step = Callable[[], object]
 
@@ -53,7 +50,7 @@ class BenchmarkError(GeoPriorError):
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workload:
     """How networks are run.
 
     Attributes:
@@ -93,7 +90,7 @@ class Setting:
         if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
             raise BenchmarkError(f'device is {self.device}, this machine has {torch.cuda.device_count()} CUDA devices: '
                                  f'take --device cpu.')
-        if self.engine not in ('eager', 'compile') and (self.train or self.precision != 'float32'):
+        if self.engine not in ('eager', *COMPILED) and (self.train or self.precision != 'float32'):
             raise BenchmarkError(f'engine is {self.engine} with {"training" if self.train else self.precision}, '
                                  f'expected inference in float32: leave --train and --amp out.')
         if self.train and self.reparameterize:
@@ -109,11 +106,16 @@ class Setting:
             return 'this CPU has no bfloat16 instructions: it is emulated'
         return ''
 
+    def use_device(self) -> None:
+        """Make the device torch's current one, which `synchronize`, timers and memory statistics are about."""
+        if torch.device(self.device).type == 'cuda':
+            torch.cuda.set_device(torch.device(self.device).index or 0)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context that a step runs in."""
         if self.precision == 'float32':
             return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, DTYPES[self.precision])
+        return torch.autocast(torch.device(self.device).type, getattr(torch, self.precision))
 
 
 def usable_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -131,49 +133,49 @@ def usable_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 # -- one step ----------------------------------------------------------------------------------------------------------
 
-def create_network(name: str, setting: Setting) -> nn.Module:
+def create_network(name: str, workload: Workload) -> nn.Module:
     """A network with random weights, for 1,000 classes unless `model_kwargs` say otherwise."""
-    model: nn.Module = timm.create_model(name, **{'num_classes': 1000, **setting.model_kwargs})
-    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-    model = model.to(device=setting.device).train(setting.train)
+    model: nn.Module = timm.create_model(name, **{'num_classes': 1000, **workload.model_kwargs})
+    layout = torch.channels_last if workload.channels_last else torch.contiguous_format
+    model = model.to(device=workload.device).train(workload.train)
     for parameter in model.parameters():
         if parameter.dim() == 4:  # `model.to(memory_format=...)` fails at the five axes of a lambda layer's weights
             parameter.data = parameter.data.contiguous(memory_format=layout)
-    return reparameterize_model(model) if setting.reparameterize else model
+    return reparameterize_model(model) if workload.reparameterize else model
 
 
-def prepare_step(model: nn.Module, setting: Setting, folder: Path) -> Step:
+def prepare_step(model: nn.Module, workload: Workload, folder: Path) -> Step:
     """A function that runs a network once on a fixed batch.
 
     Args:
         model: The network, as `create_network` makes it.
-        setting: How it is run.
+        workload: How it is run.
         folder: For files of the engine.
     """
-    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-    shape = (setting.batch_size, 3, setting.img_size, setting.img_size)
+    layout = torch.channels_last if workload.channels_last else torch.contiguous_format
+    shape = (workload.batch_size, 3, workload.img_size, workload.img_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(setting.device).contiguous(memory_format=layout)
-    if setting.train:
-        return _training_step(model, images, setting)
-    run = _engine(model, images, setting, folder)
+    images = images.to(workload.device).contiguous(memory_format=layout)
+    if workload.train:
+        return _training_step(model, images, workload)
+    run = _engine(model, images, workload, folder)
 
     @torch.inference_mode()
     def step() -> object:
-        with setting.autocast():
+        with workload.autocast():
             return run(images)
 
     return step
 
 
-def _training_step(model: nn.Module, images: torch.Tensor, setting: Setting) -> Step:
+def _training_step(model: nn.Module, images: torch.Tensor, workload: Workload) -> Step:
     targets = torch.randint(1000, (len(images),), device=images.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    scaler = torch.amp.GradScaler(images.device.type, enabled=setting.precision == 'float16')
-    network = torch.compile(model, dynamic=False) if setting.engine == 'compile' else model
+    scaler = torch.amp.GradScaler(images.device.type, enabled=workload.precision == 'float16')
+    network = _compiled(model, workload) if workload.engine in COMPILED else model
 
     def step() -> None:
-        with setting.autocast():
+        with workload.autocast():
             loss = F.cross_entropy(network(images), targets)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -183,28 +185,34 @@ def _training_step(model: nn.Module, images: torch.Tensor, setting: Setting) -> 
     return step
 
 
+def _compiled(model: nn.Module, workload: Workload) -> Callable[[torch.Tensor], torch.Tensor]:
+    compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(
+        model, dynamic=False, mode=COMPILED[workload.engine])
+    return compiled
+
+
 def _engine(
-        model: nn.Module, images: torch.Tensor, setting: Setting, folder: Path) -> Callable[[torch.Tensor], object]:
-    """The network as the setting's engine runs it."""
-    if setting.engine == 'compile':
-        return torch.compile(model, dynamic=False)
-    if setting.engine == 'eager':
+        model: nn.Module, images: torch.Tensor, workload: Workload, folder: Path) -> Callable[[torch.Tensor], object]:
+    """The network as the workload's engine runs it."""
+    if workload.engine in COMPILED:
+        return _compiled(model, workload)
+    if workload.engine == 'eager':
         return model
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # TorchScript's deprecation; the exporter's remarks on its own code
-        if setting.engine == 'torchscript':
+        if workload.engine == 'torchscript':
             return torch.jit.freeze(torch.jit.trace(model, images))  # type: ignore[no-any-return]
-        if setting.engine == 'aotinductor':
+        if workload.engine == 'aotinductor':
             from torch._inductor import aoti_compile_and_package, aoti_load_package  # torch's documented entry
 
             package = aoti_compile_and_package(
                 torch.export.export(model, (images,)), package_path=str(folder / f'{id(model)}.pt2'))
             return aoti_load_package(package)
-        return _onnx_session(model, images, setting, folder)
+        return _onnx_session(model, images, workload, folder)
 
 
 def _onnx_session(
-        model: nn.Module, images: torch.Tensor, setting: Setting, folder: Path) -> Callable[[torch.Tensor], object]:
+        model: nn.Module, images: torch.Tensor, workload: Workload, folder: Path) -> Callable[[torch.Tensor], object]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it)
@@ -213,7 +221,7 @@ def _onnx_session(
     path = folder / f'{id(model)}.onnx'
     torch.onnx.export(model, (images,), path, dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = setting.num_threads
+    options.intra_op_num_threads = workload.num_threads
     session = onnxruntime.InferenceSession(path, options)
     inputs = {session.get_inputs()[0].name: images.contiguous().numpy()}
     return lambda _: session.run(None, inputs)
@@ -222,39 +230,40 @@ def _onnx_session(
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 def measure_speed(
-        names: Sequence[str], setting: Setting, repeats: int, min_seconds: float = 1.0) -> Iterator[dict[str, Any]]:
+        names: Sequence[str], workload: Workload, repeats: int, min_seconds: float = 1.0) -> Iterator[dict[str, Any]]:
     """Images a second of each network, one repetition after the other.
 
     Args:
         names: The networks.
-        setting: How they are run.
+        workload: How they are run.
         repeats: Repetitions.
         min_seconds: Least time that one network is run in one repetition, seconds.
 
     Yields:
         'model', 'repetition' and 'images_per_second', as soon as measured.
     """
+    workload.use_device()
     with tempfile.TemporaryDirectory() as folder:
         timers = {}
         for name in names:
-            step = prepare_step(create_network(name, setting), setting, Path(folder))
-            timers[name] = Timer('step()', globals={'step': step}, num_threads=setting.num_threads)
+            step = prepare_step(create_network(name, workload), workload, Path(folder))
+            timers[name] = Timer('step()', globals={'step': step}, num_threads=workload.num_threads)
         warm = {name: timer.blocked_autorange(min_run_time=min_seconds).median for name, timer in timers.items()}
         for repetition in range(repeats):
             for name in names if repetition % 2 else reversed(names):
                 number = max(1, round(min_seconds / warm[name]))
                 seconds = timers[name].timeit(number).mean
-                yield {'model': name, 'repetition': repetition, 'images_per_second': setting.batch_size / seconds}
+                yield {'model': name, 'repetition': repetition, 'images_per_second': workload.batch_size / seconds}
 
 
 # -- model creation, first call, memory --------------------------------------------------------------------------------
 
-def measure_startup(names: Sequence[str], setting: Setting, repeats: int) -> Iterator[dict[str, Any]]:
+def measure_startup(names: Sequence[str], workload: Workload, repeats: int) -> Iterator[dict[str, Any]]:
     """Creation, first call and peak memory of each network, each in a process of its own.
 
     Args:
         names: The networks.
-        setting: How they are run.
+        workload: How they are run.
         repeats: Repetitions.
 
     Yields:
@@ -265,30 +274,39 @@ def measure_startup(names: Sequence[str], setting: Setting, repeats: int) -> Ite
     for repetition in range(repeats):
         for name in names if repetition % 2 else reversed(names):
             with context.Pool(1) as pool:
-                yield {'model': name, 'repetition': repetition, **pool.apply(_startup, (name, setting))}
+                yield {'model': name, 'repetition': repetition, **pool.apply(_startup, (name, workload))}
 
 
-def _startup(name: str, setting: Setting) -> dict[str, float]:
-    torch.set_num_threads(setting.num_threads)
-    if PROCESS.exists():
-        (PROCESS / 'clear_refs').write_text('5')  # the peak starts from what is in use, not from that of the imports
-    before = _peak_bytes(setting)
+def _startup(name: str, workload: Workload) -> dict[str, float]:
+    torch.set_num_threads(workload.num_threads)
+    workload.use_device()
+    before = reset_peak(workload)
     started = time.perf_counter()
-    model = create_network(name, setting)
+    model = create_network(name, workload)
     created = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        step = prepare_step(model, setting, Path(folder))
+        step = prepare_step(model, workload, Path(folder))
         step()
-        if setting.device != 'cpu':
+        if torch.device(workload.device).type == 'cuda':
             torch.cuda.synchronize()
         called = time.perf_counter()
         step()  # momentum and workspaces are there from the second on
     return {'create_seconds': created - started, 'first_call_seconds': called - created,
-            'peak_bytes': _peak_bytes(setting) - before}
+            'peak_bytes': peak_bytes(workload) - before}
 
 
-def _peak_bytes(setting: Setting) -> int:
-    if torch.device(setting.device).type == 'cuda':
+def reset_peak(workload: Workload) -> int:
+    """Let the peak of memory start from what is in use now; that, in bytes."""
+    if torch.device(workload.device).type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    elif PROCESS.exists():
+        (PROCESS / 'clear_refs').write_text('5')
+    return peak_bytes(workload)
+
+
+def peak_bytes(workload: Workload) -> int:
+    """The peak of memory, in bytes: of a GPU what was allocated, else of the process."""
+    if torch.device(workload.device).type == 'cuda':
         return torch.cuda.max_memory_allocated()
     if PROCESS.exists():  # Linux: getrusage would give the parent's peak where that was higher
         lines = (PROCESS / 'status').read_text().splitlines()
@@ -332,7 +350,7 @@ def ratios(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) 
                     if (names[0], index) in values and (other, index) in values] for other in names[1:]}
 
 
-def compare(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) -> Iterator[str]:
+def describe(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) -> Iterator[str]:
     """Lines about a quantity: of each model, and of the first as a ratio to each other one."""
     for name in names:
         spread = summarize([row[quantity] for row in rows if row['model'] == name])
@@ -363,12 +381,12 @@ def plot_ratios(results: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={'Software': None})
 
 
-class Report:
-    """The output folder: rows as they come, so that a benchmark that is killed keeps those that it finished."""
+class OutputFolder:
+    """The output folder. Rows are written as they are measured: a benchmark that is killed keeps those it has."""
 
-    def __init__(self, folder: Path, setting: Setting, command: str) -> None:
+    def __init__(self, folder: Path, workload: Workload, command: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.setting, self.command = folder, setting, command
+        self.folder, self.workload, self.command = folder, workload, command
 
     def collect(self, file: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         """Write rows to a CSV file while they are measured, and return them."""
@@ -385,8 +403,8 @@ class Report:
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write results.json."""
-        device = torch.device(self.setting.device)
-        facts = {'command': self.command, 'setting': dataclasses.asdict(self.setting), 'hardware': hardware(device),
+        device = torch.device(self.workload.device)
+        facts = {'command': self.command, 'setting': dataclasses.asdict(self.workload), 'hardware': hardware(device),
                  'versions': versions(), 'commit': git_commit(), **results}
         write_atomically(self.folder / 'results.json', (json.dumps(facts, indent=2) + '\n').encode())
 
@@ -424,27 +442,27 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> None:
-    setting = Setting(
+    workload = Workload(
         args.device, args.amp_dtype if args.amp else 'float32', args.channels_last,
         'compile' if args.compile else args.engine, args.train, args.img_size, args.batch_size, args.threads,
         args.reparameterize, args.model_kwargs)
     names, reasons = usable_models(args.models)
-    for remark in filter(None, [setting.check(), *reasons]):
+    for remark in filter(None, [workload.check(), *reasons]):
         print(f'benchmark.py: {remark}', file=sys.stderr)
     torch.set_num_threads(args.threads)
-    report = Report(args.output, setting, shlex.join(['python', *sys.argv]))
+    output = OutputFolder(args.output, workload, shlex.join(['python', *sys.argv]))
     sources: dict[str, tuple[Iterator[dict[str, Any]], int]] = {
-        'speed.csv': (measure_speed(names, setting, args.repeats, args.min_seconds), args.repeats),
-        'startup.csv': (measure_startup(names, setting, args.startup), args.startup)}
+        'speed.csv': (measure_speed(names, workload, args.repeats, args.min_seconds), args.repeats),
+        'startup.csv': (measure_startup(names, workload, args.startup), args.startup)}
     results: dict[str, dict[str, list[float]]] = {}
     for file, (rows, repeats) in sources.items():
         if not repeats:
             continue
-        collected = report.collect(file, tqdm(rows, file, repeats * len(names), leave=False))
+        collected = output.collect(file, tqdm(rows, file, repeats * len(names), leave=False))
         for quantity in QUANTITIES[file]:
-            print('\n'.join(compare(collected, names, quantity)))
+            print('\n'.join(describe(collected, names, quantity)))
             results[quantity] = ratios(collected, names, quantity)
-    report.finish({'models': names, 'ratios': results})
+    output.finish({'models': names, 'ratios': results})
     if names[1:]:
         plot_ratios(results, args.output / 'ratios.png')
 

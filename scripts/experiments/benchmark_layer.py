@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from benchmark import BenchmarkError, Setting, summarize
+from benchmark import BenchmarkError, Workload, summarize
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.layers import attention_map
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument('--max-gigabytes', type=float, default=4, help='largest dense map (default: 4)')
     args = parser.parse_args()
     try:
-        Setting(device=args.device).check()
+        Workload(device=args.device).check()
     except BenchmarkError as error:
         sys.exit(f'benchmark_layer.py: {error}')
     args.output.mkdir(parents=True, exist_ok=True)
