@@ -19,8 +19,9 @@ from timm.data import create_transform, resolve_model_data_config
 import timm_geoprior
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import main
+from timm_geoprior.data.images import read_image
 from timm_geoprior.inference.classifier import load_classifier
-from timm_geoprior.inference.images import read_image, sample_image
+from timm_geoprior.inference.images import sample_image
 from timm_geoprior.pretrained.manifest import (
     ManifestError,
     default_architecture,

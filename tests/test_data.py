@@ -8,8 +8,8 @@ from timm.data import create_dataset, create_transform
 
 from timm_geoprior.data.folder import FolderLoader
 from timm_geoprior.data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
-from timm_geoprior.data.reading import CorruptImagesError
 from timm_geoprior.data.splits import folders_of_split, hold_out, hold_out_share
+from timm_geoprior.errors import CorruptImagesError
 
 HALF = (0.5, 0.5, 0.5)
 

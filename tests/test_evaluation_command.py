@@ -4,8 +4,10 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,9 +23,7 @@ from timm.data import ImageNetInfo, create_transform
 from torch import nn
 
 from releases import planned, put_on, using_manifest
-from timm_geoprior.data.datasets import open_data, take_shards
-from timm_geoprior.evaluation.arguments import parse_arguments
-from timm_geoprior.evaluation.command import main
+from timm_geoprior.evaluation.command import main, parse_arguments
 from timm_geoprior.pretrained.manifest import LabelSet, Metric, load_manifest, to_json
 from timm_geoprior.provenance import git_commit
 
@@ -241,16 +241,6 @@ def test_several_processes_count_every_image_once(processes, data, parquet, chec
     assert max(calibration) - min(calibration) < 0.01
 
 
-def test_each_shard_goes_to_one_process(data):
-    pytest.importorskip('webdataset')
-    stream = open_data(data / 'shards', 'wds/', f'val-{{0..4}}.tar|{COUNT}')
-    for _ in range(2):  # for a second model too
-        taken = [(take_shards(stream, rank, 3), stream.dataset.reader.split_info.filenames) for rank in range(3)]
-        assert [count for count, _ in taken] == [2, 2, 1]
-        assert sorted(name for _, names in taken for name in names) == [f'val-{shard}.tar' for shard in range(5)]
-    assert take_shards(stream, 5, 6) == 0
-
-
 def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(data)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -378,6 +368,15 @@ def test_real_labels(pictures, classifier, large_checkpoint, tmp_path, capsys):
     assert 'of 11 labelled so' in capsys.readouterr().out
     assert validate(*arguments, '--real-labels') == 0  # those that timm has
     assert json.loads((tmp_path / 'found.json').read_text())['real_labels']['num_images'] == 11
+    capsys.readouterr()
+    victim = tmp_path / 'flat' / 'ILSVRC2012_val_00000002.JPEG'
+    victim.write_bytes(break_pixels(victim.read_bytes()))
+    assert validate(*arguments, '--real-labels', tmp_path / 'real.json') == 1
+    assert counts_of(json.loads((tmp_path / 'found.json').read_text())['real_labels']) == {
+        'num_images': 10, 'top1_correct': 1, 'top5_correct': 10}
+    told = capsys.readouterr()
+    assert 'of 10 labelled so' in told.out
+    assert 'do not count, 1 of 12 images: ILSVRC2012_val_00000002.JPEG' in told.err
 
 
 def break_pixels(content: bytes) -> bytes:
@@ -492,6 +491,107 @@ def test_a_sweep(hub, staged, data, tmp_path, capsys):
     assert f'{other.name} is passed over' in told.err
     assert told.out.startswith(f'{published.name}: ')
     assert [folder.name for folder in (tmp_path / 'out').iterdir()] == [published.name]
+
+
+def renamed(data: Path, root: Path, names: dict[str, str]) -> Path:
+    """The images with other names for their class folders."""
+    for old, new in names.items():
+        shutil.copytree(data / 'folder' / 'val' / old, root / 'val' / new)
+    return root
+
+
+def test_class_folders_that_can_be_sorted_in_two_ways_are_refused(data, checkpoint, expected, tmp_path, capsys):
+    """torchvision's ImageFolder, by which the network was trained, takes 10 before 2; timm 2 before 10."""
+    by_character = sorted(str(number) for number in range(1, 11))
+    folder = renamed(data, tmp_path / 'set', dict(zip(sorted(CLASSES), by_character, strict=True)))
+    arguments = ['--checkpoint', sorted_checkpoint(checkpoint, tmp_path), '--data-dir', folder, '-j', 0,
+                 '--results-file', tmp_path / 'found.json']
+    assert validate(*arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert 'class 1 is 2 in natural order (timm), 10 by character (ImageFolder)' in error
+    assert '--class-map' in error
+    (tmp_path / 'order.txt').write_text('\ufeff' + '\n'.join(by_character) + '\n\n', encoding='utf-8')
+    assert validate(*arguments, '--class-map', tmp_path / 'order.txt') == 0
+    assert counts_of(json.loads((tmp_path / 'found.json').read_text())['results'][0]) == expected
+
+
+ODD_NAMES = ['$_$', 'a$^$b', '猫', 'قطة', '😀', os.fsdecode(b'caf\xe9'), 'naïve', '𓃠', '한국어', 'x']
+
+
+def test_classes_of_any_name_are_measured_and_drawn(data, checkpoint, expected, tmp_path):
+    folder = renamed(data, tmp_path / 'set', dict(zip(CLASSES, ODD_NAMES, strict=True)))
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, 'class_names': ODD_NAMES}, tmp_path / 'odd.pt')
+    assert validate('--checkpoint', tmp_path / 'odd.pt', '--data-dir', folder, '-j', 0, '--output', tmp_path / 'o') == 0
+    results = json.loads((tmp_path / 'o' / 'results.json').read_text(encoding='utf-8'))
+    assert counts_of(results['results'][0]) == expected
+    with (tmp_path / 'o' / 'per_class.csv').open(encoding='utf-8') as file:
+        assert [row['wnid'] for row in csv.DictReader(file)] == [
+            name.replace('\udce9', r'\udce9') for name in ODD_NAMES]
+    assert {path.name for path in (tmp_path / 'o').glob('*.png')} == {'reliability.png', 'per_class.png'}
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere Python does not tell who has sent a signal')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_group_ends_it_with_one_sentence(number, data, checkpoint, tmp_path):
+    shutil.copytree(data / 'folder', tmp_path / 'set')
+    first, second = (sorted((tmp_path / 'set').rglob('*.JPEG'))[place] for place in (0, 64))  # of two workers' batches
+    for path in (first, second):
+        path.unlink()
+        os.mkfifo(path)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, '--checkpoint', checkpoint, '--data-dir', tmp_path / 'set', '-j', '2', '--device',
+         'cpu', '--results-file', tmp_path / 'found.json'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env={**os.environ, 'PYTHONPATH': str(SCRIPT.parents[1])})
+    with first.open('wb'), second.open('wb'):  # both workers wait for these images
+        os.killpg(process.pid, number)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[-1] == (
+        f'validate.py: stopped by {number.name}. What was not finished is not written.')
+    assert 'Traceback' not in errors
+    assert (out, (tmp_path / 'found.json').exists()) == ('', False)
+
+
+def test_a_model_without_weights_is_refused_before_any_image_is_looked_at(data, capsys):
+    assert validate('--model', 'geoprior_resnet101', '--data-dir', data / 'folder', '-j', 0) == 1
+    error, = capsys.readouterr().err.splitlines()
+    assert error == ('validate.py: geoprior_resnet101 has no weights yet. Name a file of weights by --checkpoint, or '
+                     'another model: `timm-geoprior list` shows those that have some.')
+
+
+def test_images_without_a_class_are_not_taken_for_the_last_one(pictures, checkpoint, tmp_path, capsys):
+    """As test sets on the Hub are: their labels are -1."""
+    datasets = pytest.importorskip('datasets')
+    for labels, code in (([-1] * 6, 1), ([-1, -1, 0, 1, 2, 3], 0)):
+        features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=sorted(CLASSES))})
+        rows = [{'image': {'bytes': content, 'path': name}, 'label': label}
+                for (name, _, content), label in zip(pictures, labels, strict=False)]
+        place = tmp_path / f'set{code}'
+        place.mkdir()
+        datasets.Dataset.from_list(rows, features=features).to_parquet(place / 'validation-00000-of-00001.parquet')
+        assert validate('--checkpoint', checkpoint, '--dataset', f'hfds/{place}', '--data-dir', tmp_path / 'cache',
+                        '-j', 0, '--results-file', tmp_path / 'found.json') == code
+    assert 'None of the 6 images has a class of the model' in capsys.readouterr().err
+    assert json.loads((tmp_path / 'found.json').read_text())['results'][0]['num_images'] == 4
+
+
+def test_what_is_missing_of_ilsvrc_is_told_and_written(pictures, large_checkpoint, tmp_path, capsys):
+    (tmp_path / 'flat').mkdir()
+    for number, (_, _, content) in enumerate(pictures[:3], 1):
+        (tmp_path / 'flat' / f'ILSVRC2012_val_{number:08}.JPEG').write_bytes(content)
+    assert validate('--model', NANO, '--checkpoint', large_checkpoint, '--num-classes', 1000, '--img-size', 32, '-j', 0,
+                    '--data-dir', tmp_path / 'flat', '--results-file', tmp_path / 'found.json') == 0
+    note = '147 of the 150 validation images of ILSVRC in these classes are missing: ILSVRC2012_val_'
+    assert note in capsys.readouterr().err
+    assert json.loads((tmp_path / 'found.json').read_text())['data']['notes'][0].startswith(note)
+
+
+def test_shards_that_hold_less_than_they_say(data, checkpoint, tmp_path, capsys):
+    pytest.importorskip('webdataset')
+    assert validate('--checkpoint', sorted_checkpoint(checkpoint, tmp_path), '--dataset', 'wds/', '--data-dir',
+                    data / 'shards', '--split', 'val-{0..3}.tar|97', '-j', 0) == 1
+    assert '96 images came, expected 97' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not TIN200_VAL.exists(), reason='needs the validation images of Tiny-ImageNet-200')

@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from timm_geoprior.data.reading import CorruptImagesError
-from timm_geoprior.errors import EvaluationError, GeoPriorError
+from timm_geoprior.errors import CorruptImagesError, EvaluationError, GeoPriorError
 from timm_geoprior.training import engine, report
 from timm_geoprior.training.checkpoint import load_checkpoint, save_checkpoint
 from timm_geoprior.training.config import RunConfig

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import transfer as module
-from timm_geoprior.data.datasets import open_data
+from timm_geoprior.data.datasets import open_split
 from timm_geoprior.errors import EvaluationError
 from transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, report, transfer
 
@@ -99,7 +99,7 @@ def test_features_are_those_of_the_drawn_images(photo_folder, tmp_path):
     *_, rows = transfer(more)
     assert len(rows) == 8
     assert all(row in rows for row in first)
-    train, test = (open_data(photo_folder, split=split) for split in ('train', 'val'))
+    train, test = (open_split(photo_folder, split=split) for split in ('train', 'val'))
     everything = torch.arange(len(train.labels)), torch.arange(len(test.labels))
     full = [module._forward(more, data, indices, module._frozen(more, 'pretrained', 1, train), '')
             for data, indices in zip((train, test), everything, strict=True)]
@@ -111,7 +111,7 @@ def test_features_are_those_of_the_drawn_images(photo_folder, tmp_path):
 
 
 def test_a_random_network_is_probed_with_the_images_statistics(photo_folder, tmp_path):
-    train = open_data(photo_folder, split='train')
+    train = open_split(photo_folder, split='train')
     given = job(photo_folder, tmp_path)
     network = module._frozen(given, 'random', 0, train)
     images = torch.stack([images for batch, _ in module._loader(given, train, torch.arange(48)) for images in batch])
@@ -122,7 +122,7 @@ def test_a_random_network_is_probed_with_the_images_statistics(photo_folder, tmp
 
 
 def test_draws(photo_folder):
-    train = open_data(photo_folder, split='train')
+    train = open_split(photo_folder, split='train')
     few, more, other = (draw(train, *given).tolist() for given in ((3, 0), (7, 0), (7, 1)))
     assert set(few) < set(more) != set(other)
     assert torch.from_numpy(train.labels)[few].bincount().tolist() == [3, 3, 3, 3]

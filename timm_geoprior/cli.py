@@ -249,7 +249,8 @@ def _classify(args: argparse.Namespace) -> int:
 
 def _find_images(names: Sequence[str]) -> dict[str, GeoPriorError | None]:
     """Path -> what is wrong with it, of all images that the names stand for."""
-    from .inference.images import ImageError, check_header, find_images
+    from .errors import ImageError
+    from .inference.images import check_header, find_images
     faults: dict[str, GeoPriorError | None] = {}
     left_out: list[str] = []
     for name in names:
@@ -311,7 +312,8 @@ def _explain(args: argparse.Namespace) -> int:
         return _print_layers(_default_model(args))
     with _extra('explain'):
         from .inference.explain import save_explanation
-    from .inference.images import read_image, sample_image
+    from .data.images import read_image
+    from .inference.images import sample_image
     image = read_image(args.image) if args.image else sample_image()
     save_explanation(load_classifier(_default_model(args)), image, args.output, args.point)
     print(f'Wrote {args.output}.')

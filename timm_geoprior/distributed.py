@@ -1,15 +1,20 @@
 """The device that a process computes on, and its place among others."""
 import argparse
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from timm.utils import init_distributed_device
 from torch import Tensor
 
 from .errors import EvaluationError
 from .files import first_line
 
-__all__ = ['find_device', 'joined', 'reduce_sum']
+__all__ = ['find_device', 'gather', 'joined', 'reduce_sum']
+
+_Array = TypeVar('_Array', bound=NDArray[Any])
 
 
 def find_device(name: str) -> tuple[torch.device, int, int]:
@@ -57,3 +62,12 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     if joined():
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather(own: _Array) -> _Array:
+    """The arrays of all processes, one after the other."""
+    if not joined():
+        return own
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return cast(_Array, np.concatenate(gathered))

@@ -1,6 +1,7 @@
 """The exceptions of this package. Each message is one sentence that says what is wrong and what to do."""
 
-__all__ = ['EvaluationError', 'GeoPriorError', 'ProcessError', 'WeightsError', 'sentence']
+__all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPriorError', 'ImageError', 'ProcessError',
+           'WeightsError', 'sentence']
 
 
 class GeoPriorError(RuntimeError):
@@ -11,8 +12,20 @@ class EvaluationError(GeoPriorError):
     """What was asked for cannot be measured."""
 
 
+class ClassMismatchError(EvaluationError):
+    """The data's classes are not the model's."""
+
+
 class ProcessError(EvaluationError):
     """An error that a single process of several may meet alone, so that each process has to report it."""
+
+
+class ImageError(GeoPriorError):
+    """A file cannot be read as a picture."""
+
+
+class CorruptImagesError(GeoPriorError):
+    """More images could not be read than a run puts up with."""
 
 
 class WeightsError(GeoPriorError):

@@ -44,7 +44,7 @@ import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.datasets import fingerprint
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.errors import GeoPriorError, sentence
-from timm_geoprior.evaluation.accuracy import count_correct
+from timm_geoprior.evaluation.metrics import count_correct
 from timm_geoprior.files import write_atomically, write_json
 from timm_geoprior.layers import GeoPriorAttn2d
 from timm_geoprior.radii import learned_radii, scale_radii

@@ -33,9 +33,7 @@ import timm_geoprior  # noqa: F401  (registers the models)
 from compare import LEAST_SEEDS, markdown_table, paired_interval, write_csv
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.errors import GeoPriorError, sentence
-from timm_geoprior.evaluation.accuracy import target_ranks
-from timm_geoprior.evaluation.metrics import calibrate
-from timm_geoprior.evaluation.predict import Predictions
+from timm_geoprior.evaluation.metrics import Predictions, calibrate, target_ranks
 from timm_geoprior.files import write_atomically
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import read_weights

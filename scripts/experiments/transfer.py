@@ -40,12 +40,12 @@ from tqdm import tqdm
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from compare import distinct, markdown_table, paired_interval, write_csv
-from timm_geoprior.data.datasets import EvalSet, fingerprint, open_data
+from timm_geoprior.data.datasets import EvalSet, fingerprint, open_split
+from timm_geoprior.data.preflight import check_data
 from timm_geoprior.data.seeding import generator, seed_everything
 from timm_geoprior.data.splits import hold_out_share
 from timm_geoprior.distributed import find_device
 from timm_geoprior.errors import GeoPriorError, sentence
-from timm_geoprior.evaluation.evaluate import Settings, check_data
 from timm_geoprior.evaluation.models import state_dict_sha256
 from timm_geoprior.files import write_atomically
 from timm_geoprior.provenance import git_commit, hardware, versions
@@ -143,7 +143,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
     settings = {**_settings(job), 'weights': state_dict_sha256(trained), 'train': _images(train), 'test': _images(test)}
     _check_settings(job, settings)
     for split in (train, test):
-        check_data(split, Settings(workers=job.workers, tell=lambda text: None))
+        check_data(split, job.workers, lambda text: None)
     job.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(job.folder / 'settings.json', json.dumps({**_kept_settings(job), **settings}).encode())
     for seed, per_class, method, start in todo:
@@ -232,7 +232,7 @@ def _test_split(job: Transfer) -> str:
 
 def _open_splits(job: Transfer) -> tuple[EvalSet, EvalSet]:
     test = _test_split(job)
-    train, measured = (open_data(job.data_dir, split=split) for split in (find_splits(job.data_dir).train, test))
+    train, measured = (open_split(job.data_dir, split=split) for split in (find_splits(job.data_dir).train, test))
     if train.classes != measured.classes:
         other = sorted(set(train.classes) ^ set(measured.classes))[0]
         raise TransferError(f'{job.data_dir} has the class {other} in one split only, expected the same class folders '

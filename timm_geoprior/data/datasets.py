@@ -1,238 +1,179 @@
-"""Where the images come from: timm's data sets, archives of any compression, and ILSVRC's own files as downloaded."""
-import bz2
-import contextlib
-import dataclasses
-import functools
-import gzip
+"""Opening a data set: a folder, an archive, WebDataset shards, a Hugging Face data set, torchvision's."""
 import hashlib
-import lzma
+import json
 import os
-import re
-import shutil
-import tarfile
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib import resources
+import posixpath
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from timm.data import ImageNetInfo, create_dataset
+from timm.data import create_dataset
 
 from ..errors import EvaluationError
+from ..files import first_line
+from .images import EXTENSIONS, LITTER, read_image
+from .imageset import DataOptions, EvalSet, Files, Images, Stream
+from .listing import list_archive, open_folder
 
-__all__ = ['EvalSet', 'fingerprint', 'ilsvrc_val_labels', 'open_data', 'plain_archive', 'take_shards']
+__all__ = ['DataOptions', 'EvalSet', 'fingerprint', 'open_split']
 
-ILSVRC_FILE = re.compile(r'ILSVRC2012_val_(\d{8})\.JPEG')
-ILSVRC_ARCHIVE = 'ILSVRC2012_img_val.tar'
 KINDS = ('torch', 'wds', 'hfds', 'hfids')
-STREAMS = ('wds', 'hfids')
 
 
-@dataclass(frozen=True)
-class EvalSet:
-    """A data set opened for evaluation.
-
-    Attributes:
-        dataset: What timm's `create_dataset` gave.
-        classes: Names of the classes in the order of the labels; empty where the data name none.
-        labels: Index into `classes` of each image, shape (images,); empty for a stream.
-        names: File name of each image, with its folder inside the data set; empty where they are not known.
-        is_stream: Whether the images come in an order of their own, without an index.
-        shards: Files of a WebDataset; empty for other data.
-    """
-    dataset: Any
-    classes: tuple[str, ...]
-    labels: NDArray[np.int64]
-    names: tuple[str, ...]
-    is_stream: bool = False
-    shards: tuple[str, ...] = ()
-
-    def name_of(self, index: int) -> str:
-        """What to call an image in a message."""
-        return self.names[index] if self.names else f'image {index}'
-
-    def class_of(self, index: int) -> str:
-        """The name of an image's class, else its label."""
-        label = int(self.labels[index])
-        return self.classes[label] if self.classes else str(label)
-
-
-@functools.cache
-def ilsvrc_val_labels() -> NDArray[np.int64]:
-    """Class indices (synsets sorted) of ILSVRC2012_val_00000001 to 00050000, shape (50000,)."""
-    packed = resources.files(__package__).joinpath('ilsvrc2012_val_labels.txt.xz').read_bytes()
-    return np.array(lzma.decompress(packed).split(), dtype=np.int64)
-
-
-@contextlib.contextmanager
-def plain_archive(path: Path) -> Iterator[Path]:
-    """Give timm's tar reader what it can read: an uncompressed archive whose name ends in .tar.
-
-    A compressed one is unpacked to a temporary file for as long as the context lasts: images cannot be sought in it.
-
-    Args:
-        path: A folder or an archive, compressed by gzip, bzip2, xz or not at all.
-
-    Yields:
-        The folder, the archive itself where timm reads it as it is, or the temporary one.
-
-    Raises:
-        EvaluationError: There is no such file, it is no archive, or it is damaged.
-    """
-    if not path.exists():
-        raise EvaluationError(f'{path} does not exist, expected a folder of images or a tar archive: check --data-dir.')
-    if path.is_dir() or (path.suffix == '.tar' and _opener(path) is open):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, 'images.tar')
-        try:
-            with _opener(path)(path, 'rb') as source, plain.open('wb') as target:
-                shutil.copyfileobj(source, target, 2 ** 20)
-        except (EOFError, OSError, lzma.LZMAError) as error:
-            raise EvaluationError(
-                f'{path} cannot be unpacked ({error}), expected a whole archive: it is damaged or cut off, '
-                f'or {tempfile.gettempdir()} is full.') from None
-        yield plain
-
-
-def _opener(path: Path) -> Any:
-    """The function that opens a file uncompressed, by its first bytes."""
-    with path.open('rb') as file:
-        start = file.read(6)
-    for magic, opener in ((b'\xfd7zXZ\0', lzma.open), (b'\x1f\x8b', gzip.open), (b'BZh', bz2.open)):
-        if start.startswith(magic):
-            return opener
-    return open
-
-
-def open_data(root: Path | None, name: str = '', split: str = 'validation', **options: Any) -> EvalSet:
-    """Open a data set through timm's `create_dataset`.
+def open_split(
+        root: Path | None, split: str = 'validation', name: str = '', options: DataOptions | None = None) -> EvalSet:
+    """Open a data set.
 
     ILSVRC's validation images as they are downloaded, in one folder or in ILSVRC2012_img_val.tar, get their labels
     from this package.
 
     Args:
         root: Folder or uncompressed archive; for `hfds` and `hfids` the cache folder, or None.
-        name: timm's '<type>/<name>': '' for folders and archives, else torch/, wds/, hfds/ or hfids/.
         split: Name of the split.
-        **options: The rest of `create_dataset`.
+        name: timm's '<type>/<name>': '' for folders and archives, else torch/, wds/, hfds/ or hfids/.
+        options: What is not as usual.
 
     Returns:
         The data set.
 
     Raises:
-        EvaluationError: It cannot be opened, or has no images.
+        EvaluationError: It cannot be opened, has no images, or has classes inside of one another.
+
+    Example:
+        >>> open_split(Path('imagenet'), 'val').classes[0]
+        'n01440764'
     """
+    options = options or DataOptions()
     kind = name.partition('/')[0].lower()
     if kind not in ('', *KINDS):
         raise EvaluationError(f'--dataset is {name!r}, expected nothing (a folder or an archive) or one that begins '
                               f'with {", ".join(f"{kind}/" for kind in KINDS)}.')
-    if root is None and kind not in ('hfds', 'hfids'):
-        raise EvaluationError('No data were named, expected a folder or an archive: name it by --data-dir.')
-    if not kind and root is not None:
-        root = _downloaded_archive(root, split)
+    if kind and options.class_map:
+        raise EvaluationError(f'--class-map names class folders, and {name} has none. Leave it out.')
+    if root is None:
+        if kind not in ('hfds', 'hfids'):
+            raise EvaluationError('No data were named, expected a folder or an archive: name it by --data-dir.')
+        return _open_hub(root, split, name, options)
+    if not kind:
+        return open_folder(root, split, options)
+    if kind == 'wds':
+        return _open_shards(root, split, options)
+    return _open_torch(root, split, name, options) if kind == 'torch' else _open_hub(root, split, name, options)
+
+
+def _create(name: str, root: Path | None, split: str, **options: Any) -> Any:
+    """timm's data set; whatever is wrong with it is one sentence."""
     try:
-        dataset = create_dataset(name, root=None if root is None else str(root), split=split, **options)
+        return create_dataset(name, root=None if root is None else str(root), split=split, **options)
     except Exception as error:  # each of timm's readers raises its own
-        shown = name or root
-        reason = str(error).splitlines()[0] if str(error) else 'timm says no more'
-        raise EvaluationError(f'The data set {shown} cannot be opened ({type(error).__name__}: {reason}), expected '
-                              f'images that timm reads: check --data-dir, --dataset and --split.') from error
-    if kind in STREAMS:
-        shards = tuple(dataset.reader.split_info.filenames) if kind == 'wds' else ()
-        return EvalSet(dataset, _class_names(dataset.reader), np.empty(0, np.int64), (), is_stream=True, shards=shards)
-    data = _indexed(dataset, kind)
-    if not len(data.labels):
-        raise EvaluationError(f'{name or root} has no images, expected some: check --data-dir and --split.')
-    return _with_ilsvrc_labels(data) if not kind else data
+        raise EvaluationError(f'The data set {name} cannot be opened ({type(error).__name__}: {first_line(error)}), '
+                              f'expected images that timm reads: check --data-dir, --dataset and --split.') from error
 
 
-def _downloaded_archive(root: Path, split: str) -> Path:
-    """ILSVRC's archive of validation images where the folder holds it instead of a folder of images."""
-    archive = root / ILSVRC_ARCHIVE
-    folders = any((root / folder).is_dir() for folder in (split, 'val', 'validation'))
-    return archive if split in ('val', 'validation') and archive.is_file() and not folders else root
+def _open_torch(root: Path, split: str, name: str, options: DataOptions) -> EvalSet:
+    dataset = _create(name, root, split, download=options.download)
+    if hasattr(dataset, 'loader'):  # of files
+        dataset.loader = read_image
+    labels = np.asarray(dataset.targets, dtype=np.int64)
+    return EvalSet(dataset, _ordered(getattr(dataset, 'class_to_idx', {})), labels, ())
 
 
-def _class_names(source: Any) -> tuple[str, ...]:
-    """Names of the classes of a reader (or a torchvision data set) in the order of its labels."""
-    found = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}
-    if not found and hasattr(source, 'builder'):  # timm's stream of a Hugging Face data set, before 1.0.31
-        if source.builder.info.features is None:
-            source.builder.as_streaming_dataset()  # reads them from the files' schema
-        feature = (source.builder.info.features or {}).get(source.target_key)
-        found = {name: label for label, name in enumerate(getattr(feature, 'names', ()))}
-    names = {int(label): str(name) for name, label in found.items()}
-    if sorted(names) != list(range(len(found))):
+def _ordered(class_to_idx: Mapping[str, int]) -> tuple[str, ...]:
+    """Names of the classes in the order of their labels, which must be 0, 1, 2 and so on."""
+    names = {int(label): str(name) for name, label in class_to_idx.items()}
+    if sorted(names) != list(range(len(class_to_idx))):
         raise EvaluationError(f'The classes have the labels {sorted(names)[:5]} and so on, expected 0 to '
-                              f'{len(found) - 1}, each once: check --class-map.')
+                              f'{len(class_to_idx) - 1}, each once.')
     return tuple(names[label] for label in sorted(names))
 
 
-def _indexed(dataset: Any, kind: str) -> EvalSet:
-    source = dataset if kind == 'torch' else dataset.reader
-    labels: Sequence[int]
-    if kind == 'hfds':
-        labels, names = source.dataset[source.label_key], _hub_names(source)
-    elif hasattr(source, 'targets'):  # archives and torchvision
-        labels = source.targets
-        names = () if kind == 'torch' else dataset.filenames()
-    else:
-        labels, names = [target for _, target in source.samples], dataset.filenames()
-    names = tuple(name.replace(os.sep, '/') for name in names)
-    return EvalSet(dataset, _class_names(source), np.asarray(labels, dtype=np.int64), names)
+def _open_hub(root: Path | None, split: str, name: str, options: DataOptions) -> EvalSet:
+    """A Hugging Face data set, with an index (hfds) or as a stream (hfids)."""
+    stream = name.lower().startswith('hfids/')
+    keys = {'input_key': options.input_key or 'image', 'target_key': options.target_key or 'label'}
+    more = {'num_samples': options.num_samples, 'download': options.download} if stream else {}
+    # '' and below `decode` leave the decoding to the package's reader
+    dataset = _create(name, root, split, input_img_mode='', **keys, **more)
+    reader = dataset.reader
+    if not stream:
+        table = reader.dataset.data  # in which the image's column is made, empty, where there is none
+        filled = [column for column in table.column_names if table.column(column).null_count < len(table)]
+        _check_columns(name, keys, filled)
+        labels = [-1 if label is None else label for label in reader.dataset[keys['target_key']]]
+        chunks = table.column(keys['input_key']).chunks
+        paths = [path for chunk in chunks for path in chunk.field('path').to_pylist()]
+        names = tuple(paths) if len(paths) == len(reader) and all(paths) else ()
+        return EvalSet(Images(name, reader, names), _ordered(reader.class_to_idx), np.array(labels, np.int64), names)
+    if reader.builder.info.features is None:
+        reader.builder.as_streaming_dataset()  # reads them from the files' schema
+    features = reader.builder.info.features or {}
+    _check_columns(name, keys, features)
+    features[keys['input_key']].decode = False
+    classes = getattr(features[keys['target_key']], 'names', ())
+    return EvalSet(Stream(reader), tuple(classes), np.empty(0, np.int64), (), is_stream=True,
+                   expected=int(reader.num_samples or 0))
 
 
-def _hub_names(reader: Any) -> Sequence[str]:
-    """File names that a Hugging Face data set keeps beside its images, without reading those."""
-    chunks = reader.dataset.data.column(reader.image_key).chunks
-    paths = [path for chunk in chunks for path in chunk.field('path').to_pylist()]
-    return paths if len(paths) == len(reader) and all(paths) else ()
+def _check_columns(name: str, keys: Mapping[str, str], columns: Iterable[str]) -> None:
+    for option, key in keys.items():
+        if key not in columns:
+            raise EvaluationError(f'{name} has no column {key}, it has: {", ".join(columns)}. Name the column by '
+                                  f'--{option.replace("_", "-")}.')
 
 
-def _with_ilsvrc_labels(data: EvalSet) -> EvalSet:
-    """Label ILSVRC's validation images by their numbers where no class folders do it."""
-    if len(data.classes) > 1 or re.fullmatch(r'n\d{8}', data.classes[0]):
-        return data
-    numbers = []
-    for name in data.names:
-        match = ILSVRC_FILE.fullmatch(os.path.basename(name))
-        if match is None and '/' in name:  # one class, in a folder of its own
-            return data
-        if match is None or not 1 <= int(match[1]) <= len(ilsvrc_val_labels()):
-            raise EvaluationError(
-                f'{name} lies in no class folder, expected CLASS/IMAGE, or only ILSVRC2012_val_00000001.JPEG to '
-                f'00050000.JPEG: sort the images into one folder a class.')
-        numbers.append(int(match[1]))
-    wnids = ImageNetInfo('imagenet-1k').label_names()
-    present, labels = np.unique(ilsvrc_val_labels()[np.array(numbers) - 1], return_inverse=True)
-    return dataclasses.replace(data, classes=tuple(wnids[label] for label in present), labels=labels)
+def _open_shards(root: Path, split: str, options: DataOptions) -> EvalSet:
+    """WebDataset shards on this machine, each image with an index: every process counts its own, none twice."""
+    info = _create('wds/', root, split).reader.split_info
+    image_keys = (options.input_key or ';'.join(EXTENSIONS).replace('.', '')).lower().split(';')
+    names, places, labels = [], [], []
+    for shard in info.filenames:
+        if not (root / shard).is_file():
+            raise EvaluationError(f'{root / shard} does not exist, but --split {split} names it. Check --data-dir and '
+                                  f'--split.')
+        for key, parts in _samples(root / shard).items():
+            image_key = next((image_key for image_key in image_keys if image_key in parts), None)
+            if image_key is None:
+                raise EvaluationError(f'{key} in {shard} has no image under {";".join(image_keys)}, it has: '
+                                      f'{", ".join(parts)}. Name the key of the image by --input-key.')
+            names.append(f'{shard}/{key}.{image_key}')
+            places.append(parts[image_key])
+            labels.append(_label_in_shard(f'{key} in {shard}', parts, options.target_key or info.alt_label))
+    if not names:
+        raise EvaluationError(f'The shards {split} in {root} have no images. Check --data-dir and --split.')
+    dataset = Images(str(root), Files(root, places, labels), names)
+    return EvalSet(dataset, (), np.array(labels, np.int64), tuple(names), containers=tuple(
+        str(root / shard) for shard in info.filenames), expected=options.num_samples or info.num_samples)
 
 
-def take_shards(data: EvalSet, rank: int, world_size: int) -> int:
-    """Give a stream's process its own shards, each to one process, none to two.
+def _samples(shard: Path) -> dict[str, dict[str, tuple[str, int, int]]]:
+    """The files of a shard by the part of their names before the first dot, and by the part after it, as WebDataset."""
+    samples: dict[str, dict[str, tuple[str, int, int]]] = {}
+    for name, place in list_archive(shard):
+        folder, base = posixpath.split(name)
+        stem, _, ending = base.partition('.')
+        assert not isinstance(place, str)
+        if ending and not LITTER.fullmatch(base):
+            samples.setdefault(posixpath.join(folder, stem), {})[ending.lower()] = place
+    return samples
 
-    timm's WebDataset reader would cut every process off after the same number of images, so as to leave some out and
-    repeat others. Its reader of Hugging Face streams divides them exactly by itself.
 
-    Args:
-        data: A stream.
-        rank: This process.
-        world_size: Number of processes.
-
-    Returns:
-        The number of shards that this process reads; 1 for a stream that is not made of shards.
-    """
-    if not data.shards:
-        return 1
-    reader, own = data.dataset.reader, data.shards[rank::world_size]
-    reader.split_info = dataclasses.replace(reader.split_info, filenames=own)
-    reader.dist_rank, reader.dist_num_replicas = 0, 1
-    return len(own)
+def _label_in_shard(sample: str, parts: Mapping[str, tuple[str, int, int]], target_key: str) -> int:
+    """The class of a sample: the number in its .cls, or under a key of its .json."""
+    part = 'json' if target_key else 'cls'
+    if part not in parts:
+        raise EvaluationError(f'{sample} has no .{part} with its class, it has: {", ".join(parts)}. Name the key of '
+                              f'the class in .json by --target-key.')
+    path, offset, size = parts[part]
+    with open(path, 'rb') as shard:
+        shard.seek(offset)
+        content = shard.read(size)
+    try:
+        return int(json.loads(content)[target_key] if target_key else content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(f'{sample} must have a whole number{f" under {target_key}" if target_key else ""} in its '
+                              f'.{part}, got {content[:60]!r} ({type(error).__name__}). Check --target-key.') from None
 
 
 def fingerprint(data: EvalSet, indices: NDArray[np.int64], name: str = '') -> dict[str, Any]:
@@ -244,36 +185,26 @@ def fingerprint(data: EvalSet, indices: NDArray[np.int64], name: str = '') -> di
         name: timm's name of the data set.
 
     Returns:
-        `files`, `bytes`, and `names_sha256`, the hash of the sorted names, one a line: of the images as CLASS/FILE
+        `files`, `bytes`, and `names_sha256`, the hash of the sorted names, one per line: of the images as CLASS/FILE
         (the same from a folder and from an archive), else of the files that hold them. Empty where neither is known.
     """
-    if not data.is_stream and data.names:
-        sizes = _image_bytes(data, indices)
-        names = [f'{data.class_of(i)}/{os.path.basename(data.names[i])}' for i in indices]
+    if data.names and not data.containers:
+        sizes = _sizes(data.dataset.reader, indices)
+        names = [f'{data.class_of(i)}/{posixpath.basename(data.names[i])}' for i in indices]
     else:
-        paths = _container_files(data, name)
+        place = Path(name.partition('/')[2])
+        paths = data.containers or [str(path) for path in (place.rglob('*') if place.is_dir() else [place])]
+        paths = [path for path in paths if os.path.isfile(path)]
         sizes, names = [os.path.getsize(path) for path in paths], [os.path.basename(path) for path in paths]
-    digest = hashlib.sha256('\n'.join(sorted(names)).encode()).hexdigest()
+    # a name that is no UTF-8 counts with its own bytes
+    digest = hashlib.sha256('\n'.join(sorted(names)).encode(errors='surrogateescape')).hexdigest()
     return {'files': len(names), 'bytes': sum(sizes), 'names_sha256': digest} if names else {}
 
 
-def _image_bytes(data: EvalSet, indices: NDArray[np.int64]) -> list[int]:
-    reader = data.dataset.reader
-    if hasattr(reader, 'dataset'):
-        import pyarrow.compute as pc
-        chunks = reader.dataset.data.column(reader.image_key).chunks
-        sizes = [size or 0 for chunk in chunks for size in pc.binary_length(chunk.field('bytes')).to_pylist()]
-        return [sizes[i] for i in indices]
-    if isinstance(reader.samples[0][0], tarfile.TarInfo):
-        return [int(reader.samples[i][0].size) for i in indices]
-    return [os.path.getsize(reader.samples[i][0]) for i in indices]
-
-
-def _container_files(data: EvalSet, name: str) -> list[str]:
-    """The local files that a stream is read from."""
-    if data.shards:
-        paths = [os.path.join(data.dataset.reader.root or '', file) for file in data.shards]
-    else:
-        path = Path(name.partition('/')[2])
-        paths = [str(file) for file in path.rglob('*')] if path.is_dir() else [str(path)]
-    return [path for path in paths if os.path.isfile(path)]
+def _sizes(reader: Any, indices: NDArray[np.int64]) -> list[int]:
+    if isinstance(reader, Files):
+        return [reader.size(i) for i in indices]
+    import pyarrow.compute as pc  # of a Hugging Face data set, whose images are cells of a table
+    chunks = reader.dataset.data.column(reader.image_key).chunks
+    sizes = [size or 0 for chunk in chunks for size in pc.binary_length(chunk.field('bytes')).to_pylist()]
+    return [sizes[i] for i in indices]

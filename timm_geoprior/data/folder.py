@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .reading import CorruptImages, read_image
+from .images import CorruptImages, read_readable, warn_of_rotations
 from .seeding import generator, seed_everything
 from .workers import init_worker
 
@@ -15,7 +15,7 @@ __all__ = ['FolderLoader']
 Key = tuple[int, int, int, int]  # epoch, index, repeat, size
 
 
-class _SeededImages(Dataset[tuple[torch.Tensor, int, int]]):
+class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
     """Images of a timm data set, each augmented by a seed of its own: workers and batches change nothing."""
 
     def __init__(self, dataset: Any, make_transform: Callable[[int], Callable[[Image.Image], torch.Tensor]], seed: int):
@@ -24,14 +24,14 @@ class _SeededImages(Dataset[tuple[torch.Tensor, int, int]]):
         self.seed = seed
         self.transforms: dict[int, Callable[[Image.Image], torch.Tensor]] = {}
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int]:
-        """Image, target, and the index of an image that could not be read in its place, or -1."""
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int, bool]:
+        """As `Item`, transformed."""
         epoch, index, repeat, size = key
         if size not in self.transforms:
             self.transforms[size] = self.make_transform(size)
-        image, target, bad = read_image(self.dataset, index)
+        item = read_readable(self.dataset, index)
         seed_everything(self.seed, 'augment', epoch, index, repeat)
-        return self.transforms[size](image), target, bad
+        return self.transforms[size](item.image), item.target, item.replaced, item.turned
 
 
 class _EpochBatches(Sampler[list[Key]]):
@@ -94,6 +94,7 @@ class FolderLoader:
             _SeededImages(dataset, make_transform, seed), batch_sampler=self.batches, num_workers=workers,
             worker_init_fn=init_worker, persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
         self.corrupt = CorruptImages(dataset, max_corrupt)
+        self.turned: int | None = None  # files whose rotation is ignored, in the first epoch
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -105,6 +106,11 @@ class FolderLoader:
             CorruptImagesError: More than `max_corrupt` images could not be read.
         """
         self.batches.epoch, self.batches.size, self.batches.first_batch = epoch, size, first_batch
-        for images, targets, bad in self.loader:
+        turned = 0
+        for images, targets, bad, turned_here in self.loader:
             self.corrupt.note(bad.tolist())
+            turned += int(turned_here.sum())
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        if self.turned is None:
+            self.turned = turned
+            warn_of_rotations(turned)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .reading import CorruptImages, read_image
+from .images import CorruptImages, read_readable, warn_of_rotations
 from .seeding import generator
 from .workers import init_worker
 
@@ -54,7 +54,7 @@ class ImageTensors:
         return self.subset(indices[read[indices]])
 
 
-class _Uint8Images(Dataset[tuple[torch.Tensor, int, int]]):
+class _Uint8Images(Dataset[tuple[torch.Tensor, int, int, bool]]):
     """Images as uint8, (3, size, size), resized (bicubic) only where they have another size; target, index.
 
     Where an image cannot be read, its target is -1; where it can, its index is.
@@ -66,11 +66,11 @@ class _Uint8Images(Dataset[tuple[torch.Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        image, target, bad = read_image(self.dataset, index)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int, bool]:
+        image, target, bad, turned = read_readable(self.dataset, index)
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()), target if bad < 0 else -1, bad
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()), target if bad < 0 else -1, bad, turned
 
 
 def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 10) -> ImageTensors:
@@ -91,13 +91,15 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
     corrupt = CorruptImages(dataset, max_corrupt)
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     targets = torch.empty(len(dataset), dtype=torch.int64)
-    start = 0
+    start = turned = 0
     loader = DataLoader(_Uint8Images(dataset, size), batch_size=500, num_workers=workers, worker_init_fn=init_worker)
-    for batch, labels, bad in tqdm(loader, desc='decoding', unit='batch', leave=False):
+    for batch, labels, bad, turned_here in tqdm(loader, desc='decoding', unit='batch', leave=False):
         corrupt.note(bad.tolist())
         images[start:start + len(batch)] = batch
         targets[start:start + len(batch)] = labels
         start += len(batch)
+        turned += int(turned_here.sum())
+    warn_of_rotations(turned)
     return ImageTensors(images, targets)
 
 

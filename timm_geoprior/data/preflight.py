@@ -1,6 +1,8 @@
-"""What can be known to be wrong before any time is spent on the network."""
+"""What can be known to be wrong with a data set before any time is spent on the network."""
 import os
+import posixpath
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -9,15 +11,66 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .datasets import EvalSet
+from ..distributed import gather
+from ..errors import EvaluationError
+from ..files import first_line
+from .images import LITTER, ignores_rotation
+from .imageset import EvalSet
 from .workers import init_worker
 
-__all__ = ['empty_folders', 'find_unreadable', 'image_fault', 'nested_folders', 'repeated_classes']
+__all__ = ['check_data', 'empty_folders', 'image_fault', 'repeated_classes']
 
+TURNED = ''  # in place of a fault: a rotation that is left out
 _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
 
 
-def image_fault(file: BinaryIO) -> str | None:
+def check_data(
+        data: EvalSet, workers: int, tell: Callable[[str], None] = print, rank: int = 0, world_size: int = 1) -> None:
+    """Look for what is wrong with a data set whatever the model; each process takes its share of the images.
+
+    Args:
+        data: The data set.
+        workers: Processes that read.
+        tell: Called with each sentence that a person should read.
+        rank: This process.
+        world_size: Number of processes.
+
+    Raises:
+        EvaluationError: Classes stand twice, or images cannot be read; the message lists them.
+    """
+    if data.is_stream:
+        tell('These data are a stream: they are looked at as they come.')
+        return
+    per_class = np.bincount(data.labels[data.labels >= 0], minlength=len(data.classes))
+    without, per_class = int((per_class == 0).sum()), per_class[per_class > 0]
+    spread = ' to '.join(f'{count:,}' for count in sorted({min(per_class, default=0), max(per_class, default=0)}))
+    tell(f'{len(data.labels):,} images in {len(per_class):,} classes, {spread} in each'
+         f'{f"; {without:,} classes have none" if without else ""}.')
+    for note in data.notes:
+        tell(note)
+    if repeated := repeated_classes(data):
+        places = '; '.join(f'{name}: {", ".join(places[:4])}' for name, places in repeated[:5])
+        raise EvaluationError(f'Classes stand more than once, {len(repeated)} in number ({places}), expected one '
+                              f'folder a class: name one split by --split or --data-dir, or join the folders.')
+    folders = {posixpath.dirname(name) for name in data.names} if _root(data) is not None else set()
+    if nested := sorted(folder for folder in folders if '/' in folder):
+        tell(f'Class folders lie deeper than one level, as {nested[0]} does: no folder of this split was found, or '
+             f'classes are grouped; all of them are taken.')
+    if empty := empty_folders(data):
+        tell(f'Folders without images: {", ".join(empty[:10])}{" and others" if len(empty) > 10 else ""}.')
+    own = np.arange(len(data.labels))[rank::world_size]
+    found = gather(np.array(_look_at(data, own, workers, quiet=rank > 0), dtype=object).reshape(-1, 2)).tolist()
+    faults = [(index, fault) for index, fault in found if fault != TURNED]
+    if len(found) > len(faults):
+        tell(f"{len(found) - len(faults):,} of ILSVRC's files state a rotation (EXIF), which is ignored as in "
+             f'published accuracies.')
+    if faults:
+        listed = '\n'.join(f'  {data.name_of(index)}: {reason}' for index, reason in sorted(faults))
+        raise EvaluationError(f'{len(faults)} of {len(data.labels):,} images cannot be read, expected none: get them '
+                              f'again, or take them out.\n{listed}')
+
+
+def image_fault(file: BinaryIO, name: str = '') -> str | None:
     """Say why a file cannot be read as an image.
 
     A JPEG or PNG file with a good head and its format's end is taken to be whole; any other is decoded. That is a
@@ -25,31 +78,32 @@ def image_fault(file: BinaryIO) -> str | None:
 
     Args:
         file: Open for reading, can be sought in.
+        name: Of the file.
 
     Returns:
-        The reason, or None.
+        The reason, `TURNED` for a good image whose rotation is left out, or None.
     """
     try:
         with Image.open(file) as image:
             end = _ENDS.get(image.format or '')
+            whole = False
             if end is not None:
                 position = file.tell()
                 file.seek(-len(end), os.SEEK_END)
                 whole = file.read() == end
                 file.seek(position)
-                if whole:
-                    return None
-            image.load()
+            if not whole:
+                image.load()
+            return TURNED if ignores_rotation(image, name) else None
     except Exception as error:  # a decoder fed with damaged bytes may raise anything
-        return str(error).splitlines()[0].replace(repr(file), 'it') if str(error) else type(error).__name__
-    return None
+        return first_line(error).replace(repr(file), 'it')
 
 
 class _Faults(Dataset[tuple[int, str] | None]):
-    """The fault of each image, if any: read in a loader's workers, so that only they open archives."""
+    """What is to be said of each image, if anything: found in a loader's workers."""
 
-    def __init__(self, reader: Any, indices: NDArray[np.int64]) -> None:
-        self.reader, self.indices = reader, indices
+    def __init__(self, data: EvalSet, indices: NDArray[np.int64]) -> None:
+        self.data, self.indices = data, indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -57,31 +111,19 @@ class _Faults(Dataset[tuple[int, str] | None]):
     def __getitem__(self, position: int) -> tuple[int, str] | None:
         index = int(self.indices[position])
         try:
-            with self.reader[index][0] as file:
-                fault = image_fault(file)
+            with self.data.dataset.reader[index][0] as file:
+                fault = image_fault(file, self.data.name_of(index))
         except Exception as error:  # a missing right to read it, a damaged archive
-            fault = str(error) or type(error).__name__
+            fault = first_line(error)
         return None if fault is None else (index, fault)
 
 
-def find_unreadable(
-        data: EvalSet, indices: NDArray[np.int64], workers: int, quiet: bool = False) -> list[tuple[int, str]]:
-    """Look at every image's head and end.
-
-    Args:
-        data: With an index.
-        indices: The images to look at.
-        workers: Processes that read.
-        quiet: Show no progress.
-
-    Returns:
-        Index and reason of each image that cannot be read; none where the data are not files (torchvision's).
-    """
-    reader = getattr(data.dataset, 'reader', None)
-    if reader is None:
+def _look_at(data: EvalSet, indices: NDArray[np.int64], workers: int, quiet: bool) -> list[tuple[int, str]]:
+    """Index and reason of each image that cannot be read or is not turned; none of torchvision's, no files."""
+    if not hasattr(data.dataset, 'reader'):
         return []
-    loader = DataLoader(_Faults(reader, indices), batch_size=64, num_workers=workers, collate_fn=list,
-        worker_init_fn=init_worker)
+    loader = DataLoader(
+        _Faults(data, indices), batch_size=64, num_workers=workers, collate_fn=list, worker_init_fn=init_worker)
     found: list[tuple[int, str]] = []
     with tqdm(total=len(indices), desc='checking', unit=' images', disable=True if quiet else None) as progress:
         for batch in loader:
@@ -90,16 +132,10 @@ def find_unreadable(
     return found
 
 
-def _root(data: EvalSet) -> str | None:
+def _root(data: EvalSet) -> Any:
     """The folder whose folders are the classes; None where the data are no folder."""
     root = getattr(getattr(data.dataset, 'reader', None), 'root', None)
-    return root if data.names and root is not None and os.path.isdir(root) else None
-
-
-def nested_folders(data: EvalSet) -> list[str]:
-    """Class folders that lie in another folder, by name: timm takes all it finds where the split has none."""
-    folders = {os.path.dirname(name) for name in data.names} if _root(data) is not None else set()
-    return sorted(folder for folder in folders if '/' in folder)
+    return root if data.names and root is not None and os.path.isdir(root) and not data.containers else None
 
 
 def empty_folders(data: EvalSet) -> list[str]:
@@ -108,13 +144,14 @@ def empty_folders(data: EvalSet) -> list[str]:
     if root is None:
         return []
     filled = {name.split('/', 1)[0] for name in data.names}
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name not in filled)
+    return sorted(entry.name for entry in os.scandir(root)
+                  if entry.is_dir() and entry.name not in filled and not LITTER.fullmatch(entry.name))
 
 
 def repeated_classes(data: EvalSet) -> list[tuple[str, list[str]]]:
     """Classes that stand more than once.
 
-    timm takes the last folder's name for the class, so folders of the same name in different places become one class
+    The last folder's name is the class, so folders of the same name in different places would become one class
     silently; and folders that differ only in case or blanks are two classes where one was meant.
 
     Returns:
@@ -122,11 +159,10 @@ def repeated_classes(data: EvalSet) -> list[tuple[str, list[str]]]:
     """
     folders: dict[str, set[str]] = defaultdict(set)
     for index, name in enumerate(data.names):
-        folder = os.path.dirname(name)
-        if os.path.basename(folder) == data.class_of(index):
+        folder = posixpath.dirname(name)
+        if posixpath.basename(folder) == data.class_of(index):
             folders[data.class_of(index)].add(folder)
     alike: dict[str, set[str]] = defaultdict(set)
     for name in data.classes:
         alike[name.strip().casefold()].add(name)
     return [(name, sorted(places)) for found in (folders, alike) for name, places in found.items() if len(places) > 1]
-

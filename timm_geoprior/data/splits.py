@@ -1,17 +1,17 @@
 """The splits of a data set's folder, and training images kept out of training to choose recipes and checkpoints by."""
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from .seeding import generator
 
-__all__ = ['SPLITS', 'folders_of_split', 'hold_out', 'hold_out_share']
+__all__ = ['SPLITS', 'folders_of_split', 'hold_out', 'hold_out_share', 'names_of_split']
 
 SPLITS = {
     'train': ('train', 'training'),
-    'val': ('val', 'valid', 'validation', 'dev'),
+    'val': ('val', 'valid', 'validation', 'dev', 'eval', 'evaluation'),
     'test': ('test', 'testing'),
 }
 
@@ -23,9 +23,13 @@ def folders_of_split(folder: Path, split: str) -> list[str]:
         folder: The data set's.
         split: Name of the split, such as 'train', 'validation' or one of the data set's own.
     """
-    meaning = next((names for names in SPLITS.values() if split.lower() in names), (split.lower(),))
-    found = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name.lower() in meaning]
-    return sorted(found, key=lambda name: (
+    return names_of_split([entry.name for entry in os.scandir(folder) if entry.is_dir()], split)
+
+
+def names_of_split(names: Iterable[str], split: str) -> list[str]:
+    """Which of some folders' names a split may mean, as `folders_of_split` has it."""
+    meaning = next((words for words in SPLITS.values() if split.lower() in words), (split.lower(),))
+    return sorted((name for name in names if name.lower() in meaning), key=lambda name: (
         name != split, name.lower() != split.lower(), meaning.index(name.lower()), name))
 
 

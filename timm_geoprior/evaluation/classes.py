@@ -5,13 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import EvaluationError
+from ..errors import ClassMismatchError
 
-__all__ = ['ClassMatch', 'ClassMismatchError', 'match_classes']
-
-
-class ClassMismatchError(EvaluationError):
-    """The data's classes are not the model's."""
+__all__ = ['ClassMatch', 'match_classes']
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,8 @@ class ClassMatch:
 
     def apply(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """The model's class index of each label, -1 where the class is left out."""
-        return self.to_model[labels] if len(self.to_model) else labels
+        # an image without a class has -1, which must not become the last class
+        return np.where(labels < 0, -1, self.to_model[labels]) if len(self.to_model) else labels
 
 
 def match_classes(
@@ -39,6 +36,7 @@ def match_classes(
         names: Sequence[str],
         num_classes: int,
         subset: bool = False,
+        sorted_names: bool = False,
 ) -> ClassMatch:
     """Match the data's classes with the model's, by WordNet id or else by readable name.
 
@@ -48,17 +46,22 @@ def match_classes(
         names: Readable names of the model's classes; may be empty.
         num_classes: Number of the model's scores.
         subset: Measure only the classes that both have, and let only their scores compete.
+        sorted_names: Whether the data's classes stand in no order but that of their folders' names.
 
     Returns:
         The match. Where nothing can be compared, the labels are taken for the model's indices, and a note says so.
 
     Raises:
-        ClassMismatchError: There are classes that the model does not have, or none in common.
+        ClassMismatchError: There are classes that the model does not have, or none in common; or their order has to be
+            taken for the model's and could be two different ones.
     """
     unique = [known for known in (wnids, names) if len(set(known)) == len(known)]  # two of ImageNet's names stand twice
     known = next((known for known in unique if set(known) & set(data_classes)), None)
     if known is None:
-        return _by_position(data_classes, wnids, names, num_classes, subset)
+        match = _by_position(data_classes, wnids, names, num_classes, subset)
+        if sorted_names and match.notes and sorted(data_classes) != list(data_classes):
+            _refuse_two_orders(data_classes)
+        return match
     index = {name: i for i, name in enumerate(known)}
     to_model = np.array([index.get(name, -1) for name in data_classes], dtype=np.int64)
     unknown = [name for name in data_classes if name not in index]
@@ -105,6 +108,16 @@ def _by_position(
     note = "are not the model's names" if count and wnids else "cannot be compared with the model's"
     return ClassMatch(np.empty(0, np.int64), None, (
         f"The class names of these data {note}: their order is taken for the model's.",))
+
+
+def _refuse_two_orders(classes: Sequence[str]) -> None:
+    """timm sorts class folders by the numbers in their names, torchvision's ImageFolder by characters."""
+    by_character = sorted(classes)
+    first = next(place for place, name in enumerate(classes) if name != by_character[place])
+    raise ClassMismatchError(
+        f"The model's classes have no names here, and the {len(classes)} class folders can be sorted in two ways: "
+        f'class {first} is {classes[first]} in natural order (timm), {by_character[first]} by character (ImageFolder). '
+        f'Write the names, one per line, in the order of training into a text file, and name it by --class-map.')
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

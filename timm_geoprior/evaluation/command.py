@@ -1,39 +1,277 @@
-"""The command line of validation: `scripts/validate.py`."""
+"""The command `timm-geoprior validate`, scripts/validate.py: arguments, the way through, the exit code.
+
+In the order of a run: arguments, the model (`models.py`), the data (`data/`), which class is which (`classes.py`), the
+pass over the images (`evaluate.py`), what is read off it (`metrics.py`), what is written (`results.py`).
+"""
 import argparse
 import contextlib
 import datetime
 import fnmatch
 import importlib.util
+import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils import ParseKwargs
 
-from ..data.datasets import EvalSet, fingerprint, open_data, plain_archive
+from ..data.datasets import DataOptions, EvalSet, fingerprint, open_split
+from ..data.listing import unpacked
+from ..data.preflight import check_data
 from ..distributed import find_device, joined
-from ..errors import EvaluationError, GeoPriorError, ProcessError
-from ..pretrained.manifest import load_manifest
-from .arguments import parse_arguments
-from .check import deviations, find_metric
-from .classes import ClassMismatchError, match_classes
-from .evaluate import Evaluation, Plan, Settings, check_data, evaluate, plan
-from .models import LoadedModel, load_model
-from .predict import set_numerics
-from .report import lines, provenance, summary_row, write_report, write_summary
+from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
+from ..pretrained.manifest import Metric, ModelEntry, load_manifest
+from .classes import match_classes
+from .evaluate import PRECISIONS, EvalConfig, Evaluation, Plan, evaluate, plan, set_numerics
+from .metrics import Counts
+from .models import LoadedModel, check_source, load_model
+from .results import lines, provenance, summary_row, write_results, write_summary
 
-__all__ = ['main']
+__all__ = ['deviations', 'find_metric', 'main', 'parse_arguments']
 
+DESCRIPTION = """\
+Measure the accuracy of a model on a data set: every image exactly once, whatever the batch size and the number of
+processes. Several processes, one for each GPU: torchrun --nproc-per-node=8 scripts/validate.py ..."""
+
+EPILOG = """\
+ILSVRC2012_img_val.tar, or its 50,000 files in one folder, are labelled by this package: --data-dir names either.
+
+The exit code is 0 if all was measured (and, with --check, is as the manifest has it), 1 if not, 2 for a wrong
+command."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
+    """Measure what the command line says.
+
+    Args:
+        argv: Arguments, those of the process where it is None.
+        prog: Name of the command, for messages.
+
+    Returns:
+        The exit code: 0 if all was measured and found as claimed, 1 if not, 128 plus the signal's number after Ctrl-C
+        or SIGTERM.
+
+    Example:
+        >>> main(['--tag', 'geoprior_resnet14_nano', '--data-dir', 'tiny-imagenet-200', '--split', 'val', '--check'])
+        0
+    """
+    args = parse_arguments(argv, prog)
+    command = shlex.join(sys.argv if argv is None else [prog, *argv])
+    joined_before = joined()
+    rank = 0
+    try:
+        with _stopped_by_signals():
+            _check_output(args)
+            device, rank, world_size = find_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+            run = _Run(args, _config(args, device, rank, world_size), command)
+            set_numerics(run.config.precisions)
+            _measure_all(run)
+            return 1 if run.faults else 0
+    except GeoPriorError as error:
+        if not rank or isinstance(error, ProcessError):  # the others have met the same
+            print(f'{prog}: {error}', file=sys.stderr)
+        return 1
+    except _Stopped as stopped:
+        if not rank:
+            name = signal.Signals(stopped.number).name
+            print(f'{prog}: stopped by {name}. What was not finished is not written.', file=sys.stderr)
+        return 128 + stopped.number
+    finally:
+        if joined() and not joined_before:
+            dist.destroy_process_group()
+
+
+class _Stopped(BaseException):
+    """A signal came; not an `Exception`, so that nothing on the way takes it for a fault of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Leave in order on Ctrl-C and SIGTERM: the workers end with this process, and nothing is half-written."""
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# -- the arguments: names and meanings are those of timm's validate.py as far as it has them ---------------------------
+
+class _ModelKwargs(ParseKwargs):
+    """timm's, where a word without an equals sign is a wrong command."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if not value.partition('=')[1]:
+                parser.error(f'{option_string} is {value}, expected KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
+
+
+def parse_arguments(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> argparse.Namespace:
+    """Parse and check the command line; a wrong one ends the program with exit code 2.
+
+    Args:
+        argv: Arguments, those of the process where it is None.
+        prog: Name of the command.
+
+    Returns:
+        The arguments.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_model_arguments(parser.add_argument_group('what is measured'))
+    _add_data_arguments(parser.add_argument_group('on which images'))
+    _add_input_arguments(parser.add_argument_group("preprocessing, where it is not to be the model's own"))
+    _add_engine_arguments(parser.add_argument_group('how'))
+    _add_output_arguments(parser.add_argument_group('what is made of it'))
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def _add_model_arguments(group: Any) -> None:
+    group.add_argument(
+        '--model', '-m', metavar='NAME',
+        help="a model of timm, with or without a tag; this package's training checkpoints name their own")
+    group.add_argument(
+        '--tag', metavar='NAME',
+        help='a tag of the manifest, a pattern like "*tin200", or "all": those that have weights, one after the other')
+    group.add_argument('--checkpoint', type=Path, metavar='PATH', help='weights, in place of the pretrained ones')
+    group.add_argument(
+        '--use-ema', dest='weights', action='store_const', const='ema', default='auto',
+        help="the checkpoint's averaged weights, which are taken by default where it has any")
+    group.add_argument(
+        '--raw', dest='weights', action='store_const', const='raw', help='its raw weights, beside averaged ones')
+    group.add_argument(
+        '--pretrained', action='store_true', help="timm's argument; without --checkpoint it goes without saying")
+    group.add_argument(
+        '--num-classes', type=int, metavar='N', help="where it is not the model's or the checkpoint's own")
+    group.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE', help='options of the model')
+
+
+def _add_data_arguments(group: Any) -> None:
+    group.add_argument(
+        '--data-dir', type=Path, metavar='PATH',
+        help='folder with a folder for each class, or an archive of it: .tar, .tar.gz, .tar.bz2, .tar.xz')
+    group.add_argument(
+        '--dataset', default='', metavar='KIND/NAME',
+        help='wds/ (WebDataset shards in --data-dir), hfds/NAME or hfids/NAME (a Hugging Face data set, or a local '
+             'folder of parquet files; hfids streams), torch/NAME; default: a folder or an archive')
+    group.add_argument(
+        '--split', default='validation', metavar='NAME',
+        help='default: validation, whose folder may also be called val; for wds/ also its shards, as in '
+             '"val-{00..31}.tar|50000"')
+    group.add_argument(
+        '--num-samples', type=int, metavar='N', help="a stream's number of images, where nothing else tells it")
+    group.add_argument(
+        '--class-map', default='', metavar='FILE',
+        help="the class folders' names, a line each, in the order of the classes")
+    group.add_argument('--input-key', metavar='KEY', help='where the data set keeps the image')
+    group.add_argument('--target-key', metavar='KEY', help='where it keeps the class')
+    group.add_argument('--dataset-download', action='store_true', help='allow it for torch/ and hfids/')
+    group.add_argument(
+        '--subset', action='store_true',
+        help='measure only the classes that data and model both have, by WordNet id, and let only their scores compete')
+    group.add_argument(
+        '--real-labels', nargs='?', const='', metavar='FILE',
+        help="also count by ReaL labels: those that timm has, or a file's")
+
+
+def _add_input_arguments(group: Any) -> None:
+    group.add_argument('--img-size', type=int, metavar='N', help='side of the images in pixels')
+    group.add_argument('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width')
+    group.add_argument('--crop-pct', type=float, metavar='X', help='share of the resized image that is cut out')
+    group.add_argument('--crop-mode', choices=('center', 'squash', 'border'))
+    group.add_argument('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos', 'box', 'hamming'))
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='of the pixels, from 0 to 1')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', help='of the pixels, from 0 to 1')
+
+
+def _add_engine_arguments(group: Any) -> None:
+    group.add_argument(
+        '--batch-size', '-b', type=int, default=256, metavar='N',
+        help='images of a batch of one process (default: 256); halved when memory runs out')
+    group.add_argument(
+        '--workers', '-j', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='processes that decode (default: 4, or as many as there are processors)')
+    group.add_argument('--device', metavar='NAME', help='default: cuda if there is one, else cpu')
+    group.add_argument(
+        '--precision', nargs='+', choices=tuple(PRECISIONS), metavar='NAME',
+        help='float32 (strict: no TF32), bfloat16, float16 (autocast); several are measured in one pass and compared '
+             'with the first (default: float32)')
+    group.add_argument('--amp', action='store_true', help="timm's argument: --precision of --amp-dtype")
+    group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='default: float16')
+    group.add_argument('--channels-last', action='store_true', help='that memory layout')
+    group.add_argument(
+        '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
+        help='compile the model (default backend: inductor)')
+
+
+def _add_output_arguments(group: Any) -> None:
+    group.add_argument(
+        '--check', action='store_true',
+        help="hold the figures against the manifest's, and leave with exit code 1 where they are off")
+    group.add_argument(
+        '--tolerance', type=float, default=0.05, metavar='X',
+        help='by how many points of a percent top-1 and top-5 may be off (default: 0.05)')
+    group.add_argument(
+        '--output', type=Path, metavar='DIR',
+        help='write results.json (figures and where they come from), per_class.csv, confused_pairs.csv, '
+             'reliability.png and per_class.png; of several models, each into a folder of its name')
+    group.add_argument('--results-file', type=Path, metavar='FILE', help='write a summary, a row a model')
+    group.add_argument(
+        '--results-format', choices=('csv', 'json'), help="default: json if the file's name ends so, else csv")
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant."""
+    if args.tag is not None and (args.model or args.checkpoint):
+        parser.error('--tag takes its own weights: name --model instead where you name --checkpoint')
+    if args.tag is None and not (args.model or args.checkpoint):
+        parser.error('nothing to measure: name --model, --tag or --checkpoint')
+    if args.amp and args.precision:
+        parser.error('--amp and --precision say the same: name one of them')
+    overriding = ('subset', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+    overridden = [name for name in overriding if getattr(args, name) not in (None, False)]
+    if args.check and overridden:
+        parser.error(f'--check measures a tag as it is published: leave out --{overridden[0].replace("_", "-")}')
+    for name, least in (('batch_size', 1), ('workers', 0), ('tolerance', 0), ('img_size', 1), ('num_samples', 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f'--{name.replace("_", "-")} is {value}, expected {least} or more')
+    if args.input_size and min(args.input_size) < 1:
+        parser.error(f'--input-size is {args.input_size}, expected channels, height and width of 1 or more')
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f'--crop-pct is {args.crop_pct}, expected a share, more than 0 and at most 1')
+    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        known = ', '.join(torch.compiler.list_backends())
+        parser.error(f'--torchcompile is {args.torchcompile}, expected a backend that torch has, as {known}')
+    args.precision = tuple(dict.fromkeys([args.amp_dtype] if args.amp else args.precision or ['float32']))
+
+
+# -- the way through ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class _Run:
     """What one command does, and what has come of it so far."""
     args: argparse.Namespace
-    settings: Settings
+    config: EvalConfig
     command: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
@@ -41,13 +279,13 @@ class _Run:
 
     def say(self, text: str) -> None:
         """A result, on stdout."""
-        if not self.settings.rank:
+        if not self.config.rank:
             print(text, flush=True)
 
     def fail(self, text: str) -> None:
         """What makes the exit code 1."""
         self.faults += 1
-        self.settings.tell(text)
+        self.config.tell(text)
 
 
 def _check_output(args: argparse.Namespace) -> None:
@@ -68,19 +306,10 @@ def _check_output(args: argparse.Namespace) -> None:
         raise EvaluationError(f'{args.results_file} is a folder, expected a file: name one in it by --results-file.')
 
 
-def _device(args: argparse.Namespace) -> torch.device:
-    """Start the group of processes, if there is one, and find this one's device."""
-    if args.device is None:
-        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    device, args.rank, args.world_size = find_device(args.device)
-    return device
-
-
-def _settings(args: argparse.Namespace, device: torch.device) -> Settings:
-    rank = args.rank
+def _config(args: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> EvalConfig:
     input_keys = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
-    return Settings(
-        device, rank, args.world_size, args.precision, args.batch_size, args.workers, args.channels_last,
+    return EvalConfig(
+        device, rank, world_size, args.precision, args.batch_size, args.workers, args.channels_last,
         args.torchcompile, args.subset, args.real_labels, {key: getattr(args, key) for key in input_keys},
         lambda text: None if rank else print(text, file=sys.stderr, flush=True))
 
@@ -104,30 +333,25 @@ def _is_sweep(args: argparse.Namespace) -> bool:
     return args.tag is not None and (args.tag == 'all' or any(sign in args.tag for sign in '*?['))
 
 
-def _open(args: argparse.Namespace, root: Path | None) -> EvalSet:
-    options = {key: getattr(args, key) for key in ('class_map', 'num_samples', 'input_key', 'target_key')}
-    mode = 'L' if args.input_size and args.input_size[0] == 1 else 'RGB'
-    return open_data(root, args.dataset, args.split, download=args.dataset_download, input_img_mode=mode,
-                     **{key: value for key, value in options.items() if value})
-
-
 def _measure_all(run: _Run) -> None:
     """Open the data once, and go through the models."""
     args = run.args
     names = _names(args)
-    with contextlib.ExitStack() as stack:
-        root = args.data_dir
-        if root is not None and not args.dataset:
-            root = stack.enter_context(plain_archive(root))
-        data = _open(args, root)
-        check_data(data, run.settings)
+    for name in names:
+        if args.checkpoint is None and name is not None:
+            check_source(name)  # before any time is spent on the images
+    in_files = args.data_dir is not None and not args.dataset
+    with unpacked(args.data_dir) if in_files else contextlib.nullcontext(args.data_dir) as root:
+        options = DataOptions(args.class_map, args.num_samples, args.input_key, args.target_key, args.dataset_download)
+        data = open_split(root, args.split, args.dataset, options)
+        check_data(data, args.workers, run.config.tell, run.config.rank, run.config.world_size)
         for name in names:
             try:
                 _measure(run, data, name)
             except ClassMismatchError as error:
                 if not _is_sweep(args):
                     raise
-                run.settings.tell(f'{name} is passed over: {error}')
+                run.config.tell(f'{name} is passed over: {error}')
             except GeoPriorError as error:
                 if not _is_sweep(args) or isinstance(error, ProcessError):
                     raise
@@ -137,20 +361,21 @@ def _measure_all(run: _Run) -> None:
 
 
 def _measure(run: _Run, data: EvalSet, name: str | None) -> None:
-    args, settings = run.args, run.settings
+    args, config = run.args, run.config
     if _is_sweep(args) and name is not None:  # do not fetch weights for other classes
         labels = load_manifest().label_sets[load_manifest().get(name).label_set]
         match_classes(data.classes, labels.wnids, labels.names, labels.num_classes, args.subset)
     loaded = load_model(name, args.checkpoint, args.weights, args.num_classes,
                         args.input_size[0] if args.input_size else 3, args.model_kwargs)
-    planned = plan(data, loaded, settings)
+    planned = plan(data, loaded, config)
     for note in (*loaded.notes, *planned.match.notes):
-        settings.tell(note)
+        config.tell(note)
     _compare_with_figures(run, data, loaded, planned)
     seen = {'data_dir': str(args.data_dir) if args.data_dir else None, 'dataset': args.dataset, 'split': args.split,
-            **(fingerprint(data, planned.indices, args.dataset) if not settings.rank else {})}
+            'notes': list(data.notes),
+            **(fingerprint(data, planned.indices, args.dataset) if not config.rank else {})}
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-    evaluation = evaluate(data, loaded, planned, settings)
+    evaluation = evaluate(data, loaded, planned, config)
     run.rows.append(summary_row(evaluation))
     for line in lines(evaluation):
         run.say(line)
@@ -158,11 +383,66 @@ def _measure(run: _Run, data: EvalSet, name: str | None) -> None:
         run.fail(problem)
     if args.check:
         _check_figures(run, evaluation)
-    if settings.rank:
-        return
-    run.details.append(provenance(evaluation, settings, run.command, seen, started))
+    if not config.rank:
+        run.details.append({**provenance(evaluation, config), 'data': seen, 'command': run.command, 'started': started})
+        _write(run, evaluation)
+
+
+def _write(run: _Run, evaluation: Evaluation) -> None:
+    """Write what has been measured so far: a sweep that is stopped keeps it."""
+    args, name = run.args, evaluation.loaded.name
     if args.output:
-        write_report(args.output / loaded.name if _is_sweep(args) else args.output, evaluation, run.details[-1])
+        write_results(args.output / name if _is_sweep(args) else args.output, evaluation, run.details[-1])
+    if args.results_file:
+        form = args.results_format or ('json' if args.results_file.suffix == '.json' else 'csv')
+        write_summary(args.results_file, run.rows, run.details, form)
+
+
+# -- measured against claimed ------------------------------------------------------------------------------------------
+
+def find_metric(entry: ModelEntry, precision: str, img_size: int, num_images: int | None) -> Metric:
+    """The manifest's figure that a measurement can be held against.
+
+    Args:
+        entry: The tag's.
+        precision: Of the measurement.
+        img_size: Side of its images in pixels.
+        num_images: Number of its images; None where that is not known before.
+
+    Returns:
+        The figure.
+
+    Raises:
+        EvaluationError: The manifest has no figure for that; the message says which it has.
+    """
+    if not entry.metrics:
+        raise EvaluationError(f'The manifest has no figure for {entry.name}, expected one to check against: leave '
+                              f'--check out, or take a tag that has one.')
+    fitting = [m for m in entry.metrics if (m.precision, m.img_size) == (precision, img_size)]
+    if not fitting:
+        known = ', '.join(sorted({f'{m.precision} at {m.img_size} px' for m in entry.metrics}))
+        raise EvaluationError(f'The manifest has no figure of {entry.name} for {precision} at {img_size} px, expected '
+                              f'{known}: measure that.')
+    for metric in fitting:
+        if num_images in (None, metric.num_images):
+            return metric
+    known = ', '.join(f'{m.dataset} {m.split} with {m.num_images:,} images' for m in fitting)
+    raise EvaluationError(f'These are {num_images:,} images, not the set that the figure of {entry.name} in the '
+                          f'manifest is for, expected {known}: check --data-dir and --split.')
+
+
+def deviations(metric: Metric, counts: Counts) -> Mapping[str, float]:
+    """How far a measurement is from the manifest's figure, in points: measured minus claimed.
+
+    Args:
+        metric: The manifest's.
+        counts: The measured ones.
+
+    Returns:
+        By 'top-1' and 'top-5'.
+    """
+    return {'top-1': 100 * counts.top1_correct / counts.num_images - metric.top1,
+            'top-5': 100 * counts.top5_correct / counts.num_images - metric.top5}
 
 
 def _compare_with_figures(run: _Run, data: EvalSet, loaded: LoadedModel, planned: Plan) -> None:
@@ -175,12 +455,12 @@ def _compare_with_figures(run: _Run, data: EvalSet, loaded: LoadedModel, planned
         if run.args.checkpoint and loaded.weights['sha256'] != entry.sha256:
             raise EvaluationError(f'{run.args.checkpoint} has the sha256 {loaded.weights["sha256"]}, expected '
                                   f'{entry.sha256} of {entry.name} for --check: leave one of them out.')
-        for precision in run.settings.precisions:
+        for precision in run.config.precisions:
             find_metric(entry, precision, planned.img_size, count)
     elif (entry is not None and loaded.weights.get('sha256') == entry.sha256 and count is not None
           and count not in {metric.num_images for metric in entry.metrics}):
         for metric in entry.metrics:
-            run.settings.tell(f"These {count:,} images are not the set that the manifest's figure is for: "
+            run.config.tell(f"These {count:,} images are not the set that the manifest's figure is for: "
                               f'{metric.dataset} {metric.split}, {metric.num_images:,} images.')
 
 
@@ -197,42 +477,3 @@ def _check_figures(run: _Run, evaluation: Evaluation) -> None:
                 run.say(f'  check: {text}, within {tolerance}.')
             else:
                 run.fail(f'The check failed: {text}, expected {tolerance} at most.')
-
-
-def _write_results(run: _Run) -> None:
-    path = run.args.results_file
-    if path is None or run.settings.rank or not run.rows:
-        return
-    form = run.args.results_format or ('json' if path.suffix == '.json' else 'csv')
-    write_summary(path, run.rows, run.details, form)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what the command line says.
-
-    Args:
-        argv: Arguments, those of the process where it is None.
-
-    Returns:
-        The exit code: 0 if all was measured and found as claimed, 1 if not, 130 after Ctrl-C.
-    """
-    args = parse_arguments(argv)
-    command = shlex.join(sys.argv if argv is None else ['validate.py', *argv])
-    joined_before = joined()
-    args.rank = 0
-    try:
-        _check_output(args)
-        run = _Run(args, _settings(args, _device(args)), command)
-        set_numerics(run.settings.precisions)
-        _measure_all(run)
-        _write_results(run)
-        return 1 if run.faults else 0
-    except GeoPriorError as error:
-        if not args.rank or isinstance(error, ProcessError):  # the others have met the same
-            print(f'validate.py: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        if joined() and not joined_before:
-            dist.destroy_process_group()

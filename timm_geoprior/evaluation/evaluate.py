@@ -1,36 +1,46 @@
-"""One model on one data set, from the preflight to the counts."""
+"""One model over one data set: match the classes, choose the images, run every precision, count."""
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.data import ImageNetInfo, RealLabelsImagenet, resolve_data_config
+from PIL import Image
+from timm.data import ImageNetInfo, RealLabelsImagenet, create_loader, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..data.datasets import ILSVRC_FILE, EvalSet, ilsvrc_val_labels
-from ..data.preflight import empty_folders, find_unreadable, nested_folders, repeated_classes
-from ..distributed import reduce_sum
-from ..errors import EvaluationError
-from .accuracy import Counts
+from ..data.images import read_item
+from ..data.imageset import UNREADABLE, EvalSet
+from ..data.listing import ILSVRC_FILE, ilsvrc_val_labels
+from ..data.workers import init_worker
+from ..distributed import gather, reduce_sum
+from ..errors import EvaluationError, ProcessError
 from .classes import ClassMatch, match_classes
+from .metrics import Counts, Predictions, target_ranks
 from .models import LoadedModel
-from .predict import Forward, Pass, Shard, gather, make_loader, predict
 
-__all__ = ['Evaluation', 'Plan', 'Settings', 'check_data', 'evaluate', 'plan']
+__all__ = ['PRECISIONS', 'EvalConfig', 'Evaluation', 'Forward', 'Pass', 'Plan', 'evaluate', 'plan', 'predict',
+           'set_numerics']
+
+PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+SKIPPED, OUT_OF_RANGE = -1, -3  # in place of a class index, as UNREADABLE
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalConfig:
     """How to measure; the names are those of timm's validation.
 
     Attributes:
         device: Where the network runs.
         rank: This process.
         world_size: Number of processes.
-        precisions: What to compute in, the reference first.
+        precisions: What to compute in, of `PRECISIONS`, the reference first.
         batch_size: Images of a batch of one process.
         workers: Processes that decode, for each process.
         channels_last: Give the network images in that memory layout.
@@ -75,6 +85,26 @@ class Plan:
         return int(self.config['input_size'][-1])
 
 
+@dataclass
+class Pass:
+    """What came out of a pass over the data.
+
+    Attributes:
+        counts: By precision, summed as integers over all processes.
+        predictions: By precision, from all processes.
+        largest_difference: By precision: the largest difference of a score from the first precision's.
+        unreadable: Index of each image that could not be decoded; -1 for each one of a stream.
+        left_out: Number of a stream's images whose class is not measured.
+        out_of_range: Number of a stream's labels that the model has no class for.
+    """
+    counts: dict[str, Counts] = field(default_factory=dict)
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    largest_difference: dict[str, float] = field(default_factory=dict)
+    unreadable: list[int] = field(default_factory=list)
+    left_out: int = 0
+    out_of_range: int = 0
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured.
@@ -97,73 +127,57 @@ class Evaluation:
     problems: tuple[str, ...] = ()
 
 
-def check_data(data: EvalSet, settings: Settings) -> None:
-    """Look for what is wrong with the data set whatever the model; each process takes its share of the images.
+def set_numerics(precisions: Sequence[str]) -> None:
+    """Make float32 strict: no TF32 or bfloat16 inside, and algorithms that are not chosen by a race.
+
+    Where float32 is not measured, cuDNN may try its algorithms out, as in timm's validation.
 
     Args:
-        data: The data set.
-        settings: Of the measurement.
-
-    Raises:
-        EvaluationError: Classes stand twice, or images cannot be read; the message lists them.
+        precisions: What will be measured, of `PRECISIONS`.
     """
-    if data.is_stream:
-        settings.tell('These data are a stream: they are looked at as they come.')
-        return
-    per_class = np.bincount(data.labels, minlength=len(data.classes))
-    without, per_class = int((per_class == 0).sum()), per_class[per_class > 0]
-    spread = ' to '.join(f'{count:,}' for count in sorted({per_class.min(), per_class.max()}))
-    settings.tell(f'{len(data.labels):,} images in {len(per_class):,} classes, {spread} in each'
-                  f'{f"; {without:,} classes have none" if without else ""}.')
-    if repeated := repeated_classes(data):
-        places = '; '.join(f'{name}: {", ".join(places[:4])}' for name, places in repeated[:5])
-        raise EvaluationError(f'Classes stand more than once, {len(repeated)} in number ({places}), expected one '
-                              f'folder a class: name one split by --split or --data-dir, or join the folders.')
-    if nested := nested_folders(data):
-        settings.tell(f'Class folders lie deeper than one level, as {nested[0]} does: no folder of this split was '
-                      f'found, or classes are grouped; all of them are taken.')
-    if empty := empty_folders(data):
-        settings.tell(f'Folders without images: {", ".join(empty[:10])}{" and others" if len(empty) > 10 else ""}.')
-    own = np.arange(len(data.labels))[settings.rank::settings.world_size]
-    faults = gather(np.array(find_unreadable(data, own, settings.workers, quiet=settings.rank > 0), dtype=object)
-                    .reshape(-1, 2))
-    if len(faults):
-        listed = '\n'.join(f'  {data.name_of(index)}: {reason}' for index, reason in sorted(faults.tolist()))
-        raise EvaluationError(f'{len(faults)} of {len(data.labels):,} images cannot be read, expected none: get them '
-                              f'again, or take them out.\n{listed}')
+    # not torch.backends.fp32_precision: after that torch.export and the compiler fail to read these
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.benchmark = 'float32' not in precisions
 
 
-def plan(data: EvalSet, loaded: LoadedModel, settings: Settings) -> Plan:
+# -- before the pass ---------------------------------------------------------------------------------------------------
+
+def plan(data: EvalSet, loaded: LoadedModel, config: EvalConfig) -> Plan:
     """Match the classes, choose the images and settle the preprocessing.
 
     Args:
         data: The data set.
         loaded: The model.
-        settings: Of the measurement.
+        config: Of the measurement.
 
     Returns:
         The plan.
 
     Raises:
         ClassMismatchError: The classes are not the model's.
-        EvaluationError: ReaL labels were asked for on other images than ILSVRC's, or in another order of classes.
+        EvaluationError: No image has a class of the model, or ReaL labels were asked for on other images than ILSVRC's.
     """
     num_classes = int(loaded.model.num_classes)  # type: ignore[arg-type]  # every model of timm has it
-    match = match_classes(data.classes, loaded.wnids, loaded.names, num_classes, settings.subset)
+    match = match_classes(
+        data.classes, loaded.wnids, loaded.names, num_classes, config.subset, sorted_names=data.sorted_names)
     targets = match.apply(data.labels)
     indices = np.flatnonzero(targets >= 0)
     if len(targets) and targets.max() >= num_classes:
         raise EvaluationError(f"The data have the label {targets.max()}, expected less than the model's {num_classes} "
                               f'classes: check --data-dir, or take another model.')
-    if settings.real_labels is not None:
-        _check_real_labels(data, loaded, settings)
-    overrides = {'img_size': loaded.img_size, **{k: v for k, v in settings.overrides.items() if v is not None}}
-    config = resolve_data_config(overrides, model=loaded.model, use_test_size=True)
-    return Plan(match, indices, targets[indices], config)
+    if not data.is_stream and not len(indices):
+        raise EvaluationError(f'None of the {len(targets):,} images has a class of the model. Check --split: test sets '
+                              f'are often published without labels.')
+    if config.real_labels is not None:
+        _check_real_labels(data, loaded, config)
+    overrides = {'img_size': loaded.img_size, **{k: v for k, v in config.overrides.items() if v is not None}}
+    preprocessing = resolve_data_config(overrides, model=loaded.model, use_test_size=True)
+    return Plan(match, indices, targets[indices], preprocessing)
 
 
-def _check_real_labels(data: EvalSet, loaded: LoadedModel, settings: Settings) -> None:
-    if settings.subset or loaded.wnids != tuple(ImageNetInfo('imagenet-1k').label_names()):
+def _check_real_labels(data: EvalSet, loaded: LoadedModel, config: EvalConfig) -> None:
+    if config.subset or loaded.wnids != tuple(ImageNetInfo('imagenet-1k').label_names()):
         raise EvaluationError(f"--real-labels are for all of ImageNet-1k's classes in their order, and {loaded.name} "
                               f'is not measured on those: leave it out.')
     names = [name.rpartition('/')[2] for name in data.names]
@@ -173,60 +187,271 @@ def _check_real_labels(data: EvalSet, loaded: LoadedModel, settings: Settings) -
                               f'ILSVRC2012_val_00000001.JPEG, got {got}: leave it out.')
 
 
-def evaluate(data: EvalSet, loaded: LoadedModel, plan: Plan, settings: Settings) -> Evaluation:
+class _RealLabels:
+    """timm's evaluator of ReaL labels, given the scores of this process's images in their order."""
+
+    def __init__(self, names: list[str], file: str) -> None:
+        count = len(ilsvrc_val_labels())
+        try:
+            self.real: Any = RealLabelsImagenet(
+                [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(count)], file or None)
+        except (OSError, ValueError, AssertionError) as error:
+            raise EvaluationError(f'{file} cannot be read as ReaL labels ({error or "wrong number"}), expected a '
+                                  f"JSON list of {count:,} lists: leave the name out for timm's own.") from None
+        self.real.filenames = []  # it asked for all names at first, and goes through these in order
+        self.names = iter(names)
+
+    def add(self, scores: Tensor, targets: Tensor) -> None:
+        """Count a batch; an image that could not be read has scores of something else."""
+        readable = targets != UNREADABLE
+        # timm looks an image up by its number, which copies on the Hub write a class behind
+        names = [next(self.names)[:len('ILSVRC2012_val_00000001')] + '.JPEG' for _ in targets]
+        self.real.filenames += [name for name, use in zip(names, readable.tolist(), strict=True) if use]
+        if readable.any():
+            self.real.add_result(scores[readable])
+
+    def counts(self, device: torch.device) -> Counts:
+        """The counts of all processes."""
+        own = [len(self.real.is_correct[1]), sum(self.real.is_correct[1]), sum(self.real.is_correct[5])]
+        return Counts(*reduce_sum(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
+
+
+class _Share(Dataset[tuple[Any, int]]):
+    """One process's images of an indexed data set: each once, none repeated to fill a batch.
+
+    Process r of n takes every n-th image from the r-th on. timm's own dataset puts the next image in the place of one
+    that cannot be read; here such an image is marked, so that it is counted as what it is.
+    """
+
+    def __init__(self, data: EvalSet, plan: Plan, config: EvalConfig) -> None:
+        self.dataset = data.dataset
+        self.indices = plan.indices[config.rank::config.world_size]
+        self.targets = plan.targets[config.rank::config.world_size]
+        self.mode = _mode(plan)
+        self.transform: Any = None  # timm's create_loader sets it
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        try:
+            image = read_item(self.dataset, int(self.indices[position]), self.mode)
+            target = int(self.targets[position])
+        except Exception:  # what decodes by itself (torchvision's data sets) may raise anything
+            image, target = Image.new(self.mode, (8, 8)), UNREADABLE
+        return self.transform(image), target
+
+
+def _mode(plan: Plan) -> str:
+    return 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as timm's validation
+
+
+class _ToModelClass:
+    """A stream's label as the model's class index."""
+
+    def __init__(self, to_model: NDArray[np.int64], num_classes: int) -> None:
+        self.to_model, self.num_classes = to_model, num_classes
+
+    def __call__(self, label: int) -> int:
+        if label == UNREADABLE:
+            return label
+        if not 0 <= label < (len(self.to_model) or self.num_classes):
+            return OUT_OF_RANGE
+        return int(self.to_model[label]) if len(self.to_model) else label
+
+
+def _seed_worker(worker: Any) -> int:
+    """What timm's loader calls in each worker, whose own seed it wants back."""
+    init_worker(worker)
+    return int(worker.seed)
+
+
+def _make_loader(dataset: Any, plan: Plan, config: EvalConfig) -> Iterable[Batch]:
+    """Batches as timm's validation makes them: its transform, its collation, its normalisation on the device."""
+    if isinstance(dataset, _Share) and not len(dataset):
+        return ()
+    loader: Iterable[Batch] = create_loader(
+        dataset, batch_size=config.batch_size, num_workers=config.workers, device=config.device,
+        pin_memory=config.device.type == 'cuda', worker_seeding=_seed_worker,  # type: ignore[arg-type]
+        persistent_workers=config.workers > 0,  # the time of their end is not the pass's
+        **plan.config)
+    return loader
+
+
+class Forward:
+    """A model's forward pass that halves the batch when memory runs out, and goes on with the halves."""
+
+    def __init__(self, model: nn.Module, tell: Callable[[str], None] = print) -> None:
+        """
+        Args:
+            model: Gives scores of shape (batch, classes).
+            tell: Called with a sentence when a batch is halved.
+        """
+        self.model = model
+        self.tell = tell
+        self.limit: int | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        while True:
+            size = min(self.limit or len(images), len(images))
+            try:
+                return torch.cat([self.model(part) for part in torch.split(images, size)])
+            except RuntimeError as error:
+                # on the CPU, torch raises a plain RuntimeError
+                if not isinstance(error, torch.OutOfMemoryError) and 'DefaultCPUAllocator' not in str(error):
+                    raise
+                if size == 1:
+                    raise ProcessError('There is not enough memory for one image, expected some for a batch: take '
+                                       'a smaller --img-size, a lower precision or another device.') from None
+            # outside of the handler, where the failed attempt's tensors are free
+            self.limit = (size + 1) // 2
+            if images.is_cuda:
+                torch.cuda.empty_cache()
+            self.tell(f'Not enough memory for {size} images at a time: going on with {self.limit}.')
+
+
+# -- the pass ----------------------------------------------------------------------------------------------------------
+
+def evaluate(data: EvalSet, loaded: LoadedModel, plan: Plan, config: EvalConfig) -> Evaluation:
     """Run a model over the data set, every image once.
 
     Args:
         data: The data set.
         loaded: The model.
         plan: What to measure.
-        settings: How to measure it.
+        config: How to measure it.
 
     Returns:
         What was measured, the same in every process.
     """
-    model: Any = loaded.model.to(settings.device)
-    if settings.channels_last:
+    model: Any = loaded.model.to(config.device)
+    if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if settings.torchcompile:
-        model = torch.compile(model, backend=settings.torchcompile)
-    shard = None if data.is_stream else _shard(data, plan, settings)
-    loader: Any = make_loader(
-        data if shard is None else shard, plan.config, settings.batch_size, settings.workers, settings.device,
-        plan.match.to_model, int(loaded.model.num_classes), settings.rank,  # type: ignore[arg-type]
-        settings.world_size)
+    if config.torchcompile:
+        model = torch.compile(model, backend=config.torchcompile)
+    share: Any = data.dataset if data.is_stream else _Share(data, plan, config)
+    if data.is_stream:
+        share.mode = _mode(plan)
+        share.target_transform = _ToModelClass(plan.match.to_model, int(loaded.model.num_classes))  # type: ignore[arg-type]
+    loader = _make_loader(share, plan, config)
     real = None
-    if settings.real_labels is not None and shard is not None:
-        real = _real_labels([data.names[i] for i in shard.indices], settings.real_labels)
+    if config.real_labels is not None and not data.is_stream:
+        real = _RealLabels([data.names[i].rpartition('/')[2] for i in share.indices], config.real_labels)
+    bar: tqdm[Any] = tqdm(total=len(plan.indices) or data.expected or None, desc=loaded.name, unit=' images',
+                          disable=True if config.rank else None)
+
+    def after_batch(scores: Tensor, targets: Tensor) -> None:
+        if real is not None:
+            real.add(scores, targets)
+        count = len(targets) * config.world_size  # the other processes are taken to be as far as this one
+        bar.update(min(count, bar.total - bar.n) if bar.total else count)
+
     start = time.perf_counter()
-    with _progress(loaded.name, len(plan.indices) or _expected(data), settings) as bar:
-        outcome = predict(
-            Forward(model, settings.tell), loader, settings.precisions, settings.device,
-            None if shard is None else shard.indices, plan.match.competing, settings.channels_last,
-            real.add_result if real else None, lambda count: _advance(bar, count * settings.world_size))
+    with bar:
+        outcome = predict(Forward(model, config.tell), loader, config, None if data.is_stream else share.indices,
+                          plan.match.competing, after_batch)
     seconds = time.perf_counter() - start
-    steps = getattr(getattr(getattr(loader, 'dataset', None), 'transform', None), 'transforms', ())
-    return Evaluation(loaded, plan, outcome, _real_counts(real, outcome, settings.device), tuple(map(repr, steps)),
+    steps = getattr(getattr(share, 'transform', None), 'transforms', ())
+    return Evaluation(loaded, plan, outcome, real.counts(config.device) if real else None, tuple(map(repr, steps)),
                       seconds, _problems(data, plan, outcome))
 
 
-def _expected(data: EvalSet) -> int:
-    """Number of a stream's images as its own description has it, 0 where it has none."""
-    return int(getattr(data.dataset.reader, 'num_samples', 0) or 0)
+@dataclass
+class _Answers:
+    """What one process has answered so far."""
+    targets: list[Tensor]  # of each batch, shape (batch,)
+    answers: dict[str, list[Tensor]]  # by precision and batch: rank, predicted class, its probability; shape (3, batch)
+    difference: dict[str, Tensor]  # by precision: the largest difference of a score from the first precision's
+
+    def collect(self, indices: NDArray[np.int64] | None, device: torch.device) -> Pass:
+        """Bring the processes' shares together; `indices` are those of this process's images, None in a stream."""
+        targets = torch.cat(self.targets).cpu().numpy() if self.targets else np.empty(0, np.int64)
+        index = np.full(len(targets), -1) if indices is None else indices[:len(targets)]
+        counted = targets >= 0
+        result = Pass(unreadable=sorted(gather(index[targets == UNREADABLE]).tolist()))
+        result.left_out = len(gather(index[targets == SKIPPED]))
+        result.out_of_range = len(gather(index[targets == OUT_OF_RANGE]))
+        everything = gather(index[counted])
+        order = np.argsort(everything, kind='stable')
+        all_targets = gather(targets[counted].astype(np.int32))[order]
+        for precision, batches in self.answers.items():
+            answers = torch.cat(batches, 1).cpu().numpy() if batches else np.empty((3, 0))
+            rank, predicted, confidence = (gather(row[counted])[order] for row in answers)
+            result.predictions[precision] = Predictions(
+                everything[order], all_targets, rank.astype(np.int32), predicted.astype(np.int32),
+                confidence.astype(np.float32))
+            own = [counted.sum(), (answers[0][counted] < 1).sum(), (answers[0][counted] < 5).sum()]
+            result.counts[precision] = Counts(*reduce_sum(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
+            differences = gather(np.array([self.difference[precision].item()]))
+            result.largest_difference[precision] = float(differences.max())
+        return result
 
 
-def _shard(data: EvalSet, plan: Plan, settings: Settings) -> Shard:
-    mode = 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as timm's validation
-    return Shard(data, plan.indices, plan.targets, settings.rank, settings.world_size, mode)
+def predict(
+        forward: Callable[[Tensor], Tensor],
+        loader: Iterable[Batch],
+        config: EvalConfig,
+        indices: NDArray[np.int64] | None = None,
+        competing: Sequence[int] | None = None,
+        after_batch: Callable[[Tensor, Tensor], None] | None = None,
+) -> Pass:
+    """Evaluate every batch in every precision.
+
+    Args:
+        forward: Images to scores.
+        loader: This process's batches, on the device.
+        config: Says in which precisions, of which 'float32' runs as it is, the others under autocast.
+        indices: Index in the data set of each image that the loader gives, in its order; None in a stream.
+        competing: Classes whose scores compete; None for all.
+        after_batch: Called with the first precision's scores of each batch, and its targets.
+
+    Returns:
+        Counts and predictions of all processes together, the same in each.
+    """
+    found = _Answers([], {precision: [] for precision in config.precisions},
+                     {precision: torch.zeros((), device=config.device) for precision in config.precisions})
+    with torch.inference_mode():
+        for images, targets in loader:
+            if config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            reference: Tensor | None = None
+            for precision in config.precisions:
+                scores = _scores(forward, images, precision, competing)
+                found.answers[precision].append(_answers(scores, targets))
+                if reference is None:
+                    reference = scores
+                gap = _largest(scores - reference, targets)
+                found.difference[precision] = torch.maximum(found.difference[precision], gap)
+            found.targets.append(targets)
+            if after_batch is not None and reference is not None:
+                after_batch(reference, targets)
+    return found.collect(indices, config.device)
 
 
-def _progress(name: str, total: int, settings: Settings) -> 'tqdm[Any]':
-    return tqdm(total=total or None, desc=name, unit=' images', disable=True if settings.rank else None)
+def _scores(
+        forward: Callable[[Tensor], Tensor], images: Tensor, precision: str, competing: Sequence[int] | None) -> Tensor:
+    """float32 scores; a class that does not compete has minus infinity."""
+    lower = precision != 'float32'
+    with torch.autocast(images.device.type, PRECISIONS[precision]) if lower else nullcontext():
+        scores = forward(images).float()
+    if competing is not None:
+        kept = torch.full_like(scores, -torch.inf)
+        index = torch.as_tensor(competing, device=scores.device)
+        scores = kept.index_copy(1, index, scores.index_select(1, index))
+    return scores
 
 
-def _advance(bar: 'tqdm[Any]', count: int) -> None:
-    """Move the bar; the other processes are taken to be as far as this one."""
-    bar.update(min(count, bar.total - bar.n) if bar.total else count)
+def _answers(scores: Tensor, targets: Tensor) -> Tensor:
+    """Rank of the target, predicted class and its probability, float64, shape (3, batch)."""
+    confidence, predicted = scores.softmax(1).max(1)
+    ranks = target_ranks(scores, targets.clamp(min=0))
+    return torch.stack([ranks.double(), predicted.double(), confidence.double()])
+
+
+def _largest(difference: Tensor, targets: Tensor) -> Tensor:
+    """The largest finite magnitude in the rows of images that count; infinities that cancel leave a NaN."""
+    counted = (targets >= 0)[:, None] & difference.isfinite()
+    return difference.abs().where(counted, 0).max()
 
 
 def _problems(data: EvalSet, plan: Plan, outcome: Pass) -> tuple[str, ...]:
@@ -235,32 +460,19 @@ def _problems(data: EvalSet, plan: Plan, outcome: Pass) -> tuple[str, ...]:
         raise EvaluationError(f"{outcome.out_of_range} labels are not among the model's classes, expected all to be: "
                               f'check --dataset and --target-key, or take another model.')
     first = next(iter(outcome.predictions.values()))
+    problems = []
+    came = len(data.labels)
     if data.is_stream:
-        came, expected = len(first.index) + outcome.left_out, _expected(data)
-        return (f'{came:,} images came, expected {expected:,}: some could not be read, or --num-samples is wrong.',
-                ) if expected not in (0, came) else ()
-    seen = np.sort(np.concatenate([first.index, np.array(outcome.unreadable, dtype=np.int64)]))
-    if not np.array_equal(seen, plan.indices):
-        raise EvaluationError('Some images were evaluated twice or not at all, expected each once: report this fault.')
-    names = ', '.join(data.name_of(index) for index in outcome.unreadable)
-    count = f'{len(outcome.unreadable)} of {len(plan.indices):,} images'
-    return (f'Could not be decoded and do not count, {count}: {names}.',) if names else ()
-
-
-def _real_labels(names: list[str], file: str) -> Any:
-    """timm's evaluator of ReaL labels, for these images in this order."""
-    count = len(ilsvrc_val_labels())
-    try:
-        real = RealLabelsImagenet([f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(count)], file or None)
-    except (OSError, ValueError, AssertionError) as error:
-        raise EvaluationError(f'{file} cannot be read as ReaL labels ({error or "wrong number"}), expected a '
-                              f"JSON list of {count:,} lists: leave the name out for timm's own.") from None
-    real.filenames = names  # it asks for all names at first, and then goes through them in order
-    return real
-
-
-def _real_counts(real: Any, outcome: Pass, device: torch.device) -> Counts | None:
-    if real is None or outcome.unreadable:
-        return None
-    own = [len(real.is_correct[1]), sum(real.is_correct[1]), sum(real.is_correct[5])]
-    return Counts(*reduce_sum(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
+        came = len(first.index) + outcome.left_out + len(outcome.unreadable)
+    else:
+        seen = np.sort(np.concatenate([first.index, np.array(outcome.unreadable, dtype=np.int64)]))
+        if not np.array_equal(seen, plan.indices):
+            raise EvaluationError(
+                'Some images were evaluated twice or not at all, expected each once: report this fault.')
+    if data.expected not in (0, came):
+        problems.append(f'{came:,} images came, expected {data.expected:,}: some are missing, or the number is wrong.')
+    if outcome.unreadable:
+        total = came if data.is_stream else len(plan.indices)
+        names = '' if data.is_stream else ': ' + ', '.join(data.name_of(index) for index in outcome.unreadable)
+        problems.append(f'Could not be decoded and do not count, {len(outcome.unreadable)} of {total:,} images{names}.')
+    return tuple(problems)

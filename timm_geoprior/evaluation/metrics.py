@@ -1,16 +1,100 @@
-"""What is read off the predictions: intervals, calibration, classes, confusions."""
+"""What is read off a network's scores: counts as whole numbers, intervals, calibration, classes, confusions."""
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .predict import Predictions
+from ..distributed import reduce_sum
 
-__all__ = ['Calibration', 'calibrate', 'confused_pairs', 'per_class', 'wilson_interval']
+__all__ = ['Calibration', 'Counts', 'Predictions', 'calibrate', 'confused_pairs', 'count_correct', 'per_class',
+           'target_ranks', 'wilson_interval']
+
+
+class Counts(NamedTuple):
+    """How many images were seen, and of how many the class was the first, or among the first five."""
+    num_images: int
+    top1_correct: int
+    top5_correct: int
+
+
+def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    """The place of each target in its row's order, 0 for the first.
+
+    Of equal scores the lower class index stands first, on every device and in every precision (`topk` leaves the order
+    of equal scores open). A NaN stands before every number, and a target whose own score is NaN behind all classes: a
+    network that gives NaN is not right by chance.
+
+    Args:
+        logits: Scores, shape (batch, classes).
+        targets: Class indices, shape (batch,).
+
+    Returns:
+        int64, shape (batch,), 0 to the number of classes.
+    """
+    own = logits.gather(1, targets[:, None])
+    before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
+    return (~(logits <= own) | ((logits == own) & before)).sum(1)
+
+
+def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Counts:
+    """Count a model's correct answers over this process's batches, summed over all processes.
+
+    The sum is right if every image is in one process's batches once; processes may have different numbers of them, or
+    none. Precision is the caller's: call it under `torch.autocast` for a lower one.
+
+    Args:
+        model: Gives logits of shape (batch, classes); evaluated in eval mode, each module left in the mode it was in.
+        batches: Pairs of images and class indices (batch,), on the model's device.
+
+    Returns:
+        The counts, the same in every process. With five classes or fewer, every image counts for the top five.
+    """
+    if isinstance(model, DistributedDataParallel):  # its forward waits for every process: they may have fewer batches
+        model = model.module
+    counts = torch.zeros(3, dtype=torch.int64, device=next(model.parameters()).device)
+    modes = [(module, module.training) for module in model.modules()]  # frozen norms may be in eval mode already
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for images, targets in batches:
+                ranks = target_ranks(model(images), targets)
+                counts[0] += len(targets)
+                counts[1] += (ranks < 1).sum()
+                counts[2] += (ranks < 5).sum()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Counts(*reduce_sum(counts).tolist())
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was answered for each image, in the order of the data set where that has one.
+
+    Attributes:
+        index: Index in the data set, -1 in a stream, int64.
+        target: The model's index of the true class, int32.
+        rank: Place of the true class in the order of the scores, 0 for the first, int32.
+        predicted: The class with the highest score, int32.
+        confidence: Its softmax probability; NaN where a score is not finite, float32.
+    """
+    index: NDArray[np.int64]
+    target: NDArray[np.int32]
+    rank: NDArray[np.int32]
+    predicted: NDArray[np.int32]
+    confidence: NDArray[np.float32]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether the first answer is right."""
+        correct: NDArray[np.bool_] = self.rank == 0
+        return correct
 
 
 def wilson_interval(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
@@ -24,14 +108,12 @@ def wilson_interval(correct: int, total: int, level: float = 0.95) -> tuple[floa
     Returns:
         Its ends, from 0 to 1; both ends of that range where there were no trials.
     """
+    from scipy.stats import binomtest  # an extra, and slow to import
+
     if not total:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share = correct / total
-    middle = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    scale = 1 + z * z / total
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    low, high = binomtest(correct, total).proportion_ci(level, method='wilson')
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -83,8 +165,8 @@ def per_class(predictions: Predictions, wnids: Sequence[str], names: Sequence[st
         names: Readable name of each class, or nothing.
 
     Returns:
-        A row a class, in class order: `class`, `wnid`, `name`, `num_images`, `top1_correct`, `top5_correct`, `top1`
-        and the ends of its 95% interval in percent, and `most_often_taken_for`, the most frequent wrong answer.
+        A row for each class, in class order: `class`, `wnid`, `name`, `num_images`, `top1_correct`, `top5_correct`,
+        `top1` and the ends of its 95% interval in percent, and `most_often_taken_for`, the most frequent wrong answer.
     """
     rows = []
     for index in np.unique(predictions.target):
@@ -112,8 +194,8 @@ def confused_pairs(
         limit: Rows at most.
 
     Returns:
-        A row a pair of true and predicted class, the most frequent first: index, `wnid` and `name` of both, `count`,
-        and `share` of the true class's images in percent.
+        A row for each pair of true and predicted class, the most frequent first: index, `wnid` and `name` of both,
+        `count`, and `share` of the true class's images in percent.
     """
     wrong = ~predictions.correct
     pairs, counts = np.unique(

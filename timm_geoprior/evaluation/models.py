@@ -16,7 +16,7 @@ from ..errors import EvaluationError, WeightsError
 from ..pretrained.manifest import LabelSet, ModelEntry, load_manifest
 from ..training.checkpoint import SavedModel, read_weights, take_prefix_off
 
-__all__ = ['LoadedModel', 'load_model', 'state_dict_sha256']
+__all__ = ['LoadedModel', 'check_source', 'load_model', 'state_dict_sha256']
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,24 @@ def load_model(
     wnids, names = _class_names(model, entry, saved)
     return LoadedModel(
         model.eval(), name, wnids, names, entry, source, saved.img_size if saved else None, tuple(notes))
+
+
+def check_source(name: str) -> None:
+    """Refuse a model that does not exist or has no pretrained weights, without loading anything.
+
+    Raises:
+        EvaluationError: With the options of the command that help.
+    """
+    if ':' in name:  # local-dir: and hf-hub: say so themselves
+        return
+    if not timm.is_model(name.split('.')[0]):
+        close = difflib.get_close_matches(name.split('.')[0], list_models(), 1)
+        raise EvaluationError(f'Unknown model {name}, expected a model of timm{f", like {close[0]}" if close else ""}: '
+                              f'check --model.')
+    entry, cfg = _manifest_entry(name), timm.get_pretrained_cfg(name)
+    if entry is not None and not entry.has_weights or cfg is not None and not cfg.has_weights:
+        raise EvaluationError(f'{name} has no weights yet. Name a file of weights by --checkpoint, or another model: '
+                              f'`timm-geoprior list` shows those that have some.')
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:

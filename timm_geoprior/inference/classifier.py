@@ -10,9 +10,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from ..errors import GeoPriorError
+from ..data.images import read_image
+from ..errors import GeoPriorError, ImageError
 from ..evaluation.models import load_model
-from .images import ImageError, read_image
 
 __all__ = ['Classifier', 'load_classifier']
 

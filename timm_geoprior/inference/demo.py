@@ -20,10 +20,10 @@ from packaging.requirements import Requirement
 from PIL import Image, ImageDraw, ImageOps
 from timm.data import resolve_model_data_config
 
+from ..data.images import read_image
 from ..errors import GeoPriorError
 from ..pretrained.manifest import default_model, load_manifest, manifest_path
 from .classifier import Classifier, load_classifier
-from .images import read_image
 from .windows import draw_windows, to_input, view_of
 
 __all__ = ['build', 'serve', 'write_space']

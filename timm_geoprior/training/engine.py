@@ -23,7 +23,7 @@ from ..data.memory import ImageTensors
 from ..data.seeding import seed_everything
 from ..distributed import find_device
 from ..errors import GeoPriorError
-from ..evaluation.accuracy import Counts, count_correct
+from ..evaluation.metrics import Counts, count_correct
 from ..files import first_line, write_json
 from ..provenance import git_commit, hardware, versions
 from . import report

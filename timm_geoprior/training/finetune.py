@@ -17,17 +17,16 @@ import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from timm.data import get_img_extensions
 from timm.models import save_for_hf
 
-from ..data.datasets import EvalSet
-from ..data.datasets import open_data as open_split
+from ..data.datasets import EvalSet, open_split
+from ..data.images import EXTENSIONS
+from ..data.preflight import check_data
 from ..data.splits import SPLITS, folders_of_split
 from ..errors import EvaluationError, GeoPriorError
-from ..evaluation.evaluate import Settings, check_data, evaluate, plan
-from ..evaluation.metrics import confused_pairs, wilson_interval
+from ..evaluation.evaluate import EvalConfig, evaluate, plan
+from ..evaluation.metrics import Predictions, confused_pairs, wilson_interval
 from ..evaluation.models import load_model
-from ..evaluation.predict import Predictions
 from ..files import drawable, first_line, save_figure, write_atomically, write_json
 from .checkpoint import read_weights
 from .config import RunConfig, resuming_command
@@ -233,7 +232,7 @@ def _open(job: Job, split: str) -> EvalSet:
     except EvaluationError as error:
         raise GeoPriorError(
             f'{place} has no images in class folders, expected one folder a class with files that end in '
-            f'{", ".join(get_img_extensions())}: sort them into folders, or convert them.') from error
+            f'{", ".join(EXTENSIONS)}: sort them into folders, or convert them.') from error
     if len(data.classes) < 2:
         raise GeoPriorError(f'{place} has one class, {data.classes[0]}, expected at least two folders of images: a '
                             f'classifier needs something to tell apart.')
@@ -248,7 +247,7 @@ def _check_images(job: Job, splits: Splits) -> None:
             _check_classes(data, job.data_dir / split, held_out=split == splits.train and not splits.val)
             if split:
                 job.tell(f'{split}:')
-            check_data(data, Settings(workers=job.workers, tell=job.tell))
+            check_data(data, job.workers, job.tell)
 
 
 def _check_classes(data: EvalSet, place: Path, held_out: bool) -> None:
@@ -332,7 +331,7 @@ def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
     split = splits.measured or splits.val or splits.train
     data = _open(job, split)
     loaded = load_model(f'local-dir:{job.output}')
-    settings = Settings(device=torch.device(job.device), batch_size=64, workers=job.workers, tell=lambda text: None)
+    settings = EvalConfig(device=torch.device(job.device), batch_size=64, workers=job.workers, tell=lambda text: None)
     todo = plan(data, loaded, settings)
     held_out = not splits.measured and not splits.val
     if held_out:

@@ -1,5 +1,7 @@
 """The data of a run: training batches, and held-out ones to choose by."""
+import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +14,14 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
-from ..data.datasets import EvalSet
-from ..data.datasets import open_data as open_split
+from ..data.datasets import EvalSet, open_split
 from ..data.folder import FolderLoader
+from ..data.images import CorruptImages, read_item
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
-from ..data.reading import CorruptImages
-from ..data.splits import folders_of_split, hold_out, hold_out_share
+from ..data.splits import hold_out, hold_out_share
 from ..data.workers import init_worker
-from ..errors import EvaluationError, GeoPriorError
+from ..errors import EvaluationError, GeoPriorError, ImageError
 from ..files import first_line
 from .config import RunConfig
 from .recipe import Recipe
@@ -98,9 +99,8 @@ class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
         try:
-            with self.dataset.reader[index][0] as file, Image.open(file) as opened:
-                image, target = opened.convert('RGB'), int(self.targets[index])
-        except Exception:  # a decoder fed with damaged bytes may raise anything
+            image, target = read_item(self.dataset, index), int(self.targets[index])
+        except (ImageError, OSError):
             image, target = Image.new('RGB', (8, 8)), -1
         return self.dataset.transform(image), target, index
 
@@ -117,10 +117,8 @@ def open_images(config: RunConfig, split: str) -> EvalSet:
     """
     if not config.data_dir.is_dir():
         raise GeoPriorError(f'{config.data_dir} must be a folder with a folder {split} in it. Check --data-dir.')
-    if split:
-        split = next(iter(folders_of_split(config.data_dir, split)), split)
     try:
-        found = open_split(config.data_dir, split=split)
+        found = open_split(config.data_dir, split)
     except EvaluationError as error:
         raise GeoPriorError(f'The split {split} in {config.data_dir} cannot be opened ({first_line(error)}). It must '
                             f'have one folder of images for each class.') from error
@@ -129,6 +127,8 @@ def open_images(config: RunConfig, split: str) -> EvalSet:
         raise GeoPriorError(f'{config.data_dir} has {len(repeated)} classes more than once, such as {name} in '
                         f'{" and ".join(places[:3])}. The split {split} must have one folder for each class: check '
                         f'--data-dir and --train-split.')
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
     return found
 
 
@@ -240,7 +240,7 @@ def _from_files(
         max_corrupt=config.max_corrupt, device=share.device, **opened.order)
     indices = opened.held.tolist()
     if indices:  # the same images once more, to be transformed otherwise
-        val = _Labelled(open_images(config, config.train_split).dataset, torch.from_numpy(opened.found.labels))
+        val = _Labelled(copy.copy(dataset), torch.from_numpy(opened.found.labels))
     elif val is not None:
         indices = list(range(len(val)))
     else:

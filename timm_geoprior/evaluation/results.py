@@ -1,7 +1,4 @@
 """What a measurement leaves: lines for people, JSON with its provenance, CSV, plots."""
-import csv
-import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import write_atomically
+from ..files import drawable, save_figure, write_csv, write_json
 from ..provenance import git_commit, hardware, versions
-from .accuracy import Counts
-from .evaluate import Evaluation, Settings
-from .metrics import Calibration, calibrate, confused_pairs, per_class, wilson_interval
+from .evaluate import EvalConfig, Evaluation
+from .metrics import Calibration, Counts, calibrate, confused_pairs, per_class, wilson_interval
 
-__all__ = ['figures', 'lines', 'provenance', 'summary_row', 'write_report', 'write_summary']
+__all__ = ['figures', 'lines', 'provenance', 'summary_row', 'write_results', 'write_summary']
 
 
 def _accuracies(counts: Counts) -> dict[str, Any]:
@@ -93,42 +89,32 @@ def _line(label: str, row: Mapping[str, Any]) -> str:
     return '   '.join(parts)
 
 
-def provenance(
-        evaluation: Evaluation,
-        settings: Settings,
-        command: str,
-        data: Mapping[str, Any],
-        started: str,
-) -> dict[str, Any]:
-    """All that it takes to measure this again.
+def provenance(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
+    """What was measured and how, so that it can be measured again.
 
     Args:
         evaluation: Of one model.
-        settings: How it was measured.
-        command: The command line, as given.
-        data: The data set, as given, with its fingerprint.
-        started: When, in UTC.
+        config: How it was measured.
 
     Returns:
         Plain containers for JSON.
     """
     plan, loaded = evaluation.plan, evaluation.loaded
-    images = evaluation.outcome.counts[settings.precisions[0]].num_images
+    images = evaluation.outcome.counts[config.precisions[0]].num_images
     return {
         'model': loaded.name, 'results': figures(evaluation),
         **({'real_labels': _accuracies(evaluation.real)} if evaluation.real else {}),
         'problems': list(evaluation.problems), 'notes': [*loaded.notes, *plan.match.notes],
-        'command': command, 'started': started, 'seconds': round(evaluation.seconds, 3),
+        'seconds': round(evaluation.seconds, 3),
         'images_per_second': round(images / evaluation.seconds, 1),
         'weights': loaded.weights, 'parameters': sum(p.numel() for p in loaded.model.parameters()),
-        'data': dict(data),
         'classes': {'model': int(loaded.model.num_classes),  # type: ignore[arg-type]
                     'competing': None if plan.match.competing is None else list(plan.match.competing)},
         'preprocessing': {**plan.config, 'steps': list(evaluation.transform),
                           'then': '(x - 255 mean) / (255 std) of the uint8 pixels, float32, on the device'},
-        'engine': {'device': hardware(settings.device), 'processes': settings.world_size,
-                   'batch_size': settings.batch_size, 'workers': settings.workers,
-                   'channels_last': settings.channels_last, 'torchcompile': settings.torchcompile,
+        'engine': {'device': hardware(config.device), 'processes': config.world_size,
+                   'batch_size': config.batch_size, 'workers': config.workers,
+                   'channels_last': config.channels_last, 'torchcompile': config.torchcompile,
                    'allow_tf32': torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32},
         'commit': git_commit(), 'software': versions(),
     }
@@ -150,59 +136,40 @@ def summary_row(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n').encode())
-
-
 def write_summary(
         path: Path, rows: Sequence[Mapping[str, Any]], details: Sequence[Mapping[str, Any]], form: str) -> None:
-    """Write the results file: CSV with a row a model, or JSON with everything about each.
+    """Write the results file: CSV with a row for each model, or JSON with everything about each.
 
     Args:
         path: Where to.
         rows: Of `summary_row`.
-        details: Of `provenance`.
+        details: Everything about each model.
         form: 'csv' or 'json'.
     """
     if form == 'csv':
-        _write_csv(path, rows)
+        write_csv(path, rows)
     else:
-        _write_json(path, details[0] if len(details) == 1 else list(details))
+        write_json(path, details[0] if len(details) == 1 else list(details))
 
 
-def write_report(folder: Path, evaluation: Evaluation, details: Mapping[str, Any]) -> None:
+def write_results(folder: Path, evaluation: Evaluation, details: Mapping[str, Any]) -> None:
     """Write results.json, per_class.csv, confused_pairs.csv, reliability.png and per_class.png.
 
     Args:
         folder: Where to; it is made if need be.
         evaluation: Of one model; classes and plots are the first precision's.
-        details: Of `provenance`.
+        details: For results.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictions = next(iter(evaluation.outcome.predictions.values()))
     loaded = evaluation.loaded
     rows = per_class(predictions, loaded.wnids, loaded.names)
-    _write_json(folder / 'results.json', details)
-    _write_csv(folder / 'per_class.csv', rows)
-    _write_csv(folder / 'confused_pairs.csv', confused_pairs(predictions, loaded.wnids, loaded.names))
+    write_json(folder / 'results.json', details)
+    write_csv(folder / 'per_class.csv', rows)
+    write_csv(folder / 'confused_pairs.csv', confused_pairs(predictions, loaded.wnids, loaded.names))
     if rows:
         _plot_reliability(folder / 'reliability.png', calibrate(predictions), loaded.name)
         _plot_classes(folder / 'per_class.png', rows, loaded.name)
-
-
-def _save(path: Path, figure: Any) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format='png', dpi=150)
-    write_atomically(path, content.getvalue())
 
 
 def _plot_reliability(path: Path, calibration: Calibration, title: str) -> None:
@@ -216,11 +183,11 @@ def _plot_reliability(path: Path, calibration: Calibration, title: str) -> None:
     upper.bar(middles, calibration.accuracy, 0.94 * width, color='tab:blue', label='accuracy')
     upper.plot(calibration.confidence, calibration.accuracy, '.', color='black', label='at the mean confidence')
     upper.set(ylabel='share of right answers', xlim=(0, 1), ylim=(0, 1),
-              title=f'{title}\nexpected calibration error {100 * calibration.error:.2f} points')
+              title=f'{drawable(title)}\nexpected calibration error {100 * calibration.error:.2f} points')
     upper.legend(loc='upper left')
     lower.bar(middles, calibration.counts, 0.94 * width, color='tab:gray')
     lower.set(xlabel='confidence of the first answer', ylabel='images')
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def _plot_classes(path: Path, rows: Sequence[Mapping[str, Any]], title: str, shown: int = 12) -> None:
@@ -234,10 +201,10 @@ def _plot_classes(path: Path, rows: Sequence[Mapping[str, Any]], title: str, sho
                       color='tab:blue', alpha=0.25, linewidth=0, label='95% interval')
     left.plot(position, [row['top1'] for row in ordered], color='tab:blue', label='top-1')
     left.axhline(float(np.mean([row['top1'] for row in ordered])), color='gray', linestyle='--', label='mean')
-    left.set(xlabel='classes, from worst to best', ylabel='top-1 accuracy (%)', ylim=(0, 100), title=title)
+    left.set(xlabel='classes, from worst to best', ylabel='top-1 accuracy (%)', ylim=(0, 100), title=drawable(title))
     left.legend(loc='upper left')
     ends = ordered if len(ordered) <= 2 * shown else [*ordered[:shown], *ordered[-shown:]]
-    labels = [_short(row['name'] or row['wnid'] or str(row['class'])) for row in ends]
+    labels = [drawable(_short(row['name'] or row['wnid']), str(row['class'])) for row in ends]
     place = np.arange(len(ends)) + (np.arange(len(ends)) >= shown) * (len(ends) < len(ordered))
     right.barh(place, [row['top1'] for row in ends], color='tab:blue', xerr=(
         [row['top1'] - row['top1_low'] for row in ends], [row['top1_high'] - row['top1'] for row in ends]),
@@ -245,7 +212,7 @@ def _plot_classes(path: Path, rows: Sequence[Mapping[str, Any]], title: str, sho
     right.set(yticks=place, yticklabels=labels, xlim=(0, 100), xlabel='top-1 accuracy (%)',
               title='worst and best classes' if len(ends) < len(ordered) else 'classes')
     right.tick_params(axis='y', labelsize=7)
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def _short(name: str, length: int = 32) -> str:

@@ -1,0 +1,207 @@
+"""The one reader of pictures: a file of any kind, from a folder, an archive or a data set, made into RGB."""
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import CorruptImagesError, ImageError
+from ..files import first_line
+
+__all__ = ['EXTENSIONS', 'LITTER', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'CorruptImages', 'Item',
+           'ignores_rotation', 'read_image', 'read_item', 'read_readable', 'warn_of_rotations']
+
+MAX_PIXELS = 178_956_970  # half a GiB of RGB, where Pillow itself refuses too
+MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner picture would not fit into memory
+EXTENSIONS = ('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.ppm', '.tga',
+              '.tif', '.tiff', '.webp')
+# what network drives, macOS, Windows and Jupyter put beside people's files
+LITTER = re.compile(r'@eaDir|#recycle|\$RECYCLE\.BIN|lost\+found|__MACOSX|\._.*|\.AppleDouble|\.DS_Store|\.Trash.*|'
+                    r'\.ipynb_checkpoints|Thumbs\.db|desktop\.ini')
+# as in the official archives, and with the class at the end as in copies on the Hugging Face Hub
+_ILSVRC = re.compile(r'(ILSVRC2012_(val|test)_\d{8}|n\d{8}_\d+)(_n\d{8})?\.jpe?g', re.IGNORECASE)
+_ORIENTATION = 0x0112  # of EXIF; 1 is upright
+
+
+def read_image(source: str | os.PathLike[str] | BinaryIO, name: str = '', mode: str = 'RGB') -> Image.Image:
+    """Read a picture of any kind that Pillow knows.
+
+    Palette, CMYK, grey (1 to 32 bits and floating point, scaled, not clipped) and transparent pictures (laid on white)
+    become RGB; of an animation the first frame is taken; a rotation that EXIF states is carried out. ILSVRC's own
+    files, known by their names, are the exception: published accuracies were measured without the rotation, so they
+    give the pixels of timm's reader.
+
+    Args:
+        source: A path, or a file open for reading.
+        name: Of an open file, for messages and for ILSVRC's exception.
+        mode: Pillow's mode of the result: 'RGB', or 'L' for networks that take grey.
+
+    Returns:
+        The picture, upright, at its full size.
+
+    Raises:
+        ImageError: The file is missing, a folder, no image or damaged; it has more than `MAX_PIXELS` pixels, or a side
+            more than `MAX_ASPECT_RATIO` times the other.
+
+    Example:
+        >>> read_image('photo.jpg').mode
+        'RGB'
+    """
+    return _read(source, name or os.fsdecode(source), mode)[0]  # type: ignore[arg-type]
+
+
+def _read(source: str | os.PathLike[str] | BinaryIO, name: str, mode: str) -> tuple[Image.Image, bool]:
+    """A picture, and whether a rotation was left out."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow warns of large pictures and odd metadata: both are dealt with here
+            with Image.open(source) as image:
+                if _is_ilsvrc(name):
+                    return image.convert(mode), ignores_rotation(image, name)
+                _check_size(name, image)
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return _to_rgb(image).convert(mode), False
+    except ImageError:
+        raise
+    except Exception as error:  # a decoder fed with damaged bytes may raise anything
+        raise ImageError(f'{name} {_fault(source, error)}') from None
+
+
+def _fault(source: object, error: Exception) -> str:
+    """What is wrong with a file, and what to do."""
+    if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
+        return 'is a folder, expected an image file: name the files in it.'
+    if isinstance(error, FileNotFoundError):
+        return 'does not exist, expected an image file: check its name.'
+    if isinstance(error, UnidentifiedImageError):
+        return ('is not an image that Pillow can read, expected JPEG, PNG, WebP, GIF, TIFF, BMP or the like: '
+                'convert it.')
+    if isinstance(error, Image.DecompressionBombError):
+        return f'has too many pixels, expected at most {MAX_PIXELS:,}: scale it down.'
+    return (f'cannot be decoded ({first_line(error)}), expected a whole image: it is truncated or damaged, get it '
+            f'again.')
+
+
+def _check_size(name: str, image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f'{name} has {width} x {height} = {width * height:,} pixels, expected at most {MAX_PIXELS:,}: '
+            f'scale it down.')
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(
+            f'{name} has {width} x {height} pixels, expected one side at most {MAX_ASPECT_RATIO} times the other: '
+            f'crop it.')
+
+
+def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit, 32-bit and floating-point grey, which Pillow would clip at 255."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+    whites = (1, 255, 65535) if image.mode == 'F' else (65535,)
+    peak = float(values.max())
+    white = next((white for white in whites if peak <= white), peak)
+    return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(('I', 'F')):
+        return _deep_grey_to_8_bits(image).convert('RGB')
+    if image.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info:
+        rgba = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba)
+    return image.convert('RGB')
+
+
+def _is_ilsvrc(name: str) -> bool:
+    return _ILSVRC.fullmatch(re.split(r'[\\/]', name)[-1]) is not None
+
+
+def ignores_rotation(image: Image.Image, name: str) -> bool:
+    """Whether a picture states a rotation that `read_image` leaves out, since it is one of ILSVRC's own."""
+    return _is_ilsvrc(name) and image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+
+
+class Item(NamedTuple):
+    """An image of a data set.
+
+    Attributes:
+        image: In mode 'RGB'.
+        target: Its class index.
+        replaced: The index that was asked for, where that image cannot be read and this one stands in; else -1.
+        turned: Whether a rotation that its file states was left out.
+    """
+    image: Image.Image
+    target: int
+    replaced: int
+    turned: bool
+
+
+def read_item(dataset: Any, index: int, mode: str = 'RGB') -> Image.Image:
+    """Read an image of a data set.
+
+    Args:
+        dataset: One of timm's with an index, or of torchvision, which decodes by itself.
+        index: Place of the image in it.
+        mode: As `read_image` has it.
+
+    Raises:
+        ImageError: As `read_image`.
+        OSError: The file cannot be opened.
+    """
+    if not hasattr(dataset, 'reader'):
+        image: Image.Image = dataset[index][0]
+        return image.convert(mode)
+    with dataset.reader[index][0] as file:
+        return read_image(file, str(dataset.filename(index)), mode)
+
+
+def read_readable(dataset: Any, index: int) -> Item:
+    """Read an image of a data set, or the nearest one after it that can be read.
+
+    Raises:
+        CorruptImagesError: Ten images in a row cannot be read.
+    """
+    for offset in range(10):
+        place = (index + offset) % len(dataset)
+        try:
+            file, target = dataset.reader[place][:2]
+            with file:
+                image, turned = _read(file, str(dataset.filename(place)), 'RGB')
+        except (ImageError, OSError):
+            continue
+        return Item(image, int(target), index if offset else -1, turned)
+    raise CorruptImagesError(f'Ten images in a row from {dataset.filename(index)} on cannot be read: '
+                             f'check the data set.')
+
+
+class CorruptImages:
+    """The unreadable images of a data set, each named once in a warning, up to a limit."""
+
+    def __init__(self, dataset: Any, limit: int) -> None:
+        self.dataset, self.limit = dataset, limit
+        self.indices: set[int] = set()
+
+    def note(self, indices: list[int]) -> None:
+        """Take note of `Item.replaced` of some images; -1 is no fault.
+
+        Raises:
+            CorruptImagesError: There are more than the limit.
+        """
+        for index in set(indices) - self.indices - {-1}:
+            self.indices.add(index)
+            warnings.warn(f'{self.dataset.filename(index)} cannot be read as an image and is skipped.', stacklevel=3)
+        if len(self.indices) > self.limit:
+            raise CorruptImagesError(
+                f'{len(self.indices)} images cannot be read, expected at most {self.limit}: repair the data set, or '
+                f'raise --max-corrupt.')
+
+
+def warn_of_rotations(count: int) -> None:
+    """Tell how many files state a rotation that was left out, if any do."""
+    if count:
+        warnings.warn(f"{count:,} of ILSVRC's files state a rotation (EXIF), which is ignored as in published "
+                      f'accuracies.', stacklevel=3)

@@ -1,0 +1,259 @@
+"""Which images are in a folder or an archive, and which class each of them has."""
+import contextlib
+import dataclasses
+import functools
+import lzma
+import os
+import posixpath
+import re
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from timm.data import ImageNetInfo
+from timm.utils import natural_key
+
+from ..errors import EvaluationError
+from ..files import first_line
+from .images import EXTENSIONS, LITTER
+from .imageset import DataOptions, EvalSet, Files, Images, Place
+from .splits import SPLITS, folders_of_split, names_of_split
+
+__all__ = ['ILSVRC_FILE', 'ilsvrc_val_labels', 'list_archive', 'open_folder', 'unpacked']
+
+ILSVRC_FILE = re.compile(r'ILSVRC2012_val_(\d{8})(_n\d{8})?\.JPEG')
+ILSVRC_ARCHIVE = 'ILSVRC2012_img_val.tar'
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """Unpack a compressed archive, in which images cannot be sought, for as long as the context lasts.
+
+    Args:
+        path: A folder or an archive: .tar, .tar.gz, .tar.bz2, .tar.xz or .zip, whatever its name.
+
+    Yields:
+        The folder or the uncompressed archive itself, else a temporary folder.
+
+    Raises:
+        EvaluationError: There is no such file, it is no archive, or it is damaged.
+    """
+    if not path.exists():
+        raise EvaluationError(f'{path} does not exist, expected a folder of images or a tar archive: check --data-dir.')
+    if path.is_dir() or _is_plain_tar(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as packed:
+                    packed.extractall(folder)
+            else:
+                with tarfile.open(path) as archive:
+                    archive.extractall(folder, filter='data')
+        except (EOFError, OSError, RuntimeError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
+            raise EvaluationError(f'{path} cannot be unpacked ({first_line(error)}). It must be a whole tar or zip '
+                                  f'archive: it is of another kind, damaged or cut off, or {tempfile.gettempdir()} is '
+                                  f'full.') from None
+        yield Path(folder)
+
+
+def _is_plain_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, 'r:'):
+            return True
+    except tarfile.TarError:
+        return False
+
+
+def open_folder(root: Path, split: str, options: DataOptions) -> EvalSet:
+    archive = root / ILSVRC_ARCHIVE
+    found: Iterable[tuple[str, Place]]
+    if root.is_dir():
+        below = next(iter(folders_of_split(root, split)), '')
+        if not below and split in SPLITS['val'] and archive.is_file():
+            root, found = archive, list_archive(archive)
+        else:
+            root = root / below
+            found = _list_folder(root)
+    elif root.is_file():
+        found = list_archive(root)
+        below = next(iter(names_of_split({name.split('/')[0] for name, _ in found if '/' in name}, split)), '')
+        if below:
+            found = [(name.removeprefix(f'{below}/'), place) for name, place in found if name.startswith(f'{below}/')]
+    else:
+        raise EvaluationError(f'{root} does not exist. Check --data-dir.')
+    endings = tuple(options.input_key.lower().split(';')) if options.input_key else EXTENSIONS
+    names, places, notes = _choose_images(found, endings)
+    if not names:
+        raise EvaluationError(f'{root} has no images. They must end in {", ".join(endings)} and lie in one folder per '
+                              f'class: check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
+    _check_nesting(names, root)
+    data = _with_ilsvrc_labels(_labelled(root, names, places, options.class_map, notes))
+    return dataclasses.replace(data, notes=(*data.notes, *_missing_of_ilsvrc(data.names)))
+
+
+def _list_folder(root: Path) -> Iterator[tuple[str, Place]]:
+    for folder, _, files in os.walk(root, followlinks=True):
+        below = os.path.relpath(folder, root).replace(os.sep, '/')
+        for file in files:
+            yield posixpath.normpath(f'{below}/{file}'), os.path.join(folder, file)
+
+
+def list_archive(path: Path) -> list[tuple[str, Place]]:
+    """The files of an uncompressed archive, and of the archives in it, as ILSVRC's training images are packed."""
+    found: list[tuple[str, Place]] = []
+
+    def add(archive: tarfile.TarFile, start: int, prefix: str) -> None:
+        for member in archive:
+            name = posixpath.normpath(posixpath.join(prefix, member.name))
+            if member.isfile() and name.endswith('.tar'):
+                with tarfile.open(fileobj=archive.extractfile(member)) as inner:
+                    add(inner, start + member.offset_data, name.removesuffix('.tar'))
+            elif member.isfile():
+                found.append((name, (str(path), start + member.offset_data, member.size)))
+
+    try:
+        with tarfile.open(path, 'r:') as outer:
+            add(outer, 0, '')
+    except (tarfile.TarError, OSError) as error:
+        raise EvaluationError(f'{path} cannot be read as a tar archive ({first_line(error)}). It is damaged or cut '
+                              f'off: get it again.') from None
+    return found
+
+
+def _choose_images(
+        found: Iterable[tuple[str, Place]], endings: tuple[str, ...]) -> tuple[list[str], list[Place], list[str]]:
+    """Names and places of the images, in natural order as timm's reader has it, and sentences on what is left out."""
+    images: list[tuple[str, Place]] = []
+    litter: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    for name, place in found:
+        part = next((part for part in name.split('/') if LITTER.fullmatch(part)), None)
+        ending = posixpath.splitext(name)[1].lower()
+        if part is not None:
+            litter['._*' if part.startswith('._') else part] += 1
+        elif ending in endings:
+            images.append((name, place))
+        else:
+            others[ending or posixpath.basename(name)] += 1
+    images.sort(key=lambda image: natural_key(image[0]))
+    notes = [f'Left out, {counts.total():,} {what}: {_enumerate(counts)}.' for counts, what in (
+        (litter, 'files that systems and programs leave behind'), (others, 'files whose ending is none of an image'),
+    ) if counts]
+    return [name for name, _ in images], [place for _, place in images], notes
+
+
+def _enumerate(counts: Mapping[str, int], limit: int = 5) -> str:
+    """The most frequent ones with their numbers."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    more = ', ...' if len(ordered) > limit else ''
+    return ', '.join(f'{name} ({count:,})' for name, count in ordered[:limit]) + more
+
+
+def _check_nesting(names: Sequence[str], root: Path) -> None:
+    """Refuse a folder of images inside of another one, and images further down than GROUP/CLASS/IMAGE."""
+    folders = {PurePosixPath(folder) for folder in {posixpath.dirname(name) for name in names}}
+    common = PurePosixPath(posixpath.commonpath(folders))
+    for folder in sorted(folders):
+        outer = next((parent for parent in folder.parents if parent in folders), None)
+        if outer is not None:
+            raise EvaluationError(f'{root / outer} has images, and so has {root / folder} inside of it, but each class '
+                                  f'must be one folder. Move or remove one of the two.')
+        if len(folder.parts) - len(common.parts) > 2:
+            raise EvaluationError(f'{root / folder} has images too far down: they must lie in CLASS/IMAGE or '
+                                  f'GROUP/CLASS/IMAGE. Name the folder of the classes by --data-dir.')
+
+
+def _labelled(root: Path, names: list[str], places: list[Place], class_map: str, notes: list[str]) -> EvalSet:
+    """Label images by their folders' names, in natural order as timm's reader does, or in that of a class map."""
+    folders = [posixpath.basename(posixpath.dirname(name)) for name in names]
+    classes = _read_class_map(class_map, root) if class_map else sorted(set(folders), key=natural_key)
+    index = {name: label for label, name in enumerate(classes)}
+    unknown = Counter(folder for folder in folders if folder not in index)
+    if unknown.total() == len(names):
+        raise EvaluationError(f'--class-map {class_map} names none of the class folders, such as {folders[0]}, but '
+                              f'others, such as {classes[0]}. Check the file.')
+    if unknown:
+        notes = [*notes, f'Left out, {unknown.total():,} images in {len(unknown)} folders that --class-map does not '
+                         f'name: {_enumerate(unknown)}.']
+        kept = [place for place, folder in enumerate(folders) if folder in index]
+        names, places = [names[i] for i in kept], [places[i] for i in kept]
+        folders = [folders[i] for i in kept]
+    labels = [index[folder] for folder in folders]
+    dataset = Images(str(root), Files(root, places, labels), names)
+    return EvalSet(dataset, tuple(classes), np.array(labels, np.int64), tuple(names), sorted_names=not class_map,
+                   notes=tuple(notes))
+
+
+def _read_class_map(file: str, root: Path) -> list[str]:
+    """Names of the class folders, one per line; blank lines at the end do not count."""
+    path = next((path for path in (Path(file), root / file) if path.is_file()), None)
+    if path is None:
+        raise EvaluationError(f'--class-map {file} does not exist. Check its path.')
+    # a byte order mark is Windows' own; bytes that are no UTF-8 may still be a folder's name
+    lines = path.read_text(encoding='utf-8-sig', errors='surrogateescape').rstrip().splitlines()
+    classes = [line.strip() for line in lines]
+    if '' in classes:
+        raise EvaluationError(f'--class-map {file} must have one name per line, got a blank line '
+                              f'{classes.index("") + 1}. Remove it, or write the name there.')
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice or not classes:
+        raise EvaluationError(f'--class-map {file} must name each class once, got '
+                              f'{f"{twice[0]} twice" if twice else "an empty file"}. Correct it.')
+    return classes
+
+
+# -- ILSVRC ------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def ilsvrc_val_labels() -> NDArray[np.int64]:
+    """Class indices (synsets sorted) of ILSVRC2012_val_00000001 to 00050000, shape (50000,)."""
+    packed = resources.files(__package__).joinpath('ilsvrc2012_val_labels.txt.xz').read_bytes()
+    return np.array(lzma.decompress(packed).split(), dtype=np.int64)
+
+
+def _ilsvrc_numbers(names: Iterable[str]) -> NDArray[np.int64]:
+    """The number in each file name, 0 for another kind of name or one that is not among the 50,000."""
+    matches = (ILSVRC_FILE.fullmatch(posixpath.basename(name)) for name in names)
+    numbers = np.array([int(match[1]) if match else 0 for match in matches])
+    return np.where(numbers <= len(ilsvrc_val_labels()), numbers, 0)
+
+
+def _with_ilsvrc_labels(data: EvalSet) -> EvalSet:
+    """Label ILSVRC's validation images by their numbers where no class folders do it."""
+    if len(data.classes) > 1 or re.fullmatch(r'n\d{8}', data.classes[0]):
+        return data
+    numbers = _ilsvrc_numbers(data.names)
+    if not numbers.all():
+        name = data.names[int(np.argmin(numbers != 0))]
+        if '/' in name and not ILSVRC_FILE.fullmatch(posixpath.basename(name)):  # one class, in a folder of its own
+            return data
+        raise EvaluationError(
+            f'{name} lies in no class folder, expected CLASS/IMAGE, or only ILSVRC2012_val_00000001.JPEG to '
+            f'00050000.JPEG: sort the images into one folder a class.')
+    wnids = ImageNetInfo('imagenet-1k').label_names()
+    present, labels = np.unique(ilsvrc_val_labels()[numbers - 1], return_inverse=True)
+    return dataclasses.replace(data, classes=tuple(wnids[label] for label in present), labels=labels,
+                               sorted_names=False)
+
+
+def _missing_of_ilsvrc(names: Sequence[str]) -> list[str]:
+    """A sentence about what is missing of ILSVRC's validation images of the classes that are there."""
+    numbers = _ilsvrc_numbers(names)
+    if not len(numbers) or not numbers.all():
+        return []
+    labels = ilsvrc_val_labels()
+    of_classes = np.flatnonzero(np.isin(labels, labels[numbers - 1])) + 1
+    missing = np.setdiff1d(of_classes, numbers)
+    if not len(missing):
+        return []
+    listed = ', '.join(f'ILSVRC2012_val_{number:08}.JPEG' for number in missing[:3])
+    return [f'{len(missing):,} of the {len(of_classes):,} validation images of ILSVRC in these classes are missing: '
+            f'{listed}{", ..." if len(missing) > 3 else ""}']
