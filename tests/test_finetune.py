@@ -316,7 +316,7 @@ def huge(photos: Path) -> None:
 
 @pytest.mark.parametrize(('spoil', 'words'), [
     (no_class, 'has no images in class folders, expected one folder a class'),
-    (convert, 'files that end in .png, .jpg, .jpeg: sort them into folders, or convert them'),
+    (convert, '.tiff, .webp: sort them into folders, or convert them'),
     (one_class, 'has one class, coffee, expected at least two'),
     (one_image, 'classes with one image (coffee), expected at least two'),
     (a_text, 'coffee/99.jpg'),
