@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.stats import ttest_rel
 
 import compare as comparison
-from compare import ComparisonError, compare, differences, load_variants, paired_interval, report
+from compare import ComparisonError, compare, differences, load_variants, paired_interval, write_comparison
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.training.checkpoint import load_checkpoint
 from timm_geoprior.training.config import RunConfig
@@ -169,7 +169,7 @@ def test_the_report(tmp_path):
                 'top1_x0.75_cells': 20.5, 'top1_x0.75_share': 21.0, 'top1_x2_share': 18.0,
                 'map.layer2.0': 16, 'radius.layer2.0': '2.0000 4.0000', 'share.layer2.0': '0.1250 0.2500'}))
             for seed in (0, 1, 2)]
-    text = report(rows, tmp_path, 'python scripts/experiments/compare.py')
+    text = write_comparison(rows, tmp_path, 'python scripts/experiments/compare.py')
     assert '| wide | 1,000 | 31.00 | 32.00 | 33.00 | 32.00 | +1.00 ± 0.00 | 3 |' in text
     assert '| variant | layer2.0, map of 16 |\n| --- | ---: |\n| wide | 2.00 (0.12), 4.00 (0.25) |' in text
     assert '| base | 20.00 | base |  |  | 31.00 | 20.00 | base |  |  |' in text
@@ -196,7 +196,7 @@ def test_the_reports_of_the_documentation_are_their_rows(name, tmp_path):
     with (docs / f'{name}.csv').open(newline='') as file:
         rows = [{key: value(key, text) for key, text in row.items() if text} for row in csv.DictReader(file)]
     text = (docs / f'{name}.md').read_text()
-    assert report(rows, tmp_path, text.partition('\n')[0].strip('`')) == text
+    assert write_comparison(rows, tmp_path, text.partition('\n')[0].strip('`')) == text
 
 
 def test_the_variants_that_the_project_has():

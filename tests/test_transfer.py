@@ -15,7 +15,7 @@ from PIL import Image
 import transfer as module
 from timm_geoprior.data.datasets import open_split
 from timm_geoprior.errors import EvaluationError
-from transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, report, transfer
+from transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, transfer, write_transfer
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'transfer.py'
 NANO = 'geoprior_resnet14_nano'
@@ -136,18 +136,41 @@ def test_knn_votes_by_similarity():
     assert knn(features, labels, torch.tensor([[9.0, 0.0], [0.1, 0.2]])).tolist() == [0, 1]
 
 
+def two_inputs(features):
+    std = features.std(0, correction=0)
+    return ((features - features.mean(0)) / torch.where(std > 1e-6, std, 1.0)).double()
+
+
+def fit_softmax(inputs, labels, penalty):
+    """The weights of a softmax regression with a weight vector for each class, by torch."""
+    weight = torch.zeros(inputs.shape[1], 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn='strong_wolfe')
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(inputs @ weight + bias, labels) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
 def test_linear_probe_is_at_its_optimum():
     """The gradient of the penalized loss vanishes; a penalty is chosen that generalizes."""
     noise = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     features = torch.randn(60, 40, generator=noise) + 2 * torch.nn.functional.one_hot(labels, 40)
     features[:, 39] = 5.0  # constant
-    logits = fit_linear(features, labels, 0.1)
-    columns = torch.zeros(1, 40).add(features.mean(0))
-    weight = (logits(columns + torch.eye(40) * features.std(0)) - logits(columns))[:39]
-    inputs = ((features - features.mean(0)) / features.std(0))[:, :39]
-    error = (logits(features).softmax(1) - torch.nn.functional.one_hot(labels, 3)) / 60
-    torch.testing.assert_close(inputs.T @ error, -0.1 * weight, atol=1e-4, rtol=1e-3)
+    probe = fit_linear(features, labels, 0.1)
+    inputs = torch.from_numpy(probe[0].transform(features.numpy()))
+    weight = torch.from_numpy(probe[1].coef_.T)
+    error = (torch.from_numpy(probe.predict_proba(features.numpy())) - torch.nn.functional.one_hot(labels, 3)) / 60
+    torch.testing.assert_close(inputs.double().T @ error.double(), -0.1 * weight.double(), atol=1e-4, rtol=1e-3)
+    two = fit_linear(features[labels < 2], labels[labels < 2], 0.1)[1].coef_
+    softmax = fit_softmax(two_inputs(features[labels < 2]), labels[labels < 2], 0.1)
+    torch.testing.assert_close(torch.from_numpy(two[0]).double(), softmax[:, 1] - softmax[:, 0], atol=1e-3, rtol=1e-2)
     assert choose_penalty(features, labels) > module.PENALTIES[0]
 
 
@@ -157,7 +180,7 @@ def test_the_report(tmp_path):
              'command': 'python scripts/experiments/transfer.py', 'commit': None, 'hardware': 'a CPU', 'torch': '2.14'}
             for per_class in ('all', 10) for method in ('knn', 'finetune')
             for start, top1 in (('pretrained', 40.0), ('random', 30.0)) for seed in range(3)]
-    lines = report(rows, tmp_path).splitlines()
+    lines = write_transfer(rows, tmp_path).splitlines()
     table = [line for line in lines if line.startswith('| ')]
     assert table[2] == '| 10 | 40 | k-NN | 41.00 (40.00 to 42.00) | 31.00 (30.00 to 32.00) | +10.00 ± 0.00 | 3 |'
     assert [line.split(' | ')[0] for line in table[2:]] == ['| 10', '| 10', '| all', '| all']
@@ -170,7 +193,7 @@ def test_the_report_of_the_documentation_is_its_rows(tmp_path):
         rows = [{**row, 'top1': float(row['top1']), **{key: int(row[key]) for key in ('seed', 'labels', 'test_images')},
                  'per_class': row['per_class'] if row['per_class'] == 'all' else int(row['per_class'])}
                 for row in csv.DictReader(file)]
-    assert report(rows, tmp_path) == (docs / 'r96_transfer.md').read_text()
+    assert write_transfer(rows, tmp_path) == (docs / 'r96_transfer.md').read_text()
 
 
 @pytest.mark.parametrize(('given', 'words'), [

@@ -1,24 +1,22 @@
 #!/usr/bin/env python3
-"""Run variants of a recipe with several seeds, and compare them on images held out of training.
+"""Compare variants of a recipe over several seeds, on images held out of training.
 
     python scripts/experiments/compare.py scripts/experiments/nano_variants.yaml --data-dir tiny-imagenet-200 \\
         --seeds 1 2 3 4 --output out
 
-The order is seed by seed, so that what is there at any time is paired. Stopped, by whatever, it goes on with the same
-command; with more seeds or variants, it does those that are new. The folder gets comparison.md (tables), comparison.png
-and runs.csv after each run, and each run's own files below runs/. Without a file of variants:
+Runs of one seed see the same images in the same order with the same crops. So differences are taken within a seed: the
+report gives their mean and Student's interval. The validation set takes no part.
+
+Seeds are run one after the other, each with all variants, so that the runs are paired at any time. An interrupted
+comparison continues with the same command; further seeds or variants are added to the runs that are there. After each
+run the folder has comparison.md (tables), comparison.png and runs.csv, and the files of each run below runs/.
+
+Variants may also be named on the command line:
 
     python scripts/experiments/compare.py r64_tin200 --set holdout=50 --variant 'prior: {}' \\
         --variant 'plain: {model_kwargs: {value_dims: [0, 0, 0, 0]}}' --data-dir tiny-imagenet-200 --output runs/control
-
-Variants of a recipe side by side: runs paired by seed, measured on images held out of training.
-
-Runs of one seed see the same images in the same order with the same crops, so what is compared are differences within a
-seed: their mean, and Student's interval for it. The validation set takes no part.
 """
 import argparse
-import csv
-import io
 import json
 import math
 import re
@@ -45,7 +43,7 @@ from timm_geoprior.data.datasets import fingerprint
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.errors import GeoPriorError, sentence
 from timm_geoprior.evaluation.metrics import count_correct
-from timm_geoprior.files import write_atomically, write_json
+from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
 from timm_geoprior.layers import GeoPriorAttn2d
 from timm_geoprior.radii import learned_radii, scale_radii
 from timm_geoprior.training.config import RunConfig
@@ -333,16 +331,7 @@ def differences(rows: Sequence[Row], name: str, base: str, key: str = 'top1', ot
     return [own[seed][key] - others[seed][other or key] for seed in own if seed in others]
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as CSV, with the columns that any of them has."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
-
-
-def report(rows: Sequence[Row], output: Path, command: str) -> str:
+def write_comparison(rows: Sequence[Row], output: Path, command: str) -> str:
     """Write runs.csv, comparison.md and comparison.png.
 
     Args:
@@ -378,16 +367,10 @@ def report(rows: Sequence[Row], output: Path, command: str) -> str:
                      _size_table(rows, names)]
     text = '\n\n'.join(sections) + '\n'
     output.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, output / 'runs.csv')
+    write_csv(output / 'runs.csv', rows)
     write_atomically(output / 'comparison.md', text.encode())
     _plot(rows, names, output / 'comparison.png')
     return text
-
-
-def markdown_table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown, its first column to the left, the others to the right."""
-    cells = list(header)
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [cells, ['---'] + ['---:'] * (len(cells) - 1), *lines])
 
 
 def distinct(rows: Sequence[Row], key: str) -> str:
@@ -463,12 +446,12 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     figure = Figure(figsize=(13, 1.8 + 0.36 * len(names)), layout='constrained')
     accuracy, radii, sizes = figure.subplots(1, 3, sharey=True)
     for place, name in enumerate(names):
-        _draw(accuracy, place, differences(rows, name, names[0]), 'C0')
+        _draw_spread(accuracy, place, differences(rows, name, names[0]), 'C0')
         own = [row for row in rows if row['variant'] == name]
         for offset, factor in ((-0.12, FACTORS[0]), (0.12, FACTORS[-1])):
             if f'top1_x{factor}_share' in own[0]:
                 pairs = differences(own, name, name, f'top1_x{factor}_share', f'top1_x{factor}_cells')
-                _draw(sizes, place + offset, pairs, 'C1' if offset < 0 else 'C2', f'{factor} times the size')
+                _draw_spread(sizes, place + offset, pairs, 'C1' if offset < 0 else 'C2', f'{factor} times the size')
     layers = _layers(rows)
     stages = list(dict.fromkeys(layer.rpartition('.')[0] for layer in layers))
     for color, stage in enumerate(stages):
@@ -488,14 +471,15 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         axes.axvline(0, color='0.6', linewidth=0.8)
     for axes in (accuracy, radii, sizes):
         axes.grid(alpha=0.3)
-        labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        if labels:
-            axes.legend(labels.values(), labels.keys(), fontsize='small', loc='lower center', bbox_to_anchor=(0.5, 1),
-                        ncols=3, frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=130))
+        handles, labels = axes.get_legend_handles_labels()
+        if handles:
+            by_label = dict(zip(labels, handles, strict=True))  # one of each
+            axes.legend(by_label.values(), by_label.keys(), fontsize='small', loc='lower center',
+                        bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    save_figure(path, figure, dpi=130)
 
 
-def _draw(axes: Axes, place: float, values: Sequence[float], color: str, label: str = '') -> None:
+def _draw_spread(axes: Axes, place: float, values: Sequence[float], color: str, label: str = '') -> None:
     """Each seed's value, faint, and their mean with its interval."""
     if values:
         mean, half = paired_interval(values)
@@ -531,7 +515,7 @@ def main() -> None:
         recipes = load_variants(args.source, args.set, args.variant)
         for rows in compare(recipes, list(dict.fromkeys(args.seeds)), config):
             if rows:
-                text = report(rows, args.output, shlex.join(['python', *sys.argv]))
+                text = write_comparison(rows, args.output, shlex.join(['python', *sys.argv]))
     except GeoPriorError as error:
         sys.exit(f'compare.py: {sentence(error)}')
     except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself

@@ -30,11 +30,11 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 import timm_geoprior  # noqa: F401  (registers the models)
-from compare import LEAST_SEEDS, markdown_table, paired_interval, write_csv
+from compare import LEAST_SEEDS, paired_interval
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.errors import GeoPriorError, sentence
 from timm_geoprior.evaluation.metrics import Predictions, calibrate, target_ranks
-from timm_geoprior.files import write_atomically
+from timm_geoprior.files import markdown_table, write_atomically, write_csv
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import read_weights
 from timm_geoprior.training.config import RunConfig
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> str:
             f'means of {len(seeds)} pairs (seeds {", ".join(map(str, seeds))}). A lower calibration error is better.')
     text = f'`{shlex.join(["python", *sys.argv])}`\n\n{head}\n\n{table}\n'
     args.output.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, args.output / 'robustness.csv')
+    write_csv(args.output / 'robustness.csv', rows)
     write_atomically(args.output / 'robustness.md', text.encode())
     return text
 

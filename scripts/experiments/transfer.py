@@ -1,19 +1,17 @@
 #!/usr/bin/env python3
-"""Measure what a model's weights are worth on another set of images, beside random ones.
+"""Measure what the weights of a model are worth on another data set, beside random weights.
 
     python scripts/experiments/transfer.py geoprior_resnet50 --data-dir cifar10 \\
         --per-class 10 100 1000 --img-size 64 --output out
     python scripts/experiments/transfer.py geoprior_resnet50 --data-dir caltech101 --img-size 64 --output out
 
-With trained and with random weights: k nearest neighbours and a linear probe on frozen features, and the fine-tuning of
-`timm-geoprior finetune`, each with several draws of the labels. Stopped, by whatever, it goes on with the same command;
-with more seeds or labels, it does what is new. The folder gets transfer.md (a table), transfer.png and transfer.csv of
-all data sets that were measured into it. Of fine-tuned networks only the curves and results are kept.
+Three methods, with trained and with random weights: k nearest neighbours and a linear probe on frozen features, and
+`timm-geoprior finetune`. Both networks get the same labels, the same number per class, drawn by a seed; a draw of fewer
+labels is a part of the draw of more. The test images choose nothing.
 
-What trained weights are worth on another set of images, beside random ones: few labels, probes and fine-tuning.
-
-Both networks get the same labels, the same number of them a class, drawn by a seed; a draw of fewer labels is a part of
-the draw of more. The test images choose nothing.
+An interrupted run continues with the same command; with more seeds or labels, it does what is new. The folder gets
+transfer.md (a table), transfer.png and transfer.csv of all data sets that were measured into it. Of fine-tuned networks
+only the curves and results are kept.
 """
 import argparse
 import json
@@ -30,8 +28,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -39,7 +41,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import timm_geoprior  # noqa: F401  (registers the models)
-from compare import distinct, markdown_table, paired_interval, write_csv
+from compare import distinct, paired_interval
 from timm_geoprior.data.datasets import EvalSet, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
 from timm_geoprior.data.seeding import generator, seed_everything
@@ -47,7 +49,7 @@ from timm_geoprior.data.splits import hold_out_share
 from timm_geoprior.distributed import find_device
 from timm_geoprior.errors import GeoPriorError, sentence
 from timm_geoprior.evaluation.models import state_dict_sha256
-from timm_geoprior.files import write_atomically
+from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import save_checkpoint
 from timm_geoprior.training.finetune import HELD_OUT_SHARE, Job, find_splits, finetune
@@ -145,7 +147,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
     for split in (train, test):
         check_data(split, job.workers, lambda text: None)
     job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(job.folder / 'settings.json', json.dumps({**_kept_settings(job), **settings}).encode())
+    write_json(job.folder / 'settings.json', {**_kept_settings(job), **settings})
     for seed, per_class, method, start in todo:
         if method == 'finetune':
             row = _finetuned(job, train, draws[seed, per_class], seed, per_class, start)
@@ -157,7 +159,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
                'hardware': hardware(torch.device(job.device)), 'torch': versions()['torch'], 'command': job.command}
         path = _row_path(job, seed, per_class, method, start)
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(row, indent=2).encode())
+        write_json(path, row)
         if method == 'finetune':
             _remove_weights(_run_folder(job, seed, per_class, start))
         job.tell(f'{job.name}, {row["per_class"]} labels a class, seed {seed}, {METHODS[method]}, {start}: '
@@ -341,7 +343,8 @@ def _probed(
         answers, chosen = knn(features, labels, measured), {}
     else:
         penalty = choose_penalty(features, labels)
-        answers, chosen = fit_linear(features, labels, penalty)(measured).argmax(1), {'penalty': penalty}
+        probe = fit_linear(features, labels, penalty)
+        answers, chosen = torch.from_numpy(probe.predict(measured.numpy())), {'penalty': penalty}
     return {'top1': 100 * (answers == truth).double().mean().item(), 'test_images': len(truth), **chosen}
 
 
@@ -349,56 +352,42 @@ def knn(features: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
     """Classify by the nearest features, each voting by its cosine similarity (Wu et al., 2018, arXiv 1805.01978).
 
     Args:
-        features: Of images whose class is known, shape (N, F).
+        features: Features of images whose class is known, shape (N, F).
         labels: Their classes, shape (N,).
         queries: Features to classify, shape (M, F).
 
     Returns:
         Classes, shape (M,).
     """
-    known = F.normalize(features).T
-    answers = []
-    for part in F.normalize(queries).split(1000):
-        similar = (part @ known).topk(min(NEIGHBORS, len(features)))
-        votes = torch.zeros(len(part), int(labels.max()) + 1)
-        votes.scatter_add_(1, labels[similar.indices], (similar.values / TEMPERATURE).exp())
-        answers.append(votes.argmax(1))
-    return torch.cat(answers)
+    classifier = KNeighborsClassifier(
+        min(NEIGHBORS, len(features)), metric='cosine', weights=lambda distances: np.exp((1 - distances) / TEMPERATURE))
+    return torch.from_numpy(classifier.fit(features.numpy(), labels.numpy()).predict(queries.numpy()))
 
 
-def fit_linear(features: Tensor, labels: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
-    """Fit a softmax regression on standardized features, to its optimum.
+def fit_linear(features: Tensor, labels: Tensor, penalty: float) -> Pipeline:
+    """Fit a softmax regression on standardized features.
 
     Args:
         features: Shape (N, F).
         labels: Classes, shape (N,).
-        penalty: Of the weights: half of it times the sum of their squares is added to the mean cross entropy.
+        penalty: Half of it times the sum of the squared weights is added to the mean cross entropy.
 
     Returns:
-        What gives logits (M, K) for features (M, F).
+        The scaler and the regression.
     """
-    mean, std = features.mean(0), features.std(0)
-    std = torch.where(std > 1e-6, std, 1.0)  # of a channel that is always the same
-    inputs = (features - mean) / std
-    weight = torch.zeros(features.shape[1], int(labels.max()) + 1, requires_grad=True)
-    bias = torch.zeros(weight.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn='strong_wolfe')
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(inputs @ weight + bias, labels) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return lambda others: ((others - mean) / std) @ weight.detach() + bias.detach()
+    # with two classes scikit-learn fits one weight vector, the difference of two of opposite sign
+    strength = (2 if len(labels.unique()) == 2 else 1) / (penalty * len(labels))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-5, max_iter=1000))
+    return probe.fit(features.numpy(), labels.numpy())
 
 
 def choose_penalty(features: Tensor, labels: Tensor) -> float:
     """The penalty with the least cross entropy on a fifth of each class, held out."""
     stay, held = hold_out_share(labels, HELD_OUT_SHARE)
-    losses = [F.cross_entropy(fit_linear(features[stay], labels[stay], penalty)(features[held]), labels[held]).item()
-              for penalty in PENALTIES]
+    losses = []
+    for penalty in PENALTIES:
+        probe = fit_linear(features[stay], labels[stay], penalty)
+        losses.append(log_loss(labels[held], probe.predict_proba(features[held].numpy()), labels=probe.classes_))
     return PENALTIES[losses.index(min(losses))]
 
 
@@ -450,7 +439,7 @@ def _link(job: Transfer, train: EvalSet, drawn: Tensor, folder: Path) -> None:
 
 # -- the report --------------------------------------------------------------------------------------------------------
 
-def report(rows: Sequence[Row], output: Path) -> str:
+def write_transfer(rows: Sequence[Row], output: Path) -> str:
     """Write transfer.csv, transfer.md and transfer.png.
 
     Args:
@@ -474,7 +463,7 @@ def report(rows: Sequence[Row], output: Path) -> str:
                      *(f'`{command}`' for command in dict.fromkeys(row['command'] for row in own) if command),
                      f'Commit {distinct(own, "commit")}; {distinct(own, "hardware")}; torch {distinct(own, "torch")}.']
     text = '\n\n'.join(sections) + '\n'
-    write_csv(rows, output / 'transfer.csv')
+    write_csv(output / 'transfer.csv', rows)
     write_atomically(output / 'transfer.md', text.encode())
     _plot(rows, names, output / 'transfer.png')
     return text
@@ -533,7 +522,7 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel('top-1 of the test images (%)')
     panels[-1].legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=130))
+    save_figure(path, figure, dpi=130)
 
 
 def parse_args() -> argparse.Namespace:
@@ -567,7 +556,7 @@ def main() -> None:
     try:
         for rows in transfer(job):
             if rows:
-                text = report(rows, args.output)
+                text = write_transfer(rows, args.output)
     except GeoPriorError as error:
         sys.exit(f'transfer.py: {sentence(error)}')
     except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
