@@ -1,4 +1,5 @@
 """The command line, as a user calls it."""
+import doctest
 import json
 import os
 import re
@@ -443,6 +444,16 @@ def test_ctrl_c(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.communicate()[1] == ''
     assert process.returncode == 130
+
+
+def test_the_examples_in_docstrings_run():
+    from timm_geoprior.inference import classifier
+
+    for module in (timm_geoprior, classifier):
+        tested = doctest.testmod(module)
+        assert tested.attempted > 1
+        assert tested.failed == 0
+
 
 # -- the start: what is imported when ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
+import timm
 from PIL import Image
 
 from timm_geoprior.cli import main
@@ -147,8 +148,15 @@ def test_a_port_in_use(capsys):
         port = server.getsockname()[1]
         assert main(['demo', '--port', str(port)]) == 1
     assert capsys.readouterr().err == (
-        f'timm-geoprior: Port {port} cannot be opened (Address already in use), expected a free one: '
-        f'name another by --port.\n')
+        f'timm-geoprior: Port {port} cannot be opened (Address already in use). '
+        f'Name a free one with --port.\n')
+
+
+@pytest.mark.usefixtures('demo')
+def test_a_model_without_attention(capsys, tmp_path):
+    timm.models.save_for_hf(timm.create_model('resnet10t'), tmp_path)
+    assert main(['demo', '--port', str(free_port()), '--model', f'local-dir:{tmp_path}']) == 1
+    assert 'must be a GeoPrior ResNet, got one without attention layers' in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures('demo')
@@ -294,7 +302,7 @@ def test_a_space(demo, chromium, tmp_path, capsys):
     assert {'matplotlib', 'scikit-image', 'timm', 'torch'} <= set(needed)
 
     assert main(['demo', '--space', str(folder)]) == 1
-    assert 'has files in it, expected a new or an empty folder' in capsys.readouterr().err
+    assert 'must be new or empty, got' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['space']
 
     find = 'import importlib.util; print(importlib.util.find_spec("timm_geoprior").origin)'

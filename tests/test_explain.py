@@ -217,6 +217,33 @@ def test_the_colours_are_explained(nano, coffee):
         assert same_color(panel.patches[0].get_edgecolor(), color)
 
 
+def test_the_output_is_looked_at_before_a_model_is_loaded(photo, tmp_path, monkeypatch, capsys):
+    from timm_geoprior.inference import classifier
+
+    loaded = []
+    monkeypatch.setattr(classifier, 'load_model', loaded.append)
+    assert main(['explain', photo, '-o', str(tmp_path / 'out.txt')]) == 1
+    assert 'must end in .png' in capsys.readouterr().err
+    assert not loaded
+
+
+@pytest.fixture(scope='module')
+def resnet(tmp_path_factory):
+    """A plain network of timm's, with names for its classes."""
+    folder = tmp_path_factory.mktemp('resnet')
+    timm.models.save_for_hf(timm.create_model('resnet10t'), folder)
+    return f'local-dir:{folder}'
+
+
+@pytest.mark.parametrize('arguments', [['--layers'], []])
+def test_the_command_refuses_a_network_without_attention(photo, tmp_path, capsys, resnet, arguments):
+    assert main(['explain', photo, '-o', str(tmp_path / 'out.png'), '--model', resnet, *arguments]) == 1
+    said = capsys.readouterr()
+    assert said.out == ''
+    assert 'must be a GeoPrior ResNet, got' in said.err
+    assert not (tmp_path / 'out.png').exists()
+
+
 def test_a_network_without_attention_is_refused(coffee):
     with pytest.raises(GeoPriorError, match='must be a GeoPrior ResNet, got one without attention layers'):
         draw_windows(classifier_of(timm.create_model('resnet18').eval()), coffee)

@@ -311,10 +311,11 @@ def _explain(args: argparse.Namespace) -> int:
     if args.layers:
         return _print_layers(_default_model(args))
     with _extra('explain'):
-        from .inference.explain import save_explanation
+        from .inference.explain import check_output, save_explanation
     from .data.images import read_image
     from .inference.images import sample_image
     image = read_image(args.image) if args.image else sample_image()
+    check_output(args.output)
     save_explanation(load_classifier(_default_model(args)), image, args.output, args.point)
     print(f'Wrote {args.output}.')
     return 0
@@ -323,9 +324,9 @@ def _explain(args: argparse.Namespace) -> int:
 def _print_layers(name: str) -> int:
     from timm.data import resolve_model_data_config
 
-    from .inference.classifier import load_classifier
+    from .evaluation.models import load_model
     from .radii import learned_radii
-    model = load_classifier(name).model
+    model = load_model(name).model
     _, height, width = size = resolve_model_data_config(model)['input_size']
     rows = [('attention layer', 'map', 'a cell in px', 'radius in cells', 'radius in px')]
     for layer in learned_radii(model, size):
@@ -335,6 +336,8 @@ def _print_layers(name: str) -> int:
             ', '.join(f'{radius:.2f}' for radius in layer.cells),
             ', '.join(f'{radius * pixels:.1f}' for radius in layer.cells),
         ))
+    if len(rows) == 1:
+        raise GeoPriorError(f'The model must be a GeoPrior ResNet, got {name}, which has no attention layers.')
     print(f'{name} at {width} x {height} px')
     print('\n'.join(_table(rows, left=1)))
     return 0
@@ -465,7 +468,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in _MODULES:
         with _extra('train'):
             module = import_module(f'.{_MODULES[argv[0]][0]}', __package__)
-        return cast(int, module.main(argv[1:]))
+        return cast(int, module.main(argv[1:], prog=f'timm-geoprior {argv[0]}'))
     parser = _build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # told by the command itself, with its own usage

@@ -16,7 +16,8 @@ __all__ = ['register_with_timm']
 
 # what can be imported without timm; all else imports timm first, and with it the models
 _WITHOUT_TIMM = {f'{__package__}.{name}' for name in (
-    '__main__', 'cli', 'errors', 'files', 'pretrained', 'pretrained.manifest')}
+    '__main__', 'cli', 'data', 'data.images', 'errors', 'files', 'inference', 'inference.images', 'pretrained',
+    'pretrained.manifest')}
 
 
 class _RegisteringLoader:

@@ -24,7 +24,7 @@ from ..data.images import read_image
 from ..errors import GeoPriorError
 from ..pretrained.manifest import default_model, load_manifest, manifest_path
 from .classifier import Classifier, load_classifier
-from .windows import draw_windows, to_input, view_of
+from .windows import draw_windows, learned_windows, to_input, view_of
 
 __all__ = ['build', 'serve', 'write_space']
 
@@ -218,10 +218,12 @@ def build(model: str | None = None) -> gr.Blocks:
         The page, on which all models of the manifest that have weights can be chosen.
 
     Raises:
-        GeoPriorError: `load_classifier` cannot load the model.
+        GeoPriorError: `load_classifier` cannot load the model, or it has no attention layers.
     """
     manifest = load_manifest()
-    chosen = load(model or default_model(manifest).name).name
+    classifier = load(model or default_model(manifest).name)
+    learned_windows(classifier.model, view_of(classifier, (1, 1)), (0, 0))  # or there is nothing to show
+    chosen = classifier.name
     names = [entry.name for entry in manifest.models.values() if entry.has_weights]
     with gr.Blocks(title='timm_geoprior', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         shown, window = gr.State(), gr.JSON(visible=False)
@@ -264,7 +266,7 @@ def _check_port(port: int) -> None:
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else 'Not from 1 to 65535'
         raise GeoPriorError(
-            f'Port {port} cannot be opened ({reason}), expected a free one: name another by --port.') from None
+            f'Port {port} cannot be opened ({reason}). Name a free one with --port.') from None
 
 
 def _spare_proxies() -> None:
@@ -328,7 +330,7 @@ def write_space(folder: Path, model: str | None = None) -> None:
     }
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise GeoPriorError(f'{folder} has files in it, expected a new or an empty folder: name another.')
+            raise GeoPriorError(f'The folder of a Space must be new or empty, got {folder}, which has files in it.')
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             whole = Path(scratch, 'space')
@@ -339,5 +341,4 @@ def write_space(folder: Path, model: str | None = None) -> None:
                 (whole / name).write_text(text, encoding='utf-8')
             whole.replace(folder)
     except OSError as error:
-        raise GeoPriorError(f'{folder} cannot be written ({error.strerror}), expected a new or an empty folder: '
-                        f'name another.') from None
+        raise GeoPriorError(f'{folder} cannot be written ({error.strerror}). Name another folder.') from None

@@ -40,7 +40,7 @@ from .windows import (
     view_of,
 )
 
-__all__ = ['draw_explanation', 'effective_field', 'receptive_pair', 'save_explanation']
+__all__ = ['check_output', 'draw_explanation', 'effective_field', 'receptive_pair', 'save_explanation']
 
 DRAWS = 4  # random weights, and noise images, that an effective receptive field is the mean of
 FAINTEST = 1e-4  # of the strongest gradient, that is drawn
@@ -235,6 +235,18 @@ def draw_explanation(
     return figure
 
 
+def check_output(path: Path) -> None:
+    """Find out whether a figure may go there, before anything is computed.
+
+    Raises:
+        GeoPriorError: matplotlib writes no such file, or the folder does not exist.
+    """
+    if path.suffix.removeprefix('.').lower() not in Figure().canvas.get_supported_filetypes():
+        raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}.')
+    if not path.parent.is_dir():
+        raise GeoPriorError(f'The output must be in a folder that exists, got {path}.')
+
+
 def save_explanation(
         classifier: Classifier, image: Image.Image, path: Path, point: tuple[float, float] | None = None) -> None:
     """Write the figure of `draw_explanation`.
@@ -253,11 +265,7 @@ def save_explanation(
         >>> from timm_geoprior.inference.images import sample_image
         >>> save_explanation(load_classifier('geoprior_resnet14_nano'), sample_image(), Path('explain.png'))
     """
-    kind = path.suffix.removeprefix('.').lower()
-    if kind not in Figure().canvas.get_supported_filetypes():
-        raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}.')
-    if not path.parent.is_dir():
-        raise GeoPriorError(f'The output must be in a folder that exists, got {path}.')
+    check_output(path)
     figure = draw_explanation(classifier, image, point)
     try:
         save_figure(path, figure)

@@ -26,9 +26,9 @@ An interrupted push continues with the same command.
 """
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog='timm-geoprior publish', description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('tag', help='architecture.tag of the manifest')
     parser.add_argument('checkpoint', type=Path, nargs='?', help='checkpoint of a run, or a .safetensors file')
     parser.add_argument('--output', type=Path, required=True, help='the staged folder')
@@ -87,16 +87,17 @@ def _report(entry: ModelEntry) -> None:
     print(f'{entry.name} is {entry.status}: {where}. {manifest_path()} is updated.')
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
     """Stage, bundle or push a model.
 
     Args:
         argv: Arguments; None takes those of the process.
+        prog: Name of the command, for its help.
 
     Returns:
         The exit code: 0, or 1 after a message on stderr.
     """
-    args = _parse_arguments(argv)
+    args = _parse_arguments(argv, prog)
     try:
         if args.checkpoint:
             _stage(args)
