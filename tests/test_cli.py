@@ -475,6 +475,27 @@ def test_neither_torch_nor_timm_is_imported_for_help_or_a_usage_error(arguments)
     assert imported.splitlines()[-1] == 'imported: []'
 
 
+@pytest.mark.parametrize('command', ['classify', 'explain'])
+def test_a_wrong_file_is_told_before_torch_is_imported(command):
+    told = python(
+        'import sys\nfrom timm_geoprior.cli import main\nsys.stderr = sys.stdout\n'
+        f'print(main(["{command}", "nowhere.jpg"]), sorted({{"torch", "timm"}} & set(sys.modules)))')
+    assert told.startswith('timm-geoprior: nowhere.jpg does not exist')
+    assert told.splitlines()[-1] == '1 []'
+
+
+def test_commands_with_a_parser_of_their_own(capsys):
+    for name in ('train', 'validate', 'publish'):
+        with pytest.raises(SystemExit) as stop:
+            main([name, '--help'])
+        assert stop.value.code == 0
+        assert capsys.readouterr().out.startswith(f'usage: timm-geoprior {name} [-h]')
+        with pytest.raises(SystemExit) as stop:
+            main([name, '--no-such-option'])
+        assert stop.value.code == 2
+        assert f'timm-geoprior {name}: error:' in capsys.readouterr().err
+
+
 def test_alone_it_prints_the_help(capsys):
     alone = output(capsys).out
     with pytest.raises(SystemExit) as stop:

@@ -307,15 +307,15 @@ def _point(text: str) -> tuple[float, float]:
               help='where it looks from, in pixels of the image (default: the middle)'),
     _argument('--layers', action='store_true', help="only print each layer's radius in cells and pixels"))
 def _explain(args: argparse.Namespace) -> int:
-    from .inference.classifier import load_classifier
     if args.layers:
         return _print_layers(_default_model(args))
-    with _extra('explain'):
-        from .inference.explain import check_output, save_explanation
     from .data.images import read_image
     from .inference.images import sample_image
     image = read_image(args.image) if args.image else sample_image()
+    with _extra('explain'):
+        from .inference.explain import check_output, save_explanation
     check_output(args.output)
+    from .inference.classifier import load_classifier
     save_explanation(load_classifier(_default_model(args)), image, args.output, args.point)
     print(f'Wrote {args.output}.')
     return 0
