@@ -232,6 +232,19 @@ def test_what_is_beside_the_splits_is_told(photo_folder, tmp_path, capsys):
         assert f'data/{name} is not used: it is no split, or has no class folders' in printed
 
 
+@pytest.mark.filterwarnings('error:Left out')
+def test_each_note_about_the_images_is_told_once(photos, tmp_path, capsys):
+    (photos / '@eaDir').mkdir()
+    shutil.copy(photos / 'coffee' / '00.jpg', photos / '@eaDir' / 'thumbnail.jpg')
+    shutil.copy(photos / 'coffee' / '00.jpg', photos / 'coffee' / '._00.jpg')
+    (photos / 'coffee' / 'notes.txt').write_text('taken in June')
+    assert finetune(photos, '--output', tmp_path / 'run', '--set', 'epochs=1', '--set', 'img_size=32') == 0
+    printed = capsys.readouterr().out
+    assert '48 images in 4 classes, 12 in each' in printed
+    assert printed.count('@eaDir') == 1, printed
+    assert printed.count('.txt') == 1, printed
+
+
 @pytest.mark.parametrize(('changes', 'splits', 'expected'), [
     (['holdout=2'], ['train', 'val'], ('val', 20)),
     (['holdout=2'], ['train', 'val', 'test'], ('test', 20)),

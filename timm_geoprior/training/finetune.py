@@ -103,6 +103,7 @@ def finetune(job: Job) -> dict[str, Any]:
         GeoPriorError: Whatever else stops a run; the message is a sentence for people.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
+    job = replace(job, tell=once(job.tell))  # what is wrong with images is found before, and again when they are read
     splits = find_splits(job.data_dir)
     for name in unused_folders(job.data_dir, splits):
         job.tell(f'{job.data_dir / name} is not used: it is no split, or has no class folders.')
@@ -126,6 +127,18 @@ def finetune(job: Job) -> dict[str, Any]:
     write_json(job.output / 'results.json', results)
     _tell_disk_use(job)
     return results
+
+
+def once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Let each sentence through a single time."""
+    told = set()
+
+    def tell_once(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            tell(text)
+
+    return tell_once
 
 
 # -- before ------------------------------------------------------------------------------------------------------------

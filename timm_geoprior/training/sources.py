@@ -1,7 +1,6 @@
 """The data of a run: training batches, and held-out ones to choose by."""
 import copy
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +127,7 @@ def open_images(config: RunConfig, split: str) -> EvalSet:
                         f'{" and ".join(places[:3])}. The split {split} must have one folder for each class: check '
                         f'--data-dir and --train-split.')
     for note in found.notes:
-        warnings.warn(note, stacklevel=2)
+        config.tell(note)
     return found
 
 
