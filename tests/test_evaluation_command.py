@@ -513,6 +513,10 @@ def test_class_folders_that_can_be_sorted_in_two_ways_are_refused(data, checkpoi
     error = capsys.readouterr().err.splitlines()[-1]
     assert 'class 1 is 2 in natural order (timm), 10 by character (ImageFolder)' in error
     assert '--class-map' in error
+    content = torch.load(sorted_checkpoint(checkpoint, tmp_path), weights_only=True)
+    torch.save({'state_dict': content['model'], 'class_names': by_character}, tmp_path / 'named.pt')
+    assert validate('--model', NANO, '--checkpoint', tmp_path / 'named.pt', '--img-size', 32, *arguments[2:]) == 0
+    assert counts_of(json.loads((tmp_path / 'found.json').read_text())['results'][0]) == expected
     (tmp_path / 'order.txt').write_text('\ufeff' + '\n'.join(by_character) + '\n\n', encoding='utf-8')
     assert validate(*arguments, '--class-map', tmp_path / 'order.txt') == 0
     assert counts_of(json.loads((tmp_path / 'found.json').read_text())['results'][0]) == expected

@@ -75,7 +75,7 @@ def load_model(
     if not name:
         raise EvaluationError(f'{checkpoint} does not name its architecture, expected one: name it by --model.')
     if num_classes is None and saved:
-        num_classes = saved.num_classes
+        num_classes = saved.num_classes or len(saved.class_names) or None
     kwargs = {**(saved.model_kwargs if saved else {}), **(model_kwargs or {})}
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
