@@ -15,7 +15,7 @@ from PIL import Image
 import transfer as module
 from timm_geoprior.data.datasets import open_split
 from timm_geoprior.errors import EvaluationError
-from transfer import Transfer, TransferError, choose_penalty, draw, fit_linear, knn, transfer, write_transfer
+from transfer import Transfer, TransferError, choose_penalty, draw_labels, fit_linear, knn, transfer, write_transfer
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'transfer.py'
 NANO = 'geoprior_resnet14_nano'
@@ -51,6 +51,7 @@ KILLED = (
     '    os._exit(9)\n'
     'engine.Trainer._end_epoch = killed\n'
     f'sys.argv[0] = {str(SCRIPT)!r}\n'
+    f'sys.path.insert(0, {str(SCRIPT.parent)!r})\n'
     'runpy.run_path(sys.argv[0], run_name="__main__")\n')
 
 
@@ -103,7 +104,7 @@ def test_features_are_those_of_the_drawn_images(photo_folder, tmp_path):
     everything = torch.arange(len(train.labels)), torch.arange(len(test.labels))
     full = [module._forward(more, data, indices, module._frozen(more, 'pretrained', 1, train), '')
             for data, indices in zip((train, test), everything, strict=True)]
-    drawn = draw(train, 5, 1)
+    drawn = draw_labels(train, 5, 1)
     answers = knn(full[0][drawn], torch.from_numpy(train.labels)[drawn], full[1])
     right = (answers == torch.from_numpy(test.labels)).double().mean().item()
     (row,) = (row for row in rows if (row['seed'], row['per_class'], row['start']) == (1, 5, 'pretrained'))
@@ -123,10 +124,10 @@ def test_a_random_network_is_probed_with_the_images_statistics(photo_folder, tmp
 
 def test_draws(photo_folder):
     train = open_split(photo_folder, split='train')
-    few, more, other = (draw(train, *given).tolist() for given in ((3, 0), (7, 0), (7, 1)))
+    few, more, other = (draw_labels(train, *given).tolist() for given in ((3, 0), (7, 0), (7, 1)))
     assert set(few) < set(more) != set(other)
     assert torch.from_numpy(train.labels)[few].bincount().tolist() == [3, 3, 3, 3]
-    assert draw(train, 0, 5).tolist() == list(range(48))
+    assert draw_labels(train, 0, 5).tolist() == list(range(48))
 
 
 def test_knn_votes_by_similarity():

@@ -140,7 +140,8 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
     if not todo:
         return
     train, test = _open_splits(job)
-    draws = {(seed, per_class): draw(train, per_class, seed) for seed in job.seeds for per_class in job.per_class}
+    draws = {(seed, per_class): draw_labels(train, per_class, seed)
+             for seed in job.seeds for per_class in job.per_class}
     trained = _network(job, 'pretrained', 0)  # that it has weights is known before anything is written
     settings = {**_settings(job), 'weights': state_dict_sha256(trained), 'train': _images(train), 'test': _images(test)}
     _check_settings(job, settings)
@@ -153,7 +154,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
             row = _finetuned(job, train, draws[seed, per_class], seed, per_class, start)
         else:
             needed = [drawn for (other, _), drawn in draws.items() if other == seed or start == 'pretrained']
-            row = _probed(job, method, start, seed, draws[seed, per_class], torch.cat(needed).unique(), (train, test))
+            row = _probed(job, (method, start, seed), draws[seed, per_class], torch.cat(needed).unique(), (train, test))
         row = {'data': job.name, 'per_class': per_class or 'all', 'labels': len(draws[seed, per_class]),
                'method': method, 'start': start, 'seed': seed, **row, 'model': job.model, 'commit': git_commit(),
                'hardware': hardware(torch.device(job.device)), 'torch': versions()['torch'], 'command': job.command}
@@ -242,7 +243,7 @@ def _open_splits(job: Transfer) -> tuple[EvalSet, EvalSet]:
     return train, measured
 
 
-def draw(data: EvalSet, per_class: int, seed: int) -> Tensor:
+def draw_labels(data: EvalSet, per_class: int, seed: int) -> Tensor:
     """Draw labelled images of each class.
 
     Args:
@@ -329,14 +330,13 @@ def _forward(job: Transfer, data: EvalSet, wanted: Tensor, network: nn.Module, w
 
 
 def _probed(
-        job: Transfer, method: str, start: str, seed: int, drawn: Tensor, needed: Tensor,
-        splits: tuple[EvalSet, EvalSet],
+        job: Transfer, case: tuple[str, str, int], drawn: Tensor, needed: Tensor, splits: tuple[EvalSet, EvalSet],
 ) -> Row:
-    """A row of a probe."""
+    """A row of a probe, for a method, a start and a seed; features are computed of all images that are needed."""
+    method, start, seed = case
     train, test = splits
     both = {'train': train, 'test': test}
-    everything = _features(job, both, 'train', needed, start, seed)
-    features = everything[torch.searchsorted(needed, drawn)]
+    features = _features(job, both, 'train', needed, start, seed)[torch.searchsorted(needed, drawn)]
     measured = _features(job, both, 'test', torch.arange(len(test.labels)), start, seed)
     labels, truth = torch.from_numpy(train.labels)[drawn], torch.from_numpy(test.labels)
     if method == 'knn':
