@@ -616,15 +616,15 @@ def test_no_more_workers_than_processors(processors, workers, monkeypatch):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     ([], 'nothing to measure'),
-    (['--tag', 'x', '--checkpoint', 'y'], '--tag takes its own weights'),
+    (['--tag', 'x', '--checkpoint', 'y'], '--tag measures the weights of the tag'),
     (['--model', NANO, '--amp', '--precision', 'float32'], '--amp and --precision'),
-    (['--model', NANO, '--check', '--crop-pct', '0.9'], 'leave out --crop-pct'),
-    (['--model', NANO, '-b', '0'], '--batch-size is 0, expected 1 or more'),
+    (['--model', NANO, '--check', '--crop-pct', '0.9'], 'Leave out --crop-pct'),
+    (['--model', NANO, '-b', '0'], '--batch-size must be 1 or more, got 0'),
     (['--model', NANO, '--precision', 'float8'], 'invalid choice'),
-    (['--model', NANO, '--input-size', '3', '0', '64'], '--input-size is [3, 0, 64], expected'),
-    (['--model', NANO, '--crop-pct', '0'], '--crop-pct is 0.0, expected a share'),
-    (['--model', NANO, '--model-kwargs', 'attn_heads'], '--model-kwargs is attn_heads, expected KEY=VALUE'),
-    (['--model', NANO, '--torchcompile', 'nosuch'], '--torchcompile is nosuch, expected a backend that torch has'),
+    (['--model', NANO, '--input-size', '3', '0', '64'], 'of 1 or more, got [3, 0, 64]'),
+    (['--model', NANO, '--crop-pct', '0'], '--crop-pct must be more than 0 and at most 1, got 0.0'),
+    (['--model', NANO, '--model-kwargs', 'attn_heads'], '--model-kwargs must be KEY=VALUE, got attn_heads'),
+    (['--model', NANO, '--torchcompile', 'nosuch'], '--torchcompile must be a backend of torch'),
 ])
 def test_wrong_commands(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
@@ -644,11 +644,11 @@ def test_wrong_commands(arguments, message, capsys):
     (['--data-dir', 'folder', '--model', 'nosuch'], 'Unknown model'),
     (['--data-dir', 'folder', '--model', 'geoprior_resnet101'], 'has no weights'),
     (['--data-dir', 'folder', '--results-file', 'missing/x.csv'], 'missing does not exist'),
-    (['--data-dir', 'folder', '--results-file', 'folder'], 'folder is a folder, expected a file'),
+    (['--data-dir', 'folder', '--results-file', 'folder'], '--results-file must be a file, got the folder folder'),
     (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),
     (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),
     (['--data-dir', 'folder', '--check', '--model', 'resnet50'], "'resnet50', expected one of geoprior_"),
-    (['--data-dir', 'folder', '--tag', '*paper*'], 'means no tag that has weights'),
+    (['--data-dir', 'folder', '--tag', '*paper*'], 'must match a tag that has weights'),
 ])
 def test_what_cannot_be_done_is_one_sentence(arguments, message, data, parquet, checkpoint, monkeypatch, capsys):
     monkeypatch.chdir(data)

@@ -122,7 +122,7 @@ class _ModelKwargs(ParseKwargs):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for value in values:
             if not value.partition('=')[1]:
-                parser.error(f'{option_string} is {value}, expected KEY=VALUE')
+                parser.error(f'{option_string} must be KEY=VALUE, got {value}')
         super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
 
 
@@ -246,26 +246,26 @@ def _add_output_arguments(group: Any) -> None:
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot be meant."""
     if args.tag is not None and (args.model or args.checkpoint):
-        parser.error('--tag takes its own weights: name --model instead where you name --checkpoint')
+        parser.error('--tag measures the weights of the tag. Use --model with --checkpoint instead')
     if args.tag is None and not (args.model or args.checkpoint):
-        parser.error('nothing to measure: name --model, --tag or --checkpoint')
+        parser.error('nothing to measure. Name --model, --tag or --checkpoint')
     if args.amp and args.precision:
-        parser.error('--amp and --precision say the same: name one of them')
+        parser.error('--amp and --precision say the same. Use one of them')
     overriding = ('subset', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
     overridden = [name for name in overriding if getattr(args, name) not in (None, False)]
     if args.check and overridden:
-        parser.error(f'--check measures a tag as it is published: leave out --{overridden[0].replace("_", "-")}')
+        parser.error(f'--check measures a tag as it was published. Leave out --{overridden[0].replace("_", "-")}')
     for name, least in (('batch_size', 1), ('workers', 0), ('tolerance', 0), ('img_size', 1), ('num_samples', 1)):
         value = getattr(args, name)
         if value is not None and value < least:
-            parser.error(f'--{name.replace("_", "-")} is {value}, expected {least} or more')
+            parser.error(f'--{name.replace("_", "-")} must be {least} or more, got {value}')
     if args.input_size and min(args.input_size) < 1:
-        parser.error(f'--input-size is {args.input_size}, expected channels, height and width of 1 or more')
+        parser.error(f'--input-size must be channels, height and width of 1 or more, got {args.input_size}')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        parser.error(f'--crop-pct is {args.crop_pct}, expected a share, more than 0 and at most 1')
+        parser.error(f'--crop-pct must be more than 0 and at most 1, got {args.crop_pct}')
     if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
         known = ', '.join(torch.compiler.list_backends())
-        parser.error(f'--torchcompile is {args.torchcompile}, expected a backend that torch has, as {known}')
+        parser.error(f'--torchcompile must be a backend of torch ({known}), got {args.torchcompile}')
     args.precision = tuple(dict.fromkeys([args.amp_dtype] if args.amp else args.precision or ['float32']))
 
 
@@ -296,18 +296,18 @@ def _check_output(args: argparse.Namespace) -> None:
     """Find out before the pass whether its results can be written."""
     if args.output:
         if importlib.util.find_spec('matplotlib') is None:
-            raise EvaluationError('matplotlib is not installed, expected it for the plots of --output: pip install '
-                                  'matplotlib (the extra "train").')
+            raise EvaluationError('--output needs matplotlib for its plots. Run `pip install matplotlib` '
+                                  '(the extra "train").')
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EvaluationError(f'{args.output} cannot be made ({error.strerror}), expected a folder for the '
-                                  f'results: check --output.') from None
+            raise EvaluationError(f'The folder {args.output} cannot be made ({error.strerror}). Check --output.'
+                                  ) from None
     if args.results_file and not args.results_file.absolute().parent.is_dir():
-        raise EvaluationError(f'{args.results_file.parent} does not exist, expected a folder for the results file: '
-                              f'make it, or check --results-file.')
+        raise EvaluationError(f'The folder {args.results_file.parent} does not exist. Make it, or check '
+                              f'--results-file.')
     if args.results_file and args.results_file.is_dir():
-        raise EvaluationError(f'{args.results_file} is a folder, expected a file: name one in it by --results-file.')
+        raise EvaluationError(f'--results-file must be a file, got the folder {args.results_file}. Name a file in it.')
 
 
 def _config(args: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> EvalConfig:
@@ -328,8 +328,7 @@ def _names(args: argparse.Namespace) -> list[str | None]:
     entries = load_manifest().models.values()
     names = [entry.name for entry in entries if entry.has_weights and fnmatch.fnmatch(entry.name, pattern)]
     if not names:
-        raise EvaluationError(f'--tag {args.tag} means no tag that has weights, expected one that has, of '
-                              f'{", ".join(entry.name for entry in entries)}.')
+        raise EvaluationError(f'--tag {args.tag} must match a tag that has weights. `timm-geoprior list` shows them.')
     return [*names]
 
 
@@ -361,7 +360,7 @@ def _measure_all(run: _Run) -> None:
                     raise
                 run.fail(f'{name} failed: {error}')
     if not run.rows and not run.faults:
-        raise EvaluationError('No model was measured, expected one that has the classes of the data: check --data-dir.')
+        raise EvaluationError('No model was measured, since none has the classes of the data. Check --data-dir.')
 
 
 def _measure(run: _Run, data: EvalSet, name: str | None) -> None:
