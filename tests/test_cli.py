@@ -59,6 +59,14 @@ def test_list_names_every_tag(capsys):
         assert all(f'{metric.top1:.2f}' in line for metric in entry.metrics[:1])
 
 
+@pytest.mark.parametrize('name', PLANNED)
+def test_a_data_set_has_one_name_everywhere(capsys, name):
+    assert MODELS[name].label_set == 'imagenet-1k'  # as timm has it; people read the title
+    shown = output(capsys, 'list').out + output(capsys, 'list', '--json').out + output(capsys, 'info', name).out
+    assert 'ImageNet-1k' in shown
+    assert 'imagenet-1k' not in shown
+
+
 def test_list_json_is_the_manifest(capsys):
     tags = json.loads(output(capsys, 'list', '--json').out)
     assert [tag['name'] for tag in tags] == list(MODELS)

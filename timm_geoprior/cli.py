@@ -135,8 +135,10 @@ def _info(args: argparse.Namespace) -> int:
     import dataclasses
 
     from .pretrained.manifest import load_manifest
-    entry = load_manifest().get(args.tag)
-    print('\n'.join(_fields({'name': entry.name, **dataclasses.asdict(entry)})))
+    manifest = load_manifest()
+    entry = manifest.get(args.tag)
+    title = manifest.label_sets[entry.label_set].title
+    print('\n'.join(_fields({'name': entry.name, **dataclasses.asdict(entry), 'label_set': title})))
     if not entry.has_weights:
         print(f'\nNo learned radii: {entry.name} has no weights yet.')
         return 0
