@@ -648,7 +648,7 @@ def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
     look = LOOK if theirs == 'print("theirs")' else LOOK.replace('import sitecustomize\n', 'sitecustomize = None\n')
     (tmp_path / 'child.py').write_text(look)
     (tmp_path / 'parent.py').write_text('import subprocess, sys; subprocess.run([sys.executable, "child.py"])')
-    inherited = os.pathsep.join([str(tmp_path / 'site'), *filter(None, [os.environ.get('PYTHONPATH')])])
+    inherited = os.pathsep.join([str(tmp_path / 'site'), os.environ.get('PYTHONPATH', ''), ''])  # '': where it runs
     options = {'cwd': tmp_path, 'env': {**os.environ, 'PYTHONPATH': inherited}}
     plain = run(sys.executable, 'parent.py', **options)
     ours = run(*COMMAND, 'run', 'parent.py', **options)

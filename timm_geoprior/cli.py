@@ -414,8 +414,9 @@ def _is_runnable(module: str) -> bool:
 
 def _reach_children() -> None:
     """Register the models in Python processes that this one starts, too: see startup/sitecustomize.py."""
-    folder = str(Path(__file__).with_name('startup'))
-    others = [entry for entry in os.environ.get('PYTHONPATH', '').split(os.pathsep) if entry not in ('', folder)]
+    folder = str(Path(__file__).absolute().with_name('startup'))
+    inherited = os.environ.get('PYTHONPATH')  # an empty entry in it is the current folder
+    others = [entry for entry in inherited.split(os.pathsep) if entry != folder] if inherited else []
     os.environ['PYTHONPATH'] = os.pathsep.join([folder, *others])
 
 
