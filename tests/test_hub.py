@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from releases import (
     using_manifest,
     with_entry,
 )
+from timm_geoprior.cli import main
 from timm_geoprior.errors import WeightsError
 from timm_geoprior.pretrained import cfgs
 from timm_geoprior.pretrained import loading as module
@@ -248,6 +250,17 @@ def test_spoilt_bundled_file_is_refused(bundled, spoil, message):
         load_verified(bundled)
     assert str(path) in str(caught.value)
     assert re.search('Install timm_geoprior again|git lfs pull', str(caught.value))
+
+
+def test_a_folder_whose_weights_are_a_git_lfs_pointer(staged, photo_folder, tmp_path, capsys):
+    """As in a clone of the Hub's repository without git-lfs; in every command that loads a model."""
+    folder = tmp_path / 'clone'
+    shutil.copytree(staged, folder)
+    (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n')
+    photo = photo_folder / 'val' / 'coffee' / '00.jpg'
+    for command in (['classify', photo], ['validate', '--data-dir', photo_folder, '--split', 'val', '--device', 'cpu']):
+        assert main([*map(str, command), '--model', f'local-dir:{folder}']) == 1
+        assert 'if the file is a Git LFS pointer, run `git lfs pull`' in capsys.readouterr().err
 
 
 # -- the network -------------------------------------------------------------------------------------------------------

@@ -139,9 +139,15 @@ def _family_of(character: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without its full stop, or the error's type where there is none."""
+    """The first line of an error's message without its full stop, or the error's type where there is none.
+
+    Of safetensors' words for a file that is none of its own, this names the usual cause.
+    """
     lines = str(error).splitlines()
-    return lines[0].rstrip('.') if lines and lines[0] else type(error).__name__
+    line = lines[0].rstrip('.') if lines and lines[0] else type(error).__name__
+    if 'header too large' in line:  # what the first bytes of a Git LFS pointer look like
+        line += '; if the file is a Git LFS pointer, run `git lfs pull`'
+    return line
 
 
 def is_lfs_pointer(path: Path) -> bool:

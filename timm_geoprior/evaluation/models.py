@@ -13,6 +13,7 @@ from timm.models import list_models
 from torch import Tensor, nn
 
 from ..errors import EvaluationError, WeightsError
+from ..files import first_line
 from ..pretrained.manifest import LabelSet, ModelEntry, load_manifest
 from ..training.checkpoint import SavedModel, read_weights, take_prefix_off
 
@@ -124,8 +125,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     except Exception as error:  # timm raises whatever the model's own constructor does
         close = difflib.get_close_matches(name.split('.')[0], list_models(), 1)
         hint = f', like {close[0]}' if 'Unknown model' in str(error) and close else ''
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EvaluationError(f'The model {name} cannot be made ({reason}), expected a model of timm{hint}'
+        raise EvaluationError(f'The model {name} cannot be made ({first_line(error)}), expected a model of timm{hint}'
                               f'{" that has weights" if pretrained else ""}: check --model.') from error
     return model
 
