@@ -243,6 +243,7 @@ def test_a_zip_is_unpacked(tmp_path):
         archive.writestr('photos/a/1.jpg', JPEG)
     with unpacked(tmp_path / 'photos.tar') as root:
         assert open_split(root).names == ('photos/a/1.jpg',)
+        assert root.name.startswith('photos.tar-')  # which a message shows
 
 
 # -- class maps --------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def unpacked(path: Path) -> Iterator[Path]:
     if path.is_dir() or _is_plain_tar(path):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=f'{path.name}-') as folder:  # messages name what is in it
         try:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as packed:
