@@ -304,13 +304,14 @@ class TestResume:
     @pytest.mark.parametrize('name', ['train', 'compare', 'transfer'])
     def test_ctrl_c_while_images_are_read(self, photo_folder, tmp_path, name):
         """No run has begun that could save: the script leaves without a word, and without a traceback."""
-        script = SCRIPT.with_name(f'{name}.py')
+        script = SCRIPT if name == 'train' else SCRIPT.parent / 'experiments' / f'{name}.py'
         stopper = (  # a shell's background jobs ignore SIGINT, and their children inherit that
             'import os, runpy, signal, sys\n'
             'from torch.utils import data\n'
             'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
             'data.DataLoader.__iter__ = lambda loader: os.kill(os.getpid(), signal.SIGINT)\n'
             f'sys.argv[0] = {str(script)!r}\n'
+            'sys.path.insert(0, os.path.dirname(sys.argv[0]))\n'
             'runpy.run_path(sys.argv[0], run_name="__main__")\n')
         source = 'geoprior_resnet14_nano' if name == 'transfer' else 'r64_tin200'
         more = {'train': [], 'compare': ['--set', 'holdout=2', '--variant', 'a: {}', '--variant', 'b: {lr: 0.1}'],
