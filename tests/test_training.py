@@ -720,3 +720,10 @@ class TestFaults:
         assert done.stderr.startswith('train.py: There is no recipe file')
         assert done.stderr.count('\n') == 1
         assert not (tmp_path / 'run').exists()
+
+    def test_a_missing_extra_names_its_cure(self):
+        program = (f'import runpy, sys; sys.modules["yaml"] = None\nsys.argv = [{str(SCRIPT)!r}, "--help"]\n'
+                   'runpy.run_path(sys.argv[0], run_name="__main__")')
+        done = subprocess.run([sys.executable, '-c', program], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "train.py: yaml is not installed. Run `pip install -e '.[train]'`.\n"
