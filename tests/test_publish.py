@@ -474,12 +474,12 @@ def test_push_killed_at_a_step(hub, staged, manifest, login, forkserver, step, s
 @pytest.mark.parametrize(('step', 'action', 'message'), [
     ('repos/create', status(401), 'answered 401: the token must have write rights'),
     ('preupload', status(403), 'answered 403: the token must have write rights'),
-    ('lfs/objects', status(500), 'answered 500: try again later'),
-    ('PUT /objects', status(503), 'answered 503: try again later'),
+    ('lfs/objects', status(500), 'answered 500. Try again later'),
+    ('PUT /objects', status(503), 'answered 503. Try again later'),
     ('commit/main', status(412), 'another commit came in between'),
-    ('commit/main', status(502), 'answered 502: try again later'),
-    ('HEAD /owner/nano/resolve', status(503), 'answered 503: try again later'),
-    ('GET /objects', status(404), 'answered 404: try again later'),
+    ('commit/main', status(502), 'answered 502. Try again later'),
+    ('HEAD /owner/nano/resolve', status(503), 'answered 503. Try again later'),
+    ('GET /objects', status(404), 'answered 404. Try again later'),
 ])
 def test_a_push_that_fails(hub, staged, manifest, login, waits, caplog, capfd, step, action, message):
     before = manifest.read_bytes()
@@ -596,8 +596,8 @@ def test_script_refuses_what_it_would_not_use(tmp_path, monkeypatch, capsys):
 
 def test_results_file_is_what_validation_writes():
     """The keys that a release reads of scripts/validate.py's JSON."""
-    from timm_geoprior.evaluation import report
-    source = Path(report.__file__).read_text(encoding='utf-8')
+    from timm_geoprior.evaluation import command, results
+    source = ''.join(Path(module.__file__).read_text(encoding='utf-8') for module in (results, command))
     assert all(f"'{key}'" in source for key in ('results', 'data', 'preprocessing', 'software', 'weights', 'model'))
 
 
