@@ -54,7 +54,7 @@ from ..layers import attention_map
 
 __all__ = [
     'RHO', 'ActivationStatistics', 'FollowingLayers', 'InputModel', 'LayerFit', 'LayerModel', 'activation_statistics',
-    'fit_layer',
+    'correct', 'fit_layer',
 ]
 
 # Correlation of neighbouring positions. Of 0 to 0.75, 0.45 to 0.6 kept the features of a fully trained ResNet-50 of
@@ -359,7 +359,7 @@ def fit_layer(layer: LayerModel, behind: FollowingLayers, value_dim: int, num_he
         errors.append(missed)
     channels = torch.cat(parts)
     values = torch.cat([layer.values(part, radius) for part, radius in zip(parts, radii, strict=True)])
-    correction, constant = _correct(layer, behind, channels, values, torch.tensor(radii, dtype=torch.float64))
+    correction, constant = correct(layer, behind, channels, values, torch.tensor(radii, dtype=torch.float64))
     return LayerFit(channels, tuple(radii), values, layer.mean_shift(channels, values), torch.cat(errors), correction,
                     constant)
 
@@ -378,14 +378,25 @@ def _choose(layer: LayerModel, importance: Tensor, count: int) -> tuple[float, T
     return float(radii[best]), chosen, errors[best, chosen]
 
 
-def _correct(
+def correct(
         layer: LayerModel,
         behind: FollowingLayers,
         channels: Tensor,
         values: Tensor,
         radii: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Regress what the activations lose on the activations of the new layer: coefficients and constants."""
+    """Regress what the activations lose on the activations of the new layer.
+
+    Args:
+        layer: The convolution under the model of its inputs.
+        behind: What follows it.
+        channels: Output channels that are replaced, shape (value_dim,), head by head.
+        values: W_v, shape (value_dim, C_in).
+        radii: The radius of each head, shape (num_heads,).
+
+    Returns:
+        The correction and the constant of `LayerFit`.
+    """
     covariance = layer.covariance()
     cross, among = layer.cross_covariance(values, radii)
     old_std = covariance.diagonal().clamp_min(1e-300).sqrt()

@@ -13,7 +13,7 @@ from .closed_form import FollowingLayers, InputModel, LayerFit, LayerModel, fit_
 
 __all__ = [
     'AttentionBlock', 'ConversionError', 'apply_fit', 'attention_blocks', 'checkpoint_filter_fn', 'convert_state_dict',
-    'is_plain_resnet',
+    'is_plain_resnet', 'layer_models',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -192,14 +192,23 @@ def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int
                 f'Weights to be converted must be finite, got inf or nan in {key}. Take another checkpoint.')
 
 
-def _fit_block(item: AttentionBlock, block: Mapping[str, Tensor]) -> LayerFit:
-    attn, norm = item.attn, item.block.bn3
+def layer_models(item: AttentionBlock, block: Mapping[str, Tensor]) -> tuple[LayerModel, FollowingLayers]:
+    """What the closed form knows of a plain bottleneck.
+
+    Args:
+        item: The bottleneck that is to have its attention.
+        block: The plain bottleneck's weights by their names in it, as 'conv2.weight'.
+    """
     inputs = InputModel.behind_norm(block['bn1.weight'], block['bn1.bias'], item.block.act1)
-    layer = LayerModel(block['conv2.weight'], inputs, item.map_size, item.stride, attn.kernel)
-    scale = block['bn3.weight'].double().cpu() / (block['bn3.running_var'].double().cpu() + norm.eps).sqrt()
+    layer = LayerModel(block['conv2.weight'], inputs, item.map_size, item.stride, item.attn.kernel)
+    scale = block['bn3.weight'].double().cpu() / (block['bn3.running_var'].double().cpu() + item.block.bn3.eps).sqrt()
     next_weight = block['conv3.weight'].flatten(1).double().cpu() * scale[:, None]
-    behind = FollowingLayers(block['bn2.weight'], block['bn2.bias'], item.block.act2, next_weight)
-    return fit_layer(layer, behind, item.value_dim, len(attn.log_radius))
+    return layer, FollowingLayers(block['bn2.weight'], block['bn2.bias'], item.block.act2, next_weight)
+
+
+def _fit_block(item: AttentionBlock, block: Mapping[str, Tensor]) -> LayerFit:
+    layer, behind = layer_models(item, block)
+    return fit_layer(layer, behind, item.value_dim, len(item.attn.log_radius))
 
 
 def apply_fit(block: Mapping[str, Tensor], fit: LayerFit) -> dict[str, Tensor]:

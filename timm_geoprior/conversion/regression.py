@@ -1,0 +1,270 @@
+"""The conversion with images: least squares on activations, front to back, towards the closed form.
+
+Each block is fitted where the blocks before it are converted already. Its inputs are those of the converted network,
+its targets what the trained one, the source, makes of the same images.
+
+1. For each of a few radii around the closed form's, the 3x3 convolution's outputs are regressed on the attention of
+   the block's inputs, towards the closed form's value projection.
+2. The channels taken are those whose squared error after norm and activation, weighted by the squared weights of the
+   1x1 convolution and the norm behind it, is least. The radius is the one with the least sum of it.
+3. The 1x1 convolution is regressed on its new inputs towards the closed form's. Its target is what the source's block
+   has before its last activation, less the converted block's shortcut, so that it makes good what earlier blocks have
+   lost (as in pruning: He et al., 2017, arXiv 1707.06168, section 3.3). Its constant goes into the norm behind it.
+4. What both blocks make of their inputs are the inputs of the next.
+
+The penalty of each regression is the one that predicts a fifth of the images best from the rest, over all five fifths.
+"""
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..geoprior_resnet import GeoPriorResNet
+from ..layers import GeoPriorAttn2d, GeoPriorConv2d, mix_values
+from .activations import ActivationError, Activations
+from .closed_form import LayerFit as ClosedFormFit
+from .closed_form import LayerModel, correct
+from .mirror import blocks
+from .ridge import Moments, choose_penalty, solve
+from .state_dict import AttentionBlock, apply_fit, attention_blocks, layer_models
+
+__all__ = ['PARTS', 'LayerFit', 'activation_bytes', 'refine']
+
+Block = Any  # a Bottleneck of timm, whose parts are modules or None
+PARTS = 5  # into which the images are split to choose a penalty
+RADII = tuple(2.0 ** (step / 4) for step in (-2, -1, 0, 1, 2))  # times the closed form's
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What a layer was fitted to.
+
+    Attributes:
+        name: Name of the block.
+        value_dim: Channels that the attention computes.
+        radius: Radius in cells of the undilated grid.
+        lost: Share of those channels' energy that the attention misses, behind norm and activation, weighted as the
+            next convolution weighs it.
+        output: Share of the block's output energy that is not the source's.
+    """
+    name: str
+    value_dim: int
+    radius: float
+    lost: float
+    output: float
+
+
+class _Inputs:
+    """The inputs of the block at hand for the same images, in the source and in the model."""
+
+    def __init__(self, device: torch.device, batches: int, values: int) -> None:
+        self.device, self.batches = device, batches
+        self.source, self.model = Activations(batches, values), Activations(batches, values)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number, inputs in the source and inputs in the model, (N, C, H, W), of each batch."""
+        for batch in range(self.batches):
+            yield batch, self.source.read(batch, self.device), self.model.read(batch, self.device)
+
+    def advance(self, name: str, source: nn.Module, model: nn.Module) -> float:
+        """Put the outputs of a block in place of its inputs; the share of their energy that is not the source's."""
+        missed = energy = 0.0
+        for batch, x, y in self:
+            x, y = source(x), model(y)
+            missed += float((x - y).square().sum(dtype=torch.float64))
+            energy += float(x.square().sum(dtype=torch.float64))
+            self.source.write(batch, x, f'the output of {name}')
+            self.model.write(batch, y, f'the output of {name}, converted,')
+        return missed / energy if energy else 0.0
+
+
+@torch.no_grad()
+def activation_bytes(model: GeoPriorResNet, input_size: tuple[int, int, int]) -> int:
+    """Bytes that each image takes in the temporary files: the largest map from the first attention layer's block on.
+
+    Args:
+        model: The network to fit.
+        input_size: Size of the images, (channels, height, width).
+    """
+    seen: list[int] = []
+    start = _first(model)
+    hooks = [block.register_forward_hook(lambda module, args, output: seen.append(max(args[0].numel(), output.numel())))
+             for _, block in blocks(model)[start:]]
+    try:
+        model.eval()(torch.zeros(1, *input_size, device=next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 4 * max(seen)  # two networks, two bytes a value
+
+
+def _first(model: GeoPriorResNet) -> int:
+    """Number of the first block that has an attention layer."""
+    return next(index for index, (_, block) in enumerate(blocks(model)) if isinstance(block.conv2, GeoPriorConv2d))
+
+
+@torch.no_grad()
+def refine(
+        source: nn.Module, model: GeoPriorResNet, images: Iterable[Tensor], count: int, batch_size: int,
+        advanced: Callable[[LayerFit], object] = lambda layer: None,
+) -> list[LayerFit]:
+    """Fit a converted network to images, in place.
+
+    Args:
+        source: The trained ResNet, in eval mode.
+        model: Its mirror with the closed form's weights, in eval mode, on the same device.
+        images: Batches as the network takes them, (N, C, H, W), at least two and better `PARTS`.
+        count: Number of batches.
+        batch_size: Largest number of images of a batch.
+        advanced: Called after each layer.
+
+    Returns:
+        One entry for each attention layer, front to back.
+
+    Raises:
+        ActivationError: Activations are not finite, or there is no room for the temporary files.
+    """
+    start, attention = _first(model), {item.prefix: item for item in attention_blocks(model)}
+    inputs, layers = _enter(source, model, images, count, batch_size, start), []
+    for (name, old), (_, new) in list(zip(blocks(source), blocks(model), strict=True))[start:]:
+        item = attention.get(f'{name}.')
+        if item:
+            radius, lost = _fit_attention(inputs, old, item)
+            _fit_next(inputs, old, new)
+        output = inputs.advance(name, old, new)
+        if item:
+            layers.append(LayerFit(name, item.value_dim, radius, lost, output))
+            advanced(layers[-1])
+    return layers
+
+
+def _enter(
+        source: nn.Module, model: GeoPriorResNet, images: Iterable[Tensor], count: int, batch_size: int, start: int,
+) -> _Inputs:
+    """Bring the images to the first block that has attention, where both networks are still the same."""
+    device = next(model.parameters()).device
+    inputs = None
+    for batch, part in enumerate(images):
+        if inputs is None:
+            size = (part.shape[1], part.shape[2], part.shape[3])
+            inputs = _Inputs(device, count, batch_size * activation_bytes(model, size) // 4)
+        x = part.to(device).contiguous(memory_format=torch.channels_last)
+        x = model.maxpool(model.act1(model.bn1(model.conv1(x))))
+        for _, block in blocks(model)[:start]:
+            x = block(x)
+        for kept in (inputs.source, inputs.model):
+            kept.write(batch, x, 'the input of the first attention layer')
+    if inputs is None:
+        raise ActivationError('There must be images to fit to, got none. Name a folder that has some.')
+    return inputs
+
+
+# -- one block ---------------------------------------------------------------------------------------------------------
+
+def _before(block: Block, x: Tensor) -> Tensor:
+    """What the 3x3 layer takes."""
+    maps: Tensor = block.act1(block.bn1(block.conv1(x)))
+    return maps
+
+
+def _after(block: Block, x: Tensor) -> Tensor:
+    """What the 1x1 convolution behind the 3x3 layer takes."""
+    maps: Tensor = block.aa(block.act2(block.bn2(block.conv2(_before(block, x)))))
+    return maps
+
+
+def _shortcut(block: Block, x: Tensor) -> Tensor:
+    maps: Tensor = x if block.downsample is None else block.downsample(x)
+    return maps
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """Maps (N, C, H, W) as samples, (N H W, C)."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm by its running statistics, float64."""
+    scale: Tensor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - scale * norm.running_mean.double()
+
+
+def _fit_attention(inputs: _Inputs, old: Block, item: AttentionBlock) -> tuple[float, float]:
+    """Choose radius and channels of a block, and fit the value projection; the radius, and what is missed."""
+    layer, behind = layer_models(item, old.state_dict())
+    importance = behind.next_weight.square().sum(0).to(inputs.device)
+    radii, fits = _candidates(inputs, old, item, layer, importance)
+    errors, energy = _errors(inputs, old, item, radii, fits)
+    best = (errors * importance).topk(item.value_dim, dim=1, largest=False)
+    place = int(best.values.sum(1).argmin())
+    channels = best.indices[place].sort().values
+    weight, constant = (tensor[channels].cpu() for tensor in fits[place])
+    missed = best.values[place].sum() / (energy * importance)[channels].sum().clamp(min=1e-30)
+    channels = channels.cpu()
+    correction = correct(layer, behind, channels, weight, torch.tensor(radii[place:place + 1], dtype=torch.float64))
+    fit = ClosedFormFit(channels, (radii[place],), weight, -constant, errors[place].cpu()[channels], *correction)
+    new = item.block.state_dict()
+    for name, tensor in apply_fit(old.state_dict(), fit).items():
+        new[name].copy_(tensor)
+    return radii[place], float(missed)
+
+
+def _mixed(attn: GeoPriorAttn2d, x: Tensor, radius: float) -> Tensor:
+    """The attention of a radius over what the 3x3 layer takes, as samples."""
+    return _rows(mix_values(x, x.new_tensor([math.log(radius)]), attn.stride, attn.dilation, attn.kernel))
+
+
+def _candidates(
+        inputs: _Inputs, old: Block, item: AttentionBlock, layer: LayerModel, importance: Tensor,
+) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
+    """Radii around the closed form's, and for each weights and constants for all channels of the 3x3 convolution."""
+    center = float(item.attn.log_radius.double().mean().exp())
+    radii = [center * ratio for ratio in RADII]
+    moments = [Moments(PARTS, old.conv2.in_channels, old.conv2.out_channels, inputs.device) for _ in radii]
+    for batch, x, y in inputs:
+        wanted, given = _rows(old.conv2(_before(old, x))), _before(item.block, y)
+        for radius, sums in zip(radii, moments, strict=True):
+            sums.add(batch % PARTS, _mixed(item.attn, given, radius), wanted)
+    priors = [layer.values(torch.arange(len(old.conv2.weight)), radius).to(inputs.device) for radius in radii]
+    scale, _ = _affine(old.bn2)
+    middle = len(radii) // 2
+    penalty = choose_penalty(moments[middle], priors[middle], importance * scale.square())
+    return radii, [solve(sums, prior, penalty) for sums, prior in zip(moments, priors, strict=True)]
+
+
+def _errors(
+        inputs: _Inputs, old: Block, item: AttentionBlock, radii: list[float], fits: list[tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Squared error after norm and activation of each radius and channel, and the energy of each channel."""
+    scale, shift = _affine(old.bn2)
+    errors = torch.zeros(len(radii), len(scale), dtype=torch.float64, device=inputs.device)
+    energy = torch.zeros_like(errors[0])
+    # the norm is a part of the weights
+    scaled = [((weight * scale[:, None]).T.float(), (constant * scale + shift).float()) for weight, constant in fits]
+    for _, x, y in inputs:
+        wanted = old.act2(old.bn2(old.conv2(_before(old, x))))
+        wanted, given = _rows(wanted), _before(item.block, y)
+        energy += wanted.square().sum(0, dtype=torch.float64)
+        for error, radius, (weight, constant) in zip(errors, radii, scaled, strict=True):
+            got = old.act2(torch.addmm(constant, _mixed(item.attn, given, radius), weight))
+            error += (got - wanted).square().sum(0, dtype=torch.float64)
+    return errors, energy
+
+
+def _fit_next(inputs: _Inputs, old: Block, new: Block) -> None:
+    """Fit the 1x1 convolution behind the 3x3 layer to what the source's block has beyond the new block's shortcut."""
+    sums = Moments(PARTS, new.conv3.in_channels, new.conv3.out_channels, inputs.device)
+    for batch, x, y in inputs:
+        wanted = old.bn3(old.conv3(_after(old, x))) + _shortcut(old, x) - _shortcut(new, y)
+        sums.add(batch % PARTS, _rows(_after(new, y)), _rows(wanted))
+    scale, _ = _affine(old.bn3)
+    prior = new.conv3.weight.double().flatten(1) * scale[:, None]
+    penalty = choose_penalty(sums, prior, torch.ones_like(scale))
+    weight, constant = solve(sums, prior, penalty)
+    alive = scale.abs() > 1e-3 * scale.abs().max()  # a norm that lets nothing through cannot be undone
+    weight = weight[alive] / scale[alive, None]
+    new.conv3.weight[alive] = weight[:, :, None, None].float()
+    new.bn3.running_mean[alive] = ((old.bn3.bias - constant) / scale)[alive].float()

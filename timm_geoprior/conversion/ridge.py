@@ -1,0 +1,131 @@
+"""Least squares towards known weights, on sums that are gathered batch by batch in float64."""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ['Moments', 'choose_penalty', 'solve']
+
+PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 5))
+
+
+class Moments:
+    """What a regression needs of its samples: sums and products of inputs and outputs, in parts.
+
+    Each part has images of its own, so that a part can be left out and predicted.
+    """
+
+    def __init__(self, parts: int, inputs: int, outputs: int, device: torch.device | None = None) -> None:
+        """
+        Args:
+            parts: Number of parts.
+            inputs: Input channels.
+            outputs: Output channels.
+            device: Where the sums are kept.
+        """
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(parts, *shape, dtype=torch.float64, device=device)
+
+        self.count = zeros()
+        self.x, self.y = zeros(inputs), zeros(outputs)
+        self.xx, self.xy, self.yy = zeros(inputs, inputs), zeros(inputs, outputs), zeros(outputs)
+
+    def add(self, part: int, x: Tensor, y: Tensor) -> None:
+        """Add samples: inputs (N, inputs) and outputs (N, outputs), float32."""
+        self.count[part] += len(x)
+        self.x[part] += x.sum(0, dtype=torch.float64)
+        self.y[part] += y.sum(0, dtype=torch.float64)
+        self.xx[part] += x.T @ x
+        self.xy[part] += x.T @ y
+        self.yy[part] += y.square().sum(0, dtype=torch.float64)
+
+    def without(self, part: int | None) -> 'Moments':
+        """The sums of all parts, or of all but one, as one part."""
+        rest = Moments(0, 0, 0)
+        for name, sums in vars(self).items():
+            total = sums.sum(0) if part is None else sums.sum(0) - sums[part]
+            setattr(rest, name, total[None])
+        return rest
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of the inputs, (inputs,), and of the outputs, (outputs,), over all parts."""
+        return self.x.sum(0) / self.count.sum(), self.y.sum(0) / self.count.sum()
+
+    def covariances(self, x: Tensor, y: Tensor, part: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean products of what the inputs and outputs have beyond some values, over a part or all.
+
+        Args:
+            x: Values of the inputs, (inputs,).
+            y: Values of the outputs, (outputs,).
+            part: The part.
+
+        Returns:
+            Products of the inputs with each other, (inputs, inputs), and of outputs with inputs, (outputs, inputs).
+        """
+        own = self.without(None) if part is None else self
+        place, count = part or 0, own.count[part or 0]
+        x_sum, y_sum = own.x[place] - count * x, own.y[place]
+        xx = own.xx[place] - x[:, None] * own.x[place] - x_sum[:, None] * x
+        yx = own.xy[place].T - y_sum[:, None] * x - y[:, None] * x_sum
+        return xx / count, yx / count
+
+
+class _Path:
+    """The weights for every penalty, on the eigenvectors of the inputs' covariance."""
+
+    def __init__(self, moments: Moments, prior: Tensor) -> None:
+        x, y = moments.means()
+        xx, yx = moments.covariances(x, y)
+        self.values, self.vectors = torch.linalg.eigh(xx)
+        self.left = (yx - prior @ xx) @ self.vectors
+        # inputs that hardly change leave the prior as it is: their variance is rounding
+        least = (1e-6 * x.square().mean()).clamp(min=torch.finfo(torch.float64).tiny)
+        self.scale = torch.maximum(self.values.mean(), least)
+
+    def damped(self, penalty: float) -> Tensor:
+        """What the inputs' variances along the eigenvectors are divided by."""
+        damped: Tensor = self.values.clamp(min=0) + penalty * self.scale
+        return damped
+
+
+def solve(moments: Moments, prior: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression towards known weights.
+
+    What is least is the mean squared error, plus the penalty times the inputs' mean variance times the squared distance
+    from the prior.
+
+    Args:
+        moments: Of the samples.
+        prior: Weights to stay near, float64, (outputs, inputs).
+        penalty: How near.
+
+    Returns:
+        Weights, (outputs, inputs), and constants, (outputs,).
+    """
+    path, (x, y) = _Path(moments, prior), moments.means()
+    weight = prior + (path.left / path.damped(penalty)) @ path.vectors.T
+    return weight, y - weight @ x
+
+
+def choose_penalty(
+        moments: Moments, prior: Tensor, importance: Tensor, penalties: Sequence[float] = PENALTIES) -> float:
+    """The penalty whose weights, fitted without a part, predict that part best, over all parts.
+
+    Args:
+        moments: Of the samples, with some in two parts or more.
+        prior: Weights to stay near, (outputs, inputs).
+        importance: Weight of each output's squared error, (outputs,).
+        penalties: To choose from.
+    """
+    errors = torch.zeros(len(penalties), dtype=torch.float64, device=prior.device)
+    for part in moments.count.nonzero().flatten().tolist():
+        rest = moments.without(part)
+        path = _Path(rest, prior)
+        xx, yx = moments.covariances(*rest.means(), part)
+        # of the part's error, what depends on the penalty: linear and quadratic in the step from the prior
+        linear = (importance[:, None] * path.left * ((yx - prior @ xx) @ path.vectors)).sum(0)
+        quadratic = (path.left.T * importance) @ path.left * (path.vectors.T @ xx @ path.vectors)
+        for place, penalty in enumerate(penalties):
+            step = 1 / path.damped(penalty)
+            errors[place] += step @ quadratic @ step - 2 * linear @ step
+    return penalties[int(errors.argmin())]
