@@ -361,6 +361,33 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+# -- conversion --------------------------------------------------------------------------------------------------------
+
+@_command(
+    'convert', 'make a GeoPrior ResNet of a trained ResNet, and leave a folder that timm loads',
+    _argument('source', metavar='SOURCE', help='a name that timm loads with its weights, or a checkpoint file'),
+    _argument('-o', '--output', type=Path, required=True, metavar='DIR', help='a new folder'),
+    _argument('--images', type=Path, metavar='DIR',
+              help='fit to the images in this folder, whatever is in them (default: closed form, without images)'),
+    _argument('--limit', type=int, default=1000, help='images to fit to at most (default: 1000)'),
+    _argument('--model', help='the architecture, for a checkpoint that does not name its own'),
+    _argument('--half', action='store_true', help='write float16 weights'),
+    _argument('--device', help='cpu, cuda or cuda:N (default: cuda if there is one)'),
+    _argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)'))
+def _convert(args: argparse.Namespace) -> int:
+    with _extra('train'):
+        from .conversion.job import ConvertJob, convert
+    import torch
+
+    from .conversion.readme import layer_rows, lines
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    results = convert(ConvertJob(
+        args.source, args.output, args.images, args.model, args.limit, args.half, device, args.workers))
+    print('\n'.join([*_table(layer_rows(results), left=1), '', *lines(results)]))
+    print(f"timm.create_model('local-dir:{args.output}', pretrained=True)")
+    return 0
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 @_command(

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, JSON, CSV, Markdown tables and figures."""
 import csv
 import functools
+import hashlib
 import io
 import json
 import os
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
-    'drawable', 'first_line', 'is_lfs_pointer', 'markdown_table', 'save_figure', 'write_atomically', 'write_csv',
-    'write_json',
+    'drawable', 'file_sha256', 'first_line', 'is_lfs_pointer', 'markdown_table', 'save_figure', 'write_atomically',
+    'write_csv', 'write_json',
 ]
 
 
@@ -154,3 +155,12 @@ def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is only a Git LFS pointer, as in a clone without `git lfs`."""
     with path.open('rb') as file:
         return file.read(64).startswith(b'version https://git-lfs.github.com/spec/')
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(2 ** 20):
+            digest.update(chunk)
+    return digest.hexdigest()

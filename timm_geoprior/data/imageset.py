@@ -31,12 +31,14 @@ class DataOptions:
         input_key: Column or key of the image; for folders, endings of image files, such as '.jpg;.bmp'.
         target_key: Column or key of the class.
         download: Allow timm to download the data set.
+        labelled: Refuse a folder whose images are not in class folders; else they have no class.
     """
     class_map: str = ''
     num_samples: int | None = None
     input_key: str = ''
     target_key: str = ''
     download: bool = False
+    labelled: bool = True
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,9 @@ def open_folder(root: Path, split: str, options: DataOptions) -> EvalSet:
     if not names:
         raise EvaluationError(f'{root} has no images. They must end in {", ".join(endings)} and lie in one folder per '
                               f'class: check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
-    _check_nesting(names, root)
-    data = _with_ilsvrc_labels(_labelled(root, names, places, options.class_map, notes))
+    if options.labelled:
+        _check_nesting(names, root)
+    data = _with_ilsvrc_labels(_labelled(root, names, places, options.class_map, notes), options.labelled)
     return dataclasses.replace(data, notes=(*data.notes, *_missing_of_ilsvrc(data.names)))
 
 
@@ -226,7 +227,7 @@ def _ilsvrc_numbers(names: Iterable[str]) -> NDArray[np.int64]:
     return np.where(numbers <= len(ilsvrc_val_labels()), numbers, 0)
 
 
-def _with_ilsvrc_labels(data: EvalSet) -> EvalSet:
+def _with_ilsvrc_labels(data: EvalSet, labelled: bool = True) -> EvalSet:
     """Label ILSVRC's validation images by their numbers where no class folders do it."""
     if len(data.classes) > 1 or re.fullmatch(r'n\d{8}', data.classes[0]):
         return data
@@ -235,6 +236,8 @@ def _with_ilsvrc_labels(data: EvalSet) -> EvalSet:
         name = data.names[int(np.argmin(numbers != 0))]
         if '/' in name and not ILSVRC_FILE.fullmatch(posixpath.basename(name)):  # one class, in a folder of its own
             return data
+        if not labelled:
+            return dataclasses.replace(data, classes=(), labels=np.full_like(data.labels, -1), sorted_names=False)
         raise EvaluationError(
             f'{name} lies in no class folder, expected CLASS/IMAGE, or only ILSVRC2012_val_00000001.JPEG to '
             f'00050000.JPEG: sort the images into one folder a class.')

@@ -13,7 +13,7 @@ from timm.models import list_models
 from torch import Tensor, nn
 
 from ..errors import EvaluationError, WeightsError
-from ..files import first_line
+from ..files import file_sha256, first_line
 from ..pretrained.manifest import LabelSet, ModelEntry, load_manifest
 from ..training.checkpoint import SavedModel, read_weights, take_prefix_off
 
@@ -84,7 +84,7 @@ def load_model(
         kwargs['in_chans'] = in_chans
     model = _create(name, pretrained=saved is None, **kwargs)
     entry = _manifest_entry(name)
-    source: dict[str, Any] = {'checkpoint': str(checkpoint), 'sha256': _file_sha256(checkpoint)} if checkpoint else {
+    source: dict[str, Any] = {'checkpoint': str(checkpoint), 'sha256': file_sha256(checkpoint)} if checkpoint else {
         'pretrained': entry.name if entry else name, **({'sha256': entry.sha256} if entry else {})}
     notes: list[str] = []
     if saved:
@@ -160,7 +160,7 @@ def _class_names(
     if labels and labels.num_classes == num_classes:
         return labels.wnids, labels.names
     cfg = getattr(model, 'pretrained_cfg', {})
-    if len(cfg.get('label_names') or ()) == num_classes:
+    if num_classes and len(cfg.get('label_names') or ()) == num_classes:
         names = tuple(cfg['label_names'])
         described = cfg.get('label_descriptions') or {}
         return names, tuple(described.get(name, name) for name in names) if isinstance(described, dict) else ()
@@ -169,14 +169,6 @@ def _class_names(
         return (), ()
     info = ImageNetInfo(subset)
     return tuple(info.label_names()), tuple(info.label_descriptions())
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while chunk := file.read(2 ** 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def state_dict_sha256(model: nn.Module) -> str:

@@ -1,0 +1,271 @@
+"""`timm-geoprior convert`, as a user calls it: what the folder holds, who loads it, and what is refused."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import PHOTOGRAPHS
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from releases import planned
+from timm_geoprior.cli import main
+from timm_geoprior.conversion.images import open_images
+from timm_geoprior.conversion.state_dict import convert_state_dict
+from timm_geoprior.data.datasets import open_split
+from timm_geoprior.evaluation.models import load_model
+from timm_geoprior.release.publish import stage
+from timm_geoprior.training.checkpoint import read_weights
+from timm_geoprior.training.config import RunConfig
+from timm_geoprior.training.engine import train
+from timm_geoprior.training.recipe import load_recipe
+
+SHAPE = {'value_dims': [0, 0, 0, 0], 'zero_init_last': False}  # so that blocks do something after two epochs
+COMMAND = [sys.executable, '-m', 'timm_geoprior', 'convert']
+
+
+def convert(*arguments: object, code: int = 0) -> None:
+    assert main(['convert', *map(str, arguments), '--device', 'cpu', '-j', '0']) == code
+
+
+@pytest.fixture(scope='session')
+def checkpoint(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain network of the nano's shape, trained for two epochs on four classes, as `train` saves it."""
+    recipe = load_recipe('finetune', [
+        'model=geoprior_resnet14_nano', f'model_kwargs={json.dumps(SHAPE)}', 'epochs=2', 'batch_size=8', 'lr=3e-3'])
+    output = tmp_path_factory.mktemp('source')
+    train(recipe, RunConfig(photo_folder, output, val_split='val', workers=0))
+    return output / 'last.pt'
+
+
+@pytest.fixture(scope='session')
+def converted(checkpoint: Path, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that network, fitted to the photographs. Not to be changed."""
+    output = tmp_path_factory.mktemp('converted') / 'nano'
+    convert(checkpoint, '-o', output, '--images', photo_folder / 'train')
+    return output
+
+
+def test_without_images_it_is_the_closed_form(checkpoint, tmp_path, capsys):
+    convert(checkpoint, '-o', tmp_path / 'new' / 'closed')
+    source = load_model(None, checkpoint).model
+    model = timm.create_model(f'local-dir:{tmp_path}/new/closed', pretrained=True)
+    expected = convert_state_dict(source.state_dict(), timm.create_model(
+        'geoprior_resnet14_nano', pretrained_cfg_overlay={'input_size': (3, 64, 64)}))
+    assert all(torch.equal(value, expected[name].float()) for name, value in model.float().state_dict().items())
+    out = capsys.readouterr().out
+    assert 'layer4.0        24' in out
+    assert 'Nothing was measured: there were no images.' in out
+    results = json.loads((tmp_path / 'new' / 'closed' / 'results.json').read_text())
+    assert 'measured' not in results
+    assert [0 < layer['lost'] < 1 for layer in results['layers']] == [True] * 3
+    assert 'closed form, without an image' in (tmp_path / 'new' / 'closed' / 'README.md').read_text()
+
+
+def test_the_folder_says_where_it_is_from(converted, checkpoint):
+    assert sorted(path.name for path in converted.iterdir()) == [
+        'README.md', 'config.json', 'model.safetensors', 'results.json']
+    results = json.loads((converted / 'results.json').read_text())
+    assert results['source']['checkpoint'] == str(checkpoint)
+    assert len(results['source']['sha256']) == len(results['source']['state_dict_sha256']) == 64
+    assert results['images']['fit']['files'] == results['images']['fit']['images'] == 38
+    assert results['images']['held_out']['files'] == 10
+    assert len(results['images']['fit']['names_sha256']) == 64
+    assert results['software']['timm'] == timm.__version__
+    assert results['source']['license'] is None  # a checkpoint says nothing of it
+    text = (converted / 'README.md').read_text()
+    assert '38 images' in text
+    assert 'On 10 images that it was not fitted to' in text
+
+
+def test_what_is_measured_is_what_the_folder_gives(converted, checkpoint, photo_folder):
+    measured = json.loads((converted / 'results.json').read_text())['measured']
+    data = open_split(photo_folder / 'train', '')
+    source, model = load_model(None, checkpoint), load_model(f'local-dir:{converted}')
+    assert model.wnids == source.wnids == PHOTOGRAPHS
+    data.dataset.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model.model))
+    held_out = open_images(photo_folder / 'train', 1000).held_out
+    images, labels = zip(*(data.dataset[int(index)] for index in held_out), strict=True)
+    with torch.inference_mode():
+        old, new = (network.model(torch.stack(images)) for network in (source, model))
+    assert measured['agree'] == int((old.argmax(1) == new.argmax(1)).sum())
+    assert measured['labelled'] == measured['images'] == 10
+    assert measured['source_correct'] == int((old.argmax(1) == torch.tensor(labels)).sum())
+    assert measured['correct'] == int((new.argmax(1) == torch.tensor(labels)).sum())
+    divergence = nn.functional.kl_div(new.log_softmax(1), old.log_softmax(1), reduction='batchmean', log_target=True)
+    assert measured['divergence'] == pytest.approx(float(divergence), rel=1e-3)
+    assert 0 < measured['feature_error'] < 0.3
+
+
+def test_every_command_takes_the_folder(converted, photo_folder, tmp_path, capsys):
+    name = f'local-dir:{converted}'
+    image = photo_folder / 'val' / 'coffee' / '00.jpg'
+    assert main(['classify', '--model', name, str(image)]) == 0
+    out = capsys.readouterr().out
+    assert all(label in out for label in PHOTOGRAPHS)
+    assert main(['validate', '--model', name, '--data-dir', str(photo_folder), '--split', 'val', '-j', '0']) == 0
+    assert '20 images at 64 px' in capsys.readouterr().out
+    tuned = ['finetune', str(photo_folder), '--model', name, '--output', str(tmp_path / 'tuned')]
+    assert main([*tuned, '--set', 'epochs=1', '-j', '0', '--device', 'cpu']) == 0
+    assert timm.create_model(f'local-dir:{tmp_path}/tuned', pretrained=True).num_classes == 4
+
+
+def test_transformers_takes_the_folder(converted):
+    transformers = pytest.importorskip('transformers')
+    model = transformers.TimmWrapperForImageClassification.from_pretrained(converted).eval()
+    images = torch.randn(2, 3, 64, 64)
+    plain = timm.create_model(f'local-dir:{converted}', pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, plain(images))
+    assert list(model.config.id2label.values()) == list(PHOTOGRAPHS)
+
+
+def test_the_weights_are_staged(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model('geoprior_resnet14_nano', value_dims=(0, 0, 0, 0), zero_init_last=False)
+    torch.save({'model': source.state_dict(), 'model_name': 'geoprior_resnet14_nano',
+                'model_kwargs': {'value_dims': [0, 0, 0, 0]}, 'num_classes': 200}, tmp_path / 'plain.pt')
+    convert(tmp_path / 'plain.pt', '-o', tmp_path / 'out')
+    entry = stage(planned(), read_weights(tmp_path / 'out' / 'model.safetensors'), tmp_path / 'staged')
+    assert entry.status == 'staged'
+    assert timm.create_model(f'local-dir:{tmp_path}/staged', pretrained=True).num_classes == 200
+
+
+def test_half_precision_keeps_vectors(checkpoint, photo_folder, tmp_path):
+    convert(checkpoint, '-o', tmp_path / 'half', '--half', '--images', photo_folder / 'train')
+    for tensor in load_file(tmp_path / 'half' / 'model.safetensors').values():
+        if tensor.is_floating_point():
+            assert tensor.dtype == (torch.float32 if tensor.ndim < 2 else torch.float16)
+    assert json.loads((tmp_path / 'half' / 'results.json').read_text())['measured']['agree'] >= 8
+
+
+def test_images_need_no_classes(checkpoint, photo_folder, tmp_path, capsys):
+    flat = tmp_path / 'flat'
+    flat.mkdir()
+    for path in photo_folder.glob('train/*/*.jpg'):
+        shutil.copy(path, flat / f'{path.parent.name}-{path.name}')
+    convert(checkpoint, '-o', tmp_path / 'out', '--images', flat, '--limit', 20)
+    assert 'Fitting to 20 images at 64 px' in capsys.readouterr().out
+    measured = json.loads((tmp_path / 'out' / 'results.json').read_text())['measured']
+    assert 'agree' in measured
+    assert 'labelled' not in measured
+
+
+def test_images_of_other_classes_are_compared_without_them(checkpoint, photo_folder, tmp_path):
+    shutil.copytree(photo_folder / 'train', tmp_path / 'images')
+    (tmp_path / 'images' / 'rocket').rename(tmp_path / 'images' / 'spaceship')
+    convert(checkpoint, '-o', tmp_path / 'out', '--images', tmp_path / 'images')
+    measured = json.loads((tmp_path / 'out' / 'results.json').read_text())['measured']
+    kept_out = open_images(tmp_path / 'images', 1000)
+    rockets = sum(kept_out.data.class_of(index) == 'spaceship' for index in kept_out.held_out)
+    assert measured['images'] == 10
+    assert measured['labelled'] == 10 - rockets < 10
+
+
+def test_unreadable_images_are_left_out_and_told(checkpoint, photo_folder, tmp_path, capsys):
+    images = shutil.copytree(photo_folder / 'train', tmp_path / 'images')
+    for path in images.glob('*/03.jpg'):
+        path.write_bytes(path.read_bytes()[:200])
+    convert(checkpoint, '-o', tmp_path / 'out', '--images', images)
+    text = capsys.readouterr().out
+    assert '4 of 48 images could not be read and were left out, such as astronaut/03.jpg.' in text
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert results['images']['unreadable'] == [f'{name}/03.jpg' for name in PHOTOGRAPHS]
+
+
+def test_a_network_without_a_classifier(tmp_path, photo_folder):
+    torch.manual_seed(0)
+    source = timm.create_model('resnet14t', num_classes=0, zero_init_last=False)
+    save_file(source.state_dict(), tmp_path / 'backbone.safetensors')
+    convert(tmp_path / 'backbone.safetensors', '--model', 'resnet14t', '-o', tmp_path / 'out')
+    model = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True)
+    assert model.num_classes == 0
+
+
+@pytest.fixture
+def source_of_timm(tmp_path: Path) -> Path:
+    """A bare state dict of timm's resnet14t with ten classes."""
+    torch.manual_seed(0)
+    save_file(timm.create_model('resnet14t', num_classes=10).state_dict(), tmp_path / 'r14.safetensors')
+    return tmp_path / 'r14.safetensors'
+
+
+@pytest.mark.parametrize(('source', 'options', 'message'), [
+    ('resnet18', [], 'No pretrained weights|resnet18'),
+    ('no_such_net', [], 'The model no_such_net cannot be made (Unknown model'),
+    ('missing.pt', [], 'The checkpoint missing.pt does not exist. Check its path.'),
+    ('runs/missing', [], 'The checkpoint runs/missing does not exist. Check its path.'),
+    ('r14', [], 'does not name its architecture'),
+    ('r14', ['--model', 'resnet26'], 'do not fit resnet26'),
+    ('r14', ['--model', 'resnet18'], 'do not fit resnet18'),
+    ('geoprior_resnet14_nano', [], 'geoprior_resnet14_nano must be a plain ResNet, got a GeoPrior ResNet'),
+    ('nano', ['--images', 'nowhere'], '--images must be a folder of images, got nowhere, which does not exist. Check'),
+    ('nano', ['--images', 'empty'], 'empty must hold at least 10 images, got 0. Add some, or leave out --images'),
+    ('nano', ['--images', 'few'], 'few must hold at least 10 images, got 3. Add some, or leave out --images'),
+    ('nano', ['--images', 'broken'], 'Most images must be readable, got 6 of 10 that are not, such as '),
+    ('nano', ['--images', 'photos', '--limit', '5'], '--limit must be at least 10, got 5.'),
+    ('nano', ['--output', 'full'], 'full must be a new folder or an empty one, got one that holds something. Name'),
+    ('nano', ['--output', 'r14.safetensors'], 'must be a new folder or an empty one, got a file. Name another'),
+    ('nano', ['--output', 'r14.safetensors/out'], 'must be a folder that can be made, got '),
+    ('nan', [], 'Weights to be converted must be finite'),
+    ('infinite', ['--images', 'photos'], 'The activations at the input of the first attention layer must be finite'),
+])
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+        source, options, message, checkpoint, photo_folder, source_of_timm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sources = {'r14': source_of_timm, 'nano': checkpoint}
+    for name in ('nan', 'infinite'):
+        state = torch.load(checkpoint, weights_only=True)
+        key, value = {'nan': ('layer2.0.bn1.bias', float('nan')), 'infinite': ('bn1.bias', 1e6)}[name]
+        state['model'][key].fill_(value)
+        torch.save(state, tmp_path / f'{name}.pt')
+        sources[name] = tmp_path / f'{name}.pt'
+    shutil.copytree(photo_folder / 'train', 'photos')
+    for name, count in (('empty', 0), ('few', 3), ('broken', 12), ('full', 1)):
+        Path(name).mkdir()
+        for number in range(count):
+            shutil.copy(photo_folder / 'train' / 'coffee' / f'{number:02}.jpg', name)
+    for path in Path('broken').iterdir():
+        path.write_bytes(b'no image')
+    before = sorted(str(path) for path in tmp_path.rglob('*'))
+    output = [] if '--output' in options else ['-o', 'out']
+    convert(sources.get(source, source), *output, *options, code=1)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith('timm-geoprior: ')
+    assert any(part in error for part in message.split('|'))
+    assert sorted(str(path) for path in tmp_path.rglob('*')) == before
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals and limits of POSIX')
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_leaves_nothing(number, checkpoint, photo_folder, tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, str(checkpoint), '-o', 'out', '--images', str(photo_folder / 'train'), '-j', '0'], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'TMPDIR': str(tmp_path)})
+    while 'Fitting' not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (-number, 128 + number, 130)
+    assert 'Traceback' not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='limits of POSIX')
+@pytest.mark.parametrize(('kilobytes', 'message'), [
+    (100, 'bytes, got File too large. Make room, set TMPDIR, or lower --limit.'),
+    (3000, 'out could not be written'),
+])
+def test_a_full_disk_is_one_sentence(kilobytes, message, checkpoint, photo_folder, tmp_path):
+    command = ' '.join([*COMMAND, str(checkpoint), '-o', 'out', '--images', str(photo_folder / 'train'), '-j', '0'])
+    done = subprocess.run(['bash', '-c', f'ulimit -f {kilobytes}; exec {command}'], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

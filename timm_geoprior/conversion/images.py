@@ -1,0 +1,135 @@
+"""The images that a conversion is fitted to, and those kept out to measure it by."""
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.datasets import DataOptions, EvalSet, open_split
+from ..data.images import read_item
+from ..data.seeding import generator
+from ..data.workers import init_worker
+from ..errors import EvaluationError, GeoPriorError, ImageError
+
+__all__ = ['FEWEST', 'ImageSets', 'ImagesError', 'PreparedImages', 'open_images']
+
+FEWEST = 10  # images, two of which are kept out
+HELD_OUT, MOST_HELD_OUT = 1 / 5, 1000
+
+
+class ImagesError(GeoPriorError):
+    """Images that nothing can be fitted to; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Images of a folder, drawn at random.
+
+    Attributes:
+        data: The folder as timm reads it.
+        fit: Indices of the images to fit to, shape (images,).
+        held_out: Indices of those to measure by.
+        unreadable: Names of those that turned out not to be readable.
+    """
+    data: EvalSet
+    fit: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    unreadable: set[str] = field(default_factory=set)
+
+
+def open_images(folder: Path, limit: int) -> ImageSets:
+    """Find a folder's images, and draw those to fit to and those to keep out.
+
+    Args:
+        folder: Holds images, in folders of any depth.
+        limit: Images to fit to at most. A fifth of the folder's images is kept out, 1,000 at most.
+
+    Raises:
+        ImagesError: There is no such folder, or it has fewer than `FEWEST` images.
+    """
+    if limit < FEWEST:
+        raise ImagesError(f'--limit must be at least {FEWEST}, got {limit}.')
+    if not folder.exists():
+        raise ImagesError(f'--images must be a folder of images, got {folder}, which does not exist. Check its name.')
+    try:
+        data = open_split(folder, '', options=DataOptions(labelled=False))
+    except EvaluationError:  # there is none
+        raise _too_few(folder, 0) from None
+    count = len(data.labels)
+    if count < FEWEST:
+        raise _too_few(folder, count)
+    order = torch.randperm(count, generator=generator(0, 'conversion')).numpy()
+    held_out = min(round(HELD_OUT * count), MOST_HELD_OUT)
+    return ImageSets(data, order[held_out:][:limit], order[:held_out])
+
+
+def _too_few(folder: Path, count: int) -> ImagesError:
+    return ImagesError(f'{folder} must hold at least {FEWEST} images, got {count}. Add some, or leave out --images for '
+                       f'the closed form.')
+
+
+@dataclass(frozen=True)
+class PreparedImages:
+    """Batches of images as a network takes them, decoded as they are asked for.
+
+    Attributes:
+        sets: The folder.
+        indices: The images, shape (images,).
+        config: timm's data configuration of the network.
+        batch_size: Images of a batch at most.
+        workers: Processes that decode.
+    """
+    sets: ImageSets
+    indices: NDArray[np.int64]
+    config: dict[str, Any]
+    batch_size: int
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, (N, C, H, W), and labels, (N,), of each batch; images that cannot be read are left out.
+
+        Raises:
+            ImagesError: More than half of them cannot be read.
+        """
+        unreadable, images = 0, _Prepared(self.sets.data, self.indices, self.config)
+        for batch, labels, indices in DataLoader(
+                images, self.batch_size, num_workers=self.workers, worker_init_fn=init_worker):
+            bad = indices < 0
+            names = [self.sets.data.name_of(-index - 1) for index in indices[bad].tolist()]
+            unreadable += len(names)
+            self.sets.unreadable.update(names)
+            if 2 * unreadable > len(self.indices):
+                raise ImagesError(f'Most images must be readable, got {unreadable} of {len(self.indices)} that are '
+                                  f'not, such as {names[0]}. Check the folder.')
+            if len(names) < len(labels):
+                yield batch[~bad], labels[~bad]
+
+
+class _Prepared(Dataset[tuple[Tensor, int, int]]):
+    """Image, label and index of each; -1 - index for an image that cannot be read."""
+
+    def __init__(self, data: EvalSet, indices: NDArray[np.int64], config: dict[str, Any]) -> None:
+        self.data, self.indices = data, indices
+        self.mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+        self.transform = create_transform(**config)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int, int]:
+        index = int(self.indices[place])
+        label = int(self.data.labels[index])
+        try:
+            return self.transform(read_item(self.data.dataset, index, self.mode)), label, index
+        except (ImageError, OSError):
+            return self.transform(Image.new(self.mode, (8, 8))), label, -1 - index

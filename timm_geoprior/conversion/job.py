@@ -1,0 +1,265 @@
+"""A trained ResNet in, a folder that timm loads out: what `timm-geoprior convert` does."""
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+from timm.models import save_for_hf
+from torch import nn
+from tqdm import tqdm
+
+from ..data.datasets import fingerprint
+from ..distributed import find_device
+from ..errors import GeoPriorError
+from ..evaluation.models import LoadedModel, load_model
+from ..files import file_sha256, first_line, write_json
+from ..geoprior_resnet import GeoPriorResNet
+from ..provenance import git_commit, hardware, versions
+from ..release.publish import release_tensors
+from ..training.checkpoint import read_weights
+from .closed_form import fit_layer
+from .comparison import class_indices, compare
+from .images import ImageSets, PreparedImages, open_images
+from .mirror import Mirror, mirror
+from .readme import readme
+from .regression import PARTS, LayerFit, activation_bytes, refine
+from .state_dict import attention_blocks, convert_state_dict, layer_models
+
+__all__ = ['ConvertError', 'ConvertJob', 'convert']
+
+BATCH_SIZE = 32
+WEIGHTS = 'model.safetensors'
+CHECKPOINTS = ('.pt', '.pth', '.bin', '.safetensors', '.tar', '.ckpt')
+# of a pretrained_cfg: where the source's weights are, and what is written at the root of config.json
+_LEFT_OUT = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'label_names', 'label_descriptions',
+             'architecture', 'custom_load', 'tag')
+
+
+class ConvertError(GeoPriorError):
+    """A network that cannot be converted here; nothing was written."""
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """What is converted, and where to.
+
+    Attributes:
+        source: Any name that timm loads with its weights, or a checkpoint's path.
+        output: Folder to write; there must be nothing in it.
+        images: Folder of images to fit to; None for the closed form.
+        model: The architecture of a checkpoint that does not name its own.
+        limit: Images to fit to at most.
+        half: Write float16 weights; vectors stay float32.
+        device: Where the networks run.
+        workers: Processes that decode images.
+        tell: Called with each sentence that a person should read.
+    """
+    source: str
+    output: Path
+    images: Path | None = None
+    model: str | None = None
+    limit: int = 1000
+    half: bool = False
+    device: str = 'cpu'
+    workers: int = 2
+    tell: Callable[[str], None] = print
+
+
+def convert(job: ConvertJob) -> dict[str, Any]:
+    """Convert a trained ResNet, and write the folder of the GeoPrior ResNet.
+
+    Args:
+        job: What is converted, and where to.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        GeoPriorError: The source, the images or the output are not what they must be; nothing was written.
+    """
+    _check_output(job.output)
+    device, _, _ = find_device(job.device)
+    sets = open_images(job.images, job.limit) if job.images else None
+    started = time.perf_counter()
+    loaded = _load_source(job)
+    made = mirror(loaded.model, loaded.name)
+    config = _data_config(loaded)
+    model = made.create(pretrained_cfg_overlay={'input_size': config['input_size']}).eval()
+    model.load_state_dict(convert_state_dict(loaded.model.state_dict(), model))
+    for network in (loaded.model, model):
+        network.to(device).to(memory_format=torch.channels_last)
+    layers = ([asdict(layer) for layer in _fit(job, sets, loaded.model, model, config)] if sets
+              else _closed_form_layers(loaded.model, model))
+    results = {
+        'source': _origin(loaded), 'architecture': made.architecture, 'model_args': made.model_args,
+        'parameters': sum(p.numel() for p in model.parameters()), 'half': job.half, 'layers': layers,
+        'commit': git_commit(), 'software': versions(), 'hardware': hardware(device)}
+    with _new_folder(job.output) as folder:
+        _write_model(job, loaded, made, model, config, folder)
+        if sets:
+            results['measured'] = _measure(job, sets, loaded, folder, config)
+            results['images'] = _images(job, sets)
+        results['seconds'] = round(time.perf_counter() - started, 1)
+        write_json(folder / 'results.json', results)
+        (folder / 'README.md').write_text(readme(results, job.output.name), encoding='utf-8')
+    return results
+
+
+# -- what comes in -----------------------------------------------------------------------------------------------------
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConvertError(f'{output} must be a new folder or an empty one, got '
+                           f'{"one that holds something" if output.is_dir() else "a file"}. Name another by --output.')
+    parent = next(parent for parent in output.resolve().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConvertError(f'{output} must be a folder that can be made, got {parent} above it, which is '
+                           f'{"not writable" if parent.is_dir() else "a file"}. Name another by --output.')
+
+
+def _load_source(job: ConvertJob) -> LoadedModel:
+    path = Path(job.source)
+    named = ':' not in job.source and (path.suffix in CHECKPOINTS or len(path.parts) > 1)
+    if job.model or named or path.is_file():
+        loaded = load_model(job.model, path, num_classes=_num_classes(path))
+    else:
+        loaded = load_model(job.source)
+    for note in loaded.notes:
+        job.tell(note)
+    return loaded
+
+
+def _num_classes(path: Path) -> int | None:
+    """Classes of a checkpoint by its classifier, 0 without one; None where the checkpoint says it itself."""
+    saved = read_weights(path)
+    heads = [len(tensor) for name, tensor in saved.state_dict.items() if name.split('.')[-2:] == ['fc', 'weight']]
+    return saved.num_classes or (heads[0] if heads else 0)
+
+
+def _cfg(loaded: LoadedModel) -> dict[str, Any]:
+    cfg: Any = loaded.model.pretrained_cfg
+    # of other weights than a checkpoint's
+    left_out = ('hf_hub_id', 'hf_hub_filename', 'license', 'tag') if 'checkpoint' in loaded.weights else ()
+    return {key: value for key, value in cfg.items() if key not in left_out}
+
+
+def _data_config(loaded: LoadedModel) -> dict[str, Any]:
+    """How images are prepared for the source: as timm has it, at the size that a checkpoint was measured with."""
+    config: dict[str, Any] = resolve_data_config(pretrained_cfg=_cfg(loaded))
+    if loaded.img_size:
+        config['input_size'] = (config['input_size'][0], loaded.img_size, loaded.img_size)
+    return config
+
+
+def _origin(loaded: LoadedModel) -> dict[str, Any]:
+    """Where the weights come from, with the revision and the hash of a file of the Hub."""
+    cfg = _cfg(loaded)
+    found: dict[str, Any] = {
+        'name': loaded.name, 'parameters': sum(p.numel() for p in loaded.model.parameters()),
+        'license': cfg.get('license'), **loaded.weights}
+    repository, _, revision = str(cfg.get('hf_hub_id') or '').partition('@')
+    names = [cfg['hf_hub_filename']] if cfg.get('hf_hub_filename') else ['model.safetensors', 'pytorch_model.bin']
+    for name in names if repository else ():
+        file = try_to_load_from_cache(repository, name, revision=revision or None)
+        if isinstance(file, str):
+            return {**found, 'hub_id': repository, 'file': name, 'revision': Path(file).parent.name,
+                    'sha256': file_sha256(Path(file))}
+    return found
+
+
+# -- in between --------------------------------------------------------------------------------------------------------
+
+def _fit(
+        job: ConvertJob, sets: ImageSets, source: nn.Module, model: GeoPriorResNet, config: dict[str, Any],
+) -> list[LayerFit]:
+    """Fit the network to the images, with a progress bar over the layers."""
+    size = min(BATCH_SIZE, max(len(sets.fit) // PARTS, 1))
+    images = PreparedImages(sets, sets.fit, config, size, job.workers)
+    disk = len(sets.fit) * activation_bytes(model, config['input_size'])
+    job.tell(f'Fitting to {len(sets.fit):,} images at {config["input_size"][-1]} px, with temporary files of '
+             f'{disk / 1e6:,.0f} MB in {tempfile.gettempdir()}; {len(sets.held_out):,} further images are kept out.')
+    bar = tqdm(total=len(list(attention_blocks(model))), desc='converting', unit=' layers')
+    with bar:
+        return refine(source, model, (batch for batch, _ in images), len(images), size, lambda layer: bar.update())
+
+
+def _closed_form_layers(source: nn.Module, model: GeoPriorResNet) -> list[dict[str, Any]]:
+    """What the closed form has chosen, and what it loses under its model of the inputs."""
+    layers, weights = [], source.state_dict()
+    for item in attention_blocks(model):
+        block = {name.removeprefix(item.prefix): tensor
+                 for name, tensor in weights.items() if name.startswith(item.prefix)}
+        fit = fit_layer(*layer_models(item, block), item.value_dim)
+        layers.append({'name': item.prefix.rstrip('.'), 'value_dim': item.value_dim, 'radius': fit.radii[0],
+                       'lost': float(fit.errors.mean())})
+    return layers
+
+
+def _images(job: ConvertJob, sets: ImageSets) -> dict[str, Any]:
+    """What a second person's images can be compared by."""
+    if sets.unreadable:
+        job.tell(f'{len(sets.unreadable)} of {len(sets.fit) + len(sets.held_out):,} images could not be read and were '
+                 f'left out, such as {min(sets.unreadable)}.')
+    found: dict[str, Any] = {name: {'images': len(indices), **fingerprint(sets.data, indices)}
+                             for name, indices in (('fit', sets.fit), ('held_out', sets.held_out))}
+    return {**found, 'unreadable': sorted(sets.unreadable)}
+
+
+# -- what goes out -----------------------------------------------------------------------------------------------------
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder that takes its name only when all is in it."""
+    try:
+        output.resolve().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=f'.{output.name}.') as place:
+            folder = Path(place, output.name)
+            yield folder
+            folder.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise ConvertError(f'{output} could not be written ({first_line(error)}). Make room, or name another by '
+                           f'--output.') from error
+
+
+def _write_model(
+        job: ConvertJob, loaded: LoadedModel, made: Mirror, model: GeoPriorResNet, config: dict[str, Any], folder: Path,
+) -> None:
+    """Write model.safetensors and config.json."""
+    cfg = _cfg(loaded)
+    tag = cfg.get('tag')
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        **{key: value for key, value in cfg.items() if key not in _LEFT_OUT},
+        'input_size': config['input_size'], 'architecture': made.architecture, 'custom_load': False,
+        'tag': f'from_{tag}' if tag else 'converted'}
+    labels: dict[str, Any] = {'label_names': list(loaded.wnids)} if loaded.wnids else {}
+    if loaded.names:
+        labels['label_descriptions'] = dict(zip(loaded.wnids, loaded.names, strict=True))
+    model.cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    save_for_hf(model, str(folder), model_config=labels, safe_serialization=True)
+    if job.half:
+        save_file(release_tensors(model.state_dict()), folder / WEIGHTS, {'format': 'pt'})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it the user's own
+    config_file = folder / 'config.json'
+    # without what timm repeats of the root, which transformers refuses among the options
+    options = {**made.model_args, **({'in_chans': made.in_chans} if made.in_chans != 3 else {})}
+    write_json(config_file, {**json.loads(config_file.read_text()), 'model_args': options})
+
+
+def _measure(
+        job: ConvertJob, sets: ImageSets, loaded: LoadedModel, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Compare the written folder, as timm loads it, with the source on the images kept out."""
+    converted: nn.Module = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    converted.to(next(loaded.model.parameters()).device).to(memory_format=torch.channels_last)
+    batches = PreparedImages(sets, sets.held_out, config, BATCH_SIZE, job.workers)
+    return compare(loaded.model, converted, batches, class_indices(sets.data, loaded))
