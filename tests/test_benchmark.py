@@ -42,7 +42,6 @@ def test_every_engine_runs_the_same_network(engine, tmp_path):
         pytest.importorskip('onnxruntime')
         pytest.importorskip('onnxscript')
     model = torch.nn.Sequential(GeoPriorConv2d(3, 8, 2, stride=2), GeoPriorConv2d(8, 8, 2), torch.nn.ReLU()).eval()
-    model[1].reparameterize()
     result = prepare_step(model, setting(engine=engine), tmp_path)()
     expected = prepare_step(model, setting(channels_last=True), tmp_path)()
     (result,) = result if engine == 'onnxruntime' else (result,)

@@ -80,6 +80,14 @@ class ScaledNorm2d(nn.BatchNorm2d):
         return 2 * super().forward(x)
 
 
+def wrap(module: nn.Module) -> nn.Module:
+    """As an adapter does."""
+    return nn.Sequential(module, nn.Tanh())
+
+
+CHANGES = [lambda conv: prune.l1_unstructured(conv, 'weight', 0.5), parametrizations.weight_norm, wrap]
+
+
 class PartialWrites(TorchDispatchMode):
     """The operations that change a tensor in place: all of its memory, or a part of it."""
 
@@ -385,7 +393,7 @@ class TestInterface:
 
 
 class TestReparameterized:
-    """timm's `reparameterize_model`: one convolution of both parts, and the batch norms folded."""
+    """timm's `reparameterize_model`: the batch norms are folded into the convolutions."""
 
     @pytest.mark.parametrize('options', [
         {}, {'attn_heads': 4, 'attn_kernel': 'laplacian', 'output_stride': 8}, {'aa_layer': BlurPool2d},
@@ -398,8 +406,6 @@ class TestReparameterized:
         assert torch.equal(model(images), expected)  # a copy was changed
         # all but the stem's, of which timm's walk knows nothing
         assert [name for name, m in fast.named_modules() if isinstance(m, nn.BatchNorm2d)] == ['bn1']
-        assert not [name for name, m in fast.named_modules() if name.endswith('value') and isinstance(m, nn.Conv2d)
-                    and fast.get_submodule(name.removesuffix('.value')).stride == 1]
         with torch.inference_mode():
             torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
             fast = reparameterize_model(model.double())
@@ -442,20 +448,35 @@ class TestReparameterized:
         stayed = [name for name, module in fast.named_modules() if type(module) is type(model.bn1)]
         assert stayed == (['bn1'] if folded else norms)
 
-    @pytest.mark.parametrize('name', ['conv1', 'conv2.conv', 'conv2.attn.value', 'conv3', 'downsample.0'])
-    @pytest.mark.parametrize('change', [
-        lambda conv: prune.l1_unstructured(conv, 'weight', 0.5),
-        parametrizations.weight_norm,
-        lambda conv: nn.Sequential(conv, nn.Tanh()),
-    ], ids=['pruned', 'parametrized', 'wrapped'])
-    def test_norms_of_other_convolutions_stay(self, change, name, images):
+    @pytest.mark.parametrize(('name', 'changes'), [
+        ('layer2.0.conv1', CHANGES), ('layer1.0.conv2', CHANGES), ('layer2.0.conv2.conv', CHANGES),
+        ('layer2.0.conv2.attn.value', CHANGES), ('layer2.0.conv3', CHANGES), ('layer2.0.downsample.0', CHANGES),
+        ('layer2.0.conv2.attn', [wrap]), ('layer2.0.conv2', [wrap]),
+    ], ids=lambda value: value if isinstance(value, str) else '')
+    def test_norms_of_other_convolutions_stay(self, name, changes, images):
         """An adapter, a parametrized or a pruned weight: what such a convolution does is not in its weight alone."""
+        for change in changes:
+            model = small()
+            model.set_submodule(name, change(model.get_submodule(name)))
+            expected = model(images).detach()
+            fast = reparameterize_model(model, inplace=True)  # pruned modules cannot be copied
+            assert sum(isinstance(module, nn.BatchNorm2d) for module in fast.modules()) == 2  # and the stem's
+            torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+    def test_after_pruning(self, images):
+        """Channels are counted in the weights: pruning leaves fewer of either part."""
         model = small()
-        for block in (model.layer1[0], model.layer2[0], model.layer3[0], model.layer4[0]):
-            found = name if isinstance(block.conv2, GeoPriorConv2d) else name.split('.attn')[0].removesuffix('.conv')
-            block.set_submodule(found, change(block.get_submodule(found)))
+        block = model.layer2[0]
+        kept = torch.tensor([0, 1, 2, 3, 5, 7, 8, 9, 12, 13, 15])  # six of the convolution, five of the attention
+        for conv, channels in ((block.conv2.conv, kept[:6]), (block.conv2.attn.value, kept[6:] - 8)):
+            conv.weight, conv.out_channels = nn.Parameter(conv.weight[channels].detach()), len(channels)
+        for name, tensor in [*block.bn2.named_parameters(), *block.bn2.named_buffers()]:
+            if tensor.dim():
+                setattr(block.bn2, name, type(tensor)(tensor[kept].detach()))
+        block.conv3.weight = nn.Parameter(block.conv3.weight[:, kept].detach())
         expected = model(images).detach()
-        fast = reparameterize_model(model, inplace=True)  # pruned modules cannot be copied
+        fast = reparameterize_model(model)
+        assert isinstance(fast.layer2[0].bn2, nn.Identity)
         torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
     def test_its_radii_can_still_be_read(self, nano):
@@ -465,8 +486,8 @@ class TestReparameterized:
 
 @pytest.fixture(scope='module', params=['plain', 'reparameterized'])
 def graph_nano(request, nano) -> nn.Module:
-    """Not to be changed. Reparameterized with second blocks: only under a stride of one are convolutions merged."""
-    return nano if request.param == 'plain' else reparameterize_model(create(layers=(1, 2, 2, 1)))
+    """Not to be changed."""
+    return nano if request.param == 'plain' else reparameterize_model(nano)
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrize, prune
 
 from timm_geoprior import GeoPriorAttn2d, GeoPriorConv2d, geoprior_resnet, layers, radii
 from timm_geoprior.layers import KERNELS, attention_map, mix_values
@@ -81,19 +80,15 @@ def test_output_and_gradients_are_the_dense_attentions(dtype, size, stride, dila
 @pytest.mark.parametrize('dilation', [1, 2])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
-def test_one_convolution_of_both_parts(dtype, stride, dilation, radii, kernel):
-    """Reparameterized, with biases as a folded norm leaves them: still convolution and dense attention."""
+def test_a_folded_norm_shifts_both_parts(dtype, stride, dilation, radii, kernel):
+    """With biases as a norm leaves them: convolution and dense attention, each plus its bias, gradients included."""
     torch.manual_seed(0)
     layer = GeoPriorConv2d(3, 9, 4, stride, dilation, len(radii), kernel=kernel, dtype=dtype)
     randomized(layer.attn, radii)
     weights = [p.detach().double() for p in (layer.conv.weight, layer.attn.value.weight)]
     layer = layer.to(memory_format=torch.channels_last)
-    layer.reparameterize()
-    layer.reparameterize()  # a walk over blocks and their parts meets it twice
     bias = torch.randn(9, dtype=dtype)
-    layer.conv.bias = nn.Parameter(bias[:layer.conv.out_channels])
-    if stride == 2:  # two convolutions still
-        layer.attn.value.bias = nn.Parameter(bias[-4:])
+    layer.conv.bias, layer.attn.value.bias = nn.Parameter(bias[:5]), nn.Parameter(bias[5:])
     x = torch.randn(2, 3, 7, 10, dtype=dtype, requires_grad=True)
     out = layer(x)
     seed = torch.randn_like(out)
@@ -105,47 +100,10 @@ def test_one_convolution_of_both_parts(dtype, stride, dilation, radii, kernel):
         nn.functional.conv2d(inputs[0], weights[0], stride=stride, padding=dilation, dilation=dilation),
         dense_attention(values, inputs[1], stride, dilation, kernel)], 1) + bias.double()[:, None, None]
     expected = [dense, *torch.autograd.grad(dense, inputs, seed.double())]
-    assert layer.conv.weight.is_contiguous(memory_format=torch.channels_last)
     for one, other in zip(got[:-1], expected[:-1], strict=True):
         assert relative_error(one, other) < TOLERANCES[dtype]
     scale = float((seed.double() * dense).detach().abs().sum())
     assert float((got[-1].double() - expected[-1]).abs().max()) < TOLERANCES[dtype] * scale
-
-
-@pytest.mark.parametrize('stride', [1, 2])
-def test_one_convolution_after_pruning(stride):
-    """The numbers of channels are those of the weights: pruning shrinks both parts."""
-    torch.manual_seed(0)
-    layer = GeoPriorConv2d(6, 12, 4, stride)
-    for conv, channels in ((layer.conv, 5), (layer.attn.value, 3)):
-        conv.weight, conv.out_channels = nn.Parameter(conv.weight[:channels].detach()), channels
-    x = torch.randn(2, 6, 7, 10)
-    expected = layer(x)
-    assert expected.shape[1] == 8
-    layer.reparameterize()
-    torch.testing.assert_close(layer(x), expected)
-    assert layer.conv.out_channels == len(layer.conv.weight) == (8 if stride == 1 else 5)
-
-
-def first_parameter(module):
-    return next(name for name, _ in module.named_parameters(recurse=False))
-
-
-@pytest.mark.parametrize('part', ['conv', 'attn', 'attn.value'])
-@pytest.mark.parametrize('change', [
-    lambda module: prune.l1_unstructured(module, first_parameter(module), 0.5),
-    lambda module: parametrize.register_parametrization(module, first_parameter(module), nn.Tanh()),
-    lambda module: nn.Sequential(module, nn.Tanh()),
-], ids=['pruned', 'parametrized', 'wrapped'])
-def test_only_plain_convolutions_are_merged(change, part):
-    """The merged filters would lose what else the forward of such a module does."""
-    torch.manual_seed(0)
-    layer = GeoPriorConv2d(3, 9, 4)
-    layer.set_submodule(part, change(layer.get_submodule(part)))
-    x = torch.randn(2, 3, 7, 10)
-    expected = layer(x)
-    layer.reparameterize()
-    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize('kernel', KERNELS)

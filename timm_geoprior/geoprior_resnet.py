@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from .conversion.state_dict import ConversionError, checkpoint_filter_fn, convert_state_dict, is_plain_resnet
-from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType, is_plain
+from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType
 from .pretrained.cfgs import pretrained_cfgs
 from .pretrained.loading import build_with_verified_weights
 
@@ -24,6 +24,14 @@ __all__ = ['GeoPriorBottleneck', 'GeoPriorResNet']
 
 # by exact type: a subclass may do more, such as the activation of timm's BatchNormAct2d
 FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution applies its weight and nothing else.
+
+    Subclasses, adapters around a convolution and parametrized, pruned, quantized or distributed weights do more.
+    """
+    return type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter
 
 
 def _fold_channels(norm: Any, channels: slice, conv: nn.Conv2d) -> None:
@@ -46,7 +54,7 @@ def _fold(norm: nn.Module, *convs: nn.Module) -> nn.Module:
     Returns:
         What takes the place of the norm: an identity, or the norm itself if it cannot be folded.
     """
-    if type(norm) not in FOLDABLE_NORMS or norm.running_mean is None or not is_plain(*convs):
+    if type(norm) not in FOLDABLE_NORMS or norm.running_mean is None or not all(map(_is_plain, convs)):
         return norm
     start = 0
     for conv in convs:
@@ -89,18 +97,17 @@ class GeoPriorBottleneck(Bottleneck):
                 attn_heads, attn_radius, attn_kernel, device=plain.weight.device, dtype=plain.weight.dtype)
 
     def reparameterize(self) -> None:
-        """Fold the batch norms into the convolutions and merge the value projection into the 3x3, for inference.
+        """Fold the batch norms into the convolutions, for inference; `timm.utils.reparameterize_model` calls it.
 
-        `timm.utils.reparameterize_model` calls it. Outputs are those of eval mode, up to rounding. Norms and
-        convolutions of other types stay as they are.
+        Outputs are those of eval mode, up to rounding. Norms and convolutions of other types stay as they are.
         """
         self.bn1 = _fold(self.bn1, self.conv1)
-        if isinstance(self.conv2, GeoPriorConv2d):
-            self.conv2.reparameterize()
-            # the attention's weights sum to one: to shift its values is to shift its outputs
-            self.bn2 = _fold(self.bn2, *self.conv2.projections())
+        conv2: Any = self.conv2
+        if type(conv2) is GeoPriorConv2d and type(conv2.attn) is GeoPriorAttn2d:
+            # the attention's weights sum to one, so a scale and shift of its outputs can be applied to its values
+            self.bn2 = _fold(self.bn2, conv2.conv, conv2.attn.value)
         else:
-            self.bn2 = _fold(self.bn2, self.conv2)
+            self.bn2 = _fold(self.bn2, conv2)
         self.bn3 = _fold(self.bn3, self.conv3)
         if isinstance(self.downsample, nn.Sequential):  # [pool,] conv, norm
             self.downsample[-1] = _fold(self.downsample[-1], self.downsample[-2])

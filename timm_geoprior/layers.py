@@ -117,15 +117,6 @@ def _check_options(
         raise ValueError(f'kernel (attn_kernel) must be one of {", ".join(KERNELS)}, got {kernel!r}.')
 
 
-def is_plain(*convs: nn.Module) -> bool:
-    """Whether modules are plain convolutions, whose weights can be rewritten.
-
-    A subclass, an adapter around a convolution, a parametrized or pruned weight and a quantized or distributed one are
-    not: their forward does more than their weight says.
-    """
-    return all(type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter for conv in convs)
-
-
 @register_notrace_module  # the same for timm's feature extraction by FX
 class GeoPriorAttn2d(nn.Module):
     """Self-attention over a 2D map, with a modeled attention map and one learned radius per head.
@@ -258,38 +249,7 @@ class GeoPriorConv2d(nn.Module):
             in_channels, out_channels - value_dim, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
         self.attn = GeoPriorAttn2d(
             in_channels, value_dim, stride, dilation, num_heads, init_radius, kernel, fan_out=out_channels, **dd)
-        self.merged_dim = 0  # value channels that the convolution computes: none before `reparameterize`
-
-    def projections(self) -> tuple[nn.Module, ...]:
-        """Return the convolutions whose outputs, concatenated, are the layer's output before averaging."""
-        if self.merged_dim:
-            return (self.conv,)
-        # an adapter may have taken the place of the attention
-        return self.conv, self.attn.value if type(self.attn) is GeoPriorAttn2d else self.attn
-
-    @torch.no_grad()
-    def reparameterize(self) -> None:
-        """Merge the value projection into the convolution, for inference; `timm.utils.reparameterize_model` calls it.
-
-        The projection becomes the center tap of additional 3x3 filters, so the input is read only once. Nothing is
-        merged if the stride is above 1, because the attention needs values where the convolution computes none, or if
-        one of the two is not a plain convolution. Outputs are the same up to rounding; parameters are renamed.
-        """
-        if self.merged_dim or not is_plain(*self.projections()) or self.attn.stride > 1:
-            return
-        conv, value = self.conv, self.attn.value
-        memory_format = (torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last)
-                         else torch.contiguous_format)
-        merged = torch.cat([conv.weight, nn.functional.pad(value.weight, (1, 1, 1, 1))])
-        conv.weight = nn.Parameter(merged.contiguous(memory_format=memory_format), conv.weight.requires_grad)
-        # read from the weights: pruning changes the numbers of channels
-        self.merged_dim, conv.out_channels = value.weight.shape[0], merged.shape[0]
-        self.attn.value = nn.Identity()  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, (H - 1) // stride + 1, (W - 1) // stride + 1)."""
-        out: torch.Tensor = self.conv(x)
-        if self.merged_dim:
-            out, x = out[:, :-self.merged_dim], out[:, -self.merged_dim:]
-        # not written into a slice of `out`: a graph pass that removes dead code would remove it
-        return torch.cat([out, self.attn(x)], dim=1)
+        return torch.cat([self.conv(x), self.attn(x)], dim=1)
