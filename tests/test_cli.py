@@ -550,12 +550,16 @@ def test_the_models_are_registered_however_the_two_are_imported():
         'import timm_geoprior, importlib; timm = importlib.import_module("timm")',
         # the modules that the models are made of, each one before timm
         'import timm_geoprior.layers; import timm',
+        'from timm_geoprior.layers import GeoPriorConv2d; import timm',
         'from timm_geoprior.pretrained.loading import load_verified; import timm',
         'import timm_geoprior.geoprior_resnet, timm',
         'from timm_geoprior import layers; import timm; assert layers is sys.modules["timm_geoprior.layers"]',
         'import timm_geoprior.inference.classifier, timm',
     ]
-    end = f'; {CREATE}; sys.stdout.flush(); os._exit(0)'
+    # a class that was imported before is the one that the model is made of
+    same = ("conv2 = timm.create_model('geoprior_resnet14_nano').layer2[0].conv2;"
+            "assert isinstance(conv2, globals().get('GeoPriorConv2d', object))")
+    end = f'; {CREATE}; {same}; sys.stdout.flush(); os._exit(0)'
     assert python(IMPORTS.format(imports=imports, end=end)) == 'GeoPriorResNet\n' * len(imports)
 
 

@@ -64,7 +64,10 @@ class _Finder:
             import_module('timm')
             if name in sys.modules:
                 from importlib.machinery import ModuleSpec
-                return ModuleSpec(name, _LoadedModule(sys.modules[name]))  # type: ignore[arg-type]
+                module = sys.modules[name]
+                # importlib prefers the spec of a module that turned up meanwhile, and would load a second one by it
+                module.__spec__ = ModuleSpec(name, _LoadedModule(module))  # type: ignore[arg-type]
+                return module.__spec__
         return None
 
     def _find_timm(self, *args: 'Any') -> 'ModuleSpec | None':
