@@ -64,7 +64,10 @@ class _Finder:
             import_module('timm')
             if name in sys.modules:
                 from importlib.machinery import ModuleSpec
-                return ModuleSpec(name, _LoadedModule(sys.modules[name]))  # type: ignore[arg-type]
+                module = sys.modules[name]
+                # importlib takes this one, not what is returned: by its own it would load the module a second time
+                module.__spec__ = ModuleSpec(name, _LoadedModule(module))  # type: ignore[arg-type]
+                return module.__spec__
         return None
 
     def _find_timm(self, *args: 'Any') -> 'ModuleSpec | None':
