@@ -243,8 +243,9 @@ WRONG = {
     'a checkpoint of torch': (pickled({'fc.weight': torch.zeros(1)}), 'must be a safetensors file, got another in .*'),
     'nothing': (b'', 'must be a safetensors file, got another in'),
     'a cut file': (save({'fc.weight': torch.zeros(9)})[:-3], 'must be a safetensors file, got another in'),
-    'another depth': (save(source('resnet26')), r'cannot be made of timm/resnet50\.a1_in1k: .* tensor layer1\.2\.conv1'),
-    'basic blocks': (save({'layer1.0.conv1.weight': torch.zeros(64, 64, 3, 3)}), 'cannot be made of .* got none'),
+    'another width': (save({'conv1.weight': torch.zeros(32, 3, 7, 7)}),
+                      r'cannot be made of timm/resnet50.a1_in1k: .* conv1.weight of the shape 64 x any x 7 x 7, got 32'),
+    'a deeper one': (save({'layer3.6.bn1.weight': torch.zeros(1)}), 'cannot be made of .* got layer3.6.bn1.weight am'),
 }
 
 
@@ -388,7 +389,7 @@ def test_nothing_of_a_converted_tag_is_published(tmp_path):
 
 def test_a_backbone_is_no_classifier(hub, tmp_path, capsys):
     name = f'{LARGE}.from_bamboo'
-    with pytest.raises(GeoPriorError, match=f'{name} must have a classifier, got a backbone.*finetune'):
+    with pytest.raises(GeoPriorError, match=f'must have a classifier, and {name} is a backbone.*finetune'):
         load_classifier(name)
     assert main(['classify', '--model', name]) == 1
     assert 'must have a classifier' in capsys.readouterr().err

@@ -122,8 +122,8 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier
     """
     cfg = get_pretrained_cfg(name)
     if cfg and cfg.num_classes == 0:  # told before it is fetched
-        raise GeoPriorError(f'The model must have a classifier, and {name} is a backbone. Choose another, or fine-tune it: '
-                            f'timm-geoprior finetune DIR --model {name}.')
+        raise GeoPriorError(f'The model must have a classifier, and {name} is a backbone. Choose another, or fine-tune '
+                            f'it: timm-geoprior finetune DIR --model {name}.')
     loaded = load_model(name)
     if not loaded.wnids:
         raise GeoPriorError(f'The model must have class names, and {name} has none. Use it from Python, or choose a '
