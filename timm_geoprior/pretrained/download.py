@@ -107,7 +107,8 @@ def weights_asset(entry: ModelEntry) -> Asset:
 
 def _bundled_instead(entry: ModelEntry) -> str:
     """A bundled tag, of the same architecture if there is one."""
-    bundled = [other for other in load_manifest().models.values() if other.status == 'bundled' and other != entry]
+    bundled = [other for other in load_manifest().models.values()
+               if other.status == 'bundled' and other.name != entry.name]
     same = [other.name for other in bundled if other.architecture == entry.architecture]
     return (same or [other.name for other in bundled] or [''])[-1]
 
