@@ -662,3 +662,17 @@ def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
     assert set(modules) - set(expected_modules) - {'importlib', 'importlib._bootstrap', 'importlib._bootstrap_external',
                                                    'warnings', '_warnings', 'sitecustomize'} == {
         'timm_geoprior', 'timm_geoprior.registration'}
+
+
+@pytest.mark.parametrize('module', ['pretrained.cfgs', 'pretrained.download', 'conversion.state_dict', 'layers'])
+def test_a_module_that_is_imported_before_timm_is_loaded_once(module):
+    told = python(
+        f'import timm_geoprior.{module} as first, sys\n'
+        'modules = [module for name, module in sys.modules.items() if name.startswith("timm_geoprior")]\n'
+        f'users = [value for module in modules for value in vars(module).values()\n'
+        f'         if getattr(value, "__module__", "") == first.__name__ and hasattr(value, "__code__")]\n'
+        'same = all(value.__globals__ is vars(first) for value in users)\n'
+        'print(len(users), same, sys.modules[first.__name__] is first)')
+    count, *same = told.split()
+    assert int(count) > 0
+    assert same == ['True', 'True']

@@ -36,7 +36,7 @@ __all__ = [
     'redact', 'require_weights', 'weights_asset',
 ]
 
-PATIENCE = 9  # seconds that the Hub may take to answer at all
+PATIENCE = 6  # seconds that the Hub may take to answer at all
 ATTEMPTS = 3  # of a download that the network broke; huggingface_hub's own retries come before
 CHUNK = 1 << 20
 
