@@ -103,9 +103,11 @@ def using_manifest(path: Path) -> Iterator[None]:
             warnings.simplefilter('ignore')  # timm says that it overwrites
             for name in geoprior_resnet.default_cfgs:
                 register_model(getattr(geoprior_resnet, name))
-        for name, entry in load_manifest().models.items():
-            if not entry.has_weights:  # timm up to 1.0.27 forgets nothing
-                _registry._model_has_pretrained -= {name, entry.architecture}
+        tags = load_manifest().tags.values()
+        loadable = {name for entry in tags if entry.has_weights
+                    for name in (entry.name, *[entry.architecture] * entry.default)}
+        named = {name for entry in tags for name in (entry.name, entry.architecture)}
+        _registry._model_has_pretrained -= named - loadable  # timm up to 1.0.27 forgets nothing
 
     try:
         with pytest.MonkeyPatch.context() as patch:

@@ -19,9 +19,11 @@ from timm_geoprior.pretrained.manifest import Baseline, ManifestError, load_mani
 from timm_geoprior.release.cards import (
     BEGIN,
     END,
+    converted_table,
     main,
     model_card,
     models_table,
+    readme_tables,
     runs_table,
     update_readme,
 )
@@ -39,7 +41,7 @@ def entry(staged):
 
 
 def tables():
-    return f'{BEGIN}\n{models_table(load_manifest())}\n\n{runs_table(load_manifest())}\n{END}'
+    return f'{BEGIN}\n{readme_tables(load_manifest())}\n{END}'
 
 
 def test_readme_has_the_manifests_tables():
@@ -49,12 +51,25 @@ def test_readme_has_the_manifests_tables():
 
 def test_table(entry):
     rows = models_table(with_entry(replace(entry, status='bundled'))).splitlines()
-    assert len(rows) == 2 + len(load_manifest().models)
+    assert len(rows) == 2 + len(load_manifest().models) + 3  # converted ones that are defaults
     assert {row.count('|') for row in rows} == {10}
     (row,) = (row for row in rows if NANO in row)
     assert [cell.strip() for cell in row.strip('|').split('|')] == [
         f'`{NANO}`', 'bundled', 'Tiny-ImageNet-200', '64 px', f'{entry.parameters:,}', '54.32%', '76.54%',
-        '53.00% (1,180,000 parameters)', '2.2 MB']
+        'same recipe: 53.00% (1,180,000 parameters)', '2.2 MB']
+
+
+def test_tables_of_converted_tags():
+    (row,) = (row for row in models_table(load_manifest()).splitlines() if 'geoprior_resnet50.from_a1_in1k' in row)
+    assert [cell.strip() for cell in row.strip('|').split('|')] == [
+        '`geoprior_resnet50.from_a1_in1k`', 'converted', 'ImageNet-1k', '224 px', '24,541,237', 'not measured', '',
+        '`resnet50.a1_in1k`: 80.38%, published by timm', '']
+    rows = {row.split('`')[1]: [cell.strip() for cell in row.strip('|').split('|')][1:]
+            for row in converted_table(load_manifest()).splitlines()[2:]}
+    assert len(rows) == sum(entry.status == 'converted' for entry in load_manifest().tags.values())
+    assert rows['geoprior_resnet50.from_a3_in1k'] == ['apache-2.0', '160 px', '0.95', '75.99%', 'not measured']
+    assert rows['geoprior_resnet50.from_fb_ssl_yfcc100m_ft_in1k'][0] == 'cc-by-nc-4.0'
+    assert rows['geoprior_resnet50.from_bamboo'] == ['none stated', '224 px', '1', '', 'no classifier']
 
 
 def test_table_of_runs(entry):
@@ -93,7 +108,8 @@ def test_config_is_what_timm_would_save(tmp_path):
                 'pool_size', 'first_conv', 'classifier', 'license', 'custom_load'):
         assert ours['pretrained_cfg'][key] == timms['pretrained_cfg'][key], key
     assert ours['label_names'] == list(load_manifest().label_sets[entry.label_set].names)
-    assert 'label_names' not in hub_config(load_manifest().get('geoprior_resnet101'))  # known by their number
+    # timm and transformers know ImageNet's by their number
+    assert 'label_names' not in hub_config(load_manifest().get('geoprior_resnet101.paper_in1k'))
 
 
 def test_front_matter(staged, entry):
@@ -139,7 +155,7 @@ def test_card_text(entry, staged):
     for image in images:
         with Image.open(staged / image) as plot:
             assert min(plot.size) > 300
-    planned = model_card(load_manifest().get('geoprior_resnet101'), load_manifest())
+    planned = model_card(load_manifest().get('geoprior_resnet101.paper_in1k'), load_manifest())
     assert 'Figures' not in planned.text
     assert 'model-index' not in planned.data.to_dict()
 

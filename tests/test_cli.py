@@ -31,7 +31,7 @@ from timm_geoprior.pretrained.manifest import (
     manifest_path,
 )
 
-MODELS = load_manifest().models
+MODELS, TAGS = load_manifest().models, load_manifest().tags
 WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']
 PLANNED = [name for name, entry in MODELS.items() if entry.status == 'planned']
 COMMAND = [sys.executable, '-m', 'timm_geoprior']
@@ -51,10 +51,11 @@ def output(capsys, *arguments, code=0):
 
 
 def test_list_names_every_tag(capsys):
-    lines = output(capsys, 'list').out.splitlines()
-    assert len(lines) == 1 + len(MODELS)
-    for line, entry in zip(lines[1:], MODELS.values(), strict=True):
-        assert line.split()[:2] == [entry.name, entry.status]
+    lines = output(capsys, 'list').out.partition('\n\n')[0].splitlines()
+    assert len(lines) == 1 + len(TAGS)
+    for line, entry in zip(lines[1:], TAGS.values(), strict=True):
+        name, *rest = line.replace(' *', '', int(entry.default)).split()
+        assert (name, rest[0]) == (entry.name, entry.status)
         assert f'{entry.parameters:,}' in line
         assert all(f'{metric.top1:.2f}' in line for metric in entry.metrics[:1])
 
@@ -69,8 +70,8 @@ def test_a_data_set_has_one_name_everywhere(capsys, name):
 
 def test_list_json_is_the_manifest(capsys):
     tags = json.loads(output(capsys, 'list', '--json').out)
-    assert [tag['name'] for tag in tags] == list(MODELS)
-    for tag, entry in zip(tags, MODELS.values(), strict=True):
+    assert [tag['name'] for tag in tags] == list(TAGS)
+    for tag, entry in zip(tags, TAGS.values(), strict=True):
         assert (tag['status'], tag['parameters'], tag['bytes']) == (entry.status, entry.parameters, entry.bytes)
         assert tag['top1'] == (entry.metrics[0].top1 if entry.metrics else None)
 
@@ -299,7 +300,7 @@ def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
 @pytest.mark.parametrize(('arguments', 'words'), [
     *((['classify', '--model', name], f'{name} has no weights') for name in PLANNED),
     (['classify', '--model', 'geoprior_resnet51'], 'a model of timm, like geoprior_resnet50 '),
-    (['info', 'geoprior_resnet51'], "'geoprior_resnet51', expected one of"),
+    (['info', 'geoprior_resnet51'], "got 'geoprior_resnet51'"),
     (['run', 'nowhere.py'], 'nowhere.py does not exist'),
     (['run', '-m', 'nowhere.at.all'], 'must be one that `python -m` takes, got nowhere.at.all.'),
     (['run', '-m', 'json.decoder.nowhere'], 'got json.decoder.nowhere.'),
@@ -474,7 +475,7 @@ def python(code, **options):
 
 @pytest.mark.parametrize('arguments', [
     [], ['--help'], ['--version'], ['classify', '--help'], ['run', '--help'], ['lst'], ['classify', '--wrong'],
-    ['info'], ['list'], ['explain', '--point', 'here'], ['download', 'folder']])
+    ['info'], ['explain', '--point', 'here'], ['download', 'folder']])
 def test_neither_torch_nor_timm_is_imported_for_help_or_a_usage_error(arguments):
     imported = python(
         'import sys\nfrom timm_geoprior.cli import main\n'
@@ -665,3 +666,17 @@ def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
     assert set(modules) - set(expected_modules) - {'importlib', 'importlib._bootstrap', 'importlib._bootstrap_external',
                                                    'warnings', '_warnings', 'sitecustomize'} == {
         'timm_geoprior', 'timm_geoprior.registration'}
+
+
+@pytest.mark.parametrize('module', ['pretrained.cfgs', 'pretrained.download', 'conversion.state_dict', 'layers'])
+def test_a_module_that_is_imported_before_timm_is_loaded_once(module):
+    told = python(
+        f'import timm_geoprior.{module} as first, sys\n'
+        'modules = [module for name, module in sys.modules.items() if name.startswith("timm_geoprior")]\n'
+        f'users = [value for module in modules for value in vars(module).values()\n'
+        f'         if getattr(value, "__module__", "") == first.__name__ and hasattr(value, "__code__")]\n'
+        'same = all(value.__globals__ is vars(first) for value in users)\n'
+        'print(len(users), same, sys.modules[first.__name__] is first)')
+    count, *same = told.split()
+    assert int(count) > 0
+    assert same == ['True', 'True']

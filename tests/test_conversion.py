@@ -468,3 +468,10 @@ def test_a_converted_model_is_pickled_and_copied(twin, expected):
         assert same(again, expected)
         again.load_state_dict(twin)
         assert same(again, expected)
+
+
+def test_a_default_device_makes_no_difference(twin, expected):
+    model = timm.create_model(NANO)
+    with torch.device('meta'), torch.inference_mode():
+        converted = convert_state_dict(twin, model)
+    assert all(torch.equal(converted[key], expected[key]) for key in expected)

@@ -642,12 +642,12 @@ def test_wrong_commands(arguments, message, capsys):
     (['--data-dir', '.', '--dataset', 'wds/', '--split', 'val'], 'cannot be opened'),
     (['--dataset', 'hfids/PARQUET'], 'Dataset length is unknown'),
     (['--data-dir', 'folder', '--model', 'nosuch'], 'Unknown model'),
-    (['--data-dir', 'folder', '--model', 'geoprior_resnet101'], 'has no weights'),
+    (['--data-dir', 'folder', '--model', 'geoprior_resnet101.paper_in1k'], 'has no weights'),
     (['--data-dir', 'folder', '--results-file', 'missing/x.csv'], 'missing does not exist'),
     (['--data-dir', 'folder', '--results-file', 'folder'], '--results-file must be a file, got the folder folder'),
     (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),
     (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),
-    (['--data-dir', 'folder', '--check', '--model', 'resnet50'], "'resnet50', expected one of geoprior_"),
+    (['--data-dir', 'folder', '--check', '--model', 'resnet50'], 'The model must be one of geoprior_'),
     (['--data-dir', 'folder', '--tag', '*paper*'], 'must match a tag that has weights'),
 ])
 def test_what_cannot_be_done_is_one_sentence(arguments, message, data, parquet, checkpoint, monkeypatch, capsys):

@@ -215,7 +215,7 @@ def test_unchecked_names_of_the_users_own(published, hub, staged, tmp_path):
 
 def test_planned_tag_names_those_that_have_weights(plain_name):
     with pytest.raises(WeightsError, match=f'geoprior_resnet101.paper_in1k has no weights.*planned.*{NANO}') as caught:
-        timm.create_model('geoprior_resnet101', pretrained=True)
+        timm.create_model('geoprior_resnet101.paper_in1k', pretrained=True)
     assert isinstance(caught.value, RuntimeError)
     assert NANO in timm.list_pretrained('*geoprior*')
 
@@ -281,7 +281,7 @@ def other_bytes(content):
     ('HEAD /owner/nano/resolve', status(500), 1),
 ])
 def test_passing_trouble_is_survived(hub, published, tmp_path, staged, waits, pattern, action, fetches):
-    hub.fault(pattern, action)
+    hub.fault(pattern, action, times=2 if 'HEAD' in pattern else 1)  # the first HEAD only asks whether the Hub is there
     assert same(load_verified(published, tmp_path), load_file(staged / 'model.safetensors'))
     assert hub.count('GET /objects/') == fetches
     assert leftovers(tmp_path) == []
@@ -572,7 +572,7 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
     assert (folder / 'golden/outputs.safetensors').stat().st_mtime_ns == written
     assert hub.requests == []
     with pytest.raises(WeightsError, match='has no weights'):
-        download_tag('geoprior_resnet101', tmp_path / 'offline')
+        download_tag('geoprior_resnet101.paper_in1k', tmp_path / 'offline')
     assert not (tmp_path / 'offline' / 'geoprior_resnet101.paper_in1k').exists()
     (tmp_path / 'file').touch()
     with pytest.raises(WeightsError, match='cannot be written .Not a directory'):

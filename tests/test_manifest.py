@@ -18,6 +18,7 @@ from timm_geoprior.pretrained.manifest import (
     load_manifest,
     manifest_path,
     parse_manifest,
+    update_converted,
     update_manifest,
 )
 
@@ -110,12 +111,14 @@ def test_missing_file_is_refused(tmp_path):
 
 
 def test_names_are_looked_up_with_and_without_tag():
-    for entry in MANIFEST.models.values():
+    for entry in MANIFEST.tags.values():
         assert MANIFEST.get(entry.name) is entry
         if entry.default:
             assert MANIFEST.get(entry.architecture) is entry
-    with pytest.raises(ManifestError, match=f'resnet50.*expected one of .*{NANO}'):
+    with pytest.raises(ManifestError, match=f"must be one of .*{NANO}.*got 'resnet50'"):
         MANIFEST.get('resnet50')
+    with pytest.raises(ManifestError, match="one of geoprior_resnet152.*from_a1h_in1k.*got 'geoprior_resnet152.x'"):
+        MANIFEST.get('geoprior_resnet152.x')
 
 
 def test_label_sets_are_timms():
@@ -133,23 +136,25 @@ def test_metrics_give_percent():
     assert (metric.top1, metric.top5) == (76.13, 92.86)
 
 
-@pytest.mark.parametrize('name', MANIFEST.models)
+@pytest.mark.parametrize('name', MANIFEST.tags)
 def test_timm_knows_what_the_manifest_says(name):
-    entry = MANIFEST.models[name]
+    entry = MANIFEST.tags[name]
     cfg = timm.models.get_pretrained_cfg(name)
     assert (cfg.architecture, cfg.tag) == (entry.architecture, entry.tag)
     for key in ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std'):
         assert getattr(cfg, key) == getattr(entry.input, key)
-    assert (cfg.num_classes, cfg.license, cfg.first_conv) == (entry.num_classes, entry.license, entry.first_conv)
-    assert cfg.label_names in (None, MANIFEST.label_sets[entry.label_set].wnids)
+    assert (cfg.num_classes, cfg.first_conv) == (entry.num_classes, entry.first_conv)
+    assert (cfg.license or 'none stated') == entry.license
+    assert cfg.label_names is None or cfg.label_names == MANIFEST.label_sets[entry.label_set].wnids
     assert (name in timm.list_pretrained('*geoprior*')) == entry.has_weights == bool(cfg.has_weights)
     if entry.default:
         assert timm.models.get_pretrained_cfg(entry.architecture) == cfg
 
 
-@pytest.mark.parametrize('name', MANIFEST.models)
+@pytest.mark.parametrize('name', [name for name, entry in MANIFEST.tags.items()
+                                  if entry.default or entry.status != 'converted' or not entry.num_classes])
 def test_parameters_and_first_convolution_are_the_networks(name):
-    entry = MANIFEST.models[name]
+    entry = MANIFEST.tags[name]
     with torch.device('meta'):
         model = timm.create_model(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == entry.parameters
@@ -168,15 +173,29 @@ def released(entry, sha256='1' * 64):
 
 
 def test_update_writes_one_entry_and_leaves_the_rest(copy):
-    entry = released(MANIFEST.get('geoprior_resnet101'))
+    entry = released(MANIFEST.get('geoprior_resnet101.paper_in1k'))
     update_manifest(copy, entry)
     assert load_manifest(copy).models == {**MANIFEST.models, entry.name: entry}
-    new = replace(entry, name='geoprior_resnet101.a1_in1k', default=False)
+    new = replace(entry, name='geoprior_resnet101.a1_in1k')
     assert list(update_manifest(copy, new).models) == [*MANIFEST.models, new.name]
 
 
+def test_what_the_file_holds_of_converted_tags(copy):
+    name, pin = 'geoprior_resnet101.from_a1h_in1k', {'revision': '0' * 40, 'sha256': '1' * 64, 'bytes': 178_000_000}
+    assert (MANIFEST.tags[name].revision, MANIFEST.tags[name].metrics) == (None, ())
+    update_converted(copy, name, **pin)
+    metric = Metric('ImageNet-1k', 'val', 50_000, 40_000, 47_000, 'float32', 224)
+    entry = update_converted(copy, name, metrics=(metric,)).tags[name]
+    assert (entry.revision, entry.sha256, entry.bytes, entry.metrics) == ('0' * 40, '1' * 64, 178_000_000, (metric,))
+    assert load_manifest(copy).models == MANIFEST.models
+    assert load_manifest(copy).to_json() == copy.read_text(encoding='utf-8')
+    for changes in ({'sha256': None}, {'revision': 'main'}, {'sha256': 'A' * 64}, {'bytes': 0}):
+        with pytest.raises(ManifestError, match='expected'):
+            update_converted(copy, name, **changes)
+
+
 def test_update_keeps_released_bytes(copy):
-    entry = released(MANIFEST.get('geoprior_resnet101'))
+    entry = released(MANIFEST.get('geoprior_resnet101.paper_in1k'))
     update_manifest(copy, entry)
     update_manifest(copy, replace(entry, license='mit'))
     before = copy.read_bytes()
@@ -184,12 +203,13 @@ def test_update_keeps_released_bytes(copy):
         update_manifest(copy, released(entry, '4' * 64))
     assert copy.read_bytes() == before
     update_manifest(copy, released(entry, '4' * 64), replace_weights=True)
-    assert load_manifest(copy).get('geoprior_resnet101').sha256 == '4' * 64
+    assert load_manifest(copy).get('geoprior_resnet101.paper_in1k').sha256 == '4' * 64
 
 
 def test_update_refuses_what_does_not_fit(copy):
-    with pytest.raises(ManifestError, match='default of geoprior_resnet101'):
-        update_manifest(copy, replace(MANIFEST.get('geoprior_resnet101'), default=False))
+    for name, default in ((NANO, False), ('geoprior_resnet101.paper_in1k', True)):
+        with pytest.raises(ManifestError, match=f'default of {name.split(".")[0]}'):
+            update_manifest(copy, replace(MANIFEST.get(name), default=default))
     assert copy.read_text(encoding='utf-8') == TEXT
 
 
@@ -198,7 +218,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(copy, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='No space'):
-        update_manifest(copy, released(MANIFEST.get('geoprior_resnet101')))
+        update_manifest(copy, released(MANIFEST.get('geoprior_resnet101.paper_in1k')))
     assert copy.read_text(encoding='utf-8') == TEXT
     assert {path.name for path in copy.parent.iterdir()} <= {copy.name, f'.{copy.name}.lock'}
 
@@ -206,9 +226,9 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(copy, monkeypatch):
 def _add_tags(path, worker, barrier):
     barrier.wait()
     for number in range(5):
-        entry = replace(load_manifest().get('geoprior_resnet101'), name=f'geoprior_resnet101.w{worker}_{number}',
-                        default=False)
-        update_manifest(path, entry)
+        name = f'geoprior_resnet101.w{worker}_{number}'
+        update_manifest(path, replace(load_manifest().get('geoprior_resnet101.paper_in1k'), name=name))
+        update_converted(path, name.replace('.', '.from_'), revision='0' * 40, sha256='1' * 64, bytes=1)
 
 
 def test_two_writers_at_once_lose_nothing(copy, forkserver):
@@ -221,3 +241,4 @@ def test_two_writers_at_once_lose_nothing(copy, forkserver):
     assert [worker.exitcode for worker in workers] == [0, 0]
     added = {f'geoprior_resnet101.w{worker}_{number}' for worker in range(2) for number in range(5)}
     assert set(load_manifest(copy).models) == {*MANIFEST.models, *added}
+    assert set(load_manifest(copy).converted) == {name.replace('.', '.from_') for name in added}

@@ -8,6 +8,9 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+import timm
+from conftest import HUB
+from safetensors.torch import save
 
 from timm_geoprior.cli import _MODULES, main
 from timm_geoprior.inference.images import sample_image
@@ -23,8 +26,15 @@ SCRIPTS = [command for _, language, text in BLOCKS if language == 'bash'
            for command in re.findall(r'scripts/[\w/]+\.py(?:.*\\\n)*.*', text)]
 
 
+@pytest.fixture(scope='module')
+def source_on_hub():
+    """Random weights for the source of the large model, on the tests' Hub."""
+    weights = save(timm.create_model('resnet50').state_dict(), {'format': 'pt'})
+    HUB.publish('timm/resnet50.a1_in1k', {'model.safetensors': weights})
+
+
 @pytest.mark.parametrize(('name', 'code'), PYTHON, ids=[f'{name}-{index}' for index, (name, _) in enumerate(PYTHON)])
-def test_python_runs(tmp_path, monkeypatch, name, code):
+def test_python_runs(tmp_path, monkeypatch, source_on_hub, name, code):
     for library in ('segmentation_models_pytorch', 'transformers'):
         if re.search(rf'^(from|import) {library}', code, flags=re.MULTILINE):
             pytest.importorskip(library)

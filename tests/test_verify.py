@@ -146,7 +146,7 @@ def test_verify_command(bundled, capsys):
     bundled_path(bundled).unlink()
     assert main(['verify', 'geoprior_resnet14_nano']) == 1
     assert f'{NANO}  bundled file: FAILED. The weights of {NANO}' in capsys.readouterr().out
-    for name, message in (('geoprior_resnet101', 'has no weights'), ('resnet50', 'expected one of')):
+    for name, message in (('geoprior_resnet101.paper_in1k', 'has no weights'), ('resnet50', 'must be one of')):
         assert main(['verify', name]) == 1
         assert message in capsys.readouterr().err
 
@@ -168,7 +168,7 @@ def test_download_command(published, hub, capsys, tmp_path):
     assert hub.requests == []
     capsys.readouterr()
     for arguments, message in (([str(tmp_path / 'x')], 'a folder alone'), ([NANO, 'x', '--all'], 'both tags and --all'),
-                               (['geoprior_resnet101', str(tmp_path / 'x')], 'has no weights')):
+                               (['geoprior_resnet101.paper_in1k', str(tmp_path / 'x')], 'has no weights')):
         assert main(['download', *arguments]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / 'x').exists()

@@ -98,12 +98,16 @@ def _summary(entry: 'ModelEntry', title: str) -> dict[str, Any]:
     metric = entry.metrics[0] if entry.metrics else None
     return {
         'name': entry.name,
+        'default': entry.default,
         'status': entry.status,
         'parameters': entry.parameters,
         'top1': metric and metric.top1,
         'dataset': metric.dataset if metric else title,
         'img_size': metric.img_size if metric else entry.input.input_size[-1],
         'bytes': entry.bytes,
+        'license': entry.license,
+        'source': entry.source and entry.source.name,
+        'source_top1': entry.source and entry.source.top1,
     }
 
 
@@ -112,20 +116,24 @@ def _summary(entry: 'ModelEntry', title: str) -> dict[str, Any]:
 def _list(args: argparse.Namespace) -> int:
     from .pretrained.manifest import load_manifest
     manifest = load_manifest()
-    summaries = [_summary(entry, manifest.label_sets[entry.label_set].title) for entry in manifest.models.values()]
+    titles = {name: label_set.title for name, label_set in manifest.label_sets.items()}
+    summaries = [_summary(entry, titles.get(entry.label_set, '-')) for entry in manifest.tags.values()]
     if args.json:
         print(json.dumps(summaries, indent=2))
         return 0
-    rows = [('model', 'status', 'data set', 'parameters', 'top-1 %', 'input px', 'file MB')]
+    rows = [('model', 'status', 'data set', 'licence', 'parameters', 'top-1 %', 'source %', 'input px', 'file MB')]
     for tag in summaries:
         rows.append((
-            tag['name'], tag['status'], tag['dataset'],
+            tag['name'] + ' *' * tag['default'], tag['status'], tag['dataset'], tag['license'],
             f'{tag["parameters"]:,}' if tag['parameters'] else '-',
-            '-' if tag['top1'] is None else f'{tag["top1"]:.2f}',
+            *('-' if tag[key] is None else f'{tag[key]:.2f}' for key in ('top1', 'source_top1')),
             str(tag['img_size']),
             f'{tag["bytes"] / 1e6:.1f}' if tag['bytes'] else '-',
         ))
-    print('\n'.join(_table(rows, left=3)))
+    print('\n'.join(_table(rows, left=4)))
+    print("\n*: what the architecture's name alone means. converted: made of a trained ResNet of timm when loaded.\n"
+          "'source %' is the top-1 of that ResNet, published by timm for this size. 'top-1 %' is the model's own;\n"
+          'where there is none, it has not been measured.')
     return 0
 
 
@@ -144,7 +152,10 @@ def _info(args: argparse.Namespace) -> int:
         return 0
     import timm
 
+    from .pretrained.converted import describe_source
     from .radii import learned_radii
+    if entry.source:
+        print(f'\n{describe_source(entry)}')
     model = timm.create_model(entry.name, pretrained=True)
     rows = [('attention layer', 'map', 'radius in cells', 'relative to the map')]
     for layer in learned_radii(model, entry.input.input_size):
@@ -158,7 +169,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 @_command('verify', 'check bundled, cached and Hub files and golden outputs against the manifest', _argument(
-    'tags', nargs='*', metavar='TAG', help='default: all that have weights'))
+    'tags', nargs='*', metavar='TAG', help='default: all that the manifest has a hash of'))
 def _verify(args: argparse.Namespace) -> int:
     from .pretrained.verify import verify_tags
     checks = verify_tags(args.tags)
@@ -173,7 +184,7 @@ def _verify(args: argparse.Namespace) -> int:
 @_command(
     'download', 'make folders that `local-dir:` loads where there is no network',
     _argument('names', nargs='+', metavar='TAG... DIR', help='tags, and the folder to put theirs into'),
-    _argument('--all', action='store_true', help='all tags that have weights; then name the folder alone'))
+    _argument('--all', action='store_true', help='all but converted tags; then name the folder alone'))
 def _download(args: argparse.Namespace) -> int:
     *tags, folder = args.names
     if bool(tags) == args.all:
@@ -181,9 +192,18 @@ def _download(args: argparse.Namespace) -> int:
         raise GeoPriorError(f'The arguments must be tags and a folder, or --all and a folder, got {got}.')
     from .pretrained.download import download_tag
     from .pretrained.manifest import load_manifest
-    for name in tags or [entry.name for entry in load_manifest().models.values() if entry.has_weights]:
+    for name in tags or [entry.name for entry in load_manifest().models.values() if entry.is_released]:
         place = download_tag(name, folder)
         print(f"{place}\n  timm.create_model('local-dir:{place}', pretrained=True)")
+    return 0
+
+
+@_command('pin', "write revision and SHA-256 of the converted tags' sources into the manifest", _argument(
+    'tags', nargs='*', metavar='TAG', help='default: all converted tags'))
+def _pin(args: argparse.Namespace) -> int:
+    from .release.sources import pin_sources
+    for line in pin_sources(args.tags):
+        print(line, flush=True)
     return 0
 
 

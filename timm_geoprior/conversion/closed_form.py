@@ -116,20 +116,18 @@ def _by_quadrature(mean: Tensor, std: Tensor, activation: nn.Module) -> Activati
     beside = torch.arange(1, NODES, dtype=torch.float64).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     weights = vectors[0].square()
-    inputs = (mean + std * nodes[:, None]).requires_grad_()
-    with torch.enable_grad():
-        outputs = activation(inputs.clone())
-        slopes, = torch.autograd.grad(outputs.sum(), inputs)
-    outputs = outputs.detach()
+    outputs = activation(mean + std * nodes[:, None])
     first = weights @ outputs
-    series = (_hermite(nodes)[1:TERMS + 1] * weights) @ outputs
-    return ActivationStatistics(first, weights @ (outputs - first).square(), weights @ slopes.square(), series)
+    series = (_hermite(nodes, NODES // 2)[1:] * weights) @ outputs
+    orders = torch.arange(1, len(series) + 1)
+    slope = orders.double() @ series.square() / std.square()  # differentiated term by term
+    return ActivationStatistics(first, weights @ (outputs - first).square(), slope, series[:TERMS])
 
 
-def _hermite(points: Tensor) -> Tensor:
-    """Orthonormal Hermite polynomials of orders 0 to TERMS, shape (TERMS + 1, *points.shape)."""
+def _hermite(points: Tensor, terms: int = TERMS) -> Tensor:
+    """Orthonormal Hermite polynomials of orders 0 to `terms`, shape (terms + 1, *points.shape)."""
     values = [torch.ones_like(points), points]
-    for n in range(1, TERMS):
+    for n in range(1, terms):
         values.append((points * values[n] - math.sqrt(n) * values[n - 1]) / math.sqrt(n + 1))
     return torch.stack(values)
 

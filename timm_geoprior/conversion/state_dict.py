@@ -118,9 +118,11 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     for item in attention_blocks(model):
         _check_tensors(state_dict, {item.prefix + name: shapes[item.prefix + name] for name in _READ})
         block = {name: state_dict[item.prefix + name] for name in _READ}
-        fits.append(_fit_block(item, block))
+        with torch.device('cpu'), torch.no_grad():  # whatever torch.set_default_device says
+            fits.append(_fit_block(item, block))
+            changed = apply_fit(block, fits[-1])
         del converted[f'{item.prefix}conv2.weight']
-        converted.update({item.prefix + name: tensor for name, tensor in apply_fit(block, fits[-1]).items()})
+        converted.update({item.prefix + name: tensor for name, tensor in changed.items()})
     if fits:
         channels, radii = sum(len(fit.channels) for fit in fits), [radius for fit in fits for radius in fit.radii]
         _logger.info(

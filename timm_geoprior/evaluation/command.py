@@ -324,9 +324,11 @@ def _names(args: argparse.Namespace) -> list[str | None]:
         return [load_manifest().get(args.model).name if args.check and args.model else args.model]
     if not _is_sweep(args):
         return [load_manifest().get(args.tag).name]
-    pattern = '*' if args.tag == 'all' else args.tag
-    entries = load_manifest().models.values()
-    names = [entry.name for entry in entries if entry.has_weights and fnmatch.fnmatch(entry.name, pattern)]
+    tags = load_manifest().tags.values()
+    if args.tag == 'all':  # of the converted ones, those whose figure can be checked: each is a download
+        names = [entry.name for entry in tags if entry.is_released or entry.metrics]
+    else:
+        names = [entry.name for entry in tags if entry.has_weights and fnmatch.fnmatch(entry.name, args.tag)]
     if not names:
         raise EvaluationError(f'--tag {args.tag} must match a tag that has weights. `timm-geoprior list` shows them.')
     return [*names]
@@ -366,7 +368,9 @@ def _measure_all(run: _Run) -> None:
 def _measure(run: _Run, data: EvalSet, name: str | None) -> None:
     args, config = run.args, run.config
     if _is_sweep(args) and name is not None:  # do not fetch weights for other classes
-        labels = load_manifest().label_sets[load_manifest().get(name).label_set]
+        labels = load_manifest().label_sets.get(load_manifest().get(name).label_set)
+        if labels is None:
+            raise ClassMismatchError(f'{name} must have a classifier, got a backbone without one.')
         match_classes(data.classes, labels.wnids, labels.names, labels.num_classes, args.subset)
     loaded = load_model(name, args.checkpoint, args.weights, args.num_classes,
                         args.input_size[0] if args.input_size else 3, args.model_kwargs)

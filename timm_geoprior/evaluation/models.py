@@ -140,8 +140,8 @@ def _load_into(model: nn.Module, state_dict: dict[str, Tensor], name: str, sourc
 
 
 def _manifest_entry(name: str) -> ModelEntry | None:
-    models = load_manifest().models
-    return next((entry for entry in models.values()
+    tags = load_manifest().tags
+    return next((entry for entry in tags.values()
                  if name == entry.name or (name == entry.architecture and entry.default)), None)
 
 
@@ -156,7 +156,7 @@ def _class_names(
     if saved and saved.class_names:
         same = [labels for labels in label_sets.values() if labels.wnids == saved.class_names]
         return saved.class_names, same[0].names if same else ()
-    labels: LabelSet | None = label_sets[entry.label_set] if entry else None
+    labels: LabelSet | None = label_sets.get(entry.label_set) if entry else None
     if labels and labels.num_classes == num_classes:
         return labels.wnids, labels.names
     cfg = getattr(model, 'pretrained_cfg', {})

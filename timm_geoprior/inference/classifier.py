@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ..data.images import read_image
@@ -111,13 +112,18 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier
         The classifier.
 
     Raises:
-        GeoPriorError: There is no such model, it cannot be loaded, or nothing names its classes.
+        GeoPriorError: There is no such model, it cannot be loaded, it has no classifier, or nothing names its
+            classes.
         WeightsError: It is a tag of this package without weights, or they cannot be had.
 
     Examples:
         >>> len(load_classifier('geoprior_resnet14_nano').classes)
         200
     """
+    cfg = get_pretrained_cfg(name)
+    if cfg and cfg.num_classes == 0:  # told before it is fetched
+        raise GeoPriorError(f'The model must have a classifier, and {name} is a backbone. Choose another, or fine-tune '
+                            f'it: timm-geoprior finetune DIR --model {name}.')
     loaded = load_model(name)
     if not loaded.wnids:
         raise GeoPriorError(f'The model must have class names, and {name} has none. Use it from Python, or choose a '

@@ -104,7 +104,7 @@ class _Shown:
 
 def _about(name: str) -> str:
     """What a visitor has to know of a model: what it can tell apart, and how well."""
-    classifier, entry = load(name), load_manifest().models.get(name)
+    classifier, entry = load(name), load_manifest().tags.get(name)
     _, height, width = resolve_model_data_config(classifier.model)['input_size']
     about = f'Knows {len(classifier.classes)} classes, sees {width} x {height} pixels'
     for metric in entry.metrics[:1] if entry else ():
@@ -215,7 +215,7 @@ def build(model: str | None = None) -> gr.Blocks:
         model: The model that is chosen at first, as `load_classifier` takes it; the default model where it is None.
 
     Returns:
-        The page, on which all models of the manifest that have weights can be chosen.
+        The page, on which all bundled and published models can be chosen, and the one that is named.
 
     Raises:
         GeoPriorError: `load_classifier` cannot load the model, or it has no attention layers.
@@ -224,7 +224,7 @@ def build(model: str | None = None) -> gr.Blocks:
     classifier = load(model or default_model(manifest).name)
     learned_windows(classifier.model, view_of(classifier, (1, 1)), (0, 0))  # or there is nothing to show
     chosen = classifier.name
-    names = [entry.name for entry in manifest.models.values() if entry.has_weights]
+    names = [entry.name for entry in manifest.models.values() if entry.is_released]
     with gr.Blocks(title='timm_geoprior', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         shown, window = gr.State(), gr.JSON(visible=False)
         gr.Markdown(f'# {TITLE}\n{LEAD}')
@@ -317,7 +317,7 @@ def write_space(folder: Path, model: str | None = None) -> None:
     """
     manifest = load_manifest()
     first = manifest.get(model) if model else default_model(manifest)
-    models = [entry for entry in manifest.models.values() if entry.has_weights]
+    models = list(dict.fromkeys([*(entry for entry in manifest.models.values() if entry.is_released), first]))
     metadata = SpaceCardData(
         title='timm_geoprior', sdk='gradio', sdk_version=version('gradio'), app_file='app.py', license='apache-2.0',
         python_version='.'.join(platform.python_version_tuple()[:2]),

@@ -2,6 +2,7 @@
 from pathlib import Path
 from typing import Any
 
+from .converted import converted_cfg
 from .manifest import ManifestError, ModelEntry, load_manifest
 
 __all__ = ['bundled_path', 'hub_config', 'pretrained_cfg', 'pretrained_cfgs', 'source_keys']
@@ -21,14 +22,16 @@ def pretrained_cfgs() -> dict[str, Any]:
     manifest there are none: the import still succeeds, and the error comes with the first request for weights.
     """
     try:
-        models = load_manifest().models.values()
+        tags = load_manifest().tags.values()
     except ManifestError:
         return {}
-    return {entry.name + '*' * entry.default: pretrained_cfg(entry) for entry in models}
+    return {entry.name + '*' * entry.default: pretrained_cfg(entry) for entry in tags}
 
 
 def pretrained_cfg(entry: ModelEntry) -> dict[str, Any]:
     """timm's cfg of one tag."""
+    if entry.status == 'converted':
+        return {**source_keys(entry), **converted_cfg(entry)}
     label_set = load_manifest().label_sets[entry.label_set]
     height, width = entry.input.input_size[1:]
     return {
@@ -58,8 +61,10 @@ def source_keys(entry: ModelEntry) -> dict[str, str]:
         return {}
     if entry.status == 'bundled':
         return {'file': str(bundled_path(entry))}
-    filename = {} if entry.file == 'model.safetensors' else {'hf_hub_filename': str(entry.file)}
-    return {'hf_hub_id': f'{entry.hub_id}@{entry.revision}', **filename}
+    hub_id = f'{entry.hub_id}@{entry.revision}' if entry.revision else str(entry.hub_id)
+    # timm would look for pickled weights too, but for a name of safetensors
+    needs_name = entry.status == 'converted' or entry.file != 'model.safetensors'
+    return {'hf_hub_id': hub_id, **({'hf_hub_filename': str(entry.file)} if needs_name else {})}
 
 
 def hub_config(entry: ModelEntry) -> dict[str, Any]:
@@ -72,7 +77,8 @@ def hub_config(entry: ModelEntry) -> dict[str, Any]:
         A dictionary of JSON's types. Class names are readable ones, which transformers' pipeline shows; timm and
         transformers look ImageNet-1k's up themselves.
     """
-    names = load_manifest().label_sets[entry.label_set].classes.values()
+    label_set = load_manifest().label_sets.get(entry.label_set)
+    names = label_set.classes.values() if label_set else ()
     sources = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'label_names', 'label_descriptions')
     cfg = {key: value for key, value in pretrained_cfg(entry).items() if key not in sources}
     return {

@@ -1,7 +1,8 @@
 """The files of a tag: where they are, how they come from the Hub, and whether they are what the manifest says.
 
 A file comes from the package's `weights` folder, else from the Hugging Face Hub at the manifest's revision, through
-huggingface_hub and its cache. It is read once, and size and SHA-256 are checked on the very bytes that were read.
+huggingface_hub and its cache. It is read once, and size and SHA-256 are checked on the very bytes that were read. The
+source of a converted tag that the manifest does not pin has no hash to check.
 """
 import contextlib
 import errno
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,6 +23,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors.torch import save
+from timm.models import create_model
 
 from ..errors import WeightsError
 from ..files import is_lfs_pointer, write_atomically, write_json
@@ -33,6 +36,7 @@ __all__ = [
     'redact', 'require_weights', 'weights_asset',
 ]
 
+PATIENCE = 6  # seconds that the Hub may take to answer at all
 ATTEMPTS = 3  # of a download that the network broke; huggingface_hub's own retries come before
 CHUNK = 1 << 20
 
@@ -49,18 +53,25 @@ class Asset:
         title: What messages call it.
         bundled: Its path if it is in the package.
         hub_id: 'owner/name' of the repository.
-        revision: Commit of the repository.
+        revision: Commit of the repository; None for the newest.
         file: Its name in the repository.
-        sha256: Its SHA-256.
+        sha256: Its SHA-256; None if it is not to be checked.
         size: Its size in bytes; None if the manifest does not say.
+        instead: A tag that messages name, which needs no network.
     """
     title: str
     bundled: Path
     hub_id: str | None
     revision: str | None
     file: str
-    sha256: str
+    sha256: str | None
     size: int | None
+    instead: str = ''
+
+    @property
+    def place(self) -> str:
+        """What is wanted of the Hub, in words."""
+        return f'{self.file} of {self.hub_id}' + (f' at {self.revision}' if self.revision else '')
 
     def locate(self, cache_dir: str | Path | None, force: bool = False) -> Path:
         """The path of the file on this machine; it is fetched if it is not there.
@@ -80,7 +91,8 @@ class Asset:
 def require_weights(entry: ModelEntry) -> None:
     """Raise WeightsError, naming the tags that have weights, if this one has none."""
     if not entry.has_weights:
-        known = [other.name for other in load_manifest().models.values() if other.has_weights]
+        known = [other.name for other in load_manifest().tags.values()
+                 if other.is_released or (other.default and other.architecture == entry.architecture)]
         raise WeightsError(
             f'{entry.name} has no weights (its status is {entry.status}). Tags with weights: '
             f'{", ".join(known) or "none in this version"}. Name one of them, or use pretrained=False.')
@@ -90,7 +102,15 @@ def weights_asset(entry: ModelEntry) -> Asset:
     """The weights of a tag. Raises WeightsError if it has none."""
     require_weights(entry)
     return Asset(f'The weights of {entry.name}', bundled_path(entry), entry.hub_id, entry.revision, str(entry.file),
-                  str(entry.sha256), entry.bytes)
+                 entry.sha256, entry.bytes, _bundled_instead(entry))
+
+
+def _bundled_instead(entry: ModelEntry) -> str:
+    """A bundled tag, of the same architecture if there is one."""
+    bundled = [other for other in load_manifest().models.values()
+               if other.status == 'bundled' and other.name != entry.name]
+    same = [other.name for other in bundled if other.architecture == entry.architecture]
+    return (same or [other.name for other in bundled] or [''])[-1]
 
 
 def golden_asset(entry: ModelEntry) -> Asset:
@@ -179,7 +199,8 @@ def download_tag(name: str, folder: str | Path) -> Path:
         folder: Where the folder of the tag goes.
 
     Returns:
-        The folder of the tag, with model.safetensors, golden/outputs.safetensors and config.json.
+        The folder of the tag, with model.safetensors and config.json. The weights of a converted tag are converted;
+        golden/outputs.safetensors is beside those of the others.
 
     Raises:
         ManifestError: There is no such tag.
@@ -187,16 +208,26 @@ def download_tag(name: str, folder: str | Path) -> Path:
     """
     entry = load_manifest().get(name)
     target = Path(folder) / entry.name
-    assets = {'model.safetensors': weights_asset(entry), 'golden/outputs.safetensors': golden_asset(entry)}
+    require_weights(entry)
     try:
-        (target / 'golden').mkdir(parents=True, exist_ok=True)
-        for file, asset in assets.items():
-            if not _is_right(asset, target / file):
-                write_atomically(target / file, bytes(read_asset(asset)))
+        target.mkdir(parents=True, exist_ok=True)
+        if entry.status == 'converted':
+            state_dict = create_model(entry.name, pretrained=True).state_dict()
+            write_atomically(target / 'model.safetensors', save(state_dict, {'format': 'pt'}))
+        else:
+            _copy_files(entry, target)
         write_json(target / 'config.json', hub_config(entry))
     except OSError as error:
         raise WeightsError(f'{target} cannot be written ({error.strerror}). Name another folder.') from None
     return target
+
+
+def _copy_files(entry: ModelEntry, target: Path) -> None:
+    (target / 'golden').mkdir(exist_ok=True)
+    assets = {'model.safetensors': weights_asset(entry), 'golden/outputs.safetensors': golden_asset(entry)}
+    for file, asset in assets.items():
+        if not _is_right(asset, target / file):
+            write_atomically(target / file, bytes(read_asset(asset)))
 
 
 def _is_right(asset: Asset, path: Path) -> bool:
@@ -217,6 +248,8 @@ def _discard(path: Path) -> None:
 def _download(asset: Asset, cache_dir: str | Path | None, force: bool) -> Path:
     """The path of the file in huggingface_hub's cache, fetched if it is not there."""
     started = time.time() - 1  # file systems' clocks are coarse
+    if path := _cached_without_hub(asset, cache_dir):
+        return path
     for attempt in range(ATTEMPTS):
         begun = time.monotonic()
         try:
@@ -227,12 +260,39 @@ def _download(asset: Asset, cache_dir: str | Path | None, force: bool) -> Path:
             return path
         except Exception as error:
             if attempt + 1 == ATTEMPTS or not _is_transient(error, time.monotonic() - begun):
-                raise WeightsError(
-                    f'{asset.title} ({asset.file} of {asset.hub_id} at {asset.revision}) could not be fetched: '
-                    f'{explain(error, cache_dir)}.') from None
+                raise _not_fetched(asset, error, cache_dir) from None
             force = force or type(error) is OSError  # a part of the wrong size must not be resumed
         time.sleep(2 ** attempt)
     raise AssertionError('unreachable')
+
+
+def _cached_without_hub(asset: Asset, cache_dir: str | Path | None) -> Path | None:
+    """The cached file if the Hub does not answer; None if it does or need not be asked.
+
+    huggingface_hub itself asks five times, for half a minute and with a line for each, before it looks into the cache
+    or gives up.
+
+    Raises:
+        WeightsError: The Hub does not answer, and the file is not in the cache.
+    """
+    cached = try_to_load_from_cache(str(asset.hub_id), asset.file, cache_dir=cache_dir, revision=asset.revision)
+    known = Path(cached) if isinstance(cached, str) else None
+    if constants.HF_HUB_OFFLINE or (known and asset.revision):
+        return None
+    try:
+        get_hf_file_metadata(hf_hub_url(str(asset.hub_id), asset.file, revision=asset.revision), timeout=PATIENCE)
+    except HfHubHTTPError:
+        return None  # an answer, which hf_hub_download understands
+    except Exception as error:
+        if known is None:
+            raise _not_fetched(asset, error, cache_dir) from None
+        return known
+    return None
+
+
+def _not_fetched(asset: Asset, error: Exception, cache_dir: str | Path | None) -> WeightsError:
+    instead = f', or take {asset.instead}, which needs no network' if asset.instead else ''
+    return WeightsError(f'{asset.title} ({asset.place}) could not be fetched: {explain(error, cache_dir)}{instead}.')
 
 
 def _sweep(path: Path, started: float) -> None:

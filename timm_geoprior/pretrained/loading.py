@@ -1,4 +1,7 @@
-"""Verified loading: the bytes that the manifest names become a model's tensors, or an error says why not."""
+"""Verified loading: the bytes that the manifest names become a model's tensors, or an error says why not.
+
+The source of a converted tag that the manifest does not pin is the newest on the Hub, and is not checked.
+"""
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -6,11 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from ..errors import GeoPriorError, WeightsError
 from .cfgs import source_keys
-from .download import golden_asset, read_asset, weights_asset
+from .download import Asset, golden_asset, read_asset, redact, weights_asset
 from .manifest import ModelEntry, load_manifest
 
 __all__ = ['build_with_verified_weights', 'load_golden', 'load_verified']
@@ -57,11 +63,16 @@ def build_with_verified_weights(
     asset = weights_asset(entry)
     path = asset.locate(cache_dir)
     with ThreadPoolExecutor(1) as thread:
-        content = thread.submit(read_asset, asset, path, cache_dir)
+        tensors = thread.submit(_load, asset, path, cache_dir)
 
         def take_verified(placeholder: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
             model.pretrained_cfg.pop('state_dict')  # type: ignore[operator,union-attr]
-            return pretrained_filter_fn(_tensors(content.result()), model)
+            try:
+                return pretrained_filter_fn(tensors.result(), model)
+            except WeightsError:
+                raise
+            except GeoPriorError as error:
+                raise WeightsError(f'{asset.title} cannot be made of {asset.hub_id}: {error}') from error
 
         # timm deep-copies its cfg, so the tensors cannot go that way: a placeholder keeps it from looking for a file
         overlay = {**(kwargs.pop('pretrained_cfg_overlay', None) or {}), 'state_dict': {'verified': True}}
@@ -73,7 +84,7 @@ def build_with_verified_weights(
 def _own_entry(variant: str, kwargs: dict[str, Any]) -> ModelEntry | None:
     """The manifest's entry that timm would load from, or None where the source is not the manifest's."""
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    entry = load_manifest().models.get(f'{variant}.{cfg.tag}')
+    entry = load_manifest().tags.get(f'{variant}.{cfg.tag}')
     if entry is None:
         return None
     source = {key: value for key in _SOURCE_KEYS if (value := getattr(cfg, key))}
@@ -95,7 +106,8 @@ def load_verified(entry: ModelEntry, cache_dir: str | Path | None = None) -> dic
     Raises:
         WeightsError: The tag has no weights, they cannot be fetched, or size or SHA-256 are not the manifest's.
     """
-    return _tensors(read_asset(weights_asset(entry), None, cache_dir))
+    asset = weights_asset(entry)
+    return _load(asset, asset.locate(cache_dir), cache_dir)
 
 
 def load_golden(entry: ModelEntry, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
@@ -112,6 +124,16 @@ def load_golden(entry: ModelEntry, cache_dir: str | Path | None = None) -> dict[
         WeightsError: As `load_verified`.
     """
     return _tensors(read_asset(golden_asset(entry), None, cache_dir))
+
+
+def _load(asset: Asset, path: Path, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    if asset.sha256 is not None:
+        return _tensors(read_asset(asset, path, cache_dir))
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f'{asset.title} must be a safetensors file, got another in {path} ({redact(str(error))}). '
+                           f'Delete it, and try again.') from None
 
 
 def _tensors(content: memoryview) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -17,14 +18,16 @@ from ..errors import GeoPriorError
 from ..files import write_atomically
 
 __all__ = [
-    'Baseline', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric', 'ModelEntry', 'TrainLog',
-    'check_bytes_stay', 'default_architecture', 'default_model', 'load_manifest', 'manifest_path', 'parse_entry',
-    'parse_manifest', 'to_json', 'update_manifest',
+    'SOURCES', 'Baseline', 'ConvertedEntry', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric',
+    'ModelEntry', 'Source', 'TrainLog', 'check_bytes_stay', 'default_architecture', 'default_model', 'load_manifest',
+    'manifest_path', 'parse_entry', 'parse_manifest', 'to_json', 'update_converted', 'update_manifest',
 ]
 
 SCHEMA_VERSION = 1
 FILE_NAME = 'weights_manifest.json'
-Status = Literal['planned', 'staged', 'bundled', 'published']
+# architectures that have a tag `from_TAG` for each of timm's tags of a ResNet
+SOURCES = {'geoprior_resnet50': 'resnet50', 'geoprior_resnet101': 'resnet101', 'geoprior_resnet152': 'resnet152'}
+Status = Literal['planned', 'staged', 'bundled', 'published', 'converted']
 
 _T = TypeVar('_T')
 
@@ -177,11 +180,48 @@ class Golden:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The trained ResNet that a tag's weights are converted from.
+
+    Attributes:
+        name: timm's name of it, such as 'resnet50.a1_in1k'.
+        top1: Top-1 accuracy on ImageNet-1k in percent at the tag's input size and crop, as timm has published it.
+        top5: Top-5 accuracy likewise.
+    """
+    name: str
+    top1: float | None = None
+    top5: float | None = None
+
+
+@dataclass(frozen=True)
+class ConvertedEntry:
+    """What the manifest holds of a converted tag; timm's registry has the rest.
+
+    Attributes:
+        revision: Commit of the source's repository on the Hub that the tag is pinned to, 40 hexadecimal digits.
+        sha256: SHA-256 of the source's model.safetensors.
+        bytes: Its size.
+        metrics: What was measured with the converted weights.
+    """
+    revision: str | None = None
+    sha256: str | None = None
+    bytes: int | None = None
+    metrics: tuple[Metric, ...] = ()
+
+    def __post_init__(self) -> None:
+        pin = (self.revision, self.sha256, self.bytes)
+        _check(all(pin) or pin == (None, None, None), 'revision, sha256, bytes', pin, 'all three or none')
+        _check_hex(self.revision, 40, 'revision of a source')
+        _check_hex(self.sha256, 64, 'sha256 of a source')
+
+
+@dataclass(frozen=True)
 class ModelEntry:
     """One tag of an architecture.
 
     Attributes:
-        status: 'planned' (no weights yet), 'staged' (made, not released), 'bundled' (in this package) or 'published'.
+        status: 'planned' (no weights yet), 'staged' (made, not released), 'bundled' (in this package), 'published', or
+            'converted' (from a trained ResNet of timm, when it is loaded).
         default: Whether the bare architecture's name means this tag.
         hub_id: 'owner/name' of the Hub repository.
         revision: Commit of that repository, 40 hexadecimal digits.
@@ -197,6 +237,7 @@ class ModelEntry:
         recipe_commit: Commit of this project that trained it.
         base_model: Tag or Hub id of the weights that training started from, if any.
         num_classes: Number of classes, the label set's.
+        source: What the weights are converted from; the file, its size and its hash are then the source's.
     """
     status: Status
     default: bool
@@ -222,6 +263,7 @@ class ModelEntry:
     train_log: TrainLog | None = None
     name: str = field(default='', metadata={'key': True})
     num_classes: int = field(default=0, metadata={'key': True})
+    source: Source | None = field(default=None, metadata={'key': True})
 
     def __post_init__(self) -> None:
         _check(re.fullmatch(r'[a-z0-9_]+\.[a-z0-9_]+', self.name) is not None, 'A model name', self.name,
@@ -234,7 +276,9 @@ class ModelEntry:
                self.hub_id, 'owner/name')
         _check_hex(self.sha256, 64, f'sha256 of {self.name}')
         _check_hex(self.revision, 40, f'revision of {self.name}')
-        if self.status != 'planned':
+        if self.status == 'converted':
+            self._check_present(('source', 'hub_id', 'file'))
+        elif self.status != 'planned':
             self._check_present(('file', 'sha256', 'bytes', 'dtype', 'golden', 'parameters'))
         if self.status == 'published':
             self._check_present(('hub_id', 'revision'))
@@ -258,22 +302,46 @@ class ModelEntry:
     @property
     def has_weights(self) -> bool:
         """Whether `pretrained=True` finds weights."""
+        return self.status in ('bundled', 'published', 'converted')
+
+    @property
+    def is_released(self) -> bool:
+        """Whether there is a file of this project's own, in the package or on the Hub."""
         return self.status in ('bundled', 'published')
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest; models are in file order."""
+    """The whole manifest; models are in file order.
+
+    Attributes:
+        models: The tags that the file describes.
+        converted: What the file holds of converted tags; those that it does not name exist too.
+    """
     schema_version: int
     label_sets: dict[str, LabelSet]
     models: dict[str, ModelEntry]
+    converted: dict[str, ConvertedEntry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self.schema_version == SCHEMA_VERSION, 'schema_version', self.schema_version,
                f'{SCHEMA_VERSION}: update timm_geoprior')
         for architecture in {entry.architecture for entry in self.models.values()}:
             defaults = [e.name for e in self.models.values() if e.architecture == architecture and e.default]
-            _check(len(defaults) == 1, f'default of {architecture}', defaults, 'one tag')
+            if architecture in SOURCES:
+                _check(not defaults, f'default of {architecture}', defaults, "no tag: timm's default, converted, is it")
+            else:
+                _check(len(defaults) == 1, f'default of {architecture}', defaults, 'one tag')
+
+    @functools.cached_property
+    def tags(self) -> dict[str, ModelEntry]:
+        """All tags, those of `models` and the converted ones, by architecture."""
+        from .converted import converted_entries  # asks timm
+
+        entries = [*self.models.values(), *converted_entries(self)]
+        order = {architecture: place for place, architecture in enumerate(dict.fromkeys(
+            entry.architecture for entry in entries))}
+        return {entry.name: entry for entry in sorted(entries, key=lambda entry: order[entry.architecture])}
 
     def get(self, name: str) -> ModelEntry:
         """Look a tag up.
@@ -287,10 +355,11 @@ class Manifest:
         Raises:
             ManifestError: There is no such name; the message lists those there are.
         """
-        for entry in self.models.values():
+        for entry in self.tags.values():
             if name == entry.name or (name == entry.architecture and entry.default):
                 return entry
-        raise ManifestError(f'Got the model name {name!r}, expected one of {", ".join(self.models)}.')
+        same = [entry.name for entry in self.tags.values() if entry.architecture == name.partition('.')[0]]
+        raise ManifestError(f'The model must be one of {", ".join(same or self.models)}, got {name!r}.')
 
     def to_json(self) -> str:
         """The file's text."""
@@ -369,11 +438,13 @@ def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
     for key in ('schema_version', 'label_sets', 'models'):
         _check(isinstance(data.get(key), int if key == 'schema_version' else dict), f'{key} of {where}', data.get(key),
                'a number' if key == 'schema_version' else 'an object')
-    _check(set(data) == {'schema_version', 'label_sets', 'models'}, f'{where}', sorted(data), 'no other keys')
+    known = {'schema_version', 'label_sets', 'models', 'converted'}
+    _check(set(data) <= known, f'{where}', sorted(data), 'no other keys')
     label_sets = {
         name: _parse(LabelSet, item, f'label_sets.{name}', name=name) for name, item in data['label_sets'].items()}
     models = {name: parse_entry(name, item, label_sets) for name, item in data['models'].items()}
-    return Manifest(data['schema_version'], label_sets, models)
+    converted = _parse(dict[str, ConvertedEntry], data.get('converted', {}), f'converted of {where}')
+    return Manifest(data['schema_version'], label_sets, models, converted)
 
 
 def parse_entry(name: str, data: Any, label_sets: dict[str, LabelSet]) -> ModelEntry:
@@ -450,14 +521,40 @@ def update_manifest(path: Path | None, entry: ModelEntry, *, replace_weights: bo
     Raises:
         ManifestError: The file is malformed, the entry does not fit into it, or it would change a released tag's bytes.
     """
-    from filelock import FileLock  # of torch's dependencies; not needed to read
-
-    path = path or manifest_path()
-    with FileLock(path.with_name(f'.{path.name}.lock')):
-        manifest = parse_manifest(path.read_text(encoding='utf-8'), str(path))
+    def change(manifest: Manifest) -> Manifest:
         if not replace_weights:
             check_bytes_stay(manifest, entry)
-        text = replace(manifest, models={**manifest.models, entry.name: entry}).to_json()
+        return replace(manifest, models={**manifest.models, entry.name: entry})
+
+    return _rewrite(path or manifest_path(), change)
+
+
+def update_converted(path: Path | None, name: str, **changes: Any) -> Manifest:
+    """Write what the manifest holds of a converted tag, as `update_manifest` writes an entry.
+
+    Args:
+        path: The manifest, else the package's own.
+        name: The tag.
+        **changes: Fields of its `ConvertedEntry`; the others stay.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ManifestError: The file is malformed, or the fields do not fit.
+    """
+    def change(manifest: Manifest) -> Manifest:
+        entry = replace(manifest.converted.get(name, ConvertedEntry()), **changes)
+        return replace(manifest, converted=dict(sorted({**manifest.converted, name: entry}.items())))
+
+    return _rewrite(path or manifest_path(), change)
+
+
+def _rewrite(path: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
+    from filelock import FileLock  # of torch's dependencies; not needed to read
+
+    with FileLock(path.with_name(f'.{path.name}.lock')):
+        text = change(parse_manifest(path.read_text(encoding='utf-8'), str(path))).to_json()
         updated = parse_manifest(text, str(path))
         for left in path.parent.glob(f'.{path.name}.*.tmp'):  # by a writer that was killed
             left.unlink()

@@ -65,7 +65,7 @@ def verify_tags(names: Iterable[str] = ()) -> list[Check]:
     """Hold bundled, cached and Hub files and golden outputs against the manifest.
 
     Args:
-        names: Tags, or architectures for their default tags; none for all tags that have weights.
+        names: Tags, or architectures for their default tags; none for all that the manifest has a hash of.
 
     Returns:
         The checks, in order; a failed one is no exception.
@@ -75,7 +75,8 @@ def verify_tags(names: Iterable[str] = ()) -> list[Check]:
         WeightsError: A tag that was named has no weights.
     """
     manifest = load_manifest()
-    entries = [manifest.get(name) for name in names] or [e for e in manifest.models.values() if e.has_weights]
+    entries = [manifest.get(name) for name in names] or [
+        entry for entry in manifest.tags.values() if entry.has_weights and entry.sha256]
     for entry in entries:
         require_weights(entry)
     return [check for entry in entries for check in _checks(entry)]
@@ -83,6 +84,9 @@ def verify_tags(names: Iterable[str] = ()) -> list[Check]:
 
 def _checks(entry: ModelEntry) -> Iterator[Check]:
     path = bundled_path(entry)
+    if entry.status == 'converted' and entry.sha256 is None:
+        yield Check(entry.name, 'source', None, f'{entry.hub_id} is not pinned: the manifest has no hash of it')
+        return
     if entry.status == 'bundled' or path.exists():
         yield _file_check(entry, 'bundled file', path)
     if entry.hub_id:
@@ -92,7 +96,8 @@ def _checks(entry: ModelEntry) -> Iterator[Check]:
         else:
             yield Check(entry.name, 'cached file', None, 'not in the cache')
         yield _hub_check(entry)
-    yield _golden_check(entry)
+    if entry.golden:
+        yield _golden_check(entry)
 
 
 def _cached(entry: ModelEntry) -> object:
@@ -155,7 +160,9 @@ def doctor() -> dict[str, Any]:
         'cache_writable': os.access(_nearest_folder(Path(constants.HF_HUB_CACHE)), os.W_OK),
         'logged_in': get_token() is not None,
         'environment': {name: redact(os.environ[name]) for name in VARIABLES if name in os.environ},
-        'tags': {entry.name: _load_report(entry) for entry in load_manifest().models.values()},
+        # of the converted tags those that are here: of the others each would be a question to the Hub
+        'tags': {entry.name: _load_report(entry) for entry in load_manifest().tags.values()
+                 if entry.status != 'converted' or isinstance(_cached(entry), str)},
     }
 
 

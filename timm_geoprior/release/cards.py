@@ -8,7 +8,9 @@ from ..files import write_atomically
 from ..pretrained.manifest import Manifest, ManifestError, Metric, ModelEntry, load_manifest, manifest_path
 from ..radii import LayerRadii
 
-__all__ = ['model_card', 'models_table', 'plot_radii', 'runs_table', 'update_readme']
+__all__ = [
+    'converted_table', 'model_card', 'models_table', 'plot_radii', 'readme_tables', 'runs_table', 'update_readme',
+]
 
 BEGIN, END = '<!-- models:begin -->', '<!-- models:end -->'
 
@@ -24,9 +26,11 @@ CITATION = """@inproceedings{tan2021explicitly,
 
 def models_table(manifest: Manifest) -> str:
     """The README's table of models, in Markdown."""
-    rows = ['| model | status | data | input | parameters | top-1 | top-5 | plain ResNet, same recipe | file |',
+    rows = ['| model | status | data | input | parameters | top-1 | top-5 | plain ResNet | file |',
             '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |']
-    for entry in manifest.models.values():
+    for entry in manifest.tags.values():
+        if entry.status == 'converted' and not entry.default:
+            continue
         metric = entry.metrics[0] if entry.metrics else None
         size = metric.img_size if metric else entry.input.input_size[-1]
         rows.append('| ' + ' | '.join((
@@ -35,11 +39,25 @@ def models_table(manifest: Manifest) -> str:
             manifest.label_sets[entry.label_set].title,
             f'{size} px',
             _number(entry.parameters),
-            _percent(metric.top1 if metric else None),
+            'not measured' if entry.source and not metric else _percent(metric.top1 if metric else None),
             _percent(metric.top5 if metric else None),
             _baseline(entry),
             f'{entry.bytes / 1e6:.1f} MB' if entry.bytes else '',
         )) + ' |')
+    return '\n'.join(rows)
+
+
+def converted_table(manifest: Manifest) -> str:
+    """The README's table of converted tags, in Markdown."""
+    rows = ['| model | licence | input | crop | top-1 of its source, by timm | own top-1 |',
+            '| --- | --- | ---: | ---: | ---: | ---: |']
+    for entry in manifest.tags.values():
+        if entry.source is None:
+            continue
+        own = _percent(entry.metrics[0].top1) if entry.metrics else 'not measured'
+        rows.append('| ' + ' | '.join((
+            f'`{entry.name}`', entry.license, f'{entry.input.input_size[-1]} px', f'{entry.input.crop_pct:g}',
+            _percent(entry.source.top1), own if entry.num_classes else 'no classifier')) + ' |')
     return '\n'.join(rows)
 
 
@@ -66,9 +84,18 @@ def _percent(value: float | None) -> str:
 
 
 def _baseline(entry: ModelEntry) -> str:
+    if entry.source:
+        return f'`{entry.source.name}`: {_percent(entry.source.top1)}, published by timm'
     if entry.baseline is None:
         return ''
-    return f'{_percent(entry.baseline.metric.top1)} ({_number(entry.baseline.parameters)} parameters)'
+    return f'same recipe: {_percent(entry.baseline.metric.top1)} ({_number(entry.baseline.parameters)} parameters)'
+
+
+def readme_tables(manifest: Manifest) -> str:
+    """All of the README's tables, in Markdown."""
+    count = sum(entry.source is not None for entry in manifest.tags.values())
+    converted = f'<details><summary>All {count} converted tags</summary>\n\n{converted_table(manifest)}\n\n</details>'
+    return f'{models_table(manifest)}\n\n{converted}\n\n{runs_table(manifest)}'
 
 
 def update_readme(path: Path, manifest: Manifest) -> bool:
@@ -89,7 +116,7 @@ def update_readme(path: Path, manifest: Manifest) -> bool:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ManifestError(f'{path} has no lines {BEGIN} and {END}, expected both: the tables go between them.')
-    updated = f'{before}{BEGIN}\n{models_table(manifest)}\n\n{runs_table(manifest)}\n{END}{after}'
+    updated = f'{before}{BEGIN}\n{readme_tables(manifest)}\n{END}{after}'
     if updated != text:
         write_atomically(path, updated.encode('utf-8'))
     return updated != text

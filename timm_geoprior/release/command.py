@@ -8,7 +8,7 @@ from ..errors import GeoPriorError
 from ..pretrained.manifest import ModelEntry, load_manifest, manifest_path
 from ..training.checkpoint import read_weights
 from .cards import update_readme
-from .publish import PublishError, bundle, describe_push, push, read_staged, stage
+from .publish import PublishError, bundle, describe_push, push, read_staged, record_results, stage
 
 __all__ = ['main']
 
@@ -20,6 +20,7 @@ DESCRIPTION = """Release a model: from a checkpoint to a staged folder, then int
     timm-geoprior publish TAG RUN/last.pt --results val.json --output DIR    stage with the figures
     timm-geoprior publish TAG --output DIR --bundle                          put it into the package, or
     timm-geoprior publish TAG --output DIR --push OWNER/NAME [--public]      onto the Hub
+    timm-geoprior publish TAG --results val.json                             record figures of a converted tag
 
 TAG is an entry of weights_manifest.json, planned or released. The Hub's token comes from `hf auth login` or HF_TOKEN.
 An interrupted push continues with the same command.
@@ -31,7 +32,7 @@ def _parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespac
         prog=prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('tag', help='architecture.tag of the manifest')
     parser.add_argument('checkpoint', type=Path, nargs='?', help='checkpoint of a run, or a .safetensors file')
-    parser.add_argument('--output', type=Path, required=True, help='the staged folder')
+    parser.add_argument('--output', type=Path, help='the staged folder')
     parser.add_argument('--results', type=Path, help='JSON results file of `timm-geoprior validate` for these weights')
     parser.add_argument('--baseline', type=Path, help='the same for the plain network trained by the same recipe')
     parser.add_argument(
@@ -58,6 +59,9 @@ def _problem(args: argparse.Namespace) -> str:
     staging = {'results': args.results, 'baseline': args.baseline, 'experiments': args.experiments,
                'use-ema': args.weights == 'ema', 'raw': args.weights == 'raw'}
     unused = [name for name, value in staging.items() if value]
+    if not args.output:
+        alone = unused == ['results'] and not (args.checkpoint or args.bundle or args.push)
+        return '' if alone else '--output is needed, except for --results alone, to record figures of a converted tag'
     if unused and not args.checkpoint:
         return f'--{unused[0]} is for staging: name the checkpoint after the tag'
     if args.dry_run and not args.push:
@@ -83,6 +87,9 @@ def _report(entry: ModelEntry) -> None:
     readme = manifest_path().parent / 'README.md'
     if readme.is_file():  # in a checkout; a wheel has none
         update_readme(readme, load_manifest())
+    if entry.status == 'converted':
+        print(f'{entry.name} has a top-1 accuracy of {entry.metrics[0].top1:.2f}%. {manifest_path()} is updated.')
+        return
     where = f'{entry.hub_id} at {entry.revision}' if entry.status == 'published' else 'the package'
     print(f'{entry.name} is {entry.status}: {where}. {manifest_path()} is updated.')
 
@@ -99,7 +106,9 @@ def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
     """
     args = _parse_arguments(argv, prog)
     try:
-        if args.checkpoint:
+        if not args.output:
+            _report(record_results(load_manifest().get(args.tag), args.results))
+        elif args.checkpoint:
             _stage(args)
         elif (staged := read_staged(args.output, load_manifest()).name) != args.tag:
             raise PublishError(f'{args.output} must hold {args.tag}, got {staged}. Name that tag, or another folder.')

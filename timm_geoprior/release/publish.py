@@ -38,6 +38,7 @@ from ..pretrained.manifest import (
     parse_entry,
     parse_manifest,
     to_json,
+    update_converted,
     update_manifest,
 )
 from ..pretrained.verify import GOLDEN_TOLERANCES, golden_error
@@ -46,7 +47,7 @@ from ..training.checkpoint import SavedModel
 from .cards import model_card, plot_radii
 
 __all__ = [
-    'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'stage',
+    'PublishError', 'bundle', 'describe_push', 'export_weights', 'push', 'read_metrics', 'record_results', 'stage',
 ]
 
 WEIGHTS, RESULTS, TRAIN_LOG, CURVES = 'model.safetensors', 'results.json', 'train_log.csv', 'curves.png'
@@ -150,9 +151,13 @@ def stage(
         The entry with status 'staged', as in the folder's results.json.
 
     Raises:
-        PublishError: The checkpoint is not of this architecture, the results are of other weights, the baseline's of
-            other images or otherwise prepared ones, the experiments cannot be read, or the folder is something else.
+        PublishError: The tag is a converted one, the checkpoint is not of this architecture, the results are of other
+            weights, the baseline's of other images or otherwise prepared ones, the experiments cannot be read, or the
+            folder is something else.
     """
+    if entry.status == 'converted':
+        raise PublishError(f"{entry.name} must be a tag of the manifest's own, got one that is converted from "
+                           f"timm's weights. Give yours a tag in weights_manifest.json.")
     if folder.exists() and not (folder / RESULTS).exists():
         raise PublishError(f'{folder} exists and is no staged folder, expected a new one: name another.')
     found = '\n\n'.join(_read_text(path) for path in experiments)
@@ -171,7 +176,7 @@ def stage(
                 train_log=described.train_log if run else None)
             staged = _write_weights(described, checkpoint, model, new)
         if results:
-            staged = replace(staged, metrics=_read_metrics(results, staged))
+            staged = replace(staged, metrics=read_metrics(results, staged))
         if baseline:
             staged = replace(staged, baseline=_read_baseline(baseline, staged))
         _write_papers(staged, checkpoint, model, run, found, new)
@@ -305,14 +310,53 @@ def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], t
     return measured
 
 
-def _read_metrics(path: Path, entry: ModelEntry) -> tuple[Metric, ...]:
+def read_metrics(path: Path, entry: ModelEntry, network: str = f'the staged {WEIGHTS}') -> tuple[Metric, ...]:
+    """What scripts/validate.py measured with an entry's weights.
+
+    Args:
+        path: Its results file.
+        entry: The entry, with the hash of the weights.
+        network: What to call them in messages.
+
+    Returns:
+        The figures.
+
+    Raises:
+        PublishError: The file is no results file, or of other weights, of a part of the set, or of images that were
+            prepared otherwise.
+    """
     for item, metrics in _measurements(path, entry):
         if item.get('weights', {}).get('sha256') == entry.sha256:
-            _check_measured(path, item, entry, metrics[0].img_size, f'the staged {WEIGHTS}')
+            _check_measured(path, item, entry, metrics[0].img_size, network)
             return metrics
     raise PublishError(
-        f'{path} has no figures of the weights with sha256 {entry.sha256}, expected some: stage without --results, '
-        f'validate the staged {WEIGHTS} as it is (--checkpoint), then stage again.')
+        f'{path} must have figures of the weights with sha256 {entry.sha256}, got none. '
+        f'Measure {network} with scripts/validate.py, then record these results.')
+
+
+def record_results(entry: ModelEntry, results: Path, manifest_file: Path | None = None) -> ModelEntry:
+    """Take what scripts/validate.py measured with a converted tag into the manifest.
+
+    Args:
+        entry: The converted tag, pinned.
+        results: The JSON of scripts/validate.py.
+        manifest_file: The manifest, else the package's own.
+
+    Returns:
+        The tag with its figures.
+
+    Raises:
+        PublishError: The tag is not a converted one or not pinned, or the results are of other weights, a part of the
+            set, or images that were prepared otherwise.
+    """
+    if entry.status != 'converted':
+        raise PublishError(f'Only figures of converted tags are recorded by themselves, got {entry.name}. '
+                           f'Stage a checkpoint with --results and --output.')
+    if entry.sha256 is None:
+        raise PublishError(f'{entry.name} must be pinned before its figures are recorded, got no pin. '
+                           f'Run timm-geoprior pin {entry.name}, and validate it again.')
+    metrics = read_metrics(results, entry, entry.name)
+    return update_converted(manifest_file, entry.name, metrics=metrics).tags[entry.name]
 
 
 def _check_measured(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_size: int, network: str) -> None:
