@@ -397,6 +397,7 @@ class TestReparameterized:
 
     @pytest.mark.parametrize('options', [
         {}, {'attn_heads': 4, 'attn_kernel': 'laplacian', 'output_stride': 8}, {'aa_layer': BlurPool2d},
+        {'drop_block_rate': 0.5, 'drop_path_rate': 0.5, 'down_kernel_size': 3},
         {'avg_down': True, 'value_dims': (4, 8, 8, 8), 'block_args': {'attn_layer': 'se'}}], ids=str)
     def test_the_same_outputs(self, options, images):
         model = randomize(GeoPriorResNet((2, 1, 2, 1), **{

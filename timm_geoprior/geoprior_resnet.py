@@ -203,7 +203,6 @@ class GeoPriorResNet(ResNet):
             if isinstance(module, GeoPriorAttn2d):
                 module.reset_parameters()
 
-
     def _load_from_state_dict(
             self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
             missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
