@@ -29,12 +29,12 @@ package = pathlib.Path(timm_geoprior.__file__).parent
 manifest = load_manifest()
 loaded = timm.list_pretrained('*geoprior*')
 for name in loaded:
-    if manifest.models[name].status == 'bundled':
+    if manifest.tags[name].status == 'bundled':
         timm.create_model(name, pretrained=True)
 print(json.dumps({
     'package': str(package),
     'manifest': str(manifest_path()),
-    'models': list(manifest.models),
+    'models': list(manifest.tags),
     'loaded': loaded,
     'classes': {name: labels.names for name, labels in manifest.label_sets.items()},
     'recipes': {path.stem: path.read_text(encoding='utf-8')
@@ -91,8 +91,8 @@ def probe(python, folder):
     """What a program in a new environment sees of the package."""
     seen = yaml.safe_load(run(python, '-c', PROBE, cwd=folder))
     manifest = load_manifest()
-    assert seen['models'] == list(manifest.models)
-    assert set(seen['loaded']) == {entry.name for entry in manifest.models.values() if entry.has_weights}
+    assert seen['models'] == list(manifest.tags)
+    assert set(seen['loaded']) == {entry.name for entry in manifest.tags.values() if entry.has_weights}
     assert seen['classes'] == {name: list(labels.names) for name, labels in manifest.label_sets.items()}
     shipped = (PACKAGE / 'training' / 'recipes').glob('*.yaml')
     recipes = {path.stem: path.read_text(encoding='utf-8') for path in shipped}

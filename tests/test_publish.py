@@ -210,7 +210,7 @@ def alter_results(path, **changes):
     (lambda c, run: altered(c, state_dict={'fc.weight': torch.ones(2, 2)}), 'does not fit .*Missing key'),
     (lambda c, run: altered(c, state_dict={**c.state_dict, 'more': torch.ones(1)}), 'does not fit .*more'),
     (lambda c, run: altered(c, state_dict={k: v * 1e30 for k, v in c.state_dict.items()}), 'not finite'),
-    (lambda c, run: write_results(run / 'val.json', '0' * 64), 'no figures of the weights with sha256'),
+    (lambda c, run: write_results(run / 'val.json', '0' * 64), 'must have figures of the weights with sha256'),
     (lambda c, run: alter_results(run / 'val.json', preprocessing={**asdict(planned().input), 'crop_pct': 0.875}),
      r'crop_pct = 0.875, expected that of .*: measure the staged model.safetensors again with --crop-pct 1\.0'),
     (lambda c, run: alter_results(run / 'val.json', problems=['3 of 10,000 images were left out.']),
@@ -572,7 +572,7 @@ def test_script_says_what_is_wrong(manifest, tmp_path, monkeypatch, capsys):
     with using_manifest(manifest):
         for arguments, message in (
                 ((NANO, tmp_path / 'no.pt', '--output', tmp_path / 'out'), 'no.pt'),
-                (('resnet50', tmp_path / 'no.pt', '--output', tmp_path / 'out'), "Got the model name 'resnet50'"),
+                (('resnet50', tmp_path / 'no.pt', '--output', tmp_path / 'out'), "got 'resnet50'"),
                 ((NANO, '--output', tmp_path / 'out', '--push', 'owner/nano'), 'is no staged folder')):
             assert script(monkeypatch, *arguments) == 1
             said = capsys.readouterr().err
