@@ -352,7 +352,7 @@ def test_the_table_of_layers(nano, capsys, monkeypatch):
     (['-o', 'out'], 'The output must end in .png, .jpg, .pdf or .svg, got out.'),
     (['-o', 'nowhere/out.png'], 'The output must be in a folder that exists, got nowhere/out.png.'),
     (['-o', 'folder.png'], 'folder.png cannot be written (Is a directory). Name another place with --output.'),
-    (['--model', 'geoprior_resnet101'], 'geoprior_resnet101.paper_in1k'),
+    (['--model', 'geoprior_resnet101.paper_in1k'], 'geoprior_resnet101.paper_in1k'),
     (['--model', 'local-dir:nowhere'], 'The model local-dir:nowhere cannot be made'),
 ])
 def test_an_error_is_one_sentence_and_nothing_is_written(photo, tmp_path, monkeypatch, capsys, arguments, words):

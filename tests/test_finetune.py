@@ -61,7 +61,7 @@ def test_the_folder_is_what_timm_loads(finished, photo_folder):
 def test_classify_takes_the_folder(finished, photo_folder, capsys):
     image = photo_folder / 'val' / 'chelsea' / '00.jpg'
     assert main(['classify', '--model', f'local-dir:{finished}', '--json', str(image)]) == 0
-    (result,) = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     assert result['model'] == f'local-dir:{finished}'
     assert {guess['name'] for guess in result['predictions']} == set(PHOTOGRAPHS)
     assert sum(guess['probability'] for guess in result['predictions']) == pytest.approx(1)
