@@ -563,8 +563,8 @@ def test_a_signal_to_the_group_ends_it_with_one_sentence(number, data, checkpoin
 def test_a_model_without_weights_is_refused_before_any_image_is_looked_at(data, capsys):
     assert validate('--model', 'geoprior_resnet101.paper_in1k', '--data-dir', data / 'folder', '-j', 0) == 1
     error, = capsys.readouterr().err.splitlines()
-    assert error == ('validate.py: geoprior_resnet101.paper_in1k has no weights yet. Name a file of weights by --checkpoint, or '
-                     'another model: `timm-geoprior list` shows those that have some.')
+    assert error == ('validate.py: geoprior_resnet101.paper_in1k has no weights yet. Name a file of weights by '
+                     '--checkpoint, or another model: `timm-geoprior list` shows those that have some.')
 
 
 def test_images_without_a_class_are_not_taken_for_the_last_one(pictures, checkpoint, tmp_path, capsys):
