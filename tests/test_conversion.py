@@ -216,7 +216,7 @@ def planted(value_dims: tuple[int, ...] = VALUE_DIMS) -> tuple[nn.Module, nn.Mod
     model, source = randomize(geoprior(value_dims=value_dims)), plain()
     state, shuffle = model.state_dict(), torch.Generator().manual_seed(2)
     for number, item in enumerate(attention_blocks(model)):
-        item.attn.log_radius.data.fill_(math.log(0.3 + 0.01 * number))
+        item.attn.log_radius.data.fill_(math.log(0.31 + 0.01 * number))
         taps = attention_map(item.attn.log_radius.detach().double(), 101)[0, 50, 49:52]
         blurred = item.attn.value.weight.detach().double() * torch.outer(taps, taps)
         order = torch.randperm(len(item.block.bn2.weight), generator=shuffle)

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from hub_server import broken_after, status
 from releases import using_manifest
+from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import main
 from timm_geoprior.conversion.state_dict import convert_state_dict
 from timm_geoprior.errors import GeoPriorError, WeightsError
@@ -194,6 +196,30 @@ def test_segmentation_models_and_transformers(published, expected, tmp_path, mon
     assert same(wrapped.timm_model, expected)
     assert wrapped.config.id2label[0] == 'tench, Tinca tinca'
     assert same(timm.create_model(f'local-dir:{folder}', pretrained=True), expected)
+    backbone = transformers.TimmBackbone.from_pretrained(LARGE)
+    kept = {key: value for key, value in backbone._backbone.state_dict().items() if key.endswith(('weight', 'radius'))}
+    assert kept
+    assert [key for key, value in kept.items() if not torch.equal(value, expected[key])] == []
+
+
+def test_a_model_of_other_options_is_converted_for_them(published, tmp_path):
+    options = {'value_dims': (8, 16, 32, 64), 'attn_heads': 4, 'attn_kernel': 'laplacian'}
+    model = timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path, **options)
+    radii = [layer.radius() for layer in model.modules() if isinstance(layer, GeoPriorAttn2d)]
+    assert len(radii) == 16
+    assert all(len(values) == 4 and (values != 3).all() for values in radii)
+
+
+def test_classify_names_imagenets_classes(published, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    image = Image.fromarray(torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy())
+    image.save(tmp_path / 'noise.png')
+    assert main(['classify', '--model', LARGE, '--json', str(tmp_path / 'noise.png')]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result['model'] == TAG
+    assert len(result['predictions']) == 5
+    labels = load_manifest().label_sets['imagenet-1k'].wnids
+    assert all(guess['label'] in labels for guess in result['predictions'])
 
 
 def test_a_users_own_source_is_converted_by_timms_loading(published, hub, expected, plain, tmp_path):

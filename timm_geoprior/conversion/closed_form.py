@@ -64,7 +64,7 @@ TERMS = 12  # of the Hermite series: the next one adds less than 1e-3 of a recti
 NODES = 96  # of the quadrature for activations other than ReLU
 RIDGE = 1e-3  # of the mean variance of the activations, so that dead channels do no harm
 LARGEST_MAP = 129  # queries along an axis; those in the middle of a larger map are alike
-SMALLEST_RADIUS = 0.2  # cells: below it the attention is the identity to 1e-5
+SMALLEST_RADIUS = 0.3  # cells: below it the attention is nearly the identity, and no gradient moves the radius
 ZOOMS = (65, 33, 33, 33, 33)  # radii tried between the neighbours of the best so far; the last are 1e-6 apart
 
 
