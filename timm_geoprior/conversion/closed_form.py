@@ -58,7 +58,8 @@ __all__ = [
 ]
 
 # Correlation of neighbouring positions. Of 0 to 0.75, 0.45 to 0.6 kept the features of a fully trained ResNet-50 of
-# half the width best, and a value for each stage or layer (by the running variances) was no better.
+# half the width best (scripts/experiments/conversion_variants.py); a value for each stage, or for each layer by its
+# running variances, was no better.
 RHO = 0.5
 TERMS = 12  # of the Hermite series: the next one adds less than 1e-3 of a rectified Gaussian's variance
 NODES = 96  # of the quadrature for activations other than ReLU
