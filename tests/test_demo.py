@@ -301,6 +301,9 @@ def test_a_space(demo, chromium, tmp_path, capsys):
     assert needed['gradio'] == card.data.sdk_version
     assert {'matplotlib', 'scikit-image', 'timm', 'torch'} <= set(needed)
 
+    assert main(['demo', '--space', str(tmp_path / 'large'), '--model', 'geoprior_resnet50']) == 0
+    assert '| geoprior_resnet50.from_a1_in1k | apache-2.0 |' in (tmp_path / 'large' / 'README.md').read_text()
+    shutil.rmtree(tmp_path / 'large')
     assert main(['demo', '--space', str(folder)]) == 1
     assert 'must be new or empty, got' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['space']

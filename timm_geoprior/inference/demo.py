@@ -317,7 +317,8 @@ def write_space(folder: Path, model: str | None = None) -> None:
     """
     manifest = load_manifest()
     first = manifest.get(model) if model else default_model(manifest)
-    models = list(dict.fromkeys([*(entry for entry in manifest.models.values() if entry.is_released), first]))
+    models = [entry for entry in manifest.models.values() if entry.is_released or entry.name == first.name]
+    models += [first] * (first not in models)  # a converted one
     metadata = SpaceCardData(
         title='timm_geoprior', sdk='gradio', sdk_version=version('gradio'), app_file='app.py', license='apache-2.0',
         python_version='.'.join(platform.python_version_tuple()[:2]),
