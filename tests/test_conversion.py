@@ -470,6 +470,21 @@ def test_a_converted_model_is_pickled_and_copied(twin, expected):
         assert same(again, expected)
 
 
+def test_the_number_of_threads_makes_no_difference(twin, expected):
+    model, threads = timm.create_model(NANO), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            converted = convert_state_dict(twin, model)
+            assert all(torch.equal(converted[key], expected[key]) for key in expected)
+            assert torch.get_num_threads() == count
+        with pytest.raises(ConversionError):
+            checkpoint_filter_fn({'fc.weight': torch.zeros(1)}, model)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_default_device_makes_no_difference(twin, expected):
     model = timm.create_model(NANO)
     with torch.device('meta'), torch.inference_mode():

@@ -42,7 +42,9 @@ polynomials,
 
 The coefficients B are added to conv3's weights, `W3_d += sum_c W3_c B_cd`, the constants go into norm3's running mean.
 
-All sums are in float64 on the CPU; the same weights give the same bits again on the same machine."""
+All sums are in float64 on the CPU, by one thread (`convert_state_dict` sees to it): the same weights give the same bits
+again on the same machine.
+"""
 import functools
 import math
 from dataclasses import dataclass
@@ -61,7 +63,7 @@ __all__ = [
 # half the width best (scripts/experiments/conversion_variants.py); a value for each stage, or for each layer by its
 # running variances, was no better.
 RHO = 0.5
-TERMS = 12  # of the Hermite series: the next one adds less than 1e-3 of a rectified Gaussian's variance
+TERMS = 12  # of the Hermite series, which then lacks 0.3% of the variance of a rectified Gaussian of mean zero
 NODES = 96  # of the quadrature for activations other than ReLU
 RIDGE = 1e-3  # of the mean variance of the activations, so that dead channels do no harm
 LARGEST_MAP = 129  # queries along an axis; those in the middle of a larger map are alike

@@ -1,6 +1,7 @@
 """The state dict of a trained ResNet as that of a GeoPrior ResNet, wherever timm or torch loads one."""
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,23 @@ def is_plain_resnet(state_dict: Mapping[str, Any], model: nn.Module) -> bool:
             and not any(key.startswith(f'{prefix}conv2.attn.') for key in state_dict for prefix in blocks))
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Use one thread, the CPU and no gradients, whatever the caller has set.
+
+    The sums are then in the same order for any number of threads. One converts ResNet-152 in 1.5 s; two took 28 s beside
+    another process, because they wait for each other at each of many small products.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.device('cpu'), torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_alone()
 def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Turn the state dict of a plain ResNet into that of a GeoPrior ResNet, in closed form.
 
@@ -118,9 +136,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     for item in attention_blocks(model):
         _check_tensors(state_dict, {item.prefix + name: shapes[item.prefix + name] for name in _READ})
         block = {name: state_dict[item.prefix + name] for name in _READ}
-        with torch.device('cpu'), torch.no_grad():  # whatever torch.set_default_device says
-            fits.append(_fit_block(item, block))
-            changed = apply_fit(block, fits[-1])
+        fits.append(_fit_block(item, block))
+        changed = apply_fit(block, fits[-1])
         del converted[f'{item.prefix}conv2.weight']
         converted.update({item.prefix + name: tensor for name, tensor in changed.items()})
     if fits:
@@ -131,6 +148,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     return converted
 
 
+@_alone()
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Convert a plain ResNet's state dict while timm loads it, and leave a GeoPrior one as it is.
 
