@@ -95,8 +95,8 @@ def is_plain_resnet(state_dict: Mapping[str, Any], model: nn.Module) -> bool:
 def _alone() -> Iterator[None]:
     """Use one thread, the CPU and no gradients, whatever the caller has set.
 
-    The sums are then in the same order for any number of threads. One converts ResNet-152 in 1.5 s; two took 28 s beside
-    another process, because they wait for each other at each of many small products.
+    The sums are then in the same order for any number of threads. One converts ResNet-152 in 1.5 s; two took 28 s
+    beside another process, because they wait for each other at each of many small products.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
