@@ -46,7 +46,8 @@ def tables():
 
 def test_readme_has_the_manifests_tables():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert tables() in text, 'write them anew: python -m timm_geoprior.release.cards'
+    written = text[text.index(BEGIN):text.index(END) + len(END)].splitlines()
+    assert tables().splitlines() == written, 'write them anew: python -m timm_geoprior.release.cards'
 
 
 def test_table(entry):
