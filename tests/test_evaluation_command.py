@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from torch import nn
+from tqdm import tqdm
 
 from releases import planned, put_on, using_manifest
+from timm_geoprior import progress
 from timm_geoprior.evaluation.command import main, parse_arguments
 from timm_geoprior.pretrained.manifest import LabelSet, Metric, load_manifest, to_json
 from timm_geoprior.provenance import git_commit
@@ -286,6 +288,8 @@ def test_the_progress_bar(data, checkpoint, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, 'stderr', terminal)
+    every_step = {'mininterval': 0, 'miniters': 1}
+    monkeypatch.setattr(progress, 'tqdm', lambda **options: tqdm(**{**options, **every_step}))
     assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '-b', 50) == 0
     assert re.search(r'geoprior_resnet14_nano: 100%.* 97/97 \[\d\d:\d\d<\d\d:\d\d, .*images/s\]', terminal.getvalue())
 

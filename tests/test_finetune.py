@@ -377,6 +377,6 @@ def test_no_folder(capsys, tmp_path):
 def test_a_missing_extra_names_its_cure(photos, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith('timm_geoprior.training')]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, 'tqdm', None)
+    monkeypatch.setitem(sys.modules, 'yaml', None)
     assert finetune(photos) == 1
     assert "pip install 'timm-geoprior[train]'" in capsys.readouterr().err

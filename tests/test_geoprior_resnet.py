@@ -288,6 +288,16 @@ class TestInterface:
         assert len(before) == 3
         torch.testing.assert_close([attn.radius() for attn in attentions(model)], [1.5 * radius for radius in before])
 
+    @pytest.mark.parametrize(('factor', 'bound'), [(1e9, 1e4), (1e-9, 1e-4)])
+    def test_radii_are_scaled_within_their_bounds(self, factor, bound):
+        """Beyond them a parameter would change nothing, and have no gradient to come back by."""
+        model = create()
+        scale_radii(model, factor)
+        for attn in attentions(model):
+            torch.testing.assert_close(attn.log_radius.detach(), torch.full((1,), math.log(bound)))
+        scale_radii(model, 1 / bound)
+        assert [round(attn.radius().item(), 3) for attn in attentions(model)] == [1, 1, 1]
+
     @pytest.mark.parametrize('factor', [0, -1, math.nan, math.inf])
     def test_a_factor_that_scales_nothing(self, factor):
         model = create()

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from timm_geoprior import progress
 from timm_geoprior.errors import CorruptImagesError, EvaluationError, GeoPriorError
-from timm_geoprior.training import engine, report
+from timm_geoprior.training import engine
 from timm_geoprior.training.checkpoint import load_checkpoint, save_checkpoint
 from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import Trainer, train
@@ -204,13 +205,13 @@ class TestRun:
         terminal.isatty = lambda: True
         monkeypatch.setattr(sys, 'stderr', terminal)
         every_step = {'mininterval': 0, 'miniters': 1}
-        monkeypatch.setattr(report, 'tqdm', lambda **options: tqdm(**{**options, **every_step}))
+        monkeypatch.setattr(progress, 'tqdm', lambda **options: tqdm(**{**options, **every_step}))
         train(tiny(epochs=1, in_memory=True), config(photo_folder, tmp_path / 'run'))
-        assert re.search(r'epoch 1/1: +\d+%.*/40 \[\d\d:\d\d<\d\d:\d\d, .*img/s, loss=\d', terminal.getvalue())
+        assert re.search(r'epoch 1/1: +\d+%.*/40 \[\d\d:\d\d<\d\d:\d\d, .*images/s, loss \d', terminal.getvalue())
 
     def test_progress_in_a_log_file(self, photo_folder, tmp_path, monkeypatch):
         """No bar: a line each minute, here for each update, and one for each epoch."""
-        monkeypatch.setattr(report, 'LOG_SECONDS', 0)
+        monkeypatch.setattr(progress, 'LOG_SECONDS', 0)
         said = []
         train(tiny(epochs=2, in_memory=True), config(photo_folder, tmp_path / 'run', tell=said.append))
         lines = [line for line in said if line.startswith('epoch 1/2: ')]

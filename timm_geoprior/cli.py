@@ -10,12 +10,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from . import __version__
 from .errors import GeoPriorError, sentence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ['main']
 
-_T = TypeVar('_T')
 Function = Callable[[argparse.Namespace], int]
 
 
@@ -253,6 +252,7 @@ def _classify(args: argparse.Namespace) -> int:
 
     from .distributed import find_device
     from .inference.classifier import load_classifier
+    from .progress import Progress, tell_on_stderr
     device = find_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))[0]
     classify = load_classifier(_default_model(args), device)
     if sample:
@@ -260,12 +260,15 @@ def _classify(args: argparse.Namespace) -> int:
         return 0
     failed = False
     guesses = classify.files([path for path, fault in faults.items() if not fault], args.top)
-    for path, fault in _progress(faults.items()):
-        found = fault or next(guesses)
-        error = isinstance(found, Exception)
-        failed |= error
-        _print_result(args, {'image': path, 'model': classify.name,
-                             **({'error': str(found)} if error else {'predictions': found})})
+    quiet = len(faults) == 1 or sys.stdout.isatty()  # the results themselves show how far it is
+    with Progress('classifying', len(faults), tell=None if quiet else tell_on_stderr) as progress:
+        for path, fault in faults.items():
+            found = fault or next(guesses)
+            error = isinstance(found, Exception)
+            failed |= error
+            _print_result(args, {'image': path, 'model': classify.name,
+                                 **({'error': str(found)} if error else {'predictions': found})})
+            progress.update()
     return 1 if failed else 0
 
 
@@ -289,12 +292,6 @@ def _find_images(names: Sequence[str]) -> dict[str, GeoPriorError | None]:
         print(f'timm-geoprior: files that are not images are left out: {", ".join(left_out[:3])}{more}.',
               file=sys.stderr)
     return faults
-
-
-def _progress(items: Collection[_T]) -> Iterator[_T]:
-    """A progress bar on a terminal, where the results go elsewhere."""
-    from tqdm import tqdm
-    return iter(tqdm(items, unit='image', disable=len(items) == 1 or sys.stdout.isatty() or None, leave=False))
 
 
 def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -17,7 +17,9 @@ __all__ = ['KERNELS', 'GeoPriorAttn2d', 'GeoPriorConv2d', 'attention_map', 'mix_
 KernelType = Literal['gaussian', 'laplacian']
 KERNELS = ('gaussian', 'laplacian')
 
-MIN_RADIUS, MAX_RADIUS = 1e-4, 1e4
+# in float32 the map and its gradient are finite for these radii, but not for a log_radius of -30 or 90
+MAX_RADIUS = 1e4
+MIN_RADIUS = 1 / MAX_RADIUS
 
 
 def attention_map(
@@ -26,6 +28,7 @@ def attention_map(
         stride: int = 1,
         dilation: int = 1,
         kernel: str = 'gaussian',
+        limit: float = math.log(MAX_RADIUS),  # TorchScript sees arguments, but no globals
 ) -> torch.Tensor:
     """One axis of the attention map: `softmax_k(-(s i - k)^2 / (2 r^2))`, with `r = dilation * exp(log_radius)`.
 
@@ -35,6 +38,7 @@ def attention_map(
         stride: Distance between neighbouring queries, in cells; query i is at cell `stride * i`.
         dilation: How many times finer the grid is than the undilated one.
         kernel: 'gaussian', or 'laplacian' for `softmax_k(-|s i - k| / r)`.
+        limit: log_radius is clamped to -limit and limit.
 
     Returns:
         The map, shape (num_heads, (size - 1) // stride + 1, size), in the dtype of log_radius. Each row sums to one.
@@ -42,8 +46,6 @@ def attention_map(
     # the formula of a convolution's output size: torch.export can then unify the two
     queries = stride * torch.arange((size - 1) // stride + 1, device=log_radius.device, dtype=log_radius.dtype)
     keys = torch.arange(size, device=log_radius.device, dtype=log_radius.dtype)
-    # in float32 the map and its gradient are finite for radii from 1e-4 to 1e4, but not for a log_radius of -30 or 90
-    limit = math.log(1e4)  # MAX_RADIUS: TorchScript sees no globals
     radius = dilation * log_radius.clamp(-limit, limit).exp()
     distance = (queries[:, None] - keys[None, :]).abs() / radius[:, None, None]
     scores = -distance if kernel == 'laplacian' else -0.5 * distance * distance

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .layers import GeoPriorAttn2d
+from .layers import MAX_RADIUS, GeoPriorAttn2d
 
 __all__ = ['LayerRadii', 'learned_radii', 'scale_radii']
 
@@ -65,7 +65,8 @@ def scale_radii(model: nn.Module, factor: float) -> None:
     """Multiply the radii of every attention layer, in place.
 
     Radii are counted in cells, whatever the size of the image. If images are enlarged (same content, more pixels),
-    scaling the radii by the same factor keeps each window the same share of the image.
+    scaling the radii by the same factor keeps each window the same share of the image. Radii stay from 1e-4 to 1e4
+    cells: beyond, the map is the same.
 
     Args:
         model: Any network with `GeoPriorAttn2d` layers, also made with `features_only` or reparameterized.
@@ -84,6 +85,7 @@ def scale_radii(model: nn.Module, factor: float) -> None:
     if not 0 < factor < math.inf:  # nan too
         raise ValueError(
             f'factor must be a finite number above 0, got {factor}. Use the new image size divided by the old one.')
+    limit = math.log(MAX_RADIUS)
     for module in model.modules():
         if isinstance(module, GeoPriorAttn2d):
-            module.log_radius.add_(math.log(factor))
+            module.log_radius.add_(math.log(factor)).clamp_(-limit, limit)

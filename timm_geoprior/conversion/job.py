@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
-from tqdm import tqdm
 
 from ..data.datasets import fingerprint
 from ..distributed import find_device
@@ -25,6 +24,7 @@ from ..errors import GeoPriorError
 from ..evaluation.models import LoadedModel, load_model
 from ..files import file_sha256, first_line, write_json
 from ..geoprior_resnet import GeoPriorResNet
+from ..progress import Progress
 from ..provenance import git_commit, hardware, versions
 from ..release.publish import release_tensors
 from ..training.checkpoint import read_weights
@@ -189,9 +189,8 @@ def _fit(
     disk = len(sets.fit) * activation_bytes(model, config['input_size'])
     job.tell(f'Fitting to {len(sets.fit):,} images at {config["input_size"][-1]} px, with temporary files of '
              f'{disk / 1e6:,.0f} MB in {tempfile.gettempdir()}; {len(sets.held_out):,} further images are kept out.')
-    bar = tqdm(total=len(list(attention_blocks(model))), desc='converting', unit=' layers')
-    with bar:
-        return refine(source, model, (batch for batch, _ in images), len(images), size, lambda layer: bar.update())
+    with Progress('converting', len(list(attention_blocks(model))), 'layers') as progress:
+        return refine(source, model, (batch for batch, _ in images), len(images), size, lambda _: progress.update())
 
 
 def _closed_form_layers(source: nn.Module, model: GeoPriorResNet) -> list[dict[str, Any]]:

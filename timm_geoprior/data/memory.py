@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from ..progress import Progress
 from .images import CorruptImages, read_readable, warn_of_rotations
 from .seeding import generator
 from .workers import init_worker
@@ -93,12 +93,14 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
     targets = torch.empty(len(dataset), dtype=torch.int64)
     start = turned = 0
     loader = DataLoader(_Uint8Images(dataset, size), batch_size=500, num_workers=workers, worker_init_fn=init_worker)
-    for batch, labels, bad, turned_here in tqdm(loader, desc='decoding', unit='batch', leave=False):
-        corrupt.note(bad.tolist())
-        images[start:start + len(batch)] = batch
-        targets[start:start + len(batch)] = labels
-        start += len(batch)
-        turned += int(turned_here.sum())
+    with Progress('decoding', len(dataset)) as progress:
+        for batch, labels, bad, turned_here in loader:
+            corrupt.note(bad.tolist())
+            images[start:start + len(batch)] = batch
+            targets[start:start + len(batch)] = labels
+            start += len(batch)
+            turned += int(turned_here.sum())
+            progress.update(len(batch))
     warn_of_rotations(turned)
     return ImageTensors(images, targets)
 

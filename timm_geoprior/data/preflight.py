@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ..distributed import gather
 from ..errors import EvaluationError
 from ..files import first_line
+from ..progress import Progress, tell_on_stderr
 from .images import LITTER, ignores_rotation
 from .imageset import EvalSet
 from .workers import init_worker
@@ -125,7 +125,7 @@ def _look_at(data: EvalSet, indices: NDArray[np.int64], workers: int, quiet: boo
     loader = DataLoader(
         _Faults(data, indices), batch_size=64, num_workers=workers, collate_fn=list, worker_init_fn=init_worker)
     found: list[tuple[int, str]] = []
-    with tqdm(total=len(indices), desc='checking', unit=' images', disable=True if quiet else None) as progress:
+    with Progress('checking', len(indices), tell=None if quiet else tell_on_stderr) as progress:
         for batch in loader:
             found += [fault for fault in batch if fault is not None]
             progress.update(len(batch))

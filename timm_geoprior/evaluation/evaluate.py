@@ -12,7 +12,6 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_loader, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..data.images import read_item
 from ..data.imageset import UNREADABLE, EvalSet
@@ -20,6 +19,7 @@ from ..data.listing import ILSVRC_FILE, ilsvrc_val_labels
 from ..data.workers import init_worker
 from ..distributed import gather, reduce_sum
 from ..errors import EvaluationError, ProcessError
+from ..progress import Progress, tell_on_stderr
 from .classes import ClassMatch, match_classes
 from .metrics import Counts, Predictions, target_ranks
 from .models import LoadedModel
@@ -337,17 +337,17 @@ def evaluate(data: EvalSet, loaded: LoadedModel, plan: Plan, config: EvalConfig)
     real = None
     if config.real_labels is not None and not data.is_stream:
         real = _RealLabels([data.names[i].rpartition('/')[2] for i in share.indices], config.real_labels)
-    bar: tqdm[Any] = tqdm(total=len(plan.indices) or data.expected or None, desc=loaded.name, unit=' images',
-                          disable=True if config.rank else None)
+    total = len(plan.indices) or data.expected or None
+    progress = Progress(loaded.name, total, tell=None if config.rank else tell_on_stderr)
 
     def after_batch(scores: Tensor, targets: Tensor) -> None:
         if real is not None:
             real.add(scores, targets)
         count = len(targets) * config.world_size  # the other processes are taken to be as far as this one
-        bar.update(min(count, bar.total - bar.n) if bar.total else count)
+        progress.update(min(count, total - progress.done) if total else count)
 
     start = time.perf_counter()
-    with bar:
+    with progress:
         outcome = predict(Forward(model, config.tell), loader, config, None if data.is_stream else share.indices,
                           plan.match.competing, after_batch)
     seconds = time.perf_counter() - start

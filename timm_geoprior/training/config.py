@@ -5,12 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..progress import tell_on_stderr
+
 __all__ = ['RunConfig', 'resuming_command']
-
-
-def tell_on_stderr(text: str) -> None:
-    """Print a sentence where it does not mix with a command's results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def resuming_command() -> str:

@@ -25,6 +25,7 @@ from ..distributed import find_device
 from ..errors import GeoPriorError
 from ..evaluation.metrics import Counts, count_correct
 from ..files import first_line, write_json
+from ..progress import Progress
 from ..provenance import git_commit, hardware, versions
 from . import report
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint
@@ -326,25 +327,24 @@ class Trainer:
         self.model.train()
         first = self.update * recipe.grad_accum_steps
         batches = self.data.train.epoch(self.epoch, recipe.size_at(self.epoch), first)
-        progress = report.Progress(
-            f'epoch {self.epoch + 1}/{recipe.epochs}', (self.update, self.updates_per_epoch), recipe.batch_size,
-            None if self.rank else self.config.tell)
+        progress = Progress(
+            f'epoch {self.epoch + 1}/{recipe.epochs}', self.updates_per_epoch * recipe.batch_size,
+            done=self.update * recipe.batch_size, tell=None if self.rank else self.config.tell)
         started = time.perf_counter()
-        try:
+        with progress:
             while self.update < self.updates_per_epoch:
                 self._step(batches)
                 self.update += 1
                 now = time.perf_counter()
                 self.seconds, started = self.seconds + now - started, now
-                progress.update(self.update, lambda: self.loss_sum.item() / self.update)
+                # the loss is asked for, and so waited for, only when it is shown
+                progress.update(recipe.batch_size, lambda: f'loss {self.loss_sum.item() / self.update:.3f}')
                 # alone, a process stops now; many stop at the step that all have agreed on
                 if number := self.agreed_signal if self.replica else self.stop_signal:
                     self.save(self.last)
                     self._leave(number)
                 if self.update % self.config.save_every == 0:
                     self.save(self.last)
-        finally:
-            progress.close()
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One update, and its loss into the sum. An update whose loss is not finite is left out."""

@@ -1,8 +1,5 @@
-"""What a run says and leaves for people: progress, a CSV row for each epoch, the recipe echoed, curves."""
+"""What a run says and leaves for people: a line and a CSV row for each epoch, the recipe echoed, curves."""
 import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,51 +7,12 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from ..files import save_figure, write_atomically, write_csv
 from ..provenance import versions
 from .recipe import Recipe
 
-__all__ = ['EpochLog', 'Progress', 'describe_epoch', 'plot_history', 'write_recipe']
-
-LOG_SECONDS = 60  # between two lines of progress in a log file
-
-
-class Progress:
-    """How far an epoch is: a bar on a terminal, a line each minute where stderr is a file."""
-
-    def __init__(
-            self, title: str, updates: tuple[int, int], batch_size: int, tell: Callable[[str], None] | None) -> None:
-        """
-        Args:
-            title: Of the epoch.
-            updates: Those that are done, and all of the epoch.
-            batch_size: Images of an update.
-            tell: Called with each line; None shows nothing.
-        """
-        self.title, self.batch_size, self.tell = title, batch_size, tell
-        self.first, self.total = updates
-        self.started = self.told = time.monotonic()
-        self.bar = tqdm(
-            total=self.total, initial=self.first, desc=title, unit_scale=batch_size, unit='img', leave=False,
-            disable=tell is None or not sys.stderr.isatty(), mininterval=0.5)
-
-    def update(self, done: int, mean_loss: Callable[[], float]) -> None:
-        """Note that an update is done. The loss is asked for, and so waited for, only when it is shown."""
-        if self.bar.update():
-            self.bar.set_postfix(loss=f'{mean_loss():.3f}', refresh=False)
-        now = time.monotonic()
-        if self.tell is not None and self.bar.disable and now - self.told >= LOG_SECONDS:
-            self.told = now
-            speed = (done - self.first) * self.batch_size / max(now - self.started, 1e-9)
-            self.tell(f'{self.title}: {done * self.batch_size:,} of {self.total * self.batch_size:,} images, '
-                      f'loss {mean_loss():.3f}, {speed:,.0f} images/s')
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self.bar.close()
-
+__all__ = ['EpochLog', 'describe_epoch', 'plot_history', 'write_recipe']
 
 def describe_epoch(history: list[dict[str, Any]]) -> str:
     """A line about the last epoch."""

@@ -1,0 +1,66 @@
+"""Progress for people: a bar on a terminal, a line each minute in a log file."""
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+__all__ = ['Progress', 'tell_on_stderr']
+
+LOG_SECONDS = 60  # between two lines in a log file
+
+
+def tell_on_stderr(text: str) -> None:
+    """Print a sentence where it does not mix with a command's results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """How far something is.
+
+    Examples:
+        >>> with Progress('decoding', total=500) as progress:
+        ...     progress.update(500)
+    """
+
+    def __init__(
+            self, title: str, total: int | None, unit: str = 'images', done: int = 0,
+            tell: Callable[[str], None] | None = tell_on_stderr) -> None:
+        """
+        Args:
+            title: What is going on.
+            total: How many there are; None where that is not known.
+            unit: What is counted, in the plural.
+            done: How many were done before.
+            tell: Called with each line of a log file; None shows nothing, on a terminal neither.
+        """
+        self.title, self.unit, self.first, self.tell = title, unit, done, tell
+        self.started = self.told = time.monotonic()
+        # redrawn, a bar would fill a file with carriage returns
+        self.bar = tqdm(total=total, initial=done, desc=title, unit=f' {unit}', leave=False,
+                        disable=tell is None or not sys.stderr.isatty(), mininterval=0.5)
+        self.done = done
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def update(self, count: int = 1, note: Callable[[], str] = str) -> None:
+        """Note that so many more are done.
+
+        Args:
+            count: How many.
+            note: Makes a few words to show beside the number; called only when they are shown.
+        """
+        self.done += count
+        if self.bar.update(count) and (words := note()):
+            self.bar.set_postfix_str(words, refresh=False)
+        now = time.monotonic()
+        if self.tell is not None and self.bar.disable and now - self.told >= LOG_SECONDS:
+            self.told = now
+            total = f' of {self.bar.total:,}' if self.bar.total else ''
+            speed = (self.done - self.first) / max(now - self.started, 1e-9)
+            words = ', '.join(filter(None, (note(), f'{speed:,.0f} {self.unit}/s')))
+            self.tell(f'{self.title}: {self.done:,}{total} {self.unit}, {words}')
