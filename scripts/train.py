@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from timm_geoprior.training.command import main
+    from timm_geoprior.training.train import main
 except ModuleNotFoundError as error:
     sys.exit(f"train.py: {error.name} is not installed. Run `pip install -e '.[train]'`.")
 

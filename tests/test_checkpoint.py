@@ -10,7 +10,7 @@ from torch import nn
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, take_prefix_off
-from timm_geoprior.training.parts import create_model
+from timm_geoprior.training.parts import build_model
 from timm_geoprior.training.recipe import make_recipe
 
 NANO = 'geoprior_resnet14_nano'
@@ -34,7 +34,7 @@ def test_every_reader_takes_the_same_weights(tmp_path):
                 'model_kwargs': {}}, path)
     measured = load_model(None, path).model.state_dict()
     released = read_weights(path).state_dict
-    tuned = create_model(RECIPE, 3, start=read_weights(path)).state_dict()
+    tuned = build_model(RECIPE, 3, start=read_weights(path)).state_dict()
     of_timm = timm.create_model(NANO, num_classes=3, checkpoint_path=str(path)).state_dict()
     for others in (released, tuned, of_timm):
         assert_same(measured, others)
@@ -54,7 +54,7 @@ def test_weights_below_a_prefix(wrap, tmp_path):
     torch.save(wrap(SOURCE.state_dict()), path)
     loaded = load_model(NANO, path, num_classes=3)
     assert_same(loaded.model.state_dict(), SOURCE.state_dict())
-    assert_same(create_model(RECIPE, 3, start=read_weights(path)).state_dict(), SOURCE.state_dict())
+    assert_same(build_model(RECIPE, 3, start=read_weights(path)).state_dict(), SOURCE.state_dict())
     prefix = {True: "the weights below 'model.' are used", False: ''}['lightning' in str(torch.load(path).keys())]
     assert prefix in ' '.join(loaded.notes)
 

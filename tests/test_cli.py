@@ -22,7 +22,7 @@ from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import main
 from timm_geoprior.data.images import read_image
 from timm_geoprior.inference.classifier import load_classifier
-from timm_geoprior.inference.images import sample_image
+from timm_geoprior.inference.inputs import sample_image
 from timm_geoprior.pretrained.manifest import (
     ManifestError,
     default_architecture,

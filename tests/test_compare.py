@@ -19,8 +19,8 @@ import compare as comparison
 from compare import ComparisonError, compare, differences, load_variants, paired_interval, write_comparison
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.training.checkpoint import load_checkpoint
-from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import train
+from timm_geoprior.training.recipe import RunConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / 'scripts' / 'experiments' / 'compare.py'

@@ -22,9 +22,8 @@ from timm_geoprior.data.datasets import open_split
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.release.publish import stage
 from timm_geoprior.training.checkpoint import read_weights
-from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import train
-from timm_geoprior.training.recipe import load_recipe
+from timm_geoprior.training.recipe import RunConfig, load_recipe
 
 SHAPE = {'value_dims': [0, 0, 0, 0], 'zero_init_last': False}  # so that blocks do something after two epochs
 COMMAND = [sys.executable, '-m', 'timm_geoprior', 'convert']

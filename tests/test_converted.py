@@ -25,8 +25,8 @@ from timm_geoprior.inference.classifier import load_classifier
 from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.manifest import SOURCES, ManifestError, Metric, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import doctor, verify_tags
+from timm_geoprior.release.pin import PinError, pin_sources, write_published_results
 from timm_geoprior.release.publish import PublishError, record_results, stage
-from timm_geoprior.release.sources import PinError, pin_sources, write_published_results
 from timm_geoprior.training.checkpoint import SavedModel
 
 LARGE, TAG, REPO = 'geoprior_resnet50', 'geoprior_resnet50.from_a1_in1k', 'timm/resnet50.a1_in1k'

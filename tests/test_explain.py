@@ -27,7 +27,13 @@ from matplotlib.colors import same_color  # noqa: E402
 from matplotlib.patches import Ellipse, Polygon  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from timm_geoprior.inference.explain import _plain, draw_explanation, effective_field, receptive_pair, save_explanation  # noqa: E402
+from timm_geoprior.inference.explain import (  # noqa: E402
+    _plain_twin,
+    draw_explanation,
+    effective_field,
+    receptive_pair,
+    save_explanation,
+)
 from timm_geoprior.inference.windows import View, draw_windows, learned_windows, to_input, view_of  # noqa: E402
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
@@ -253,7 +259,8 @@ def test_a_network_without_attention_is_refused(coffee):
 
 def test_the_plain_network_is_the_resnet_of_the_same_depth():
     with torch.device('meta'):
-        plain, resnet = _plain(timm.create_model('geoprior_resnet50', num_classes=1000)), timm.create_model('resnet50')
+        plain = _plain_twin(timm.create_model('geoprior_resnet50', num_classes=1000))
+        resnet = timm.create_model('resnet50')
     assert {name: value.shape for name, value in plain.state_dict().items()} == {
         name: value.shape for name, value in resnet.state_dict().items()}
 

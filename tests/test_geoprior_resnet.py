@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from networks import attentions, randomize
 from timm_geoprior.geoprior_resnet import GeoPriorResNet
-from timm_geoprior.inference.images import sample_image
+from timm_geoprior.inference.inputs import sample_image
 from timm_geoprior.layers import GeoPriorAttn2d, GeoPriorConv2d
 from timm_geoprior.radii import learned_radii, scale_radii
 

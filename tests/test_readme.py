@@ -13,7 +13,7 @@ from conftest import HUB
 from safetensors.torch import save
 
 from timm_geoprior.cli import _MODULES, main
-from timm_geoprior.inference.images import sample_image
+from timm_geoprior.inference.inputs import sample_image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -9,17 +9,17 @@ from timm.data import Mixup
 from torch import nn
 
 from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.training.loaders import _make_transform, _Transform
 from timm_geoprior.training.parts import (
     TargetLoss,
+    build_mixup,
+    build_model,
+    build_optimizer,
+    build_schedule,
     check_recipe,
-    create_mixup,
-    create_model,
-    create_optimizer,
-    create_schedule,
     radii_in_cells,
 )
 from timm_geoprior.training.recipe import Recipe, load_recipe, make_recipe, recipe_names
-from timm_geoprior.training.sources import _make_transform, _Transform
 
 LEAST = {'name': 'x', 'model': 'geoprior_resnet14_nano', 'epochs': 1, 'batch_size': 8, 'lr': 0.1, 'img_size': 32}
 
@@ -100,8 +100,8 @@ class TestRefusals:
 def rates(recipe: Recipe, updates: int = 4) -> list[float]:
     """Learning rate of the weights at each update."""
     model = nn.Linear(2, 2)
-    optimizer = create_optimizer(recipe, model)
-    schedule = create_schedule(recipe, optimizer, updates)
+    optimizer = build_optimizer(recipe, model)
+    schedule = build_schedule(recipe, optimizer, updates)
     found = []
     for update in range(recipe.epochs * updates):
         schedule.step_update(update)
@@ -135,7 +135,7 @@ class TestShipped:
     def test_optimizer_and_schedule(self, name):
         kind, epochs, batch_size, warmup, first, peak, last, decay = PUBLISHED[name]
         recipe = load_recipe(name)
-        optimizer = create_optimizer(recipe, nn.Linear(2, 2))
+        optimizer = build_optimizer(recipe, nn.Linear(2, 2))
         assert (recipe.name, recipe.epochs, recipe.batch_size) == (name, epochs, batch_size)
         assert type(optimizer).__name__ == kind
         # of the bias and of the weights
@@ -159,7 +159,7 @@ class TestShipped:
         check_recipe(recipe)
         loss = TargetLoss(recipe)
         targets = torch.tensor([1, 3])
-        mixup = create_mixup(recipe, 4)
+        mixup = build_mixup(recipe, 4)
         if mixup:
             assert isinstance(mixup, Mixup)
             _, targets = mixup(torch.zeros(2, 3, 8, 8), targets)
@@ -215,14 +215,14 @@ def test_torchvisions_second_recipe():
 @pytest.mark.parametrize('name', ['paper_in1k', 'paper_tin200', 'torchvision_v2'])
 def test_plain_momentum(name):
     """As torch.optim.SGD has it; timm's "sgd" is Nesterov's."""
-    group = create_optimizer(load_recipe(name), nn.Linear(2, 2)).param_groups[0]
+    group = build_optimizer(load_recipe(name), nn.Linear(2, 2)).param_groups[0]
     assert (group['momentum'], group['nesterov']) == (0.9, False)
 
 
 def test_bag_of_tricks():
     """Sections 3.1 and 5 of arXiv 1812.01187."""
     recipe = load_recipe('sgd100')
-    group = create_optimizer(recipe, nn.Linear(2, 2)).param_groups[0]
+    group = build_optimizer(recipe, nn.Linear(2, 2)).param_groups[0]
     assert (group['momentum'], group['nesterov'], recipe.smoothing, recipe.img_size) == (0.9, True, 0.1, 224)
 
 
@@ -258,23 +258,23 @@ class TestParts:
                      'ColorJitter(brightness=(0.6, 1.4)', 'RandomErasing(p=0.1, mode=const',
                      'TrivialAugmentWide(num_magnitude_bins=31, interpolation=InterpolationMode.BILINEAR'):
             assert part in steps
-        mixup = create_mixup(recipe, 10)
+        mixup = build_mixup(recipe, 10)
         assert [getattr(mixup, key) for key in (
             'mixup_alpha', 'cutmix_alpha', 'mix_prob', 'switch_prob', 'label_smoothing')] == [0.2, 0.7, 0.6, 0.3, 0.1]
 
     def test_every_key_of_model_and_optimizer_arrives(self):
         recipe = make_recipe(
             {**LEAST, 'drop': 0.2, 'drop_path': 0.3, 'momentum': 0.8, 'opt_kwargs': {'nesterov': False}})
-        model = create_model(recipe, 10)
+        model = build_model(recipe, 10)
         assert (model.drop_rate, model.layer4[-1].drop_path.drop_prob) == (0.2, pytest.approx(0.3))
-        group = create_optimizer(recipe, model).param_groups[0]
+        group = build_optimizer(recipe, model).param_groups[0]
         assert (group['momentum'], group['nesterov']) == (0.8, False)
 
     def test_radii_have_a_rate_of_their_own_and_no_decay(self):
         recipe = make_recipe({**LEAST, 'weight_decay': 0.1, 'radius_lr': 0.01})
-        model = create_model(recipe, 10)
-        optimizer = create_optimizer(recipe, model)
-        schedule = create_schedule(recipe, optimizer, 4)
+        model = build_model(recipe, 10)
+        optimizer = build_optimizer(recipe, model)
+        schedule = build_schedule(recipe, optimizer, 4)
         schedule.step_update(0)
         radii = {id(p) for name, p in model.named_parameters() if 'log_radius' in name}
         groups = [g for g in optimizer.param_groups if {id(p) for p in g['params']} & radii]
@@ -286,9 +286,9 @@ class TestParts:
 
     def test_frozen_modules_stay(self):
         recipe = make_recipe({**LEAST, 'freeze': ['conv1', 'bn1', 'layer1']})
-        model = create_model(recipe, 10)
+        model = build_model(recipe, 10)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        optimizer = create_optimizer(recipe, model)
+        optimizer = build_optimizer(recipe, model)
         model.train()(torch.randn(4, 3, 32, 32)).sum().backward()
         optimizer.step()
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -296,6 +296,6 @@ class TestParts:
         assert 'fc.weight' in changed
 
     def test_radii_by_layer(self):
-        model = create_model(make_recipe({**LEAST, 'model_kwargs': {'attn_radius': 2.0, 'attn_heads': 2}}), 10)
+        model = build_model(make_recipe({**LEAST, 'model_kwargs': {'attn_radius': 2.0, 'attn_heads': 2}}), 10)
         assert radii_in_cells(model)['layer4.0.conv2.attn'] == pytest.approx([2.0, 2.0])
         assert radii_in_cells(timm.create_model('test_resnet')) == {}

@@ -9,9 +9,8 @@ import torch
 
 from timm_geoprior.evaluation.command import main as validate
 from timm_geoprior.evaluation.metrics import Predictions
-from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import train
-from timm_geoprior.training.recipe import make_recipe
+from timm_geoprior.training.recipe import RunConfig, make_recipe
 
 TINY = {
     'name': 'tiny', 'model': 'geoprior_resnet14_nano', 'epochs': 2, 'batch_size': 8, 'lr': 0.05, 'img_size': 32,

@@ -12,9 +12,8 @@ from timm_geoprior.data.memory import decode_images
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.release.publish import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
-from timm_geoprior.training.config import RunConfig
-from timm_geoprior.training.recipe import make_recipe
-from timm_geoprior.training.sources import open_images
+from timm_geoprior.training.loaders import open_images
+from timm_geoprior.training.recipe import RunConfig, make_recipe
 
 TINY = {
     'name': 'tiny', 'model': 'geoprior_resnet14_nano', 'epochs': 14, 'batch_size': 8, 'lr': 0.05, 'img_size': 48,

@@ -29,9 +29,8 @@ from timm_geoprior import progress
 from timm_geoprior.errors import CorruptImagesError, EvaluationError, GeoPriorError
 from timm_geoprior.training import engine
 from timm_geoprior.training.checkpoint import load_checkpoint, save_checkpoint
-from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import Trainer, train
-from timm_geoprior.training.recipe import load_recipe, make_recipe
+from timm_geoprior.training.recipe import RunConfig, load_recipe, make_recipe
 
 TIMES = ('seconds', 'images_per_second')
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'train.py'

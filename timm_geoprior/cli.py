@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from . import __version__
-from .errors import GeoPriorError, sentence
+from .errors import GeoPriorError, message_of
 
 if TYPE_CHECKING:
     from .pretrained.manifest import ModelEntry
@@ -37,7 +37,7 @@ class _Command(NamedTuple):
 _COMMANDS: dict[str, _Command] = {}
 # Commands with a parser of their own: the module whose `main` takes the arguments, and what it does
 _MODULES = {
-    'train': ('training.command', 'train a model by a recipe'),
+    'train': ('training.train', 'train a model by a recipe'),
     'validate': ('evaluation.command', 'measure the accuracy of any timm model, or of a checkpoint'),
     'publish': ('release.command', 'stage, bundle or push trained weights'),
 }
@@ -200,7 +200,7 @@ def _download(args: argparse.Namespace) -> int:
 @_command('pin', "write revision and SHA-256 of the converted tags' sources into the manifest", _argument(
     'tags', nargs='*', metavar='TAG', help='default: all converted tags'))
 def _pin(args: argparse.Namespace) -> int:
-    from .release.sources import pin_sources
+    from .release.pin import pin_sources
     for line in pin_sources(args.tags):
         print(line, flush=True)
     return 0
@@ -241,7 +241,7 @@ def _count(text: str) -> int:
     _argument('--compact', action='store_true', help='print one line per image'),
     _argument('--json', action='store_true', help='print one JSON object per image, each on a line of its own'))
 def _classify(args: argparse.Namespace) -> int:
-    from .inference.images import sample_image
+    from .inference.inputs import sample_image
     sample = None if args.images else sample_image()
     faults = _find_images(args.images)
     if faults and all(faults.values()):  # no model is loaded for nothing
@@ -275,7 +275,7 @@ def _classify(args: argparse.Namespace) -> int:
 def _find_images(names: Sequence[str]) -> dict[str, GeoPriorError | None]:
     """Path -> what is wrong with it, of all images that the names stand for."""
     from .errors import ImageError
-    from .inference.images import check_header, find_images
+    from .inference.inputs import check_header, find_images
     faults: dict[str, GeoPriorError | None] = {}
     left_out: list[str] = []
     for name in names:
@@ -329,7 +329,7 @@ def _explain(args: argparse.Namespace) -> int:
     if args.layers:
         return _print_layers(_default_model(args))
     from .data.images import read_image
-    from .inference.images import sample_image
+    from .inference.inputs import sample_image
     image = read_image(args.image) if args.image else sample_image()
     with _extra('explain'):
         from .inference.explain import check_output, save_explanation
@@ -543,7 +543,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # a closed pipe shows here, where it is dealt with, not at the interpreter's end
     except GeoPriorError as error:
-        _complain(sentence(error))
+        _complain(message_of(error))
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,7 +1,7 @@
 """The exceptions of this package. Each message is one sentence that says what is wrong and what to do."""
 
 __all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPriorError', 'ImageError', 'ProcessError',
-           'WeightsError', 'sentence']
+           'WeightsError', 'message_of']
 
 
 class GeoPriorError(RuntimeError):
@@ -32,6 +32,6 @@ class WeightsError(GeoPriorError):
     """Weights cannot be loaded: there are none, they cannot be fetched, or their bytes are not the manifest's."""
 
 
-def sentence(error: GeoPriorError) -> str:
+def message_of(error: GeoPriorError) -> str:
     """An error's message without the traceback that a data loader's worker has put before it."""
     return str(error).rpartition(f'{type(error).__name__}: ')[2]

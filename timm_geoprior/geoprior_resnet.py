@@ -26,7 +26,7 @@ __all__ = ['GeoPriorBottleneck', 'GeoPriorResNet']
 FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
-def _is_plain(conv: nn.Module) -> bool:
+def _is_bare(conv: nn.Module) -> bool:
     """Whether a convolution applies its weight and nothing else.
 
     Subclasses, adapters around a convolution and parametrized, pruned, quantized or distributed weights do more.
@@ -54,7 +54,7 @@ def _fold(norm: nn.Module, *convs: nn.Module) -> nn.Module:
     Returns:
         What takes the place of the norm: an identity, or the norm itself if it cannot be folded.
     """
-    if type(norm) not in FOLDABLE_NORMS or norm.running_mean is None or not all(map(_is_plain, convs)):
+    if type(norm) not in FOLDABLE_NORMS or norm.running_mean is None or not all(map(_is_bare, convs)):
         return norm
     start = 0
     for conv in convs:

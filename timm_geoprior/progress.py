@@ -1,11 +1,16 @@
-"""Progress for people: a bar on a terminal, a line each minute in a log file."""
+"""What a command tells people while it runs: progress, and how to resume.
+
+Progress is a bar on a terminal, a line each minute in a log file.
+"""
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'tell_on_stderr']
+__all__ = ['Progress', 'resuming_command', 'tell_on_stderr']
 
 LOG_SECONDS = 60  # between two lines in a log file
 
@@ -13,6 +18,16 @@ LOG_SECONDS = 60  # between two lines in a log file
 def tell_on_stderr(text: str) -> None:
     """Print a sentence where it does not mix with a command's results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def resuming_command() -> str:
+    """This process's command line with `--resume`."""
+    program = Path(sys.argv[0])
+    words = ['python', sys.argv[0]] if program.suffix == '.py' else [program.name]
+    if program.name == '__main__.py':
+        words = ['python', '-m', program.parent.name]
+    arguments = [word for word in sys.argv[1:] if word != '--resume']
+    return shlex.join([*words, *arguments, '--resume'])
 
 
 class Progress:

@@ -34,7 +34,7 @@ from timm_geoprior.conversion.closed_form import (
     fit_layer,
 )
 from timm_geoprior.conversion.comparison import compare
-from timm_geoprior.inference.images import read_image
+from timm_geoprior.inference.inputs import read_image
 from timm_geoprior.layers import mix_values
 
 Transform = Callable[[Image.Image], Tensor]

@@ -8,7 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from timm_geoprior.inference.images import sample_image
+from timm_geoprior.inference.inputs import sample_image
 from timm_geoprior.layers import attention_map
 from timm_geoprior.radii import learned_radii
 

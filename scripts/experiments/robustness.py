@@ -32,15 +32,14 @@ from torch import Tensor, nn
 import timm_geoprior  # noqa: F401  (registers the models)
 from compare import LEAST_SEEDS, paired_interval
 from timm_geoprior.data.memory import ImageTensors, decode_images
-from timm_geoprior.errors import GeoPriorError, sentence
+from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.metrics import Predictions, calibrate, target_ranks
 from timm_geoprior.files import markdown_table, write_atomically, write_csv
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import read_weights
-from timm_geoprior.training.config import RunConfig
-from timm_geoprior.training.parts import create_model
-from timm_geoprior.training.recipe import Recipe, make_recipe
-from timm_geoprior.training.sources import model_cfg, open_images
+from timm_geoprior.training.loaders import model_cfg, open_images
+from timm_geoprior.training.parts import build_model
+from timm_geoprior.training.recipe import Recipe, RunConfig, make_recipe
 
 SIZES = (0.5, 0.75, 1.25, 1.5, 2.0)
 SHIFTS = (1 / 8, 1 / 4)
@@ -116,7 +115,7 @@ def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int | N
         raise RobustnessError(f'{path} must be trained on the {len(classes)} classes of the images, got '
                               f'{len(saved.class_names)} others. Check --data-dir.')
     recipe = make_recipe(saved.recipe, str(path))
-    return create_model(recipe, len(classes), start=saved).eval(), recipe, saved.seed
+    return build_model(recipe, len(classes), start=saved).eval(), recipe, saved.seed
 
 
 def measure(path: Path, images: ImageTensors, classes: Sequence[str], device: torch.device) -> tuple[
@@ -215,7 +214,7 @@ def main() -> None:
     try:
         text = run(args)
     except GeoPriorError as error:
-        sys.exit(f'robustness.py: {sentence(error)}')
+        sys.exit(f'robustness.py: {message_of(error)}')
     print(f'\n{text}')
 
 

@@ -28,13 +28,12 @@ import torch
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.memory import ImageTensors, decode_images
-from timm_geoprior.errors import GeoPriorError, sentence
+from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.release.publish import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
-from timm_geoprior.training.config import RunConfig
 from timm_geoprior.training.engine import Trainer
-from timm_geoprior.training.recipe import Recipe, load_recipe
-from timm_geoprior.training.sources import open_images
+from timm_geoprior.training.loaders import open_images
+from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe
 
 TIMED_UPDATES = 20
 RESERVE = 15  # seconds for what comes after the last epoch
@@ -170,7 +169,7 @@ def main() -> None:
     try:
         run(args, time.monotonic() + 60 * args.minutes)
     except GeoPriorError as error:
-        sys.exit(f'train_in_time.py: {sentence(error)}')
+        sys.exit(f'train_in_time.py: {message_of(error)}')
 
 
 if __name__ == '__main__':

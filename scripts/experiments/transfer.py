@@ -47,14 +47,14 @@ from timm_geoprior.data.preflight import check_data
 from timm_geoprior.data.seeding import generator, seed_everything
 from timm_geoprior.data.splits import hold_out_share
 from timm_geoprior.distributed import find_device
-from timm_geoprior.errors import GeoPriorError, sentence
+from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.models import state_dict_sha256
 from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import save_checkpoint
 from timm_geoprior.training.finetune import HELD_OUT_SHARE, Job, find_splits, finetune
+from timm_geoprior.training.loaders import model_cfg
 from timm_geoprior.training.recipe import load_recipe
-from timm_geoprior.training.sources import model_cfg
 
 METHODS = {'knn': 'k-NN', 'linear': 'linear probe', 'finetune': 'fine-tuned'}
 STARTS = ('pretrained', 'random')
@@ -558,7 +558,7 @@ def main() -> None:
             if rows:
                 text = write_transfer(rows, args.output)
     except GeoPriorError as error:
-        sys.exit(f'transfer.py: {sentence(error)}')
+        sys.exit(f'transfer.py: {message_of(error)}')
     except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
         sys.exit(130)
     print(f'\n{text}')

@@ -51,7 +51,7 @@ class Classifier:
 
         Examples:
             >>> from timm_geoprior.inference.classifier import load_classifier
-            >>> from timm_geoprior.inference.images import sample_image
+            >>> from timm_geoprior.inference.inputs import sample_image
             >>> load_classifier('geoprior_resnet14_nano')(sample_image())[0]['name']
             'espresso'
         """

@@ -64,7 +64,7 @@ def effective_field(model: nn.Module, images: Tensor) -> Tensor:
     return gradient.abs().sum(1).mean(0)
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def _plain_twin(model: nn.Module) -> nn.Module:
     """The ResNet of the same widths and depth: a plain convolution where there is one with attention."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
@@ -89,7 +89,7 @@ def receptive_pair(model: nn.Module, size: int) -> tuple[Tensor, Tensor]:
     Returns:
         Two maps, shape (size, size), each the mean over the same draws.
     """
-    own, plain = copy.deepcopy(model).eval(), _plain(model).eval()
+    own, plain = copy.deepcopy(model).eval(), _plain_twin(model).eval()
     radii = {name: value for name, value in model.state_dict().items() if name.endswith('log_radius')}
     fields = torch.zeros(2, size, size)
     with torch.random.fork_rng(devices=()):
@@ -262,7 +262,7 @@ def save_explanation(
 
     Examples:
         >>> from timm_geoprior.inference.classifier import load_classifier
-        >>> from timm_geoprior.inference.images import sample_image
+        >>> from timm_geoprior.inference.inputs import sample_image
         >>> save_explanation(load_classifier('geoprior_resnet14_nano'), sample_image(), Path('explain.png'))
     """
     check_output(path)

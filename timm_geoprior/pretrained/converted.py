@@ -18,7 +18,7 @@ __all__ = ['RESULTS_FILE', 'converted_cfg', 'converted_entries', 'describe_sourc
 FILE = 'model.safetensors'  # timm's own cfgs would fall back to pickled weights
 LABEL_SET = 'imagenet-1k'
 NUM_FEATURES = 2048
-# made by `python -m timm_geoprior.release.sources results`
+# made by `python -m timm_geoprior.release.pin results`
 RESULTS_FILE = Path(__file__).parent / 'source_results.csv'
 
 

@@ -32,8 +32,8 @@ from .cfgs import bundled_path, hub_config
 from .manifest import ModelEntry, load_manifest
 
 __all__ = [
-    'Asset', 'download_tag', 'endpoint', 'explain', 'golden_asset', 'http_status', 'read_asset', 'read_verified',
-    'redact', 'require_weights', 'weights_asset',
+    'Asset', 'check_file', 'describe_hub_error', 'download_tag', 'endpoint', 'golden_asset', 'http_status',
+    'read_asset', 'redact', 'require_weights', 'weights_asset',
 ]
 
 PATIENCE = 6  # seconds that the Hub may take to answer at all
@@ -178,7 +178,7 @@ def _read_verified(asset: Asset, path: Path) -> memoryview:
     return content
 
 
-def read_verified(entry: ModelEntry, path: Path) -> None:
+def check_file(entry: ModelEntry, path: Path) -> None:
     """Hold a file against a tag's size and SHA-256.
 
     Args:
@@ -292,7 +292,8 @@ def _cached_without_hub(asset: Asset, cache_dir: str | Path | None) -> Path | No
 
 def _not_fetched(asset: Asset, error: Exception, cache_dir: str | Path | None) -> WeightsError:
     instead = f', or take {asset.instead}, which needs no network' if asset.instead else ''
-    return WeightsError(f'{asset.title} ({asset.place}) could not be fetched: {explain(error, cache_dir)}{instead}.')
+    reason = describe_hub_error(error, cache_dir)
+    return WeightsError(f'{asset.title} ({asset.place}) could not be fetched: {reason}{instead}.')
 
 
 def _sweep(path: Path, started: float) -> None:
@@ -319,7 +320,7 @@ def http_status(error: BaseException) -> int:
     return getattr(getattr(error, 'response', None), 'status_code', None) or 0
 
 
-def explain(error: Exception, cache_dir: str | Path | None = None) -> str:
+def describe_hub_error(error: Exception, cache_dir: str | Path | None = None) -> str:
     """Say in one sentence, or two, why huggingface_hub failed and what to do about it. No token is in the text.
 
     Args:

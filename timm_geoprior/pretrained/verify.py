@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from .cfgs import bundled_path
-from .download import endpoint, explain, read_verified, redact, require_weights
+from .download import check_file, describe_hub_error, endpoint, redact, require_weights
 from .loading import load_golden, load_verified
 from .manifest import ModelEntry, load_manifest, manifest_path
 
@@ -107,7 +107,7 @@ def _cached(entry: ModelEntry) -> object:
 
 def _file_check(entry: ModelEntry, what: str, path: Path) -> Check:
     try:
-        read_verified(entry, path)
+        check_file(entry, path)
     except WeightsError as error:
         return Check(entry.name, what, False, str(error))
     return Check(entry.name, what, True, f'{entry.bytes:,} bytes, sha256 {entry.sha256}')
@@ -121,7 +121,7 @@ def _hub_check(entry: ModelEntry) -> Check:
     try:
         found = get_hf_file_metadata(hf_hub_url(str(entry.hub_id), str(entry.file), revision=entry.revision))
     except Exception as error:
-        return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision}: {explain(error)}.')
+        return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision}: {describe_hub_error(error)}.')
     if (found.etag, found.size) != (entry.sha256, entry.bytes):
         return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision} has {found.size} bytes, sha256 '
                      f'{found.etag}, expected {entry.bytes}, {entry.sha256}.')

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import GeoPriorError
 from ..files import write_atomically
 from ..pretrained.cfgs import bundled_path, hub_config
-from ..pretrained.download import explain, http_status
+from ..pretrained.download import describe_hub_error, http_status
 from ..pretrained.loading import load_golden
 from ..pretrained.manifest import (
     Baseline,
@@ -495,7 +495,7 @@ def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path |
         raise
     except Exception as error:
         raise PublishError(
-            f'{entry.name} could not be pushed to {repo_id}: {_explain_push(error)}. '
+            f'{entry.name} could not be pushed to {repo_id}: {_describe_push_error(error)}. '
             f'The manifest is as it was; run it again to go on.') from None
     entry = replace(entry, status='published', hub_id=repo_id, revision=revision)
     update_manifest(manifest_file, entry)
@@ -554,7 +554,7 @@ def _read_back(entry: ModelEntry, folder: Path, repo_id: str, revision: str) -> 
         _check_loads(entry, root)
 
 
-def _explain_push(error: Exception) -> str:
+def _describe_push_error(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
     status = http_status(cause)
     if status == 412:
@@ -562,4 +562,4 @@ def _explain_push(error: Exception) -> str:
     if status in (401, 403):
         return (f'the Hub answered {status}: the token must have write rights for it '
                 f'(`hf auth whoami` says whose it is)')
-    return explain(cause)
+    return describe_hub_error(cause)

@@ -29,19 +29,18 @@ from ..progress import Progress
 from ..provenance import git_commit, hardware, versions
 from . import report
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint
-from .config import RunConfig
+from .loaders import ProcessShare, TrainingData, open_training_data
 from .parts import (
+    build_mixup,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_task,
+    build_teacher,
     check_recipe,
-    create_mixup,
-    create_model,
-    create_optimizer,
-    create_schedule,
-    create_task,
-    create_teacher,
     radii_in_cells,
 )
-from .recipe import Recipe
-from .sources import Share, TrainingData, open_training_data
+from .recipe import Recipe, RunConfig
 
 __all__ = ['Trainer', 'train']
 
@@ -65,7 +64,7 @@ class Trainer:
         if self.rank == 0:
             self._check_output()
         self.resume = bool(self._from_first(config.resume))
-        share = Share(self._batch_share(), self.device, self.rank, self.world_size)
+        share = ProcessShare(self._batch_share(), self.device, self.rank, self.world_size)
         self.data: TrainingData = open_training_data(recipe, config, share, decoded)
         self.updates_per_epoch = len(self.data.train) // recipe.grad_accum_steps
         if not self.updates_per_epoch:
@@ -123,7 +122,7 @@ class Trainer:
         """Batch norm has no statistics of a single value, which a single image is where the last map is one cell."""
         size = min(self.recipe.size_at(epoch) for epoch in range(self.recipe.epochs))
         with torch.device('meta'):
-            model = create_model(self.recipe, 2).train()
+            model = build_model(self.recipe, 2).train()
             try:
                 model(torch.empty(1, 3, size, size))
             except ValueError as error:
@@ -148,9 +147,9 @@ class Trainer:
             self.model = convert_sync_batchnorm(self.model)
         self.ema = ModelEmaV3(
             self.model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup) if recipe.model_ema else None
-        self.optimizer = create_optimizer(recipe, self.model)
-        self.schedule = create_schedule(recipe, self.optimizer, self.updates_per_epoch)
-        self.mixup = create_mixup(recipe, classes)
+        self.optimizer = build_optimizer(recipe, self.model)
+        self.schedule = build_schedule(recipe, self.optimizer, self.updates_per_epoch)
+        self.mixup = build_mixup(recipe, classes)
         half = recipe.amp and recipe.amp_dtype == 'float16'
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         network, self.replica = self.model, None
@@ -160,9 +159,9 @@ class Trainer:
         # sizes are few and fixed: a graph for each is faster than a dynamic one
         self.network: Any = torch.compile(network, dynamic=False) if recipe.torchcompile else network
         teacher = _load(
-            lambda: create_teacher(recipe, classes).to(self.device), f'The teacher {recipe.teacher}'
+            lambda: build_teacher(recipe, classes).to(self.device), f'The teacher {recipe.teacher}'
         ) if recipe.teacher else None
-        self.task = create_task(recipe, self.network, teacher, self.device)
+        self.task = build_task(recipe, self.network, teacher, self.device)
 
     def _start(self, classes: int) -> nn.Module:
         """The model with the weights that it starts from."""
@@ -173,7 +172,7 @@ class Trainer:
             if start.note and self.rank == 0:
                 self.config.tell(start.note)
         model: nn.Module = _load(
-            lambda: create_model(self.recipe, classes, finetune == 'pretrained', start), f'--finetune {finetune}')
+            lambda: build_model(self.recipe, classes, finetune == 'pretrained', start), f'--finetune {finetune}')
         return model
 
     def _autocast(self) -> AbstractContextManager[Any]:

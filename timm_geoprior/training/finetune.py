@@ -28,12 +28,12 @@ from ..evaluation.evaluate import EvalConfig, evaluate, plan
 from ..evaluation.metrics import Predictions, confused_pairs, wilson_interval
 from ..evaluation.models import load_model
 from ..files import drawable, first_line, save_figure, write_atomically, write_json
+from ..progress import resuming_command
 from .checkpoint import read_weights
-from .config import RunConfig, resuming_command
 from .engine import Trainer
-from .parts import check_recipe, create_model
-from .recipe import Recipe, load_recipe
-from .sources import model_cfg
+from .loaders import model_cfg
+from .parts import build_model, check_recipe
+from .recipe import Recipe, RunConfig, load_recipe
 
 __all__ = ['Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
 
@@ -203,7 +203,7 @@ def _recipe(job: Job, splits: Splits) -> Recipe:
     if 'lr' not in chosen:
         check_recipe(recipe)
         with torch.device('meta'):
-            parameters = sum(parameter.numel() for parameter in create_model(recipe, 2).parameters())
+            parameters = sum(parameter.numel() for parameter in build_model(recipe, 2).parameters())
         recipe = replace(recipe, lr=recipe.lr * rate_factor(recipe.batch_size, parameters))
         job.tell(f'Batches of {recipe.batch_size} images, learning rate {recipe.lr:.1e}.')
     return recipe
@@ -314,7 +314,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     saved = read_weights(best)
     names = saved.class_names
     recipe = trainer.recipe
-    model: Any = create_model(recipe, len(names))
+    model: Any = build_model(recipe, len(names))
     model.load_state_dict(saved.state_dict)
     size = recipe.eval_size or recipe.img_size
     cfg = {key: value for key, value in model.pretrained_cfg.items()

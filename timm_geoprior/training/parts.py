@@ -21,12 +21,12 @@ from .checkpoint import SavedModel, read_weights, take_prefix_off
 from .recipe import Recipe
 
 __all__ = [
-    'TargetLoss', 'check_recipe', 'create_mixup', 'create_model', 'create_optimizer', 'create_schedule', 'create_task',
-    'create_teacher', 'radii_in_cells',
+    'TargetLoss', 'build_mixup', 'build_model', 'build_optimizer', 'build_schedule', 'build_task', 'build_teacher',
+    'check_recipe', 'radii_in_cells',
 ]
 
 
-def create_model(
+def build_model(
         recipe: Recipe, num_classes: int, pretrained: bool = False, start: SavedModel | None = None) -> nn.Module:
     """The recipe's model.
 
@@ -73,11 +73,11 @@ def check_recipe(recipe: Recipe) -> None:
         GeoPriorError: timm can make nothing of some keys; the message names them, and the nearest known name.
     """
     with torch.device('meta'):
-        model = _try(lambda: create_model(recipe, 2), 'model, model_kwargs and freeze', recipe.model, timm.list_models)
-        optimizer = _try(lambda: create_optimizer(recipe, model), 'opt and opt_kwargs', recipe.opt, list_optimizers)
+        model = _try(lambda: build_model(recipe, 2), 'model, model_kwargs and freeze', recipe.model, timm.list_models)
+        optimizer = _try(lambda: build_optimizer(recipe, model), 'opt and opt_kwargs', recipe.opt, list_optimizers)
         if recipe.teacher and not timm.is_model(recipe.teacher.split('.')[0]):
             _try(lambda: timm.create_model(recipe.teacher), 'teacher', recipe.teacher, timm.list_models)
-    _try(lambda: create_schedule(recipe, optimizer, 100), 'lr_cycle_mul, lr_cycle_decay and lr_cycle_limit')
+    _try(lambda: build_schedule(recipe, optimizer, 100), 'lr_cycle_mul, lr_cycle_decay and lr_cycle_limit')
 
 
 def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[], Sequence[Any]] = list) -> Any:
@@ -89,7 +89,7 @@ def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[],
         raise GeoPriorError(f'timm can make nothing of the recipe keys {keys} ({first_line(error)}): {hint}') from error
 
 
-def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
+def build_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's teacher, with the weights of its name or those of `teacher_path`."""
     options: dict[str, Any] = {}
     if recipe.teacher_path:
@@ -104,7 +104,7 @@ def create_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     return network
 
 
-def create_task(recipe: Recipe, network: Any, teacher: nn.Module | None, device: torch.device) -> nn.Module:
+def build_task(recipe: Recipe, network: Any, teacher: nn.Module | None, device: torch.device) -> nn.Module:
     """timm's task: the loss of a network for images (B, C, H, W) and targets (B,) or (B, K), as `['loss']`.
 
     With a teacher, a share of the loss is the Kullback-Leibler divergence from its softened probabilities (Hinton et
@@ -124,7 +124,7 @@ def radii_in_cells(model: nn.Module) -> dict[str, Any]:
     return {name: values if len(values) > 1 else values[0] for name, values in radii.items()}
 
 
-def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer over timm's parameter groups; radii have no weight decay and a learning rate of their own.
 
     The groups' `lr_scale` is timm's: its schedulers multiply by it.
@@ -143,7 +143,7 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return create_optimizer_v2(split, opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum, **recipe.opt_kwargs)
 
 
-def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
+def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
     """timm's schedule, a new learning rate each update."""
     restarts: dict[str, Any] = {'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': recipe.lr_cycle_decay,
                 'cycle_limit': recipe.lr_cycle_limit}
@@ -156,7 +156,7 @@ def create_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_pe
     return scheduler
 
 
-def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
     """timm's mixup and cutmix, or None where the recipe has neither."""
     if not recipe.mixup and not recipe.cutmix:
         return None

@@ -1,8 +1,8 @@
-"""Recipes: everything that decides a training run, as one flat YAML file in timm's vocabulary."""
+"""Recipes, which are everything that decides a training run, as flat YAML files; and where and how they are run."""
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..errors import GeoPriorError
+from ..progress import tell_on_stderr
 
-__all__ = ['Recipe', 'load_recipe', 'recipe_names']
+__all__ = ['Recipe', 'RunConfig', 'load_recipe', 'recipe_names']
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,42 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain containers, every key written out."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how a recipe is run; nothing in here changes what is learned, but for the seed.
+
+    Attributes:
+        data_dir: Folder with a folder for each split, and in those one folder of images for each class.
+        output: Folder of the run.
+        train_split: Folder of the training images; '' where the class folders lie in `data_dir` itself.
+        val_split: Split that is measured after each epoch where the recipe holds nothing out; '' for none.
+        holdout_share: ProcessShare of each class's training images that is held out where the recipe names no number.
+        seed: Of weights, order and augmentation.
+        device: A device of torch.
+        workers: Processes that decode, for each process that trains.
+        finetune: '' for random weights, 'pretrained' for those of the model's tag, or a checkpoint's path.
+        resume: Go on with the run in `output`.
+        save_every: Updates between two checkpoints within an epoch.
+        max_corrupt: Unreadable images that are skipped; at one more the run stops.
+        command: The command that resumes the run, for the message of an interruption.
+        tell: Called with each sentence that a person should read.
+    """
+    data_dir: Path
+    output: Path
+    train_split: str = 'train'
+    val_split: str = ''
+    holdout_share: float = 0.0
+    seed: int = 0
+    device: str = 'cpu'
+    workers: int = 2
+    finetune: str = ''
+    resume: bool = False
+    save_every: int = 200
+    max_corrupt: int = 10
+    command: str = ''
+    tell: Callable[[str], None] = tell_on_stderr
 
 
 _CHOICES = {'sched': ('cosine', 'tanh', 'poly'), 'amp_dtype': ('bfloat16', 'float16'),

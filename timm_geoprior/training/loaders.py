@@ -22,16 +22,15 @@ from ..data.splits import hold_out, hold_out_share
 from ..data.workers import init_worker
 from ..errors import EvaluationError, GeoPriorError, ImageError
 from ..files import first_line
-from .config import RunConfig
-from .recipe import Recipe
+from .recipe import Recipe, RunConfig
 
-__all__ = ['Share', 'TrainingData', 'model_cfg', 'open_images', 'open_training_data']
+__all__ = ['ProcessShare', 'TrainingData', 'model_cfg', 'open_images', 'open_training_data']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessShare:
     """What one process takes of each batch.
 
     Attributes:
@@ -147,7 +146,7 @@ class _Opened:
     """The training split of a run, divided."""
     recipe: Recipe
     config: RunConfig
-    share: Share
+    share: ProcessShare
     found: EvalSet
     stay: torch.Tensor
     held: torch.Tensor
@@ -170,7 +169,7 @@ class _Opened:
 
 
 def open_training_data(
-        recipe: Recipe, config: RunConfig, share: Share, decoded: ImageTensors | None = None) -> TrainingData:
+        recipe: Recipe, config: RunConfig, share: ProcessShare, decoded: ImageTensors | None = None) -> TrainingData:
     """Open the data of a run.
 
     Args:

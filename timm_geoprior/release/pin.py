@@ -1,6 +1,6 @@
 """What the project keeps of the sources of converted tags: pins, and the figures that timm has published.
 
-    python -m timm_geoprior.release.sources results-imagenet.csv
+    python -m timm_geoprior.release.pin results-imagenet.csv
 
 writes the figures that timm has published (results/results-imagenet.csv of its repository) into the package.
 """
@@ -16,14 +16,14 @@ from timm.models import get_arch_pretrained_cfgs
 from ..errors import GeoPriorError
 from ..files import write_atomically
 from ..pretrained.converted import RESULTS_FILE
-from ..pretrained.download import PATIENCE, explain
+from ..pretrained.download import PATIENCE, describe_hub_error
 from ..pretrained.manifest import SOURCES, ModelEntry, load_manifest, update_converted
 
 __all__ = ['PinError', 'pin_sources', 'write_published_results']
 
 HEADER = """\
 # ImageNet-1k accuracies in percent that timm has published, from results/results-imagenet.csv of its repository, by
-# python -m timm_geoprior.release.sources results-imagenet.csv
+# python -m timm_geoprior.release.pin results-imagenet.csv
 """
 COLUMNS = ('model', 'img_size', 'crop_pct', 'top1', 'top5')
 
@@ -62,7 +62,7 @@ def _pin(entry: ModelEntry, manifest_file: Path | None) -> str:
     try:
         found = get_hf_file_metadata(hf_hub_url(str(entry.hub_id), str(entry.file)), timeout=PATIENCE)
     except Exception as error:
-        raise PinError(f'{entry.name} could not be pinned to {entry.hub_id}: {explain(error)}.') from None
+        raise PinError(f'{entry.name} could not be pinned to {entry.hub_id}: {describe_hub_error(error)}.') from None
     if not (found.commit_hash and found.etag and len(found.etag) == 64 and found.size):
         raise PinError(f'{entry.name} could not be pinned: the Hub must give a commit, a SHA-256 and a size of '
                        f'{entry.file} in {entry.hub_id}, got {found.commit_hash}, {found.etag} and {found.size}.')

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import GeoPriorError, sentence
-from .config import RunConfig, resuming_command
+from ..errors import GeoPriorError, message_of
+from ..progress import resuming_command
 from .engine import train
-from .recipe import load_recipe, recipe_names
+from .recipe import RunConfig, load_recipe, recipe_names
 
 __all__ = ['main']
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
         recipe = load_recipe(args.recipe, args.set + ([f'model={args.model}'] if args.model else []))
         results = train(recipe, config)
     except GeoPriorError as error:
-        print(f'{prog}: {sentence(error)}', file=sys.stderr)
+        print(f'{prog}: {message_of(error)}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
         return 130
