@@ -2,7 +2,7 @@
 import sys
 
 try:
-    from timm_geoprior.evaluation.command import main
+    from timm_geoprior.evaluation.validate import main
 except ModuleNotFoundError as error:
     sys.exit(f'validate.py: {error.name} is not installed, expected timm_geoprior with its extra "train": '
              f"pip install -e '.[train]'")

@@ -20,7 +20,7 @@ from timm.data import create_transform, resolve_model_data_config
 import timm_geoprior
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import main
-from timm_geoprior.data.images import read_image
+from timm_geoprior.data.reading import read_image
 from timm_geoprior.inference.classifier import load_classifier
 from timm_geoprior.inference.inputs import sample_image
 from timm_geoprior.pretrained.manifest import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.data import create_dataset, create_transform
 
-from timm_geoprior.data.folder import FolderLoader
+from timm_geoprior.data.batches import FolderLoader, LoaderConfig
 from timm_geoprior.data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from timm_geoprior.data.splits import folders_of_split, hold_out, hold_out_share
 from timm_geoprior.errors import CorruptImagesError
@@ -24,12 +24,12 @@ def make_transform(size: int):
 
 
 def memory_loader(photos, **kwargs):
-    return MemoryLoader(photos, mean=HALF, std=HALF, augment=CropFlip(), **{'batch_size': 8, **kwargs})
+    return MemoryLoader(photos, HALF, HALF, CropFlip(), LoaderConfig(**{'batch_size': 8, **kwargs}))
 
 
-def folder_loader(folder, **kwargs):
+def folder_loader(folder, batch_size=8, workers=0, **kwargs):
     dataset = create_dataset('', root=str(folder), split='train')
-    return FolderLoader(dataset, make_transform=make_transform, **{'batch_size': 8, 'workers': 0, **kwargs})
+    return FolderLoader(dataset, make_transform, LoaderConfig(batch_size), workers=workers, **kwargs)
 
 
 def gather(loader, *args):
@@ -97,7 +97,7 @@ class TestMemoryLoader:
             assert not torch.equal(targets, other[1])
 
     def test_every_image_once(self, photos):
-        plain = MemoryLoader(photos, 8, (0, 0, 0), (1, 1, 1), CropFlip((1, 1), (1, 1), 0))
+        plain = MemoryLoader(photos, (0, 0, 0), (1, 1, 1), CropFlip((1, 1), (1, 1), 0), LoaderConfig(8))
         images, _ = gather(plain, 0, 64)
         found = (255 * images).round().to(torch.uint8).flatten(1).unique(dim=0)
         assert torch.equal(found, photos.images.flatten(1).unique(dim=0))

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
-from timm_geoprior.data.datasets import DataOptions, EvalSet, fingerprint, open_split
-from timm_geoprior.data.folder import FolderLoader
-from timm_geoprior.data.images import read_image, read_item
+from timm_geoprior.data.batches import FolderLoader, LoaderConfig
 from timm_geoprior.data.listing import ilsvrc_val_labels, unpacked
 from timm_geoprior.data.memory import decode_images
+from timm_geoprior.data.opening import DataOptions, DataSplit, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
+from timm_geoprior.data.reading import read_image, read_item
 from timm_geoprior.errors import EvaluationError
 
 ORIENTATION = 0x0112
@@ -83,7 +83,7 @@ def parquet(root: Path, files: dict[str, bytes], label: str = 'label', split: st
     return root
 
 
-def opened(way: str, root: Path, files: dict[str, bytes]) -> EvalSet:
+def opened(way: str, root: Path, files: dict[str, bytes]) -> DataSplit:
     """The same files by one of the ways in."""
     if way == 'folder':
         return open_split(write(root / 'set', {f'val/a/{name}': content for name, content in files.items()}))
@@ -97,7 +97,7 @@ def opened(way: str, root: Path, files: dict[str, bytes]) -> EvalSet:
     return open_split(root / 'cache', 'validation', f'{way}/{place}', options)
 
 
-def pixels_of(data: EvalSet) -> dict[str, np.ndarray]:
+def pixels_of(data: DataSplit) -> dict[str, np.ndarray]:
     """Every image by its name, or by its place in a stream."""
     if not data.is_stream:
         return {name.rpartition('/')[2]: np.asarray(read_item(data.dataset, index))
@@ -125,8 +125,8 @@ def test_every_way_in_shows_what_classify_shows(way, tmp_path):
 def test_training_reads_the_same_pixels(tmp_path):
     data = opened('folder', tmp_path, odd_pictures())
     kept = decode_images(data.dataset, 32, workers=0)
-    loader = FolderLoader(data.dataset, len(kept), lambda size: lambda image: torch.from_numpy(
-        np.array(image.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1), workers=0)
+    loader = FolderLoader(data.dataset, lambda size: lambda image: torch.from_numpy(np.array(
+        image.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1), LoaderConfig(len(kept)), workers=0)
     drawn, = (images for images, _ in loader.epoch(0, 32))
     assert {image.numpy().tobytes() for image in drawn} == {image.numpy().tobytes() for image in kept.images}
     for index, image in enumerate(kept.images):
@@ -165,7 +165,7 @@ def test_a_rotation_that_is_ignored_is_told(tmp_path):
         "3 of ILSVRC's files state a rotation (EXIF), which is ignored as in published accuracies."]
     with pytest.warns(UserWarning, match="3 of ILSVRC's files state a rotation"):
         decode_images(data.dataset, 32, workers=0)
-    loader = FolderLoader(data.dataset, 3, lambda size: lambda image: torch.zeros(1), workers=0)
+    loader = FolderLoader(data.dataset, lambda size: lambda image: torch.zeros(1), LoaderConfig(3), workers=0)
     with pytest.warns(UserWarning, match="3 of ILSVRC's files state a rotation"):
         list(loader.epoch(0, 32))
 

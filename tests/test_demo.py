@@ -14,7 +14,7 @@ import timm
 from PIL import Image
 
 from timm_geoprior.cli import main
-from timm_geoprior.data.images import read_image
+from timm_geoprior.data.reading import read_image
 from timm_geoprior.inference.classifier import load_classifier
 from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.manifest import default_model, load_manifest
@@ -32,7 +32,7 @@ def watch(event, args):
 
 sys.addaudithook(watch)
 from timm_geoprior.cli import main
-from timm_geoprior.data.images import read_image
+from timm_geoprior.data.reading import read_image
 sys.exit(main(sys.argv[1:]))
 """
 

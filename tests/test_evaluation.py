@@ -20,12 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from timm_geoprior.data.datasets import open_split
 from timm_geoprior.data.listing import ilsvrc_val_labels, unpacked
+from timm_geoprior.data.opening import open_split
 from timm_geoprior.data.preflight import check_data, empty_folders, image_fault, repeated_classes
 from timm_geoprior.errors import ClassMismatchError, EvaluationError, GeoPriorError
 from timm_geoprior.evaluation.classes import match_classes
-from timm_geoprior.evaluation.command import deviations, find_metric
 from timm_geoprior.evaluation.evaluate import EvalConfig, Forward, predict
 from timm_geoprior.evaluation.metrics import (
     Counts,
@@ -38,6 +37,7 @@ from timm_geoprior.evaluation.metrics import (
     wilson_interval,
 )
 from timm_geoprior.evaluation.models import load_model
+from timm_geoprior.evaluation.validate import deviations, find_metric
 from timm_geoprior.pretrained.manifest import Metric, load_manifest
 
 NAN = math.nan

@@ -596,8 +596,8 @@ def test_script_refuses_what_it_would_not_use(tmp_path, monkeypatch, capsys):
 
 def test_results_file_is_what_validation_writes():
     """The keys that a release reads of scripts/validate.py's JSON."""
-    from timm_geoprior.evaluation import command, results
-    source = ''.join(Path(module.__file__).read_text(encoding='utf-8') for module in (results, command))
+    from timm_geoprior.evaluation import results, validate
+    source = ''.join(Path(module.__file__).read_text(encoding='utf-8') for module in (results, validate))
     assert all(f"'{key}'" in source for key in ('results', 'data', 'preprocessing', 'software', 'weights', 'model'))
 
 

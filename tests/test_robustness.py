@@ -7,8 +7,8 @@ import pytest
 import robustness
 import torch
 
-from timm_geoprior.evaluation.command import main as validate
 from timm_geoprior.evaluation.metrics import Predictions
+from timm_geoprior.evaluation.validate import main as validate
 from timm_geoprior.training.engine import train
 from timm_geoprior.training.recipe import RunConfig, make_recipe
 

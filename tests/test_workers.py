@@ -11,7 +11,7 @@ PROGRAM = """
 import os, signal, sys
 import torch
 from torch.utils.data import DataLoader
-from timm_geoprior.data.workers import init_worker
+from timm_geoprior.data.batches import init_worker
 
 def stop(number, frame):
     raise SystemExit(128 + number)

@@ -38,7 +38,7 @@ _COMMANDS: dict[str, _Command] = {}
 # Commands with a parser of their own: the module whose `main` takes the arguments, and what it does
 _MODULES = {
     'train': ('training.train', 'train a model by a recipe'),
-    'validate': ('evaluation.command', 'measure the accuracy of any timm model, or of a checkpoint'),
+    'validate': ('evaluation.validate', 'measure the accuracy of any timm model, or of a checkpoint'),
     'publish': ('release.command', 'stage, bundle or push trained weights'),
 }
 
@@ -328,7 +328,7 @@ def _point(text: str) -> tuple[float, float]:
 def _explain(args: argparse.Namespace) -> int:
     if args.layers:
         return _print_layers(_default_model(args))
-    from .data.images import read_image
+    from .data.reading import read_image
     from .inference.inputs import sample_image
     image = read_image(args.image) if args.image else sample_image()
     with _extra('explain'):

@@ -16,7 +16,7 @@ __all__ = ['register_with_timm']
 
 # what can be imported without timm; all else imports timm first, and with it the models
 _WITHOUT_TIMM = {f'{__package__}.{name}' for name in (
-    '__main__', 'cli', 'data', 'data.images', 'errors', 'files', 'inference', 'inference.inputs', 'pretrained',
+    '__main__', 'cli', 'data', 'data.reading', 'errors', 'files', 'inference', 'inference.inputs', 'pretrained',
     'pretrained.manifest')}
 
 

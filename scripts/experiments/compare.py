@@ -39,15 +39,16 @@ from scipy.stats import t as student
 from torch import nn
 
 import timm_geoprior  # noqa: F401  (registers the models)
-from timm_geoprior.data.datasets import fingerprint
+from timm_geoprior.data.batches import LoaderConfig
 from timm_geoprior.data.memory import ImageTensors, decode_images
+from timm_geoprior.data.opening import fingerprint
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.metrics import count_correct
 from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
 from timm_geoprior.layers import GeoPriorAttn2d
 from timm_geoprior.radii import learned_radii, scale_radii
 from timm_geoprior.training.engine import Trainer
-from timm_geoprior.training.loaders import ProcessShare, open_images, open_training_data
+from timm_geoprior.training.loaders import open_images, open_training_data
 from timm_geoprior.training.parts import check_recipe
 from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe, make_recipe
 
@@ -261,7 +262,7 @@ def measure(
     measured: dict[str, Any] = {'eval_size': size}
     for factor in FACTORS:
         other = replace(recipe, eval_size=round(factor * size))
-        held_out = open_training_data(other, place, ProcessShare(1, device), decoded).held_out
+        held_out = open_training_data(other, place, LoaderConfig(1, device), decoded).held_out
         assert held_out is not None  # as load_variants has seen to
         for unit in ('cells', 'share') if radii and factor != 1 else ('cells',):
             with _scaled_radii(network, other.eval_size / size if unit == 'share' else 1):

@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from compare import distinct, paired_interval
-from timm_geoprior.data.datasets import EvalSet, fingerprint, open_split
+from timm_geoprior.data.batches import generator, seed_everything
+from timm_geoprior.data.opening import DataSplit, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
-from timm_geoprior.data.seeding import generator, seed_everything
 from timm_geoprior.data.splits import hold_out_share
 from timm_geoprior.distributed import find_device
 from timm_geoprior.errors import GeoPriorError, message_of
@@ -194,7 +194,7 @@ def _settings(job: Transfer) -> dict[str, Any]:
     return {'model': job.model, 'img_size': job.img_size, **tuned}
 
 
-def _images(data: EvalSet) -> dict[str, Any]:
+def _images(data: DataSplit) -> dict[str, Any]:
     return fingerprint(data, np.arange(len(data.labels)))
 
 
@@ -233,7 +233,7 @@ def _test_split(job: Transfer) -> str:
     return test
 
 
-def _open_splits(job: Transfer) -> tuple[EvalSet, EvalSet]:
+def _open_splits(job: Transfer) -> tuple[DataSplit, DataSplit]:
     test = _test_split(job)
     train, measured = (open_split(job.data_dir, split=split) for split in (find_splits(job.data_dir).train, test))
     if train.classes != measured.classes:
@@ -243,7 +243,7 @@ def _open_splits(job: Transfer) -> tuple[EvalSet, EvalSet]:
     return train, measured
 
 
-def draw_labels(data: EvalSet, per_class: int, seed: int) -> Tensor:
+def draw_labels(data: DataSplit, per_class: int, seed: int) -> Tensor:
     """Draw labelled images of each class.
 
     Args:
@@ -287,7 +287,7 @@ def _network(job: Transfer, start: str, seed: int) -> nn.Module:
     return model.to(device=job.device).to(memory_format=torch.channels_last).eval()
 
 
-def _frozen(job: Transfer, start: str, seed: int, train: EvalSet) -> nn.Module:
+def _frozen(job: Transfer, start: str, seed: int, train: DataSplit) -> nn.Module:
     """The network whose features are probed.
 
     All norms of a random network have the statistics of nothing: it is given those of images. Its last norms keep the
@@ -301,7 +301,7 @@ def _frozen(job: Transfer, start: str, seed: int, train: EvalSet) -> nn.Module:
     return network
 
 
-def _loader(job: Transfer, data: EvalSet, wanted: Tensor, drop_last: bool = False) -> DataLoader[Any]:
+def _loader(job: Transfer, data: DataSplit, wanted: Tensor, drop_last: bool = False) -> DataLoader[Any]:
     cfg = resolve_data_config(pretrained_cfg=model_cfg(job.model))
     size = (3, job.img_size, job.img_size) if job.img_size else cfg['input_size']
     data.dataset.transform = create_transform(**{**cfg, 'input_size': size})
@@ -310,7 +310,7 @@ def _loader(job: Transfer, data: EvalSet, wanted: Tensor, drop_last: bool = Fals
 
 
 def _features(
-        job: Transfer, splits: Mapping[str, EvalSet], split: str, wanted: Tensor, start: str, seed: int) -> Tensor:
+        job: Transfer, splits: Mapping[str, DataSplit], split: str, wanted: Tensor, start: str, seed: int) -> Tensor:
     """Pooled features of some images of a split, (images, features), computed once and kept in a file."""
     folder = job.folder / 'features'
     path = folder / f'{split}-{start if start == "pretrained" else f"{start}{seed}"}.pt'
@@ -324,13 +324,13 @@ def _features(
 
 
 @torch.inference_mode()
-def _forward(job: Transfer, data: EvalSet, wanted: Tensor, network: nn.Module, what: str) -> Tensor:
+def _forward(job: Transfer, data: DataSplit, wanted: Tensor, network: nn.Module, what: str) -> Tensor:
     batches = tqdm(_loader(job, data, wanted), f'features, {what}', leave=False, mininterval=5)
     return torch.cat([network(images.to(job.device)).float().cpu() for images, _ in batches])
 
 
 def _probed(
-        job: Transfer, case: tuple[str, str, int], drawn: Tensor, needed: Tensor, splits: tuple[EvalSet, EvalSet],
+        job: Transfer, case: tuple[str, str, int], drawn: Tensor, needed: Tensor, splits: tuple[DataSplit, DataSplit],
 ) -> Row:
     """A row of a probe, for a method, a start and a seed; features are computed of all images that are needed."""
     method, start, seed = case
@@ -393,7 +393,7 @@ def choose_penalty(features: Tensor, labels: Tensor) -> float:
 
 # -- fine-tuning -------------------------------------------------------------------------------------------------------
 
-def _finetuned(job: Transfer, train: EvalSet, drawn: Tensor, seed: int, per_class: int, start: str) -> Row:
+def _finetuned(job: Transfer, train: DataSplit, drawn: Tensor, seed: int, per_class: int, start: str) -> Row:
     """A row of `finetune` on a folder of the drawn images."""
     place = _run_folder(job, seed, per_class, start)
     images = place / 'images'
@@ -421,7 +421,7 @@ def _remove_weights(place: Path) -> None:
     shutil.rmtree(place / 'images', ignore_errors=True)
 
 
-def _link(job: Transfer, train: EvalSet, drawn: Tensor, folder: Path) -> None:
+def _link(job: Transfer, train: DataSplit, drawn: Tensor, folder: Path) -> None:
     """Make a folder with links to the drawn images, as `finetune` takes one."""
     test = _test_split(job)
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.datasets import EvalSet
+from ..data.opening import DataSplit
 from ..evaluation.metrics import target_ranks
 from ..evaluation.models import LoadedModel
 
 __all__ = ['class_indices', 'compare']
 
 
-def class_indices(data: EvalSet, loaded: LoadedModel) -> Tensor:
+def class_indices(data: DataSplit, loaded: LoadedModel) -> Tensor:
     """The network's class of each label of the data, by WordNet id or else by readable name.
 
     Args:

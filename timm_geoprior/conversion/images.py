@@ -12,10 +12,9 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.datasets import DataOptions, EvalSet, open_split
-from ..data.images import read_item
-from ..data.seeding import generator
-from ..data.workers import init_worker
+from ..data.batches import generator, init_worker
+from ..data.opening import DataOptions, DataSplit, open_split
+from ..data.reading import read_item
 from ..errors import EvaluationError, GeoPriorError, ImageError
 
 __all__ = ['FEWEST', 'ImageSets', 'ImagesError', 'PreparedImages', 'open_images']
@@ -38,7 +37,7 @@ class ImageSets:
         held_out: Indices of those to measure by.
         unreadable: Names of those that turned out not to be readable.
     """
-    data: EvalSet
+    data: DataSplit
     fit: NDArray[np.int64]
     held_out: NDArray[np.int64]
     unreadable: set[str] = field(default_factory=set)
@@ -118,7 +117,7 @@ class PreparedImages:
 class _Prepared(Dataset[tuple[Tensor, int, int]]):
     """Image, label and index of each; -1 - index for an image that cannot be read."""
 
-    def __init__(self, data: EvalSet, indices: NDArray[np.int64], config: dict[str, Any]) -> None:
+    def __init__(self, data: DataSplit, indices: NDArray[np.int64], config: dict[str, Any]) -> None:
         self.data, self.indices = data, indices
         self.mode = 'L' if config['input_size'][0] == 1 else 'RGB'
         self.transform = create_transform(**config)

@@ -21,8 +21,8 @@ from timm.utils import natural_key
 
 from ..errors import EvaluationError
 from ..files import first_line
-from .images import EXTENSIONS, LITTER
-from .imageset import DataOptions, EvalSet, Files, Images, Place
+from .dataset import DataOptions, DataSplit, Files, Images, Place
+from .reading import EXTENSIONS, LITTER
 from .splits import SPLITS, folders_of_split, names_of_split
 
 __all__ = ['ILSVRC_FILE', 'ilsvrc_val_labels', 'list_archive', 'open_folder', 'unpacked']
@@ -72,7 +72,7 @@ def _is_plain_tar(path: Path) -> bool:
         return False
 
 
-def open_folder(root: Path, split: str, options: DataOptions) -> EvalSet:
+def open_folder(root: Path, split: str, options: DataOptions) -> DataSplit:
     archive = root / ILSVRC_ARCHIVE
     found: Iterable[tuple[str, Place]]
     if root.is_dir():
@@ -172,7 +172,7 @@ def _check_nesting(names: Sequence[str], root: Path) -> None:
                                   f'GROUP/CLASS/IMAGE. Name the folder of the classes by --data-dir.')
 
 
-def _labelled(root: Path, names: list[str], places: list[Place], class_map: str, notes: list[str]) -> EvalSet:
+def _labelled(root: Path, names: list[str], places: list[Place], class_map: str, notes: list[str]) -> DataSplit:
     """Label images by their folders' names, in natural order as timm's reader does, or in that of a class map."""
     folders = [posixpath.basename(posixpath.dirname(name)) for name in names]
     classes = _read_class_map(class_map, root) if class_map else sorted(set(folders), key=natural_key)
@@ -189,7 +189,7 @@ def _labelled(root: Path, names: list[str], places: list[Place], class_map: str,
         folders = [folders[i] for i in kept]
     labels = [index[folder] for folder in folders]
     dataset = Images(str(root), Files(root, places, labels), names)
-    return EvalSet(dataset, tuple(classes), np.array(labels, np.int64), tuple(names), sorted_names=not class_map,
+    return DataSplit(dataset, tuple(classes), np.array(labels, np.int64), tuple(names), sorted_names=not class_map,
                    notes=tuple(notes))
 
 
@@ -227,7 +227,7 @@ def _ilsvrc_numbers(names: Iterable[str]) -> NDArray[np.int64]:
     return np.where(numbers <= len(ilsvrc_val_labels()), numbers, 0)
 
 
-def _with_ilsvrc_labels(data: EvalSet, labelled: bool = True) -> EvalSet:
+def _with_ilsvrc_labels(data: DataSplit, labelled: bool = True) -> DataSplit:
     """Label ILSVRC's validation images by their numbers where no class folders do it."""
     if len(data.classes) > 1 or re.fullmatch(r'n\d{8}', data.classes[0]):
         return data

@@ -15,9 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..progress import Progress
-from .images import CorruptImages, read_readable, warn_of_rotations
-from .seeding import generator
-from .workers import init_worker
+from .batches import LoaderConfig, generator, init_worker
+from .reading import CorruptImages, read_readable, warn_of_rotations
 
 __all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
 
@@ -151,35 +150,26 @@ class MemoryLoader:
     def __init__(
             self,
             data: ImageTensors,
-            batch_size: int,
             mean: tuple[float, ...],
             std: tuple[float, ...],
             augment: CropFlip,
-            seed: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
+            config: LoaderConfig,
     ) -> None:
         """
         Args:
             data: The set.
-            batch_size: Images in each batch of this process; an incomplete last batch is left out.
             mean: Mean of each channel, for images from 0 to 1.
             std: Standard deviation of each channel.
             augment: Crop and flip.
-            seed: Seed of order and augmentation.
-            rank: This process among `world_size`.
-            world_size: Number of processes.
+            config: Batch size, seed and this process; the batches lie where the set does.
         """
-        self.data = data
-        self.batch_size = batch_size
-        self.augment = augment
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.data, self.augment, self.config = data, augment, config
         device = data.images.device
         self.mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1)
 
     def __len__(self) -> int:
-        return len(self.data) // (self.batch_size * self.world_size)
+        return len(self.data) // (self.config.batch_size * self.config.world_size)
 
     def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch.
@@ -192,11 +182,11 @@ class MemoryLoader:
         Yields:
             Images, float32, (batch_size, 3, size, size), and targets, (batch_size,).
         """
-        device = self.data.images.device
-        order = torch.randperm(len(self.data), generator=generator(self.seed, 'order', epoch))
-        draws = torch.rand(len(self.data), CropFlip.num_draws, generator=generator(self.seed, 'augment', epoch))
-        share = order[:len(self) * self.batch_size * self.world_size][self.rank::self.world_size]
-        for batch in share.split(self.batch_size)[first_batch:]:
+        device, batch_size, world_size = self.data.images.device, self.config.batch_size, self.config.world_size
+        order = torch.randperm(len(self.data), generator=generator(self.config.seed, 'order', epoch))
+        draws = torch.rand(len(self.data), CropFlip.num_draws, generator=generator(self.config.seed, 'augment', epoch))
+        share = order[:len(self) * batch_size * world_size][self.config.rank::world_size]
+        for batch in share.split(batch_size)[first_batch:]:
             rows = draws[batch].to(device)
             batch = batch.to(device)
             images = (self.data.images[batch].float() - self.mean) / self.std

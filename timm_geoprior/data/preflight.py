@@ -14,9 +14,9 @@ from ..distributed import gather
 from ..errors import EvaluationError
 from ..files import first_line
 from ..progress import Progress, tell_on_stderr
-from .images import LITTER, ignores_rotation
-from .imageset import EvalSet
-from .workers import init_worker
+from .batches import init_worker
+from .dataset import DataSplit
+from .reading import LITTER, ignores_rotation
 
 __all__ = ['check_data', 'empty_folders', 'image_fault', 'repeated_classes']
 
@@ -25,7 +25,7 @@ _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
 
 
 def check_data(
-        data: EvalSet, workers: int, tell: Callable[[str], None] = print, rank: int = 0, world_size: int = 1) -> None:
+        data: DataSplit, workers: int, tell: Callable[[str], None] = print, rank: int = 0, world_size: int = 1) -> None:
     """Look for what is wrong with a data set whatever the model; each process takes its share of the images.
 
     Args:
@@ -102,7 +102,7 @@ def image_fault(file: BinaryIO, name: str = '') -> str | None:
 class _Faults(Dataset[tuple[int, str] | None]):
     """What is to be said of each image, if anything: found in a loader's workers."""
 
-    def __init__(self, data: EvalSet, indices: NDArray[np.int64]) -> None:
+    def __init__(self, data: DataSplit, indices: NDArray[np.int64]) -> None:
         self.data, self.indices = data, indices
 
     def __len__(self) -> int:
@@ -118,7 +118,7 @@ class _Faults(Dataset[tuple[int, str] | None]):
         return None if fault is None else (index, fault)
 
 
-def _look_at(data: EvalSet, indices: NDArray[np.int64], workers: int, quiet: bool) -> list[tuple[int, str]]:
+def _look_at(data: DataSplit, indices: NDArray[np.int64], workers: int, quiet: bool) -> list[tuple[int, str]]:
     """Index and reason of each image that cannot be read or is not turned; none of torchvision's, no files."""
     if not hasattr(data.dataset, 'reader'):
         return []
@@ -132,13 +132,13 @@ def _look_at(data: EvalSet, indices: NDArray[np.int64], workers: int, quiet: boo
     return found
 
 
-def _root(data: EvalSet) -> Any:
+def _root(data: DataSplit) -> Any:
     """The folder whose folders are the classes; None where the data are no folder."""
     root = getattr(getattr(data.dataset, 'reader', None), 'root', None)
     return root if data.names and root is not None and os.path.isdir(root) and not data.containers else None
 
 
-def empty_folders(data: EvalSet) -> list[str]:
+def empty_folders(data: DataSplit) -> list[str]:
     """Folders beside the class folders that hold no image, by name; none where the data are no folder."""
     root = _root(data)
     if root is None:
@@ -148,7 +148,7 @@ def empty_folders(data: EvalSet) -> list[str]:
                   if entry.is_dir() and entry.name not in filled and not LITTER.fullmatch(entry.name))
 
 
-def repeated_classes(data: EvalSet) -> list[tuple[str, list[str]]]:
+def repeated_classes(data: DataSplit) -> list[tuple[str, list[str]]]:
     """Classes that stand more than once.
 
     The last folder's name is the class, so folders of the same name in different places would become one class

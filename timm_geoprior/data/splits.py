@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .seeding import generator
+from .batches import generator
 
 __all__ = ['SPLITS', 'folders_of_split', 'hold_out', 'hold_out_share', 'names_of_split']
 

@@ -13,10 +13,10 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, create_loader, resolve_d
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..data.images import read_item
-from ..data.imageset import UNREADABLE, EvalSet
+from ..data.batches import init_worker
+from ..data.dataset import UNREADABLE, DataSplit
 from ..data.listing import ILSVRC_FILE, ilsvrc_val_labels
-from ..data.workers import init_worker
+from ..data.reading import read_item
 from ..distributed import gather, reduce_sum
 from ..errors import EvaluationError, ProcessError
 from ..progress import Progress, tell_on_stderr
@@ -143,7 +143,7 @@ def set_numerics(precisions: Sequence[str]) -> None:
 
 # -- before the pass ---------------------------------------------------------------------------------------------------
 
-def plan(data: EvalSet, loaded: LoadedModel, config: EvalConfig) -> Plan:
+def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
     """Match the classes, choose the images and settle the preprocessing.
 
     Args:
@@ -176,7 +176,7 @@ def plan(data: EvalSet, loaded: LoadedModel, config: EvalConfig) -> Plan:
     return Plan(match, indices, targets[indices], preprocessing)
 
 
-def _check_real_labels(data: EvalSet, loaded: LoadedModel, config: EvalConfig) -> None:
+def _check_real_labels(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> None:
     if config.subset or loaded.wnids != tuple(ImageNetInfo('imagenet-1k').label_names()):
         raise EvaluationError(f"--real-labels are for all of ImageNet-1k's classes in their order, and {loaded.name} "
                               f'is not measured on those: leave it out.')
@@ -216,14 +216,14 @@ class _RealLabels:
         return Counts(*reduce_sum(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
 
 
-class _Share(Dataset[tuple[Any, int]]):
+class _RankDataset(Dataset[tuple[Any, int]]):
     """One process's images of an indexed data set: each once, none repeated to fill a batch.
 
     Process r of n takes every n-th image from the r-th on. timm's own dataset puts the next image in the place of one
     that cannot be read; here such an image is marked, so that it is counted as what it is.
     """
 
-    def __init__(self, data: EvalSet, plan: Plan, config: EvalConfig) -> None:
+    def __init__(self, data: DataSplit, plan: Plan, config: EvalConfig) -> None:
         self.dataset = data.dataset
         self.indices = plan.indices[config.rank::config.world_size]
         self.targets = plan.targets[config.rank::config.world_size]
@@ -268,7 +268,7 @@ def _seed_worker(worker: Any) -> int:
 
 def _make_loader(dataset: Any, plan: Plan, config: EvalConfig) -> Iterable[Batch]:
     """Batches as timm's validation makes them: its transform, its collation, its normalisation on the device."""
-    if isinstance(dataset, _Share) and not len(dataset):
+    if isinstance(dataset, _RankDataset) and not len(dataset):
         return ()
     loader: Iterable[Batch] = create_loader(
         dataset, batch_size=config.batch_size, num_workers=config.workers, device=config.device,
@@ -312,7 +312,7 @@ class Forward:
 
 # -- the pass ----------------------------------------------------------------------------------------------------------
 
-def evaluate(data: EvalSet, loaded: LoadedModel, plan: Plan, config: EvalConfig) -> Evaluation:
+def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfig) -> Evaluation:
     """Run a model over the data set, every image once.
 
     Args:
@@ -329,7 +329,7 @@ def evaluate(data: EvalSet, loaded: LoadedModel, plan: Plan, config: EvalConfig)
         model = model.to(memory_format=torch.channels_last)
     if config.torchcompile:
         model = torch.compile(model, backend=config.torchcompile)
-    share: Any = data.dataset if data.is_stream else _Share(data, plan, config)
+    share: Any = data.dataset if data.is_stream else _RankDataset(data, plan, config)
     if data.is_stream:
         share.mode = _mode(plan)
         share.target_transform = _ToModelClass(plan.match.to_model, int(loaded.model.num_classes))  # type: ignore[arg-type]
@@ -454,7 +454,7 @@ def _largest(difference: Tensor, targets: Tensor) -> Tensor:
     return difference.abs().where(counted, 0).max()
 
 
-def _problems(data: EvalSet, plan: Plan, outcome: Pass) -> tuple[str, ...]:
+def _problems(data: DataSplit, plan: Plan, outcome: Pass) -> tuple[str, ...]:
     """Hold the images that came against those that were to come."""
     if outcome.out_of_range:
         raise EvaluationError(f"{outcome.out_of_range} labels are not among the model's classes, expected all to be: "

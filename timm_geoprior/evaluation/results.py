@@ -12,7 +12,7 @@ from ..provenance import git_commit, hardware, versions
 from .evaluate import EvalConfig, Evaluation
 from .metrics import Calibration, Counts, calibrate, confused_pairs, per_class, wilson_interval
 
-__all__ = ['figures', 'lines', 'provenance', 'summary_row', 'write_results', 'write_summary']
+__all__ = ['result_rows', 'lines', 'provenance', 'summary_row', 'write_results', 'write_summary']
 
 
 def _accuracies(counts: Counts) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def _accuracies(counts: Counts) -> dict[str, Any]:
     return found
 
 
-def figures(evaluation: Evaluation) -> list[dict[str, Any]]:
+def result_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """What was measured in each precision, the reference first.
 
     Args:
@@ -65,7 +65,7 @@ def lines(evaluation: Evaluation) -> list[str]:
     images = next(iter(evaluation.outcome.counts.values())).num_images
     text = [f'{evaluation.loaded.name}: {images:,} images at {evaluation.plan.img_size} px, '
             f'{images / evaluation.seconds:,.0f} images/s; 95% intervals in brackets']
-    for row in figures(evaluation) if images else ():
+    for row in result_rows(evaluation) if images else ():
         line = _line(row['precision'], row)
         if row['calibration_error'] is not None:
             line += f'   calibration error {row["calibration_error"]:.2f} points'
@@ -102,7 +102,7 @@ def provenance(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
     plan, loaded = evaluation.plan, evaluation.loaded
     images = evaluation.outcome.counts[config.precisions[0]].num_images
     return {
-        'model': loaded.name, 'results': figures(evaluation),
+        'model': loaded.name, 'results': result_rows(evaluation),
         **({'real_labels': _accuracies(evaluation.real)} if evaluation.real else {}),
         'problems': list(evaluation.problems), 'notes': [*loaded.notes, *plan.match.notes],
         'seconds': round(evaluation.seconds, 3),
@@ -122,7 +122,7 @@ def provenance(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
 
 def summary_row(evaluation: Evaluation) -> dict[str, Any]:
     """A model's row of the results file: timm's columns, then precision, counts and the ends of the 95% intervals."""
-    first = figures(evaluation)[0]
+    first = result_rows(evaluation)[0]
     config, parameters = evaluation.plan.config, sum(p.numel() for p in evaluation.loaded.model.parameters())
     top1, top5 = first['top1'] or 0.0, first['top5'] or 0.0
     ends = {f'{key}_{end}': first[f'{key}_interval'][place]

@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from ..data.images import read_image
+from ..data.reading import read_image
 from ..errors import GeoPriorError, ImageError
 from ..evaluation.models import load_model
 

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from PIL import Image, ImageDraw, ImageOps
 from timm.data import resolve_model_data_config
 
-from ..data.images import read_image
+from ..data.reading import read_image
 from ..errors import GeoPriorError
 from ..pretrained.manifest import default_model, load_manifest, manifest_path
 from .classifier import Classifier, load_classifier

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from ..data.images import EXTENSIONS, LITTER, read_image
+from ..data.reading import EXTENSIONS, LITTER, read_image
 from ..errors import GeoPriorError, ImageError
 
 __all__ = ['check_header', 'find_images', 'sample_image']

@@ -19,8 +19,8 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 
+from ..data.batches import LoaderConfig, seed_everything
 from ..data.memory import ImageTensors
-from ..data.seeding import seed_everything
 from ..distributed import find_device
 from ..errors import GeoPriorError
 from ..evaluation.metrics import Counts, count_correct
@@ -29,7 +29,7 @@ from ..progress import Progress
 from ..provenance import git_commit, hardware, versions
 from . import report
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint
-from .loaders import ProcessShare, TrainingData, open_training_data
+from .loaders import TrainingData, open_training_data
 from .parts import (
     build_mixup,
     build_model,
@@ -64,7 +64,7 @@ class Trainer:
         if self.rank == 0:
             self._check_output()
         self.resume = bool(self._from_first(config.resume))
-        share = ProcessShare(self._batch_share(), self.device, self.rank, self.world_size)
+        share = LoaderConfig(self._batch_share(), self.device, config.seed, self.rank, self.world_size)
         self.data: TrainingData = open_training_data(recipe, config, share, decoded)
         self.updates_per_epoch = len(self.data.train) // recipe.grad_accum_steps
         if not self.updates_per_epoch:

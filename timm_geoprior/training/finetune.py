@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from timm.models import save_for_hf
 
-from ..data.datasets import EvalSet, open_split
-from ..data.images import EXTENSIONS
+from ..data.opening import DataSplit, open_split
 from ..data.preflight import check_data
+from ..data.reading import EXTENSIONS
 from ..data.splits import SPLITS, folders_of_split
 from ..errors import EvaluationError, GeoPriorError
 from ..evaluation.evaluate import EvalConfig, evaluate, plan
@@ -238,7 +238,7 @@ def _check_model(model: str, from_scratch: bool) -> None:
                             f'`timm-geoprior list` names them, and --from-scratch starts from random ones.')
 
 
-def _open(job: Job, split: str) -> EvalSet:
+def _open(job: Job, split: str) -> DataSplit:
     place = job.data_dir / split
     try:
         data = open_split(job.data_dir, split=split)
@@ -263,7 +263,7 @@ def _check_images(job: Job, splits: Splits) -> None:
             check_data(data, job.workers, job.tell)
 
 
-def _check_classes(data: EvalSet, place: Path, held_out: bool) -> None:
+def _check_classes(data: DataSplit, place: Path, held_out: bool) -> None:
     per_class = np.bincount(data.labels, minlength=len(data.classes))
     hidden = [name for name in data.classes if name.startswith('.')]
     if hidden:

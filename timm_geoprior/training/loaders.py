@@ -13,36 +13,19 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
-from ..data.datasets import EvalSet, open_split
-from ..data.folder import FolderLoader
-from ..data.images import CorruptImages, read_item
+from ..data.batches import FolderLoader, LoaderConfig, init_worker
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
+from ..data.opening import DataSplit, open_split
 from ..data.preflight import repeated_classes
+from ..data.reading import CorruptImages, read_item
 from ..data.splits import hold_out, hold_out_share
-from ..data.workers import init_worker
 from ..errors import EvaluationError, GeoPriorError, ImageError
 from ..files import first_line
 from .recipe import Recipe, RunConfig
 
-__all__ = ['ProcessShare', 'TrainingData', 'model_cfg', 'open_images', 'open_training_data']
+__all__ = ['TrainingData', 'model_cfg', 'open_images', 'open_training_data']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class ProcessShare:
-    """What one process takes of each batch.
-
-    Attributes:
-        batch_size: Images of this process in a batch.
-        device: Where its batches go; a set in memory lies there whole.
-        rank: This process among `world_size`.
-        world_size: Number of processes.
-    """
-    batch_size: int
-    device: torch.device = torch.device('cpu')
-    rank: int = 0
-    world_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +86,7 @@ class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
         return self.dataset.transform(image), target, index
 
 
-def open_images(config: RunConfig, split: str) -> EvalSet:
+def open_images(config: RunConfig, split: str) -> DataSplit:
     """Open a split in which each class stands once: timm takes all folders there are for one that it does not find.
 
     Args:
@@ -146,8 +129,8 @@ class _Opened:
     """The training split of a run, divided."""
     recipe: Recipe
     config: RunConfig
-    share: ProcessShare
-    found: EvalSet
+    share: LoaderConfig
+    found: DataSplit
     stay: torch.Tensor
     held: torch.Tensor
 
@@ -158,18 +141,13 @@ class _Opened:
         return norms
 
     @property
-    def order(self) -> dict[str, int]:
-        """What decides which images this process gets, and when."""
-        return {'seed': self.config.seed, 'rank': self.share.rank, 'world_size': self.share.world_size}
-
-    @property
     def measured_size(self) -> int:
         """Side of the images when measured, in pixels."""
         return self.recipe.eval_size or self.recipe.img_size
 
 
 def open_training_data(
-        recipe: Recipe, config: RunConfig, share: ProcessShare, decoded: ImageTensors | None = None) -> TrainingData:
+        recipe: Recipe, config: RunConfig, share: LoaderConfig, decoded: ImageTensors | None = None) -> TrainingData:
     """Open the data of a run.
 
     Args:
@@ -195,7 +173,7 @@ def open_training_data(
         hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest())
 
 
-def _divide(found: EvalSet, recipe: Recipe, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the training images that stay and of those held out."""
     targets = torch.from_numpy(found.labels)
     try:
@@ -216,8 +194,7 @@ def _from_memory(
     images = images.to(share.device)
     augment = CropFlip(recipe.scale, recipe.ratio, recipe.hflip)
     trained_on = images.readable(opened.stay if len(opened.held) else None)
-    loader = MemoryLoader(
-        trained_on, share.batch_size, norms['mean'], norms['std'], augment, **opened.order)
+    loader = MemoryLoader(trained_on, norms['mean'], norms['std'], augment, share)
     if len(opened.held):
         measured = images.readable(opened.held)
     elif val is not None:
@@ -234,8 +211,7 @@ def _from_files(
     dataset = opened.found.dataset
     train = _SomeImages(dataset, opened.stay.tolist()) if len(opened.held) else dataset
     loader = FolderLoader(
-        train, share.batch_size, _make_transform(recipe, norms), repeats=recipe.aug_repeats, workers=config.workers,
-        max_corrupt=config.max_corrupt, device=share.device, **opened.order)
+        train, _make_transform(recipe, norms), share, recipe.aug_repeats, config.workers, config.max_corrupt)
     indices = opened.held.tolist()
     if indices:  # the same images once more, to be transformed otherwise
         val = _Labelled(copy.copy(dataset), torch.from_numpy(opened.found.labels))
@@ -300,7 +276,7 @@ def _make_transform(recipe: Recipe, norms: dict[str, Any]) -> _Transform:
 
 def _memory_batches(loader: MemoryLoader, images: ImageTensors, size: int) -> Callable[[], Batches]:
     def batches() -> Batches:
-        for index in torch.arange(loader.rank, len(images), loader.world_size).split(250):
+        for index in torch.arange(loader.config.rank, len(images), loader.config.world_size).split(250):
             part = images.subset(index)
             batch = (part.images.float() - loader.mean) / loader.std
             if batch.shape[-1] != size:

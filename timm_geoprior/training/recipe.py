@@ -148,7 +148,7 @@ class RunConfig:
         output: Folder of the run.
         train_split: Folder of the training images; '' where the class folders lie in `data_dir` itself.
         val_split: Split that is measured after each epoch where the recipe holds nothing out; '' for none.
-        holdout_share: ProcessShare of each class's training images that is held out where the recipe names no number.
+        holdout_share: Share of each class's training images that is held out where the recipe names no number.
         seed: Of weights, order and augmentation.
         device: A device of torch.
         workers: Processes that decode, for each process that trains.

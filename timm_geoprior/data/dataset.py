@@ -13,9 +13,9 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset
 
 from ..errors import ImageError
-from .images import read_image, read_item
+from .reading import read_image, read_item
 
-__all__ = ['UNREADABLE', 'DataOptions', 'EvalSet', 'Files', 'Images', 'Place', 'Stream']
+__all__ = ['UNREADABLE', 'DataOptions', 'DataSplit', 'Files', 'Images', 'Place', 'Stream']
 
 UNREADABLE = -2  # the target of an image of a stream that cannot be read
 Place = str | tuple[str, int, int]  # a file, or file, offset and size of a part of one
@@ -42,7 +42,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class EvalSet:
+class DataSplit:
     """A data set, opened.
 
     Attributes:

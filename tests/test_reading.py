@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_geoprior.data.images import MAX_ASPECT_RATIO, MAX_PIXELS, read_image
+from timm_geoprior.data.reading import MAX_ASPECT_RATIO, MAX_PIXELS, read_image
 from timm_geoprior.errors import ImageError
 
 SIZE = (8, 6)  # width, height

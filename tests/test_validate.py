@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from releases import planned, put_on, using_manifest
 from timm_geoprior import progress
-from timm_geoprior.evaluation.command import main, parse_arguments
+from timm_geoprior.evaluation.validate import main, parse_arguments
 from timm_geoprior.pretrained.manifest import LabelSet, Metric, load_manifest, to_json
 from timm_geoprior.provenance import git_commit
 

@@ -1,18 +1,75 @@
-"""Batches of a timm data set whose order and augmentation can be repeated exactly."""
+"""What every loader here needs, and training batches of a timm data set in an order that can be repeated exactly.
+
+Randomness is a function of what it is for: a resumed run draws what an uninterrupted one would have drawn.
+"""
+import hashlib
+import os
+import random
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .images import CorruptImages, read_readable, warn_of_rotations
-from .seeding import generator, seed_everything
-from .workers import init_worker
+from .reading import CorruptImages, read_readable, warn_of_rotations
 
-__all__ = ['FolderLoader']
+__all__ = ['FolderLoader', 'LoaderConfig', 'generator', 'init_worker', 'seed_everything']
 
 Key = tuple[int, int, int, int]  # epoch, index, repeat, size
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Which images one process gets, and when."""
+    batch_size: int  # images of this process in a batch; an incomplete last batch is left out
+    device: torch.device = torch.device('cpu')  # where the batches go
+    seed: int = 0  # of order and augmentation
+    rank: int = 0  # this process
+    world_size: int = 1  # number of processes
+
+
+def _seed_of(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'little') >> 1
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A CPU generator whose seed is a hash of the parts, such as (seed, 'order', epoch)."""
+    return torch.Generator().manual_seed(_seed_of(*parts))
+
+
+def seed_everything(*parts: object) -> None:
+    """Seed torch, numpy and random by a hash of the parts; timm's mixup, erasing and drop path draw from these."""
+    seed = _seed_of(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def init_worker(worker: object) -> None:
+    """Leave Ctrl-C and SIGTERM to the parent process, which saves or ends in order.
+
+    SLURM, systemd, `timeout` and a terminal send them to all processes of a group at once. A worker that died first
+    would end its parent with a traceback. Only a SIGTERM of the parent itself ends a worker.
+
+    Args:
+        worker: Its number, as `DataLoader(worker_init_fn=...)` gives it; not used.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == 'linux':  # elsewhere Python does not tell who has sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in all threads that start from here on
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)  # at once, as torch's own handler does
 
 
 class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
@@ -37,22 +94,22 @@ class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
 class _EpochBatches(Sampler[list[Key]]):
     """The batches of one epoch for one process, as keys."""
 
-    def __init__(self, count: int, batch_size: int, repeats: int, seed: int, rank: int, world_size: int) -> None:
-        self.count, self.batch_size, self.repeats = count, batch_size, max(repeats, 1)
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+    def __init__(self, count: int, config: LoaderConfig, repeats: int) -> None:
+        self.count, self.config, self.repeats = count, config, max(repeats, 1)
         self.epoch = self.size = self.first_batch = 0
 
     def __len__(self) -> int:
-        return self.count // (self.batch_size * self.world_size)
+        return self.count // (self.config.batch_size * self.config.world_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.randperm(self.count, generator=generator(self.seed, 'order', self.epoch)).tolist()
-        total = len(self) * self.batch_size * self.world_size
+        batch_size, world_size = self.config.batch_size, self.config.world_size
+        order = torch.randperm(self.count, generator=generator(self.config.seed, 'order', self.epoch)).tolist()
+        total = len(self) * batch_size * world_size
         # repeated augmentation (Hoffer et al., 2019): repeats lie side by side, so that they spread over the processes
         keys = [(self.epoch, order[i // self.repeats], i % self.repeats, self.size) for i in range(total)]
-        share = keys[self.rank::self.world_size]
+        share = keys[self.config.rank::world_size]
         for batch in range(self.first_batch, len(self)):
-            yield share[batch * self.batch_size:(batch + 1) * self.batch_size]
+            yield share[batch * batch_size:(batch + 1) * batch_size]
 
 
 class FolderLoader:
@@ -64,37 +121,28 @@ class FolderLoader:
     def __init__(
             self,
             dataset: Any,
-            batch_size: int,
             make_transform: Callable[[int], Callable[[Image.Image], torch.Tensor]],
-            seed: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
+            config: LoaderConfig,
             repeats: int = 0,
             workers: int = 2,
             max_corrupt: int = 10,
-            device: torch.device | None = None,
     ) -> None:
         """
         Args:
             dataset: One of timm's `create_dataset`, with a reader that has an index.
-            batch_size: Images in each batch of this process; an incomplete last batch is left out.
             make_transform: Gives the training transform for a size in pixels.
-            seed: Seed of order and augmentation.
-            rank: This process among `world_size`.
-            world_size: Number of processes.
+            config: Batch size, seed, this process and its device.
             repeats: Repeated augmentation: how often each image of an epoch's share is augmented, 0 for once.
             workers: Processes that decode.
             max_corrupt: Different unreadable images after which the run stops.
-            device: Where the batches go, the CPU where it is None.
         """
-        self.dataset = dataset
-        self.batches = _EpochBatches(len(dataset), batch_size, repeats, seed, rank, world_size)
-        self.device = device or torch.device('cpu')
+        self.batches = _EpochBatches(len(dataset), config, repeats)
+        self.device = config.device
         self.loader = DataLoader(
-            _SeededImages(dataset, make_transform, seed), batch_sampler=self.batches, num_workers=workers,
+            _SeededImages(dataset, make_transform, config.seed), batch_sampler=self.batches, num_workers=workers,
             worker_init_fn=init_worker, persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
         self.corrupt = CorruptImages(dataset, max_corrupt)
-        self.turned: int | None = None  # files whose rotation is ignored, in the first epoch
+        self.rotations_told = False
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -111,6 +159,6 @@ class FolderLoader:
             self.corrupt.note(bad.tolist())
             turned += int(turned_here.sum())
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-        if self.turned is None:
-            self.turned = turned
+        if not self.rotations_told:
+            self.rotations_told = True
             warn_of_rotations(turned)

@@ -13,17 +13,17 @@ from timm.data import create_dataset
 
 from ..errors import EvaluationError
 from ..files import first_line
-from .images import EXTENSIONS, LITTER, read_image
-from .imageset import DataOptions, EvalSet, Files, Images, Stream
+from .dataset import DataOptions, DataSplit, Files, Images, Stream
 from .listing import list_archive, open_folder
+from .reading import EXTENSIONS, LITTER, read_image
 
-__all__ = ['DataOptions', 'EvalSet', 'fingerprint', 'open_split']
+__all__ = ['DataOptions', 'DataSplit', 'fingerprint', 'open_split']
 
 KINDS = ('torch', 'wds', 'hfds', 'hfids')
 
 
 def open_split(
-        root: Path | None, split: str = 'validation', name: str = '', options: DataOptions | None = None) -> EvalSet:
+        root: Path | None, split: str = 'validation', name: str = '', options: DataOptions | None = None) -> DataSplit:
     """Open a data set.
 
     ILSVRC's validation images as they are downloaded, in one folder or in ILSVRC2012_img_val.tar, get their labels
@@ -72,12 +72,12 @@ def _create(name: str, root: Path | None, split: str, **options: Any) -> Any:
                               f'expected images that timm reads: check --data-dir, --dataset and --split.') from error
 
 
-def _open_torch(root: Path, split: str, name: str, options: DataOptions) -> EvalSet:
+def _open_torch(root: Path, split: str, name: str, options: DataOptions) -> DataSplit:
     dataset = _create(name, root, split, download=options.download)
     if hasattr(dataset, 'loader'):  # of files
         dataset.loader = read_image
     labels = np.asarray(dataset.targets, dtype=np.int64)
-    return EvalSet(dataset, _ordered(getattr(dataset, 'class_to_idx', {})), labels, ())
+    return DataSplit(dataset, _ordered(getattr(dataset, 'class_to_idx', {})), labels, ())
 
 
 def _ordered(class_to_idx: Mapping[str, int]) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def _ordered(class_to_idx: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(names[label] for label in sorted(names))
 
 
-def _open_hub(root: Path | None, split: str, name: str, options: DataOptions) -> EvalSet:
+def _open_hub(root: Path | None, split: str, name: str, options: DataOptions) -> DataSplit:
     """A Hugging Face data set, with an index (hfds) or as a stream (hfids)."""
     stream = name.lower().startswith('hfids/')
     keys = {'input_key': options.input_key or 'image', 'target_key': options.target_key or 'label'}
@@ -105,14 +105,14 @@ def _open_hub(root: Path | None, split: str, name: str, options: DataOptions) ->
         chunks = table.column(keys['input_key']).chunks
         paths = [path for chunk in chunks for path in chunk.field('path').to_pylist()]
         names = tuple(paths) if len(paths) == len(reader) and all(paths) else ()
-        return EvalSet(Images(name, reader, names), _ordered(reader.class_to_idx), np.array(labels, np.int64), names)
+        return DataSplit(Images(name, reader, names), _ordered(reader.class_to_idx), np.array(labels, np.int64), names)
     if reader.builder.info.features is None:
         reader.builder.as_streaming_dataset()  # reads them from the files' schema
     features = reader.builder.info.features or {}
     _check_columns(name, keys, features)
     features[keys['input_key']].decode = False
     classes = getattr(features[keys['target_key']], 'names', ())
-    return EvalSet(Stream(reader), tuple(classes), np.empty(0, np.int64), (), is_stream=True,
+    return DataSplit(Stream(reader), tuple(classes), np.empty(0, np.int64), (), is_stream=True,
                    expected=int(reader.num_samples or 0))
 
 
@@ -123,7 +123,7 @@ def _check_columns(name: str, keys: Mapping[str, str], columns: Iterable[str]) -
                                   f'--{option.replace("_", "-")}.')
 
 
-def _open_shards(root: Path, split: str, options: DataOptions) -> EvalSet:
+def _open_shards(root: Path, split: str, options: DataOptions) -> DataSplit:
     """WebDataset shards on this machine, each image with an index: every process counts its own, none twice."""
     info = _create('wds/', root, split).reader.split_info
     image_keys = (options.input_key or ';'.join(EXTENSIONS).replace('.', '')).lower().split(';')
@@ -143,7 +143,7 @@ def _open_shards(root: Path, split: str, options: DataOptions) -> EvalSet:
     if not names:
         raise EvaluationError(f'The shards {split} in {root} have no images. Check --data-dir and --split.')
     dataset = Images(str(root), Files(root, places, labels), names)
-    return EvalSet(dataset, (), np.array(labels, np.int64), tuple(names), containers=tuple(
+    return DataSplit(dataset, (), np.array(labels, np.int64), tuple(names), containers=tuple(
         str(root / shard) for shard in info.filenames), expected=options.num_samples or info.num_samples)
 
 
@@ -176,7 +176,7 @@ def _label_in_shard(sample: str, parts: Mapping[str, tuple[str, int, int]], targ
                               f'.{part}, got {content[:60]!r} ({type(error).__name__}). Check --target-key.') from None
 
 
-def fingerprint(data: EvalSet, indices: NDArray[np.int64], name: str = '') -> dict[str, Any]:
+def fingerprint(data: DataSplit, indices: NDArray[np.int64], name: str = '') -> dict[str, Any]:
     """What a second person's data can be compared by.
 
     Args:

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from timm.utils import ParseKwargs
 
-from ..data.datasets import DataOptions, EvalSet, fingerprint, open_split
 from ..data.listing import unpacked
+from ..data.opening import DataOptions, DataSplit, fingerprint, open_split
 from ..data.preflight import check_data
 from ..distributed import find_device, joined
 from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
@@ -365,7 +365,7 @@ def _measure_all(run: _Run) -> None:
         raise EvaluationError('No model was measured, since none has the classes of the data. Check --data-dir.')
 
 
-def _measure(run: _Run, data: EvalSet, name: str | None) -> None:
+def _measure(run: _Run, data: DataSplit, name: str | None) -> None:
     args, config = run.args, run.config
     if _is_sweep(args) and name is not None:  # do not fetch weights for other classes
         labels = load_manifest().label_sets.get(load_manifest().get(name).label_set)
@@ -452,7 +452,7 @@ def deviations(metric: Metric, counts: Counts) -> Mapping[str, float]:
             'top-5': 100 * counts.top5_correct / counts.num_images - metric.top5}
 
 
-def _compare_with_figures(run: _Run, data: EvalSet, loaded: LoadedModel, planned: Plan) -> None:
+def _compare_with_figures(run: _Run, data: DataSplit, loaded: LoadedModel, planned: Plan) -> None:
     """Say before the pass whether these images are the set that the manifest's figure is for."""
     entry, count = loaded.entry, None if data.is_stream else len(planned.indices)
     if run.args.check:
