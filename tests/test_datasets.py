@@ -13,9 +13,10 @@ from PIL import Image
 from timm.data import create_dataset
 
 from timm_geoprior.data.batches import FolderLoader, LoaderConfig
+from timm_geoprior.data.dataset import DataOptions, DataSplit, fingerprint
 from timm_geoprior.data.listing import ilsvrc_val_labels, unpacked
 from timm_geoprior.data.memory import decode_images
-from timm_geoprior.data.opening import DataOptions, DataSplit, fingerprint, open_split
+from timm_geoprior.data.opening import open_split
 from timm_geoprior.data.preflight import check_data
 from timm_geoprior.data.reading import read_image, read_item
 from timm_geoprior.errors import EvaluationError
@@ -181,7 +182,7 @@ def test_pictures_of_other_kinds_are_read_and_the_rest_is_counted(tmp_path):
         name: encoded(picture(), forms.get(name.rpartition('.')[2].lower(), 'JPEG')) for name in names}))
     assert data.names == ('a/1.webp', 'a/2.gif', 'a/3.TIFF', 'b/4.bmp', 'b/5.JPG')
     check_data(data, 0, told.append)
-    assert 'Left out, 4 files whose ending is none of an image: .heic (2), .txt (1), README (1).' in told
+    assert "Left out 4 files without an image's ending: .heic (2), .txt (1), README (1)." in told
     for index in range(5):
         assert read_item(data.dataset, index).size == (48, 32)
 
@@ -197,7 +198,7 @@ def test_litter_is_no_class_and_is_told(packed, tmp_path):
     data = open_split(pack(tmp_path / 'set.tar', files) if packed else write(tmp_path / 'set', files))
     assert (data.classes, data.names) == (('a', 'b'), ('a/1.jpg', 'b/2.jpg'))
     note, = data.notes
-    assert note.startswith(f'Left out, {len(LITTER)} files that systems and programs leave behind: @eaDir (2), ')
+    assert note.startswith(f'Left out {len(LITTER)} files that systems and programs leave behind: @eaDir (2), ')
     told: list[str] = []
     check_data(data, 0, told.append)
     assert note in told
@@ -270,14 +271,14 @@ def test_a_short_class_map_says_what_it_leaves_out(tmp_path):
     root = write(tmp_path / 'set', {f'{name}/1.jpg': JPEG for name in ('cat', 'dog', 'owl')})
     data = open_split(root, options=DataOptions(class_map=str(tmp_path / 'map.txt')))
     assert data.names == ('dog/1.jpg',)
-    assert data.notes == ('Left out, 2 images in 2 folders that --class-map does not name: cat (1), owl (1).',)
+    assert data.notes == ('Left out 2 images in 2 folders that --class-map does not name: cat (1), owl (1).',)
 
 
 @pytest.mark.parametrize(('content', 'message'), [
     ('dog\n\ncat\n', 'must have one name per line, got a blank line 2'),
     ('dog\ncat\ndog\n', 'must name each class once, got dog twice'),
     ('\n', 'got an empty file'),
-    ('0 dog\n1 cat\n', 'names none of the class folders, such as cat'),
+    ('0 dog\n1 cat\n', 'must name class folders, such as cat, got 0 dog'),
     (None, 'does not exist'),
 ])
 def test_class_maps_that_are_refused(content, message, tmp_path):

@@ -259,7 +259,7 @@ def test_bad_files_then_a_good_one(demo, chromium, url, tmp_path):
         'renamed.jpg': ('not a picture', 'is not an image that Pillow can read'),
         'empty.png': ('', 'is not an image that Pillow can read'),
         'large.png': ('', 'exceed the maximum allowed size of 50.0 Mb'),
-        'bomb.png': ('', 'has too many pixels, expected at most 178,956,970: scale it down.'),
+        'bomb.png': ('', 'must have at most 178,956,970 pixels, got more. Scale it down.'),
     }
     for name, (text, _) in bad.items():
         (tmp_path / name).write_text(text)

@@ -372,7 +372,7 @@ def test_an_error_is_one_sentence_and_nothing_is_written(photo, tmp_path, monkey
 
 
 @pytest.mark.parametrize(('content', 'words'), [
-    (b'words', 'is not an image that Pillow can read'), (None, 'does not exist'), ('huge', 'pixels, expected at most')])
+    (b'words', 'is not an image that Pillow can read'), (None, 'does not exist'), ('huge', 'must have at most')])
 def test_a_bad_image_is_one_sentence(tmp_path, capsys, content, words):
     path = tmp_path / 'picture.png'
     if content == 'huge':

@@ -1,5 +1,6 @@
 """Pictures of every kind, real files of them: what is read, how, and what is refused."""
 import io
+import re
 import struct
 import zlib
 
@@ -148,15 +149,14 @@ def test_what_is_refused_gets_one_sentence(tmp_path, case):
     message = str(caught.value)
     assert message.startswith(f'{path} ')
     assert words in message
-    assert 'expected' in message
-    assert message.endswith('.')
+    assert re.search(r'\. (Convert it|Crop it|Get it again|Scale it down)\.$', message)
     assert '\n' not in message
 
 
 def test_our_own_limit_holds_where_pillows_is_lifted(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
     (tmp_path / 'bomb.png').write_bytes(png_header(100_000, 100_000))
-    with pytest.raises(ImageError, match=r'100000 x 100000 = 10,000,000,000 pixels, expected at most 178,956,970'):
+    with pytest.raises(ImageError, match=r'at most 178,956,970 pixels, got 100000 x 100000 = 10,000,000,000\. Scale'):
         read_image(tmp_path / 'bomb.png')
 
 

@@ -596,7 +596,7 @@ class TestData:
             (images, targets), = held_out()
         assert (len(images), targets.bincount().tolist()) == (18, [5, 5, 4, 4])
         with (pytest.warns(UserWarning, match='cannot be read'),
-              pytest.raises(CorruptImagesError, match='2 images cannot be read, expected at most 1')):
+              pytest.raises(CorruptImagesError, match='The number of unreadable images must be at most 1, got 2')):
             list(Trainer(tiny(holdout=0), config(**options, max_corrupt=1)).data.held_out())
 
     def test_more_held_out_than_there_is(self, photo_folder, tmp_path):

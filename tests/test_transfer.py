@@ -220,7 +220,7 @@ def test_bad_folders_and_models(photo_folder, tmp_path):
         list(transfer(job(data, tmp_path / 'out')))
     shutil.copytree(photo_folder / 'val' / 'coffee', data / 'val' / 'coffee')
     (data / 'val' / 'coffee' / '01.jpg').write_bytes(b'no image')
-    with pytest.raises(EvaluationError, match=r'1 of 20 images cannot be read, expected none(.|\n)*coffee/01.jpg'):
+    with pytest.raises(EvaluationError, match=r'1 of 20 images cannot be read(.|\n)*coffee/01.jpg'):
         list(transfer(job(data, tmp_path / 'out')))
     (data / 'val' / 'coffee' / '01.jpg').unlink()
     for path in sorted((data / 'train' / 'coffee').iterdir())[1:]:

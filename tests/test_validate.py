@@ -639,10 +639,10 @@ def test_wrong_commands(arguments, message, capsys):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--data-dir', 'missing'], 'missing does not exist'),
-    ([], 'No data were named'),
+    ([], 'No data to read'),
     (['--data-dir', '.', '--device', 'cuda:99'], '--device'),
     (['--data-dir', '.', '--device', 'gpu'], '--device gpu cannot be used'),
-    (['--data-dir', '.', '--dataset', 'tfds/x'], 'expected nothing'),
+    (['--data-dir', '.', '--dataset', 'tfds/x'], '--dataset must begin with torch/, wds/, hfds/, hfids/, got tfds/x'),
     (['--data-dir', '.', '--dataset', 'wds/', '--split', 'val'], 'cannot be opened'),
     (['--dataset', 'hfids/PARQUET'], 'Dataset length is unknown'),
     (['--data-dir', 'folder', '--model', 'nosuch'], 'Unknown model'),

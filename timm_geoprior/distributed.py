@@ -40,8 +40,8 @@ def find_device(name: str) -> tuple[torch.device, int, int]:
         # only after this is the first byte allocated: before, every process would take memory of GPU 0
         device = torch.empty(0, device=init_distributed_device(place)).device
     except Exception as error:  # torch's own differ from device to device
-        raise EvaluationError(f'--device {name} cannot be used ({first_line(error)}), expected cuda, cpu or '
-                              f'another one of torch: check --device.') from None
+        raise EvaluationError(f'--device {name} cannot be used ({first_line(error)}). Use cuda, cpu or another device '
+                              f'of torch.') from None
     return device, int(place.rank), int(place.world_size)
 
 

@@ -40,8 +40,8 @@ from torch import nn
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.batches import LoaderConfig
+from timm_geoprior.data.dataset import fingerprint
 from timm_geoprior.data.memory import ImageTensors, decode_images
-from timm_geoprior.data.opening import fingerprint
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.metrics import count_correct
 from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json

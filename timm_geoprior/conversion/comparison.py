@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.opening import DataSplit
+from ..data.dataset import DataSplit
 from ..evaluation.metrics import target_ranks
 from ..evaluation.models import LoadedModel
 

@@ -18,7 +18,7 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from ..data.opening import fingerprint
+from ..data.dataset import fingerprint
 from ..distributed import find_device
 from ..errors import GeoPriorError
 from ..evaluation.models import LoadedModel, load_model

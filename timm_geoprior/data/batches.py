@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .reading import CorruptImages, read_readable, warn_of_rotations
+from .reading import CorruptImages, read_readable, tell_of_rotations
 
 __all__ = ['FolderLoader', 'LoaderConfig', 'generator', 'init_worker', 'seed_everything']
 
@@ -161,4 +161,4 @@ class FolderLoader:
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
         if not self.rotations_told:
             self.rotations_told = True
-            warn_of_rotations(turned)
+            tell_of_rotations(turned)

@@ -1,4 +1,5 @@
-"""An opened data set, whose images are read as all others are."""
+"""An opened split of a data set: what it holds, how its images are reached, and what it can be recognised by."""
+import hashlib
 import io
 import os
 import posixpath
@@ -15,7 +16,7 @@ from timm.data import ImageDataset, IterableImageDataset
 from ..errors import ImageError
 from .reading import read_image, read_item
 
-__all__ = ['UNREADABLE', 'DataOptions', 'DataSplit', 'Files', 'Images', 'Place', 'Stream']
+__all__ = ['UNREADABLE', 'DataOptions', 'DataSplit', 'Files', 'Images', 'Place', 'Stream', 'fingerprint']
 
 UNREADABLE = -2  # the target of an image of a stream that cannot be read
 Place = str | tuple[str, int, int]  # a file, or file, offset and size of a part of one
@@ -23,48 +24,27 @@ Place = str | tuple[str, int, int]  # a file, or file, offset and size of a part
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How a data set is read, where it is not as usual; the names are those of timm's `create_dataset`.
-
-    Attributes:
-        class_map: Text file with the names of the class folders, one per line, in the order of the classes.
-        num_samples: Number of images, where a stream does not tell it.
-        input_key: Column or key of the image; for folders, endings of image files, such as '.jpg;.bmp'.
-        target_key: Column or key of the class.
-        download: Allow timm to download the data set.
-        labelled: Refuse a folder whose images are not in class folders; else they have no class.
-    """
-    class_map: str = ''
-    num_samples: int | None = None
-    input_key: str = ''
-    target_key: str = ''
-    download: bool = False
-    labelled: bool = True
+    """How a data set is read, where it is not as usual; the names are those of timm's `create_dataset`."""
+    class_map: str = ''  # text file with the names of the class folders, one per line, in the order of the classes
+    num_samples: int | None = None  # number of images, where a stream does not tell it
+    input_key: str = ''  # column or key of the image; for folders, endings of image files, such as '.jpg;.bmp'
+    target_key: str = ''  # column or key of the class
+    download: bool = False  # allow timm to download the data set
+    labelled: bool = True  # refuse a folder whose images are not in class folders; else they have no class
 
 
 @dataclass(frozen=True)
 class DataSplit:
-    """A data set, opened.
-
-    Attributes:
-        dataset: A data set of timm's kind; with an index, its images are read by `read_item`.
-        classes: Names of the classes in the order of the labels; empty where the data name none.
-        labels: Index into `classes` of each image, -1 for one without a class, shape (images,); empty for a stream.
-        names: File name of each image, with its folder inside the data set; empty where they are not known.
-        is_stream: Whether the images come in an order of their own, without an index.
-        sorted_names: Whether the order of the classes is only that of their folders' names.
-        expected: Number of images by the data set's own description, 0 where it has none.
-        containers: Files that hold the images, where those are no files of their own.
-        notes: What a person should know about the data, a sentence each.
-    """
-    dataset: Any
-    classes: tuple[str, ...]
-    labels: NDArray[np.int64]
-    names: tuple[str, ...]
-    is_stream: bool = False
-    sorted_names: bool = False
-    expected: int = 0
-    containers: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    """A split of a data set, opened, for training, evaluation and conversion alike."""
+    dataset: Any  # a data set of timm's kind; with an index, its images are read by `read_item`
+    classes: tuple[str, ...]  # names in the order of the labels; empty where the data name none
+    labels: NDArray[np.int64]  # index into `classes` of each image, -1 for one without a class; empty for a stream
+    names: tuple[str, ...]  # file of each image, with its folder inside the data set; empty where they are not known
+    is_stream: bool = False  # the images come in an order of their own, without an index
+    sorted_names: bool = False  # the order of the classes is only that of their folders' names
+    expected: int = 0  # number of images by the data set's own description, 0 where it has none
+    containers: tuple[str, ...] = ()  # files that hold the images, where those are no files of their own
+    notes: tuple[str, ...] = ()  # what a person should know about the data, a sentence each
 
     def name_of(self, index: int) -> str:
         """What to call an image in a message."""
@@ -90,6 +70,7 @@ class Files:
         if isinstance(place, str):
             return open(place, 'rb'), self.labels[index]
         path, offset, size = place
+        # opened anew each time: an open file, and its position, would be shared by all workers after a fork
         with open(path, 'rb') as archive:
             archive.seek(offset)
             return io.BytesIO(archive.read(size)), self.labels[index]
@@ -103,8 +84,8 @@ class Files:
 class Images(ImageDataset):
     """timm's data set, whose images are read as all others are."""
 
-    def __init__(self, root: str, reader: Any, names: Sequence[str]) -> None:
-        super().__init__(root, reader=reader)  # type: ignore[no-untyped-call]
+    def __init__(self, reader: Any, names: Sequence[str]) -> None:
+        super().__init__('', reader=reader)  # type: ignore[no-untyped-call]
         self.names = names
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
@@ -134,3 +115,37 @@ class Stream(IterableImageDataset):
             except (ImageError, OSError):
                 image, target = Image.new(self.mode, (8, 8)), UNREADABLE
             yield self.transform(image), self.target_transform(target)
+
+
+def fingerprint(data: DataSplit, indices: NDArray[np.int64], name: str = '') -> dict[str, Any]:
+    """What a second person's data can be compared by.
+
+    Args:
+        data: The data set.
+        indices: The images that are counted.
+        name: timm's name of the data set.
+
+    Returns:
+        `files`, `bytes`, and `names_sha256`, the hash of the sorted names, one per line: of the images as CLASS/FILE
+        (the same from a folder and from an archive), else of the files that hold them. Empty where neither is known.
+    """
+    if data.names and not data.containers:
+        sizes = _sizes(data.dataset.reader, indices)
+        names = [f'{data.class_of(i)}/{posixpath.basename(data.names[i])}' for i in indices]
+    else:
+        place = Path(name.partition('/')[2])
+        paths = data.containers or [str(path) for path in (place.rglob('*') if place.is_dir() else [place])]
+        paths = [path for path in paths if os.path.isfile(path)]
+        sizes, names = [os.path.getsize(path) for path in paths], [os.path.basename(path) for path in paths]
+    # a name that is no UTF-8 counts with its own bytes
+    digest = hashlib.sha256('\n'.join(sorted(names)).encode(errors='surrogateescape')).hexdigest()
+    return {'files': len(names), 'bytes': sum(sizes), 'names_sha256': digest} if names else {}
+
+
+def _sizes(reader: Any, indices: NDArray[np.int64]) -> list[int]:
+    if isinstance(reader, Files):
+        return [reader.size(i) for i in indices]
+    import pyarrow.compute as pc  # of a Hugging Face data set, whose images are cells of a table
+    chunks = reader.dataset.data.column(reader.image_key).chunks
+    sizes = [size or 0 for chunk in chunks for size in pc.binary_length(chunk.field('bytes')).to_pylist()]
+    return [sizes[i] for i in indices]

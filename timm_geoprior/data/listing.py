@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -45,7 +45,7 @@ def unpacked(path: Path) -> Iterator[Path]:
         EvaluationError: There is no such file, it is no archive, or it is damaged.
     """
     if not path.exists():
-        raise EvaluationError(f'{path} does not exist, expected a folder of images or a tar archive: check --data-dir.')
+        raise EvaluationError(f'{path} does not exist. Name a folder or an archive with --data-dir.')
     if path.is_dir() or _is_plain_tar(path):
         yield path
         return
@@ -58,9 +58,8 @@ def unpacked(path: Path) -> Iterator[Path]:
                 with tarfile.open(path) as archive:
                     archive.extractall(folder, filter='data')
         except (EOFError, OSError, RuntimeError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
-            raise EvaluationError(f'{path} cannot be unpacked ({first_line(error)}). It must be a whole tar or zip '
-                                  f'archive: it is of another kind, damaged or cut off, or {tempfile.gettempdir()} is '
-                                  f'full.') from None
+            raise EvaluationError(f'{path} cannot be unpacked ({first_line(error)}). It is no tar or zip archive, it '
+                                  f'is damaged or cut off, or {tempfile.gettempdir()} is full.') from None
         yield Path(folder)
 
 
@@ -93,7 +92,7 @@ def open_folder(root: Path, split: str, options: DataOptions) -> DataSplit:
     names, places, notes = _choose_images(found, endings)
     if not names:
         raise EvaluationError(f'{root} has no images. They must end in {", ".join(endings)} and lie in one folder per '
-                              f'class: check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
+                              f'class. Check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
     if options.labelled:
         _check_nesting(names, root)
     data = _with_ilsvrc_labels(_labelled(root, names, places, options.class_map, notes), options.labelled)
@@ -145,17 +144,16 @@ def _choose_images(
         else:
             others[ending or posixpath.basename(name)] += 1
     images.sort(key=lambda image: natural_key(image[0]))
-    notes = [f'Left out, {counts.total():,} {what}: {_enumerate(counts)}.' for counts, what in (
-        (litter, 'files that systems and programs leave behind'), (others, 'files whose ending is none of an image'),
+    notes = [f'Left out {counts.total():,} {what}: {_enumerate(counts)}.' for counts, what in (
+        (litter, 'files that systems and programs leave behind'), (others, "files without an image's ending"),
     ) if counts]
     return [name for name, _ in images], [place for _, place in images], notes
 
 
-def _enumerate(counts: Mapping[str, int], limit: int = 5) -> str:
+def _enumerate(counts: Counter[str], limit: int = 5) -> str:
     """The most frequent ones with their numbers."""
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    more = ', ...' if len(ordered) > limit else ''
-    return ', '.join(f'{name} ({count:,})' for name, count in ordered[:limit]) + more
+    listed = ', '.join(f'{name} ({count:,})' for name, count in counts.most_common(limit))
+    return listed + (', ...' if len(counts) > limit else '')
 
 
 def _check_nesting(names: Sequence[str], root: Path) -> None:
@@ -165,11 +163,11 @@ def _check_nesting(names: Sequence[str], root: Path) -> None:
     for folder in sorted(folders):
         outer = next((parent for parent in folder.parents if parent in folders), None)
         if outer is not None:
-            raise EvaluationError(f'{root / outer} has images, and so has {root / folder} inside of it, but each class '
-                                  f'must be one folder. Move or remove one of the two.')
+            raise EvaluationError(f'{root / outer} has images, and so has {root / folder} inside of it. Each class '
+                                  f'must be one folder: move or remove one of the two.')
         if len(folder.parts) - len(common.parts) > 2:
-            raise EvaluationError(f'{root / folder} has images too far down: they must lie in CLASS/IMAGE or '
-                                  f'GROUP/CLASS/IMAGE. Name the folder of the classes by --data-dir.')
+            raise EvaluationError(f'{root / folder} has images too far down. They must lie in CLASS/IMAGE or '
+                                  f'GROUP/CLASS/IMAGE: name the folder of the classes with --data-dir.')
 
 
 def _labelled(root: Path, names: list[str], places: list[Place], class_map: str, notes: list[str]) -> DataSplit:
@@ -179,18 +177,17 @@ def _labelled(root: Path, names: list[str], places: list[Place], class_map: str,
     index = {name: label for label, name in enumerate(classes)}
     unknown = Counter(folder for folder in folders if folder not in index)
     if unknown.total() == len(names):
-        raise EvaluationError(f'--class-map {class_map} names none of the class folders, such as {folders[0]}, but '
-                              f'others, such as {classes[0]}. Check the file.')
+        raise EvaluationError(f'--class-map {class_map} must name class folders, such as {folders[0]}, got '
+                              f'{classes[0]} and so on. Correct the file.')
     if unknown:
-        notes = [*notes, f'Left out, {unknown.total():,} images in {len(unknown)} folders that --class-map does not '
+        notes = [*notes, f'Left out {unknown.total():,} images in {len(unknown)} folders that --class-map does not '
                          f'name: {_enumerate(unknown)}.']
-        kept = [place for place, folder in enumerate(folders) if folder in index]
+        kept = [i for i, folder in enumerate(folders) if folder in index]
         names, places = [names[i] for i in kept], [places[i] for i in kept]
         folders = [folders[i] for i in kept]
     labels = [index[folder] for folder in folders]
-    dataset = Images(str(root), Files(root, places, labels), names)
-    return DataSplit(dataset, tuple(classes), np.array(labels, np.int64), tuple(names), sorted_names=not class_map,
-                   notes=tuple(notes))
+    return DataSplit(Images(Files(root, places, labels), names), tuple(classes), np.array(labels, np.int64),
+                     tuple(names), sorted_names=not class_map, notes=tuple(notes))
 
 
 def _read_class_map(file: str, root: Path) -> list[str]:
@@ -238,9 +235,8 @@ def _with_ilsvrc_labels(data: DataSplit, labelled: bool = True) -> DataSplit:
             return data
         if not labelled:
             return dataclasses.replace(data, classes=(), labels=np.full_like(data.labels, -1), sorted_names=False)
-        raise EvaluationError(
-            f'{name} lies in no class folder, expected CLASS/IMAGE, or only ILSVRC2012_val_00000001.JPEG to '
-            f'00050000.JPEG: sort the images into one folder a class.')
+        raise EvaluationError(f'{name} must lie in a folder of its class, or be one of ILSVRC2012_val_00000001.JPEG to '
+                              f'00050000.JPEG. Sort the images into one folder per class.')
     wnids = ImageNetInfo('imagenet-1k').label_names()
     present, labels = np.unique(ilsvrc_val_labels()[numbers - 1], return_inverse=True)
     return dataclasses.replace(data, classes=tuple(wnids[label] for label in present), labels=labels,

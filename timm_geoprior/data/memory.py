@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..progress import Progress
 from .batches import LoaderConfig, generator, init_worker
-from .reading import CorruptImages, read_readable, warn_of_rotations
+from .reading import CorruptImages, read_readable, tell_of_rotations
 
 __all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
 
@@ -100,7 +100,7 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
             start += len(batch)
             turned += int(turned_here.sum())
             progress.update(len(batch))
-    warn_of_rotations(turned)
+    tell_of_rotations(turned)
     return ImageTensors(images, targets)
 
 

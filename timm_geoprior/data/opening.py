@@ -1,14 +1,11 @@
-"""Opening a data set: a folder, an archive, WebDataset shards, a Hugging Face data set, torchvision's."""
-import hashlib
+"""Opening a split: a folder, an archive, WebDataset shards, a Hugging Face data set, torchvision's."""
 import json
-import os
 import posixpath
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from timm.data import create_dataset
 
 from ..errors import EvaluationError
@@ -17,14 +14,14 @@ from .dataset import DataOptions, DataSplit, Files, Images, Stream
 from .listing import list_archive, open_folder
 from .reading import EXTENSIONS, LITTER, read_image
 
-__all__ = ['DataOptions', 'DataSplit', 'fingerprint', 'open_split']
+__all__ = ['open_split']
 
 KINDS = ('torch', 'wds', 'hfds', 'hfids')
 
 
 def open_split(
         root: Path | None, split: str = 'validation', name: str = '', options: DataOptions | None = None) -> DataSplit:
-    """Open a data set.
+    """Open a split of a data set.
 
     ILSVRC's validation images as they are downloaded, in one folder or in ILSVRC2012_img_val.tar, get their labels
     from this package.
@@ -34,9 +31,6 @@ def open_split(
         split: Name of the split.
         name: timm's '<type>/<name>': '' for folders and archives, else torch/, wds/, hfds/ or hfids/.
         options: What is not as usual.
-
-    Returns:
-        The data set.
 
     Raises:
         EvaluationError: It cannot be opened, has no images, or has classes inside of one another.
@@ -48,19 +42,17 @@ def open_split(
     options = options or DataOptions()
     kind = name.partition('/')[0].lower()
     if kind not in ('', *KINDS):
-        raise EvaluationError(f'--dataset is {name!r}, expected nothing (a folder or an archive) or one that begins '
-                              f'with {", ".join(f"{kind}/" for kind in KINDS)}.')
+        raise EvaluationError(f'--dataset must begin with {", ".join(f"{kind}/" for kind in KINDS)}, got {name}. Leave '
+                              f'it out for a folder or an archive.')
     if kind and options.class_map:
         raise EvaluationError(f'--class-map names class folders, and {name} has none. Leave it out.')
-    if root is None:
-        if kind not in ('hfds', 'hfids'):
-            raise EvaluationError('No data were named, expected a folder or an archive: name it by --data-dir.')
+    if kind in ('hfds', 'hfids'):
         return _open_hub(root, split, name, options)
-    if not kind:
-        return open_folder(root, split, options)
+    if root is None:
+        raise EvaluationError('No data to read. Name a folder or an archive with --data-dir.')
     if kind == 'wds':
         return _open_shards(root, split, options)
-    return _open_torch(root, split, name, options) if kind == 'torch' else _open_hub(root, split, name, options)
+    return _open_torch(root, split, name, options) if kind else open_folder(root, split, options)
 
 
 def _create(name: str, root: Path | None, split: str, **options: Any) -> Any:
@@ -68,8 +60,8 @@ def _create(name: str, root: Path | None, split: str, **options: Any) -> Any:
     try:
         return create_dataset(name, root=None if root is None else str(root), split=split, **options)
     except Exception as error:  # each of timm's readers raises its own
-        raise EvaluationError(f'The data set {name} cannot be opened ({type(error).__name__}: {first_line(error)}), '
-                              f'expected images that timm reads: check --data-dir, --dataset and --split.') from error
+        raise EvaluationError(f'The data set {name} cannot be opened ({type(error).__name__}: {first_line(error)}). '
+                              f'Check --data-dir, --dataset and --split.') from error
 
 
 def _open_torch(root: Path, split: str, name: str, options: DataOptions) -> DataSplit:
@@ -84,8 +76,8 @@ def _ordered(class_to_idx: Mapping[str, int]) -> tuple[str, ...]:
     """Names of the classes in the order of their labels, which must be 0, 1, 2 and so on."""
     names = {int(label): str(name) for name, label in class_to_idx.items()}
     if sorted(names) != list(range(len(class_to_idx))):
-        raise EvaluationError(f'The classes have the labels {sorted(names)[:5]} and so on, expected 0 to '
-                              f'{len(class_to_idx) - 1}, each once.')
+        raise EvaluationError(f'The labels of the classes must be 0 to {len(class_to_idx) - 1}, each once, got '
+                              f'{sorted(names)[:5]} and so on. Number them anew.')
     return tuple(names[label] for label in sorted(names))
 
 
@@ -105,7 +97,7 @@ def _open_hub(root: Path | None, split: str, name: str, options: DataOptions) ->
         chunks = table.column(keys['input_key']).chunks
         paths = [path for chunk in chunks for path in chunk.field('path').to_pylist()]
         names = tuple(paths) if len(paths) == len(reader) and all(paths) else ()
-        return DataSplit(Images(name, reader, names), _ordered(reader.class_to_idx), np.array(labels, np.int64), names)
+        return DataSplit(Images(reader, names), _ordered(reader.class_to_idx), np.array(labels, np.int64), names)
     if reader.builder.info.features is None:
         reader.builder.as_streaming_dataset()  # reads them from the files' schema
     features = reader.builder.info.features or {}
@@ -113,7 +105,7 @@ def _open_hub(root: Path | None, split: str, name: str, options: DataOptions) ->
     features[keys['input_key']].decode = False
     classes = getattr(features[keys['target_key']], 'names', ())
     return DataSplit(Stream(reader), tuple(classes), np.empty(0, np.int64), (), is_stream=True,
-                   expected=int(reader.num_samples or 0))
+                     expected=int(reader.num_samples or 0))
 
 
 def _check_columns(name: str, keys: Mapping[str, str], columns: Iterable[str]) -> None:
@@ -142,9 +134,10 @@ def _open_shards(root: Path, split: str, options: DataOptions) -> DataSplit:
             labels.append(_label_in_shard(f'{key} in {shard}', parts, options.target_key or info.alt_label))
     if not names:
         raise EvaluationError(f'The shards {split} in {root} have no images. Check --data-dir and --split.')
-    dataset = Images(str(root), Files(root, places, labels), names)
-    return DataSplit(dataset, (), np.array(labels, np.int64), tuple(names), containers=tuple(
-        str(root / shard) for shard in info.filenames), expected=options.num_samples or info.num_samples)
+    return DataSplit(
+        Images(Files(root, places, labels), names), (), np.array(labels, np.int64), tuple(names),
+        containers=tuple(str(root / shard) for shard in info.filenames),
+        expected=options.num_samples or info.num_samples)
 
 
 def _samples(shard: Path) -> dict[str, dict[str, tuple[str, int, int]]]:
@@ -174,37 +167,3 @@ def _label_in_shard(sample: str, parts: Mapping[str, tuple[str, int, int]], targ
     except (KeyError, TypeError, ValueError) as error:
         raise EvaluationError(f'{sample} must have a whole number{f" under {target_key}" if target_key else ""} in its '
                               f'.{part}, got {content[:60]!r} ({type(error).__name__}). Check --target-key.') from None
-
-
-def fingerprint(data: DataSplit, indices: NDArray[np.int64], name: str = '') -> dict[str, Any]:
-    """What a second person's data can be compared by.
-
-    Args:
-        data: The data set.
-        indices: The images that are counted.
-        name: timm's name of the data set.
-
-    Returns:
-        `files`, `bytes`, and `names_sha256`, the hash of the sorted names, one per line: of the images as CLASS/FILE
-        (the same from a folder and from an archive), else of the files that hold them. Empty where neither is known.
-    """
-    if data.names and not data.containers:
-        sizes = _sizes(data.dataset.reader, indices)
-        names = [f'{data.class_of(i)}/{posixpath.basename(data.names[i])}' for i in indices]
-    else:
-        place = Path(name.partition('/')[2])
-        paths = data.containers or [str(path) for path in (place.rglob('*') if place.is_dir() else [place])]
-        paths = [path for path in paths if os.path.isfile(path)]
-        sizes, names = [os.path.getsize(path) for path in paths], [os.path.basename(path) for path in paths]
-    # a name that is no UTF-8 counts with its own bytes
-    digest = hashlib.sha256('\n'.join(sorted(names)).encode(errors='surrogateescape')).hexdigest()
-    return {'files': len(names), 'bytes': sum(sizes), 'names_sha256': digest} if names else {}
-
-
-def _sizes(reader: Any, indices: NDArray[np.int64]) -> list[int]:
-    if isinstance(reader, Files):
-        return [reader.size(i) for i in indices]
-    import pyarrow.compute as pc  # of a Hugging Face data set, whose images are cells of a table
-    chunks = reader.dataset.data.column(reader.image_key).chunks
-    sizes = [size or 0 for chunk in chunks for size in pc.binary_length(chunk.field('bytes')).to_pylist()]
-    return [sizes[i] for i in indices]

@@ -16,7 +16,7 @@ from ..files import first_line
 from ..progress import Progress, tell_on_stderr
 from .batches import init_worker
 from .dataset import DataSplit
-from .reading import LITTER, ignores_rotation
+from .reading import LITTER, ignores_rotation, tell_of_rotations
 
 __all__ = ['check_data', 'empty_folders', 'image_fault', 'repeated_classes']
 
@@ -39,7 +39,7 @@ def check_data(
         EvaluationError: Classes stand twice, or images cannot be read; the message lists them.
     """
     if data.is_stream:
-        tell('These data are a stream: they are looked at as they come.')
+        tell('The data are a stream. Images are checked as they come.')
         return
     per_class = np.bincount(data.labels[data.labels >= 0], minlength=len(data.classes))
     without, per_class = int((per_class == 0).sum()), per_class[per_class > 0]
@@ -50,24 +50,22 @@ def check_data(
         tell(note)
     if repeated := repeated_classes(data):
         places = '; '.join(f'{name}: {", ".join(places[:4])}' for name, places in repeated[:5])
-        raise EvaluationError(f'Classes stand more than once, {len(repeated)} in number ({places}), expected one '
-                              f'folder a class: name one split by --split or --data-dir, or join the folders.')
+        raise EvaluationError(f'Each class must have one folder, got several for {len(repeated)} ({places}). Name one '
+                              f'split with --split or --data-dir, or join the folders.')
     folders = {posixpath.dirname(name) for name in data.names} if _root(data) is not None else set()
     if nested := sorted(folder for folder in folders if '/' in folder):
-        tell(f'Class folders lie deeper than one level, as {nested[0]} does: no folder of this split was found, or '
-             f'classes are grouped; all of them are taken.')
+        tell(f'Class folders lie deeper than one level, as {nested[0]} does: there is no folder of this split, or '
+             f'classes are grouped. All of them are taken.')
     if empty := empty_folders(data):
         tell(f'Folders without images: {", ".join(empty[:10])}{" and others" if len(empty) > 10 else ""}.')
     own = np.arange(len(data.labels))[rank::world_size]
     found = gather(np.array(_look_at(data, own, workers, quiet=rank > 0), dtype=object).reshape(-1, 2)).tolist()
     faults = [(index, fault) for index, fault in found if fault != TURNED]
-    if len(found) > len(faults):
-        tell(f"{len(found) - len(faults):,} of ILSVRC's files state a rotation (EXIF), which is ignored as in "
-             f'published accuracies.')
+    tell_of_rotations(len(found) - len(faults), tell)
     if faults:
         listed = '\n'.join(f'  {data.name_of(index)}: {reason}' for index, reason in sorted(faults))
-        raise EvaluationError(f'{len(faults)} of {len(data.labels):,} images cannot be read, expected none: get them '
-                              f'again, or take them out.\n{listed}')
+        raise EvaluationError(f'{len(faults)} of {len(data.labels):,} images cannot be read. Get them again, or remove '
+                              f'them:\n{listed}')
 
 
 def image_fault(file: BinaryIO, name: str = '') -> str | None:

@@ -2,6 +2,7 @@
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -12,7 +13,7 @@ from ..errors import CorruptImagesError, ImageError
 from ..files import first_line
 
 __all__ = ['EXTENSIONS', 'LITTER', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'CorruptImages', 'Item',
-           'ignores_rotation', 'read_image', 'read_item', 'read_readable', 'warn_of_rotations']
+           'ignores_rotation', 'read_image', 'read_item', 'read_readable', 'tell_of_rotations']
 
 MAX_PIXELS = 178_956_970  # half a GiB of RGB, where Pillow itself refuses too
 MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner picture would not fit into memory
@@ -74,28 +75,24 @@ def _read(source: str | os.PathLike[str] | BinaryIO, name: str, mode: str) -> tu
 def _fault(source: object, error: Exception) -> str:
     """What is wrong with a file, and what to do."""
     if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
-        return 'is a folder, expected an image file: name the files in it.'
+        return 'is a folder. Name an image file in it.'
     if isinstance(error, FileNotFoundError):
-        return 'does not exist, expected an image file: check its name.'
+        return 'does not exist. Check its name.'
     if isinstance(error, UnidentifiedImageError):
-        return ('is not an image that Pillow can read, expected JPEG, PNG, WebP, GIF, TIFF, BMP or the like: '
-                'convert it.')
+        return 'is not an image that Pillow can read, such as JPEG, PNG, WebP, GIF, TIFF or BMP. Convert it.'
     if isinstance(error, Image.DecompressionBombError):
-        return f'has too many pixels, expected at most {MAX_PIXELS:,}: scale it down.'
-    return (f'cannot be decoded ({first_line(error)}), expected a whole image: it is truncated or damaged, get it '
-            f'again.')
+        return f'must have at most {MAX_PIXELS:,} pixels, got more. Scale it down.'
+    return f'cannot be decoded ({first_line(error)}): it is truncated or damaged. Get it again.'
 
 
 def _check_size(name: str, image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(
-            f'{name} has {width} x {height} = {width * height:,} pixels, expected at most {MAX_PIXELS:,}: '
-            f'scale it down.')
+        raise ImageError(f'{name} must have at most {MAX_PIXELS:,} pixels, got {width} x {height} = '
+                         f'{width * height:,}. Scale it down.')
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ImageError(
-            f'{name} has {width} x {height} pixels, expected one side at most {MAX_ASPECT_RATIO} times the other: '
-            f'crop it.')
+        raise ImageError(f'{name} must have no side more than {MAX_ASPECT_RATIO} times the other, got {width} x '
+                         f'{height} pixels. Crop it.')
 
 
 def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
@@ -126,18 +123,11 @@ def ignores_rotation(image: Image.Image, name: str) -> bool:
 
 
 class Item(NamedTuple):
-    """An image of a data set.
-
-    Attributes:
-        image: In mode 'RGB'.
-        target: Its class index.
-        replaced: The index that was asked for, where that image cannot be read and this one stands in; else -1.
-        turned: Whether a rotation that its file states was left out.
-    """
-    image: Image.Image
-    target: int
-    replaced: int
-    turned: bool
+    """An image of a data set."""
+    image: Image.Image  # in mode 'RGB'
+    target: int  # its class index
+    replaced: int  # the index that was asked for, where that image cannot be read and this one stands in; else -1
+    turned: bool  # whether a rotation that its file states was left out
 
 
 def read_item(dataset: Any, index: int, mode: str = 'RGB') -> Image.Image:
@@ -174,8 +164,7 @@ def read_readable(dataset: Any, index: int) -> Item:
         except (ImageError, OSError):
             continue
         return Item(image, int(target), index if offset else -1, turned)
-    raise CorruptImagesError(f'Ten images in a row from {dataset.filename(index)} on cannot be read: '
-                             f'check the data set.')
+    raise CorruptImagesError(f'Ten images in a row from {dataset.filename(index)} on cannot be read. Check the files.')
 
 
 class CorruptImages:
@@ -195,13 +184,11 @@ class CorruptImages:
             self.indices.add(index)
             warnings.warn(f'{self.dataset.filename(index)} cannot be read as an image and is skipped.', stacklevel=3)
         if len(self.indices) > self.limit:
-            raise CorruptImagesError(
-                f'{len(self.indices)} images cannot be read, expected at most {self.limit}: repair the data set, or '
-                f'raise --max-corrupt.')
+            raise CorruptImagesError(f'The number of unreadable images must be at most {self.limit}, got '
+                                     f'{len(self.indices)}. Repair the data set, or raise --max-corrupt.')
 
 
-def warn_of_rotations(count: int) -> None:
+def tell_of_rotations(count: int, tell: Callable[[str], object] = warnings.warn) -> None:
     """Tell how many files state a rotation that was left out, if any do."""
     if count:
-        warnings.warn(f"{count:,} of ILSVRC's files state a rotation (EXIF), which is ignored as in published "
-                      f'accuracies.', stacklevel=3)
+        tell(f"{count:,} of ILSVRC's files state a rotation (EXIF), which is ignored as in published accuracies.")

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
 from ..data.batches import FolderLoader, LoaderConfig, init_worker
+from ..data.dataset import DataSplit
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
-from ..data.opening import DataSplit, open_split
+from ..data.opening import open_split
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages, read_item
 from ..data.splits import hold_out, hold_out_share
