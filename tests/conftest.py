@@ -42,6 +42,20 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope='session')
+def checkpoint(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain network of the nano's shape, trained for two epochs on four classes, as `train` saves it."""
+    from timm_geoprior.training.engine import train
+    from timm_geoprior.training.recipe import RunConfig, load_recipe
+
+    shape = '{value_dims: [0, 0, 0, 0], zero_init_last: false}'  # so that blocks do something after two epochs
+    recipe = load_recipe('finetune', [
+        'model=geoprior_resnet14_nano', f'model_kwargs={shape}', 'epochs=2', 'batch_size=8', 'lr=3e-3'])
+    output = tmp_path_factory.mktemp('source')
+    train(recipe, RunConfig(photo_folder, output, val_split='val', workers=0))
+    return output / 'last.pt'
+
+
 @pytest.fixture
 def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A weights folder of the test's own, in place of the package's; it does not exist yet."""

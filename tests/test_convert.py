@@ -22,25 +22,12 @@ from timm_geoprior.data.opening import open_split
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.release.publish import stage
 from timm_geoprior.training.checkpoint import read_weights
-from timm_geoprior.training.engine import train
-from timm_geoprior.training.recipe import RunConfig, load_recipe
 
-SHAPE = {'value_dims': [0, 0, 0, 0], 'zero_init_last': False}  # so that blocks do something after two epochs
 COMMAND = [sys.executable, '-m', 'timm_geoprior', 'convert']
 
 
 def convert(*arguments: object, code: int = 0) -> None:
     assert main(['convert', *map(str, arguments), '--device', 'cpu', '-j', '0']) == code
-
-
-@pytest.fixture(scope='session')
-def checkpoint(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain network of the nano's shape, trained for two epochs on four classes, as `train` saves it."""
-    recipe = load_recipe('finetune', [
-        'model=geoprior_resnet14_nano', f'model_kwargs={json.dumps(SHAPE)}', 'epochs=2', 'batch_size=8', 'lr=3e-3'])
-    output = tmp_path_factory.mktemp('source')
-    train(recipe, RunConfig(photo_folder, output, val_split='val', workers=0))
-    return output / 'last.pt'
 
 
 @pytest.fixture(scope='session')

@@ -41,6 +41,7 @@ from .parts import (
     radii_in_cells,
 )
 from .recipe import Recipe, RunConfig
+from .recovery import start_from_folder
 
 __all__ = ['Trainer', 'train']
 
@@ -55,10 +56,13 @@ class Trainer:
             config: Where.
             decoded: The images of the training split, as `open_training_data` takes them.
         """
+        recipe, config, note = start_from_folder(recipe, config)
         self.recipe, self.config = recipe, config
         check_recipe(recipe)
         _check_config(config)
         self._join()
+        if note and self.rank == 0:
+            config.tell(note)
         self.last = config.output / 'last.pt'
         self.commit = git_commit() or ''
         if self.rank == 0:

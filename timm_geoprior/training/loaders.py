@@ -1,10 +1,12 @@
 """The data of a run: training batches, and held-out ones to choose by."""
 import copy
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
 from ..data.batches import FolderLoader, LoaderConfig, init_worker
-from ..data.dataset import DataSplit
+from ..data.dataset import DataOptions, DataSplit, Files
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.opening import open_split
 from ..data.preflight import repeated_classes
@@ -87,12 +89,13 @@ class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
         return self.dataset.transform(image), target, index
 
 
-def open_images(config: RunConfig, split: str) -> DataSplit:
+def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSplit:
     """Open a split in which each class stands once: timm takes all folders there are for one that it does not find.
 
     Args:
         config: Says where the images are.
         split: The split's name, or another name of it, in any case; '' for class folders without splits.
+        labelled: Whether the images must have classes.
 
     Raises:
         GeoPriorError: There is no such folder, or it has no images, or a class twice.
@@ -100,11 +103,12 @@ def open_images(config: RunConfig, split: str) -> DataSplit:
     if not config.data_dir.is_dir():
         raise GeoPriorError(f'{config.data_dir} must be a folder with a folder {split} in it. Check --data-dir.')
     try:
-        found = open_split(config.data_dir, split)
+        found = open_split(config.data_dir, split, options=DataOptions(labelled=labelled))
     except EvaluationError as error:
+        hint = ', or add --set distill_alpha=1, which needs no labels' if config.class_names else ''
         raise GeoPriorError(f'The split {split} in {config.data_dir} cannot be opened ({first_line(error)}). It must '
-                            f'have one folder of images for each class.') from error
-    if repeated := repeated_classes(found):
+                            f'have one folder of images for each class{hint}.') from error
+    if labelled and (repeated := repeated_classes(found)):
         name, places = repeated[0]
         raise GeoPriorError(f'{config.data_dir} has {len(repeated)} classes more than once, such as {name} in '
                         f'{" and ".join(places[:3])}. The split {split} must have one folder for each class: check '
@@ -138,7 +142,8 @@ class _Opened:
     @property
     def norms(self) -> dict[str, Any]:
         """timm's data configuration of the recipe's model."""
-        norms: dict[str, Any] = resolve_data_config(pretrained_cfg=model_cfg(self.recipe.model))
+        overlay = self.recipe.model_kwargs.get('pretrained_cfg_overlay', {})
+        norms: dict[str, Any] = resolve_data_config(pretrained_cfg={**model_cfg(self.recipe.model), **overlay})
         return norms
 
     @property
@@ -161,7 +166,9 @@ def open_training_data(
         GeoPriorError: No images where `config` says, classes that stand twice or differ, more images held out of a
             class than it has, more unreadable ones than `config` allows, or an augmentation that timm cannot make.
     """
-    found = open_images(config, config.train_split)
+    found = open_images(config, config.train_split, recipe.needs_labels or not config.class_names)
+    if config.class_names:
+        found = _with_classes(found, recipe, config)
     stay, held = _divide(found, recipe, config)
     opened = _Opened(recipe, config, share, found, stay, held)
     val = None
@@ -172,6 +179,28 @@ def open_training_data(
     return TrainingData(
         train, held_out, found.classes, held, tuple(found.names[index] for index in held.tolist()),
         hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest())
+
+
+def _with_classes(found: DataSplit, recipe: Recipe, config: RunConfig) -> DataSplit:
+    """Training images with the classes that the network has. Of what only a teacher labels, all get the first one."""
+    index = {name: place for place, name in enumerate(config.class_names)}
+    unknown = [name for name in found.classes if name not in index]
+    if unknown and recipe.needs_labels:
+        raise GeoPriorError(f'The classes in {config.data_dir} must be those of the network, got {unknown[0]}. Rename '
+                            f'the folders, or add --set distill_alpha=1, which needs no labels.')
+    if found.classes and not unknown:
+        return _relabel(found, [index[found.classes[label]] for label in found.labels], config.class_names)
+    if recipe.holdout or config.holdout_share:
+        raise GeoPriorError(f'The images in {config.data_dir} must have the classes of the network for some to be held '
+                            f'out, got {unknown[0] if unknown else "none"}. Set holdout=0.')
+    config.tell(f'The images in {config.data_dir} are used without labels.')
+    return _relabel(found, [0] * len(found.labels), config.class_names)
+
+
+def _relabel(found: DataSplit, labels: Sequence[int], classes: tuple[str, ...]) -> DataSplit:
+    reader = found.dataset.reader
+    found.dataset.reader = Files(reader.root, reader.places, labels)
+    return dataclasses.replace(found, labels=np.array(labels, np.int64), classes=classes)
 
 
 def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:

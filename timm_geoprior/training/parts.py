@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import GeoPriorError
 from ..files import first_line
 from .checkpoint import SavedModel, read_weights, take_prefix_off
-from .recipe import Recipe
+from .recipe import SOURCE, Recipe
 
 __all__ = [
     'TargetLoss', 'build_mixup', 'build_model', 'build_optimizer', 'build_schedule', 'build_task', 'build_teacher',
@@ -41,7 +41,8 @@ def build_model(
     """
     options = {'drop_rate': recipe.drop, 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
     if start is not None:
-        options['pretrained_cfg_overlay'] = _overlay(recipe.model, num_classes, start, **recipe.model_kwargs)
+        options['pretrained_cfg_overlay'] = {**recipe.model_kwargs.get('pretrained_cfg_overlay', {}),
+            **_overlay(recipe.model, num_classes, start, **recipe.model_kwargs)}
     model: Any = timm.create_model(
         recipe.model, pretrained=pretrained or start is not None, num_classes=num_classes, **options)
     for cfg in (model.pretrained_cfg, model.default_cfg):
@@ -75,7 +76,7 @@ def check_recipe(recipe: Recipe) -> None:
     with torch.device('meta'):
         model = _try(lambda: build_model(recipe, 2), 'model, model_kwargs and freeze', recipe.model, timm.list_models)
         optimizer = _try(lambda: build_optimizer(recipe, model), 'opt and opt_kwargs', recipe.opt, list_optimizers)
-        if recipe.teacher and not timm.is_model(recipe.teacher.split('.')[0]):
+        if recipe.teacher not in ('', SOURCE) and not timm.is_model(recipe.teacher.split('.')[0]):
             _try(lambda: timm.create_model(recipe.teacher), 'teacher', recipe.teacher, timm.list_models)
     _try(lambda: build_schedule(recipe, optimizer, 100), 'lr_cycle_mul, lr_cycle_decay and lr_cycle_limit')
 
@@ -94,7 +95,8 @@ def build_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {}
     if recipe.teacher_path:
         start = read_weights(Path(recipe.teacher_path))
-        options['pretrained_cfg_overlay'] = _overlay(recipe.teacher, num_classes, start)
+        options = {**start.model_kwargs, 'pretrained_cfg_overlay': _overlay(
+            recipe.teacher, num_classes, start, **start.model_kwargs)}
     teacher: Any = timm.create_model(recipe.teacher, pretrained=True, num_classes=num_classes, **options)
     known = teacher.pretrained_cfg.get('num_classes')
     if known != num_classes:  # timm has drawn a new head, which teaches noise

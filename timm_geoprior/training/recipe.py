@@ -13,7 +13,9 @@ import yaml
 from ..errors import GeoPriorError
 from ..progress import tell_on_stderr
 
-__all__ = ['Recipe', 'RunConfig', 'load_recipe', 'recipe_names']
+__all__ = ['SOURCE', 'Recipe', 'RunConfig', 'load_recipe', 'recipe_names']
+
+SOURCE = 'source'
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Recipe:
     drop_path: float = 0.0
     sync_bn: bool = False
     freeze: tuple[str, ...] = ()  # modules that stay as they are, norms' statistics included
-    teacher: str = ''  # timm model whose logits are distilled, with the weights that its name has
+    # timm model whose logits are distilled, with the weights that its name has; SOURCE for what --finetune's
+    # folder was converted from
+    teacher: str = ''
     teacher_path: str = ''  # checkpoint of the teacher, in place of the weights that its name has
-    distill_alpha: float = 0.5  # share of the teacher's loss
+    distill_alpha: float = 0.5  # share of the teacher's loss; with 1, images need no labels
     distill_temperature: float = 1.0
 
     # data
@@ -134,6 +138,11 @@ class Recipe:
                 size = pixels
         return size
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss depends on the images' classes."""
+        return not self.teacher or self.distill_alpha < 1
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain containers, every key written out."""
         return dataclasses.asdict(self)
@@ -152,10 +161,12 @@ class RunConfig:
         seed: Of weights, order and augmentation.
         device: A device of torch.
         workers: Processes that decode, for each process that trains.
-        finetune: '' for random weights, 'pretrained' for those of the model's tag, or a checkpoint's path.
+        finetune: '' for random weights, 'pretrained' for those of the model's tag, or the path of a checkpoint or of a
+            folder of `timm-geoprior convert`.
         resume: Go on with the run in `output`.
         save_every: Updates between two checkpoints within an epoch.
         max_corrupt: Unreadable images that are skipped; at one more the run stops.
+        class_names: The network's classes, in order, where they are not those of the training images' folders.
         command: The command that resumes the run, for the message of an interruption.
         tell: Called with each sentence that a person should read.
     """
@@ -171,6 +182,7 @@ class RunConfig:
     resume: bool = False
     save_every: int = 200
     max_corrupt: int = 10
+    class_names: tuple[str, ...] = ()
     command: str = ''
     tell: Callable[[str], None] = tell_on_stderr
 

@@ -43,9 +43,9 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument('--val-split', default='', help='split measured each epoch where the recipe holds nothing out')
     parser.add_argument('--model', default='', help="a timm model in place of the recipe's, for a control")
     parser.add_argument(
-        '--finetune', default='', metavar='pretrained|FILE',
-        help="start from the weights of the model's tag, or from a checkpoint (averaged weights where it has them); "
-             'another head is drawn anew')
+        '--finetune', default='', metavar='pretrained|FILE|DIR',
+        help="start from the weights of the model's tag, from a checkpoint (averaged weights where it has them; "
+             'another head is drawn anew), or from a folder of `timm-geoprior convert`, which names model and teacher')
     parser.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE',
         help='another value for a recipe key, as in --set epochs=30; as often as need be')

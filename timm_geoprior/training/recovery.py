@@ -1,0 +1,93 @@
+"""Recovery: a run that starts from a folder of `timm-geoprior convert`, taught by the network that it was made from."""
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from timm.models import get_arch_pretrained_cfgs
+
+from ..errors import GeoPriorError
+from ..files import file_sha256
+from .loaders import model_cfg
+from .recipe import SOURCE, Recipe, RunConfig
+
+__all__ = ['start_from_folder']
+
+FILES = ('config.json', 'results.json', 'model.safetensors')
+PREPARATION = ('mean', 'std', 'crop_pct', 'interpolation')
+
+
+def start_from_folder(recipe: Recipe, config: RunConfig) -> tuple[Recipe, RunConfig, str]:
+    """Take model, weights, classes and teacher from the folder that `--finetune` names, if it names one.
+
+    Args:
+        recipe: A recipe; its teacher is replaced if it is 'source', its model in any case.
+        config: Where it is run.
+
+    Returns:
+        Both with what the folder says, and a sentence for people; as they are, and '', where no folder is named.
+
+    Raises:
+        GeoPriorError: The folder is not one of `timm-geoprior convert`, its source is no longer there, or the recipe
+            needs a folder and none is named.
+    """
+    folder = Path(config.finetune)
+    if not config.finetune or not folder.is_dir():
+        if recipe.teacher == SOURCE:
+            raise GeoPriorError(f'--finetune must name the folder that `timm-geoprior convert` wrote, since the recipe '
+                                f'{recipe.name} is taught by its source, got {config.finetune or "nothing"}.')
+        return recipe, config, ''
+    written, source = _read(folder)
+    model, model_kwargs = _model(written)
+    classes = tuple(written.get('label_names') or map(str, range(written['num_classes'])))
+    recipe = replace(recipe, model=model, model_kwargs={**recipe.model_kwargs, **model_kwargs})
+    told = f'{folder}: {model}, converted from {source["name"]}'
+    if recipe.teacher == SOURCE:
+        path = recipe.teacher_path or source.get('checkpoint', '')
+        if path:
+            _check_teacher(Path(path), folder, source)
+        recipe = replace(recipe, teacher=source['name'], teacher_path=path)
+        told += f', which is the teacher{f" ({path})" if path else ""}'
+    config = replace(config, finetune=str(folder / 'model.safetensors'), class_names=classes)
+    return recipe, config, f'{told}.'
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json says, and the source by results.json."""
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise _other_folder(folder, f'one without {missing[0]}')
+    try:
+        written, results = (json.loads((folder / name).read_text(encoding='utf-8')) for name in FILES[:2])
+        num_classes, _, source = written['num_classes'], written['architecture'], dict(results['source'])
+        source['name']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _other_folder(folder, f'one whose {" or ".join(FILES[:2])} says otherwise ({error!r})') from None
+    if not num_classes:
+        raise GeoPriorError(f'{folder} must have a classifier to be trained, got a network without classes. '
+                            f'Convert one that has some.')
+    return written, source
+
+
+def _other_folder(folder: Path, got: str) -> GeoPriorError:
+    return GeoPriorError(f'{folder} must be a folder that `timm-geoprior convert` wrote, got {got}. Check --finetune.')
+
+
+def _model(written: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options of the network; among them how its images are prepared, where its name does not say so."""
+    cfg, name, options = written.get('pretrained_cfg', {}), written['architecture'], written.get('model_args', {})
+    tagged = f'{name}.{cfg.get("tag")}'
+    if not options and tagged in get_arch_pretrained_cfgs(name):
+        name = tagged
+    known = json.loads(json.dumps(model_cfg(name)))  # lists in place of tuples
+    other = {key: cfg[key] for key in PREPARATION if cfg.get(key, known[key]) != known[key]}
+    return name, {**options, **({'pretrained_cfg_overlay': other} if other else {})}
+
+
+def _check_teacher(path: Path, folder: Path, source: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise GeoPriorError(f'The teacher {path}, from which {folder} was converted, does not exist. Put it back, or '
+                            f'say where it is by --set teacher_path=FILE.')
+    if file_sha256(path) != source.get('sha256'):
+        raise GeoPriorError(f'The teacher {path} must be the file from which {folder} was converted, got another '
+                            f'SHA-256. Convert it again, or name another teacher by --set teacher=NAME.')
