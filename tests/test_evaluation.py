@@ -37,7 +37,7 @@ from timm_geoprior.evaluation.metrics import (
     wilson_interval,
 )
 from timm_geoprior.evaluation.models import load_model
-from timm_geoprior.evaluation.validate import deviations, find_metric
+from timm_geoprior.evaluation.validate import find_metric
 from timm_geoprior.pretrained.manifest import Metric, load_manifest
 
 NAN = math.nan
@@ -123,7 +123,7 @@ def test_classes_are_matched_by_name(data, subset, to_model, competing, note):
 
 @pytest.mark.parametrize(('data', 'subset', 'message'), [
     (['n01', 'n09'], False, r'does not have 1 of the 2 classes \(n09\)'),
-    (['a', 'b', 'c'], False, r"3 classes \(a, b, c\), expected the model's 4, which begin with n01"),
+    (['a', 'b', 'c'], False, r"the model's 4 classes, which begin with n01, got 3 \(a, b, c\)"),
     (['a', 'b', 'c', 'd'], True, 'no name in common'),
 ])
 def test_classes_that_do_not_match_are_refused(data, subset, message):
@@ -354,14 +354,13 @@ def test_figures_of_the_manifest():
     entry = replace(load_manifest().get('geoprior_resnet14_nano'), metrics=(METRIC, replace(METRIC, num_images=20_000)))
     assert find_metric(entry, 'float32', 64, 20_000) == entry.metrics[1]
     assert find_metric(entry, 'float32', 64, None) == METRIC
-    assert deviations(METRIC, Counts(10_000, 5004, 7400)) == pytest.approx({'top-1': 0.04, 'top-5': -1})
 
 
 @pytest.mark.parametrize(('metrics', 'precision', 'img_size', 'num_images', 'message'), [
     ((), 'float32', 64, 10_000, 'no figure for'),
-    ((METRIC,), 'bfloat16', 64, 10_000, 'bfloat16 at 64 px, expected float32 at 64 px'),
-    ((METRIC,), 'float32', 96, 10_000, 'float32 at 96 px, expected float32 at 64 px'),
-    ((METRIC,), 'float32', 64, 9_999, '9,999 images, not the set .* Tiny val with 10,000 images'),
+    ((METRIC,), 'bfloat16', 64, 10_000, 'bfloat16 at 64 px, only for float32 at 64 px'),
+    ((METRIC,), 'float32', 96, 10_000, 'float32 at 96 px, only for float32 at 64 px'),
+    ((METRIC,), 'float32', 64, 9_999, 'must be Tiny val with 10,000 images, got 9,999'),
 ])
 def test_figures_that_the_manifest_does_not_have(metrics, precision, img_size, num_images, message):
     entry = replace(load_manifest().get('geoprior_resnet14_nano'), metrics=metrics)
@@ -448,7 +447,7 @@ def test_a_checkpoint_is_read_as_data(tmp_path):
     (NANO, {'a': torch.ones(1)}, 'do not fit'),
     (NANO, nano_state(classes=4), 'do not fit'),
     (None, {'a': torch.ones(1)}, 'does not name its architecture'),
-    ('geoprior_resnet41', {'a': torch.ones(1)}, 'expected a model of timm, like geoprior_resnet'),
+    ('geoprior_resnet41', {'a': torch.ones(1)}, 'Did you mean geoprior_resnet'),
 ], ids=['missing', 'damaged', 'other', 'other head', 'no name', 'unknown name'])
 def test_weights_that_do_not_fit(name, content, message, tmp_path):
     path = tmp_path / 'weights.pt'

@@ -383,7 +383,7 @@ def test_real_labels(pictures, classifier, large_checkpoint, tmp_path, capsys):
         'num_images': 10, 'top1_correct': 1, 'top5_correct': 10}
     told = capsys.readouterr()
     assert 'of 10 labelled so' in told.out
-    assert 'do not count, 1 of 12 images: ILSVRC2012_val_00000002.JPEG' in told.err
+    assert '1 of 12 images could not be decoded and were left out: ILSVRC2012_val_00000002.JPEG' in told.err
 
 
 def break_pixels(content: bytes) -> bytes:
@@ -419,7 +419,7 @@ def test_an_image_that_fails_in_the_pass_is_told_and_not_counted(data, checkpoin
     assert validate('--checkpoint', checkpoint, '--data-dir', tmp_path / 'set', '-j', 2,
                     '--results-file', tmp_path / 'found.json') == 1
     name = f'{victim.parent.name}/{victim.stem}.png'
-    assert f'Could not be decoded and do not count, 1 of {COUNT} images: {name}' in capfd.readouterr().err
+    assert f'1 of {COUNT} images could not be decoded and were left out: {name}' in capfd.readouterr().err
     results = json.loads((tmp_path / 'found.json').read_text())
     assert results['results'][0]['num_images'] == COUNT - 1
     assert len(results['problems']) == 1
@@ -430,7 +430,7 @@ def test_a_stream_that_loses_images_is_told(data, checkpoint, tmp_path, capfd):
     arguments = ['--checkpoint', sorted_checkpoint(checkpoint, tmp_path), '--dataset', 'wds/', '--data-dir',
                  data / 'shards', '-j', 1]
     assert validate(*arguments, '--split', f'val-{{0..3}}.tar|{COUNT}') == 1
-    assert f'96 images came, expected {COUNT}' in capfd.readouterr().err
+    assert f'must have {COUNT} images, got 96' in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -457,7 +457,7 @@ def with_figure(checkpoint, expected, tmp_path):
     ({'top1_correct': +1}, [], 1, 'The check failed: top-1 in float32 is -1.0309 points'),
     ({'top5_correct': -1}, [], 1, 'The check failed: top-5 in float32 is +1.0309 points'),
     ({'top1_correct': -1}, ['--tolerance', '1.1'], 0, 'within 1.1'),
-    ({'num_images': 10_000}, [], 1, '97 images, not the set that the figure of'),
+    ({'num_images': 10_000}, [], 1, 'must be Photographs val with 10,000 images, got 97'),
     ({}, ['--precision', 'bfloat16'], 1, 'has no figure of geoprior_resnet14_nano.r64_tin200 for bfloat16 at 32 px'),
 ])
 def test_the_check_against_the_manifest(
@@ -602,7 +602,7 @@ def test_shards_that_hold_less_than_they_say(data, checkpoint, tmp_path, capsys)
     pytest.importorskip('webdataset')
     assert validate('--checkpoint', sorted_checkpoint(checkpoint, tmp_path), '--dataset', 'wds/', '--data-dir',
                     data / 'shards', '--split', 'val-{0..3}.tar|97', '-j', 0) == 1
-    assert '96 images came, expected 97' in capsys.readouterr().err
+    assert 'must have 97 images, got 96' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not TIN200_VAL.exists(), reason='needs the validation images of Tiny-ImageNet-200')

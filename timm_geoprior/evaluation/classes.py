@@ -12,17 +12,11 @@ __all__ = ['ClassMatch', 'match_classes']
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """How labels become the model's class indices.
-
-    Attributes:
-        to_model: The model's index of each class of the data, -1 for a class that is left out; empty where the labels
-            are the model's indices already.
-        competing: The model's classes whose scores compete, sorted; None for all of them.
-        notes: What a person should know about it, a sentence each.
-    """
+    """How labels become the model's class indices."""
+    # the model's index of each class of the data, -1 for one that is left out; empty where labels are such indices
     to_model: NDArray[np.int64]
-    competing: tuple[int, ...] | None = None
-    notes: tuple[str, ...] = ()
+    competing: tuple[int, ...] | None = None  # the model's classes whose scores compete, sorted; None for all of them
+    notes: tuple[str, ...] = ()  # what a person should know about it, a sentence each
 
     def apply(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """The model's class index of each label, -1 where the class is left out."""
@@ -55,7 +49,8 @@ def match_classes(
         ClassMismatchError: There are classes that the model does not have, or none in common; or their order has to be
             taken for the model's and could be two different ones.
     """
-    unique = [known for known in (wnids, names) if len(set(known)) == len(known)]  # two of ImageNet's names stand twice
+    # 'crane' is two of ImageNet's classes, the bird and the machine: such names cannot tell which is meant
+    unique = [known for known in (wnids, names) if len(set(known)) == len(known)]
     known = next((known for known in unique if set(known) & set(data_classes)), None)
     if known is None:
         match = _by_position(data_classes, wnids, names, num_classes, subset)
@@ -67,9 +62,8 @@ def match_classes(
     unknown = [name for name in data_classes if name not in index]
     present = sorted(int(i) for i in to_model if i >= 0)
     if unknown and not subset:
-        raise ClassMismatchError(
-            f'The model does not have {len(unknown)} of the {len(data_classes)} classes ({_some(unknown)}), expected '
-            f'all of them: --subset measures the {len(present)} that both have.')
+        raise ClassMismatchError(f'The model does not have {len(unknown)} of the {len(data_classes)} classes '
+                                 f'({_some(unknown)}). Use --subset to measure the {len(present)} that both have.')
     if subset:
         note = (f'{len(present)} classes are in both, of {len(data_classes)} in the data and {num_classes} in the '
                 f'model: only they are measured, and only their scores compete.')
@@ -96,15 +90,15 @@ def _by_position(
 ) -> ClassMatch:
     """Labels as the model's indices, where there are no names to compare, or none that are alike."""
     if subset:
-        raise ClassMismatchError('--subset matches classes by name, and data and model have no name in common, '
-                                 'expected WordNet ids or names in both: leave it out, or rename the class folders.')
+        raise ClassMismatchError('--subset matches classes by name, and data and model have no name in common. Leave '
+                                 'it out, or rename the class folders.')
     if data_classes and list(data_classes) == list(names):
         return ClassMatch(np.empty(0, np.int64))
     count = len(data_classes)
     if count and count != num_classes:
         known = f', which begin with {wnids[0]}' if wnids else ''
-        raise ClassMismatchError(f"The data have {count} classes ({_some(data_classes)}), expected the model's "
-                                 f'{num_classes}{known}: check --data-dir and --split, or take another model.')
+        raise ClassMismatchError(f"The data must have the model's {num_classes} classes{known}, got {count} "
+                                 f'({_some(data_classes)}). Check --data-dir and --split, or take another model.')
     note = "are not the model's names" if count and wnids else "cannot be compared with the model's"
     return ClassMatch(np.empty(0, np.int64), None, (
         f"The class names of these data {note}: their order is taken for the model's.",))
@@ -117,7 +111,7 @@ def _refuse_two_orders(classes: Sequence[str]) -> None:
     raise ClassMismatchError(
         f"The model's classes have no names here, and the {len(classes)} class folders can be sorted in two ways: "
         f'class {first} is {classes[first]} in natural order (timm), {by_character[first]} by character (ImageFolder). '
-        f'Write the names, one per line, in the order of training into a text file, and name it by --class-map.')
+        f'Write the names in the order of training into a text file, one per line, and name it with --class-map.')
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

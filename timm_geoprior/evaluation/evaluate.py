@@ -1,4 +1,5 @@
 """One model over one data set: match the classes, choose the images, run every precision, count."""
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -34,50 +35,29 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How to measure; the names are those of timm's validation.
-
-    Attributes:
-        device: Where the network runs.
-        rank: This process.
-        world_size: Number of processes.
-        precisions: What to compute in, of `PRECISIONS`, the reference first.
-        batch_size: Images of a batch of one process.
-        workers: Processes that decode, for each process.
-        channels_last: Give the network images in that memory layout.
-        torchcompile: Backend of `torch.compile`; None not to compile.
-        subset: Measure only the classes that data and model both have.
-        real_labels: File of ReaL labels, '' for timm's own; None not to use them.
-        overrides: What replaces the model's own preprocessing, in the words of timm's `resolve_data_config`.
-        tell: Called with each sentence that a person should read.
-    """
+    """How to measure; the names are those of timm's validation."""
     device: torch.device = torch.device('cpu')
-    rank: int = 0
-    world_size: int = 1
-    precisions: tuple[str, ...] = ('float32',)
-    batch_size: int = 256
-    workers: int = 4
+    rank: int = 0  # this process
+    world_size: int = 1  # number of processes
+    precisions: tuple[str, ...] = ('float32',)  # of `PRECISIONS`, the reference first
+    batch_size: int = 256  # images of a batch of one process
+    workers: int = 4  # processes that decode, for each process
     channels_last: bool = False
-    torchcompile: str | None = None
-    subset: bool = False
-    real_labels: str | None = None
+    torchcompile: str | None = None  # backend of `torch.compile`; None not to compile
+    subset: bool = False  # measure only the classes that data and model both have
+    real_labels: str | None = None  # file of ReaL labels, '' for timm's own; None not to use them
+    # what replaces the model's own preprocessing, in the words of timm's `resolve_data_config`
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    tell: Callable[[str], None] = print
+    tell: Callable[[str], None] = print  # called with each sentence that a person should read
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be measured.
-
-    Attributes:
-        match: Which class of the data is which of the model's.
-        indices: The images, in the order of the data set; empty for a stream.
-        targets: The model's class index of each.
-        config: timm's data configuration.
-    """
+    """What will be measured."""
     match: ClassMatch
-    indices: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    config: dict[str, Any]
+    indices: NDArray[np.int64]  # the images, in the order of the data set; empty for a stream
+    targets: NDArray[np.int64]  # the model's class index of each
+    config: dict[str, Any]  # timm's data configuration
 
     @property
     def img_size(self) -> int:
@@ -85,46 +65,31 @@ class Plan:
         return int(self.config['input_size'][-1])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pass:
-    """What came out of a pass over the data.
+    """What came out of a pass over the data, of all processes together."""
+    predictions: dict[str, Predictions]  # by precision
+    largest_difference: dict[str, float]  # by precision: of a score from the first precision's
+    unreadable: list[int]  # index of each image that could not be decoded; -1 for each one of a stream
+    left_out: int  # number of a stream's images whose class is not measured
+    out_of_range: int  # number of a stream's labels that the model has no class for
 
-    Attributes:
-        counts: By precision, summed as integers over all processes.
-        predictions: By precision, from all processes.
-        largest_difference: By precision: the largest difference of a score from the first precision's.
-        unreadable: Index of each image that could not be decoded; -1 for each one of a stream.
-        left_out: Number of a stream's images whose class is not measured.
-        out_of_range: Number of a stream's labels that the model has no class for.
-    """
-    counts: dict[str, Counts] = field(default_factory=dict)
-    predictions: dict[str, Predictions] = field(default_factory=dict)
-    largest_difference: dict[str, float] = field(default_factory=dict)
-    unreadable: list[int] = field(default_factory=list)
-    left_out: int = 0
-    out_of_range: int = 0
+    @property
+    def counts(self) -> dict[str, Counts]:
+        """Correct answers by precision."""
+        return {precision: predictions.counts for precision, predictions in self.predictions.items()}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
-
-    Attributes:
-        loaded: The model.
-        plan: What was to be measured.
-        outcome: Counts and predictions.
-        real: Counts by ReaL labels, of the images that have any.
-        transform: The preprocessing's steps before the normalisation.
-        seconds: Time of the pass.
-        problems: Why the figures are not those of the whole set, a sentence each.
-    """
+    """What was measured."""
     loaded: LoadedModel
     plan: Plan
     outcome: Pass
-    real: Counts | None
-    transform: tuple[str, ...]
-    seconds: float
-    problems: tuple[str, ...] = ()
+    real: Counts | None  # by ReaL labels, of the images that have any
+    transform: tuple[str, ...]  # the preprocessing's steps before the normalisation
+    seconds: float  # time of the pass
+    problems: tuple[str, ...] = ()  # why the figures are not those of the whole set, a sentence each
 
 
 def set_numerics(precisions: Sequence[str]) -> None:
@@ -151,9 +116,6 @@ def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
         loaded: The model.
         config: Of the measurement.
 
-    Returns:
-        The plan.
-
     Raises:
         ClassMismatchError: The classes are not the model's.
         EvaluationError: No image has a class of the model, or ReaL labels were asked for on other images than ILSVRC's.
@@ -164,8 +126,8 @@ def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
     targets = match.apply(data.labels)
     indices = np.flatnonzero(targets >= 0)
     if len(targets) and targets.max() >= num_classes:
-        raise EvaluationError(f"The data have the label {targets.max()}, expected less than the model's {num_classes} "
-                              f'classes: check --data-dir, or take another model.')
+        raise EvaluationError(f"The labels must be less than the model's number of classes, {num_classes}, got "
+                              f'{targets.max()}. Check --data-dir, or take another model.')
     if not data.is_stream and not len(indices):
         raise EvaluationError(f'None of the {len(targets):,} images has a class of the model. Check --split: test sets '
                               f'are often published without labels.')
@@ -178,13 +140,13 @@ def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
 
 def _check_real_labels(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> None:
     if config.subset or loaded.wnids != tuple(ImageNetInfo('imagenet-1k').label_names()):
-        raise EvaluationError(f"--real-labels are for all of ImageNet-1k's classes in their order, and {loaded.name} "
-                              f'is not measured on those: leave it out.')
+        raise EvaluationError(f"--real-labels needs all of ImageNet-1k's classes in their order, which {loaded.name} "
+                              f'is not measured on. Leave it out.')
     names = [name.rpartition('/')[2] for name in data.names]
     if not names or not all(ILSVRC_FILE.fullmatch(name) for name in names):
-        got = names[0] if names else 'data without file names'
-        raise EvaluationError(f"--real-labels are for ILSVRC's validation images, expected names like "
-                              f'ILSVRC2012_val_00000001.JPEG, got {got}: leave it out.')
+        raise EvaluationError(f"--real-labels needs ILSVRC's validation images, named like "
+                              f'ILSVRC2012_val_00000001.JPEG, got {names[0] if names else "images without names"}. '
+                              f'Leave it out.')
 
 
 class _RealLabels:
@@ -196,8 +158,8 @@ class _RealLabels:
             self.real: Any = RealLabelsImagenet(
                 [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(count)], file or None)
         except (OSError, ValueError, AssertionError) as error:
-            raise EvaluationError(f'{file} cannot be read as ReaL labels ({error or "wrong number"}), expected a '
-                                  f"JSON list of {count:,} lists: leave the name out for timm's own.") from None
+            raise EvaluationError(f'--real-labels must be a JSON list of {count:,} lists, got {file} '
+                                  f"({error or 'another number'}). Leave the name out for timm's own.") from None
         self.real.filenames = []  # it asked for all names at first, and goes through these in order
         self.names = iter(names)
 
@@ -217,10 +179,10 @@ class _RealLabels:
 
 
 class _RankDataset(Dataset[tuple[Any, int]]):
-    """One process's images of an indexed data set: each once, none repeated to fill a batch.
+    """One process's images of an indexed data set, each once; an image that cannot be read is marked.
 
-    Process r of n takes every n-th image from the r-th on. timm's own dataset puts the next image in the place of one
-    that cannot be read; here such an image is marked, so that it is counted as what it is.
+    torch's DistributedSampler repeats images until all processes have the same number of them, and timm's data set
+    puts the next image in the place of one that cannot be read. Either way some would be counted twice.
     """
 
     def __init__(self, data: DataSplit, plan: Plan, config: EvalConfig) -> None:
@@ -246,18 +208,13 @@ def _mode(plan: Plan) -> str:
     return 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as timm's validation
 
 
-class _ToModelClass:
+def _to_model_class(to_model: NDArray[np.int64], num_classes: int, label: int) -> int:
     """A stream's label as the model's class index."""
-
-    def __init__(self, to_model: NDArray[np.int64], num_classes: int) -> None:
-        self.to_model, self.num_classes = to_model, num_classes
-
-    def __call__(self, label: int) -> int:
-        if label == UNREADABLE:
-            return label
-        if not 0 <= label < (len(self.to_model) or self.num_classes):
-            return OUT_OF_RANGE
-        return int(self.to_model[label]) if len(self.to_model) else label
+    if label == UNREADABLE:
+        return label
+    if not 0 <= label < (len(to_model) or num_classes):
+        return OUT_OF_RANGE
+    return int(to_model[label]) if len(to_model) else label
 
 
 def _seed_worker(worker: Any) -> int:
@@ -268,7 +225,7 @@ def _seed_worker(worker: Any) -> int:
 
 def _make_loader(dataset: Any, plan: Plan, config: EvalConfig) -> Iterable[Batch]:
     """Batches as timm's validation makes them: its transform, its collation, its normalisation on the device."""
-    if isinstance(dataset, _RankDataset) and not len(dataset):
+    if isinstance(dataset, _RankDataset) and not len(dataset):  # torch refuses a loader of nothing
         return ()
     loader: Iterable[Batch] = create_loader(
         dataset, batch_size=config.batch_size, num_workers=config.workers, device=config.device,
@@ -301,8 +258,8 @@ class Forward:
                 if not isinstance(error, torch.OutOfMemoryError) and 'DefaultCPUAllocator' not in str(error):
                     raise
                 if size == 1:
-                    raise ProcessError('There is not enough memory for one image, expected some for a batch: take '
-                                       'a smaller --img-size, a lower precision or another device.') from None
+                    raise ProcessError('There is not enough memory for one image. Use a smaller --img-size, a lower '
+                                       'precision or another device.') from None
             # outside of the handler, where the failed attempt's tensors are free
             self.limit = (size + 1) // 2
             if images.is_cuda:
@@ -332,7 +289,8 @@ def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfi
     share: Any = data.dataset if data.is_stream else _RankDataset(data, plan, config)
     if data.is_stream:
         share.mode = _mode(plan)
-        share.target_transform = _ToModelClass(plan.match.to_model, int(loaded.model.num_classes))  # type: ignore[arg-type]
+        share.target_transform = functools.partial(
+            _to_model_class, plan.match.to_model, int(loaded.model.num_classes))  # type: ignore[arg-type]
     loader = _make_loader(share, plan, config)
     real = None
     if config.real_labels is not None and not data.is_stream:
@@ -356,37 +314,6 @@ def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfi
                       seconds, _problems(data, plan, outcome))
 
 
-@dataclass
-class _Answers:
-    """What one process has answered so far."""
-    targets: list[Tensor]  # of each batch, shape (batch,)
-    answers: dict[str, list[Tensor]]  # by precision and batch: rank, predicted class, its probability; shape (3, batch)
-    difference: dict[str, Tensor]  # by precision: the largest difference of a score from the first precision's
-
-    def collect(self, indices: NDArray[np.int64] | None, device: torch.device) -> Pass:
-        """Bring the processes' shares together; `indices` are those of this process's images, None in a stream."""
-        targets = torch.cat(self.targets).cpu().numpy() if self.targets else np.empty(0, np.int64)
-        index = np.full(len(targets), -1) if indices is None else indices[:len(targets)]
-        counted = targets >= 0
-        result = Pass(unreadable=sorted(gather(index[targets == UNREADABLE]).tolist()))
-        result.left_out = len(gather(index[targets == SKIPPED]))
-        result.out_of_range = len(gather(index[targets == OUT_OF_RANGE]))
-        everything = gather(index[counted])
-        order = np.argsort(everything, kind='stable')
-        all_targets = gather(targets[counted].astype(np.int32))[order]
-        for precision, batches in self.answers.items():
-            answers = torch.cat(batches, 1).cpu().numpy() if batches else np.empty((3, 0))
-            rank, predicted, confidence = (gather(row[counted])[order] for row in answers)
-            result.predictions[precision] = Predictions(
-                everything[order], all_targets, rank.astype(np.int32), predicted.astype(np.int32),
-                confidence.astype(np.float32))
-            own = [counted.sum(), (answers[0][counted] < 1).sum(), (answers[0][counted] < 5).sum()]
-            result.counts[precision] = Counts(*reduce_sum(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
-            differences = gather(np.array([self.difference[precision].item()]))
-            result.largest_difference[precision] = float(differences.max())
-        return result
-
-
 def predict(
         forward: Callable[[Tensor], Tensor],
         loader: Iterable[Batch],
@@ -406,26 +333,40 @@ def predict(
         after_batch: Called with the first precision's scores of each batch, and its targets.
 
     Returns:
-        Counts and predictions of all processes together, the same in each.
+        The predictions of all processes together, the same in each.
     """
-    found = _Answers([], {precision: [] for precision in config.precisions},
-                     {precision: torch.zeros((), device=config.device) for precision in config.precisions})
+    batches: list[Tensor] = []  # of each, shape (1 + 3 precisions, batch): targets, then `_answers` in each precision
+    largest = torch.zeros(len(config.precisions), device=config.device)
     with torch.inference_mode():
         for images, targets in loader:
             if config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            reference: Tensor | None = None
-            for precision in config.precisions:
-                scores = _scores(forward, images, precision, competing)
-                found.answers[precision].append(_answers(scores, targets))
-                if reference is None:
-                    reference = scores
-                gap = _largest(scores - reference, targets)
-                found.difference[precision] = torch.maximum(found.difference[precision], gap)
-            found.targets.append(targets)
-            if after_batch is not None and reference is not None:
-                after_batch(reference, targets)
-    return found.collect(indices, config.device)
+            scores = [_scores(forward, images, precision, competing) for precision in config.precisions]
+            batches.append(torch.cat([targets[None].double(), *(_answers(own, targets) for own in scores)]))
+            largest = torch.maximum(largest, torch.stack([_largest(own - scores[0], targets) for own in scores]))
+            if after_batch is not None:
+                after_batch(scores[0], targets)
+    # only now, since processes may have different numbers of batches: one with fewer would keep the others waiting
+    own = torch.cat(batches, 1).cpu().numpy().T if batches else np.empty((0, 1 + 3 * len(config.precisions)))
+    place = np.full(len(own), -1) if indices is None else indices[:len(own)]
+    rows = gather(np.column_stack([place, own]))
+    largest_of_all = gather(largest.cpu().numpy()[None]).max(0).tolist()
+    return _read_rows(rows, dict(zip(config.precisions, largest_of_all, strict=True)))
+
+
+def _read_rows(rows: NDArray[np.float64], largest: dict[str, float]) -> Pass:
+    """Predictions of rows of index, target, and three answers in each precision."""
+    rows = rows[np.argsort(rows[:, 0], kind='stable')]
+    index, target = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int32)
+    counted = target >= 0
+    predictions = {}
+    for number, precision in enumerate(largest):
+        rank, predicted, confidence = rows[counted, 2 + 3 * number:5 + 3 * number].T
+        predictions[precision] = Predictions(
+            index[counted], target[counted], rank.astype(np.int32), predicted.astype(np.int32),
+            confidence.astype(np.float32))
+    return Pass(predictions, largest, index[target == UNREADABLE].tolist(), int((target == SKIPPED).sum()),
+                int((target == OUT_OF_RANGE).sum()))
 
 
 def _scores(
@@ -442,7 +383,10 @@ def _scores(
 
 
 def _answers(scores: Tensor, targets: Tensor) -> Tensor:
-    """Rank of the target, predicted class and its probability, float64, shape (3, batch)."""
+    """Rank of the target, predicted class and its probability, shape (3, batch).
+
+    As float64, one tensor holds all three as they are: class indices beyond 2 ** 24 and float32 probabilities.
+    """
     confidence, predicted = scores.softmax(1).max(1)
     ranks = target_ranks(scores, targets.clamp(min=0))
     return torch.stack([ranks.double(), predicted.double(), confidence.double()])
@@ -457,8 +401,8 @@ def _largest(difference: Tensor, targets: Tensor) -> Tensor:
 def _problems(data: DataSplit, plan: Plan, outcome: Pass) -> tuple[str, ...]:
     """Hold the images that came against those that were to come."""
     if outcome.out_of_range:
-        raise EvaluationError(f"{outcome.out_of_range} labels are not among the model's classes, expected all to be: "
-                              f'check --dataset and --target-key, or take another model.')
+        raise EvaluationError(f"Each label must be one of the model's classes, got {outcome.out_of_range} others. "
+                              f'Check --dataset and --target-key, or take another model.')
     first = next(iter(outcome.predictions.values()))
     problems = []
     came = len(data.labels)
@@ -466,13 +410,14 @@ def _problems(data: DataSplit, plan: Plan, outcome: Pass) -> tuple[str, ...]:
         came = len(first.index) + outcome.left_out + len(outcome.unreadable)
     else:
         seen = np.sort(np.concatenate([first.index, np.array(outcome.unreadable, dtype=np.int64)]))
+        # of this module itself: no accuracy may rest on an image that was counted twice
         if not np.array_equal(seen, plan.indices):
-            raise EvaluationError(
-                'Some images were evaluated twice or not at all, expected each once: report this fault.')
+            raise EvaluationError('Some images were evaluated twice or not at all. Please report this fault.')
     if data.expected not in (0, came):
-        problems.append(f'{came:,} images came, expected {data.expected:,}: some are missing, or the number is wrong.')
+        problems.append(f'The data must have {data.expected:,} images, got {came:,}. Some are missing, or the number '
+                        f'is wrong.')
     if outcome.unreadable:
         total = came if data.is_stream else len(plan.indices)
         names = '' if data.is_stream else ': ' + ', '.join(data.name_of(index) for index in outcome.unreadable)
-        problems.append(f'Could not be decoded and do not count, {len(outcome.unreadable)} of {total:,} images{names}.')
+        problems.append(f'{len(outcome.unreadable)} of {total:,} images could not be decoded and were left out{names}.')
     return tuple(problems)

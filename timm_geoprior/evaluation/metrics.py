@@ -38,6 +38,7 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
         int64, shape (batch,), 0 to the number of classes.
     """
     own = logits.gather(1, targets[:, None])
+    # not `logits > own`: each comparison with a NaN is false, and this way a NaN counts as before the target
     before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
     return (~(logits <= own) | ((logits == own) & before)).sum(1)
 
@@ -75,26 +76,23 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was answered for each image, in the order of the data set where that has one.
-
-    Attributes:
-        index: Index in the data set, -1 in a stream, int64.
-        target: The model's index of the true class, int32.
-        rank: Place of the true class in the order of the scores, 0 for the first, int32.
-        predicted: The class with the highest score, int32.
-        confidence: Its softmax probability; NaN where a score is not finite, float32.
-    """
-    index: NDArray[np.int64]
-    target: NDArray[np.int32]
-    rank: NDArray[np.int32]
-    predicted: NDArray[np.int32]
-    confidence: NDArray[np.float32]
+    """What was answered for each image, in the order of the data set where that has one."""
+    index: NDArray[np.int64]  # in the data set, -1 in a stream
+    target: NDArray[np.int32]  # the model's index of the true class
+    rank: NDArray[np.int32]  # place of the true class in the order of the scores, 0 for the first
+    predicted: NDArray[np.int32]  # the class with the highest score
+    confidence: NDArray[np.float32]  # its softmax probability; NaN where a score is not finite
 
     @property
     def correct(self) -> NDArray[np.bool_]:
         """Whether the first answer is right."""
         correct: NDArray[np.bool_] = self.rank == 0
         return correct
+
+    @property
+    def counts(self) -> Counts:
+        """Correct answers. With five classes or fewer, every image counts for the top five."""
+        return Counts(len(self.rank), int(self.correct.sum()), int((self.rank < 5).sum()))
 
 
 def wilson_interval(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
@@ -118,20 +116,12 @@ def wilson_interval(correct: int, total: int, level: float = 0.95) -> tuple[floa
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far confidence and accuracy are apart, by bins of confidence.
-
-    Attributes:
-        edges: Of the bins, shape (bins + 1,).
-        counts: Images in each bin, shape (bins,).
-        accuracy: Share of right answers in each bin; NaN where it is empty.
-        confidence: Mean confidence in each bin; NaN where it is empty.
-        error: Expected calibration error, from 0 to 1; NaN without images.
-    """
-    edges: NDArray[np.float64]
-    counts: NDArray[np.int64]
-    accuracy: NDArray[np.float64]
-    confidence: NDArray[np.float64]
-    error: float
+    """How far confidence and accuracy are apart, by bins of confidence."""
+    edges: NDArray[np.float64]  # of the bins, shape (bins + 1,)
+    counts: NDArray[np.int64]  # images in each bin, shape (bins,)
+    accuracy: NDArray[np.float64]  # share of right answers in each bin; NaN where it is empty
+    confidence: NDArray[np.float64]  # mean confidence in each bin; NaN where it is empty
+    error: float  # expected calibration error, from 0 to 1; NaN without images
 
 
 def calibrate(predictions: Predictions, bins: int = 15) -> Calibration:
@@ -172,12 +162,12 @@ def per_class(predictions: Predictions, wnids: Sequence[str], names: Sequence[st
     for index in np.unique(predictions.target):
         own = predictions.target == index
         wrong = predictions.predicted[own & ~predictions.correct]
-        count, top1, top5 = int(own.sum()), int(predictions.correct[own].sum()), int((predictions.rank[own] < 5).sum())
+        count, top1 = int(own.sum()), int(predictions.correct[own].sum())
         low, high = wilson_interval(top1, count)
         rows.append({
-            'class': int(index), 'wnid': _label(wnids, index), 'name': _label(names, index),
-            'num_images': count, 'top1_correct': top1, 'top5_correct': top5, 'top1': round(100 * top1 / count, 4),
-            'top1_low': round(100 * low, 4), 'top1_high': round(100 * high, 4),
+            'class': int(index), 'wnid': _label(wnids, index), 'name': _label(names, index), 'num_images': count,
+            'top1_correct': top1, 'top5_correct': int((predictions.rank[own] < 5).sum()),
+            'top1': round(100 * top1 / count, 4), 'top1_low': round(100 * low, 4), 'top1_high': round(100 * high, 4),
             'most_often_taken_for': _describe(int(np.bincount(wrong).argmax()), wnids, names) if len(wrong) else '',
         })
     return rows

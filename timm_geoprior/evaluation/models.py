@@ -22,26 +22,15 @@ __all__ = ['LoadedModel', 'check_source', 'load_model', 'state_dict_sha256']
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its weights.
-
-    Attributes:
-        model: In eval mode, on the CPU, float32.
-        name: timm's name of it.
-        wnids: WordNet ids (or folder names) of its classes, in order; empty where not known.
-        names: Readable names of its classes, in order; empty where not known.
-        entry: The manifest's entry, if the name is one of its tags.
-        weights: Where the weights came from and their hashes.
-        img_size: Side of the images that a training checkpoint was measured with, in pixels.
-        notes: What a person should know about it, a sentence each.
-    """
-    model: nn.Module
-    name: str
-    wnids: tuple[str, ...]
-    names: tuple[str, ...]
-    entry: ModelEntry | None
-    weights: dict[str, Any]
-    img_size: int | None = None
-    notes: tuple[str, ...] = ()
+    """A model with its weights."""
+    model: nn.Module  # in eval mode, on the CPU, float32
+    name: str  # timm's name of it
+    wnids: tuple[str, ...]  # WordNet ids (or folder names) of its classes, in order; empty where not known
+    names: tuple[str, ...]  # readable names of its classes, in order; empty where not known
+    entry: ModelEntry | None  # the manifest's, if the name is one of its tags
+    weights: dict[str, Any]  # where the weights came from, and their hashes
+    img_size: int | None = None  # side of the images that a training checkpoint was measured with, in pixels
+    notes: tuple[str, ...] = ()  # what a person should know about it, a sentence each
 
 
 def load_model(
@@ -63,9 +52,6 @@ def load_model(
         in_chans: Channels of the images.
         model_kwargs: Keyword options of the model.
 
-    Returns:
-        The model.
-
     Raises:
         EvaluationError: The model is unknown, has no weights, or they do not fit it.
         GeoPriorError: The checkpoint cannot be read.
@@ -74,7 +60,7 @@ def load_model(
     saved = read_weights(checkpoint, weights) if checkpoint is not None else None
     name = name or (saved.model_name if saved else None)
     if not name:
-        raise EvaluationError(f'{checkpoint} does not name its architecture, expected one: name it by --model.')
+        raise EvaluationError(f'{checkpoint} does not name its architecture. Name it with --model.')
     if num_classes is None and saved:
         num_classes = saved.num_classes or len(saved.class_names) or None
     kwargs = {**(saved.model_kwargs if saved else {}), **(model_kwargs or {})}
@@ -84,14 +70,15 @@ def load_model(
         kwargs['in_chans'] = in_chans
     model = _create(name, pretrained=saved is None, **kwargs)
     entry = _manifest_entry(name)
-    source: dict[str, Any] = {'checkpoint': str(checkpoint), 'sha256': file_sha256(checkpoint)} if checkpoint else {
-        'pretrained': entry.name if entry else name, **({'sha256': entry.sha256} if entry else {})}
+    source: dict[str, Any] = {'pretrained': entry.name if entry else name}
+    if entry:
+        source['sha256'] = entry.sha256
     notes: list[str] = []
-    if saved:
+    if saved and checkpoint:
+        source = {'checkpoint': str(checkpoint), 'sha256': file_sha256(checkpoint), 'averaged': saved.averaged}
         notes += [saved.note] if saved.note else []
         state_dict, prefix = take_prefix_off(saved.state_dict, model.state_dict().keys())
         notes += [f'{checkpoint}: the weights below {prefix!r} are used.'] if prefix else []
-        source['averaged'] = saved.averaged
         _load_into(model, state_dict, name, str(checkpoint))
     source['state_dict_sha256'] = state_dict_sha256(model)
     wnids, names = _class_names(model, entry, saved)
@@ -108,13 +95,16 @@ def check_source(name: str) -> None:
     if ':' in name:  # local-dir: and hf-hub: say so themselves
         return
     if not timm.is_model(name.split('.')[0]):
-        close = difflib.get_close_matches(name.split('.')[0], list_models(), 1)
-        raise EvaluationError(f'Unknown model {name}, expected a model of timm{f", like {close[0]}" if close else ""}: '
-                              f'check --model.')
+        raise EvaluationError(f'Unknown model {name}.{_similar(name)} Check --model.')
     entry, cfg = _manifest_entry(name), timm.get_pretrained_cfg(name)
     if entry is not None and not entry.has_weights or cfg is not None and not cfg.has_weights:
         raise EvaluationError(f'{name} has no weights yet. Name a file of weights by --checkpoint, or another model: '
                               f'`timm-geoprior list` shows those that have some.')
+
+
+def _similar(name: str) -> str:
+    close = difflib.get_close_matches(name.split('.')[0], list_models(), 1)
+    return f' Did you mean {close[0]}?' if close else ''
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -123,10 +113,8 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     except WeightsError:
         raise
     except Exception as error:  # timm raises whatever the model's own constructor does
-        close = difflib.get_close_matches(name.split('.')[0], list_models(), 1)
-        hint = f', like {close[0]}' if 'Unknown model' in str(error) and close else ''
-        raise EvaluationError(f'The model {name} cannot be made ({first_line(error)}), expected a model of timm{hint}'
-                              f'{" that has weights" if pretrained else ""}: check --model.') from error
+        hint = _similar(name) if 'Unknown model' in str(error) else ''
+        raise EvaluationError(f'The model {name} cannot be made ({first_line(error)}).{hint} Check --model.') from error
     return model
 
 
@@ -135,8 +123,8 @@ def _load_into(model: nn.Module, state_dict: dict[str, Tensor], name: str, sourc
         model.load_state_dict(state_dict)
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise EvaluationError(f'The weights in {source} do not fit {name} ({" ".join(lines[:2])[:300]}), expected its '
-                              f'own: check --model, --num-classes and --model-kwargs.') from None
+        raise EvaluationError(f'The weights in {source} do not fit {name} ({" ".join(lines[:2])[:300]}). Check '
+                              f'--model, --num-classes and --model-kwargs.') from None
 
 
 def _manifest_entry(name: str) -> ModelEntry | None:

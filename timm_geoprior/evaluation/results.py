@@ -12,7 +12,7 @@ from ..provenance import git_commit, hardware, versions
 from .evaluate import EvalConfig, Evaluation
 from .metrics import Calibration, Counts, calibrate, confused_pairs, per_class, wilson_interval
 
-__all__ = ['result_rows', 'lines', 'provenance', 'summary_row', 'write_results', 'write_summary']
+__all__ = ['details', 'lines', 'result_rows', 'summary_row', 'write_results']
 
 
 def _accuracies(counts: Counts) -> dict[str, Any]:
@@ -27,42 +27,34 @@ def _accuracies(counts: Counts) -> dict[str, Any]:
 def result_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """What was measured in each precision, the reference first.
 
-    Args:
-        evaluation: Of one model.
-
     Returns:
         For each precision: counts, accuracies and intervals in percent, expected calibration error in points, images
         with scores that are not finite, and, after the first, the differences from it.
     """
     outcome = evaluation.outcome
-    reference, *_ = outcome.counts
-    found = []
-    for precision, counts in outcome.counts.items():
-        predictions = outcome.predictions[precision]
+    reference, *_ = outcome.predictions
+    rows = []
+    for precision, predictions in outcome.predictions.items():
+        counts, error = predictions.counts, calibrate(predictions).error
         row = {'precision': precision, **_accuracies(counts),
-               'calibration_error': _number(100 * calibrate(predictions).error),
+               'calibration_error': None if math.isnan(error) else round(100 * error, 4),  # JSON has no NaN
                'not_finite': int(np.isnan(predictions.confidence).sum())}
         if precision != reference and counts.num_images:
-            first = outcome.counts[reference]
+            first = outcome.predictions[reference]
             row['difference'] = {
                 'from': reference,
-                'top1': round(100 * (counts.top1_correct - first.top1_correct) / counts.num_images, 4),
-                'top5': round(100 * (counts.top5_correct - first.top5_correct) / counts.num_images, 4),
-                'predictions': int((predictions.predicted != outcome.predictions[reference].predicted).sum()),
+                'top1': round(100 * (counts.top1_correct - first.counts.top1_correct) / counts.num_images, 4),
+                'top5': round(100 * (counts.top5_correct - first.counts.top5_correct) / counts.num_images, 4),
+                'predictions': int((predictions.predicted != first.predicted).sum()),
                 'largest_of_a_score': outcome.largest_difference[precision],
             }
-        found.append(row)
-    return found
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else round(value, 4)
+        rows.append(row)
+    return rows
 
 
 def lines(evaluation: Evaluation) -> list[str]:
     """The figures for people, a line each."""
-    images = next(iter(evaluation.outcome.counts.values())).num_images
+    images = len(next(iter(evaluation.outcome.predictions.values())).index)
     text = [f'{evaluation.loaded.name}: {images:,} images at {evaluation.plan.img_size} px, '
             f'{images / evaluation.seconds:,.0f} images/s; 95% intervals in brackets']
     for row in result_rows(evaluation) if images else ():
@@ -89,18 +81,10 @@ def _line(label: str, row: Mapping[str, Any]) -> str:
     return '   '.join(parts)
 
 
-def provenance(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
-    """What was measured and how, so that it can be measured again.
-
-    Args:
-        evaluation: Of one model.
-        config: How it was measured.
-
-    Returns:
-        Plain containers for JSON.
-    """
+def details(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
+    """What was measured and how, so that it can be measured again; plain containers for JSON."""
     plan, loaded = evaluation.plan, evaluation.loaded
-    images = evaluation.outcome.counts[config.precisions[0]].num_images
+    images = len(evaluation.outcome.predictions[config.precisions[0]].index)
     return {
         'model': loaded.name, 'results': result_rows(evaluation),
         **({'real_labels': _accuracies(evaluation.real)} if evaluation.real else {}),
@@ -136,35 +120,19 @@ def summary_row(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def write_summary(
-        path: Path, rows: Sequence[Mapping[str, Any]], details: Sequence[Mapping[str, Any]], form: str) -> None:
-    """Write the results file: CSV with a row for each model, or JSON with everything about each.
-
-    Args:
-        path: Where to.
-        rows: Of `summary_row`.
-        details: Everything about each model.
-        form: 'csv' or 'json'.
-    """
-    if form == 'csv':
-        write_csv(path, rows)
-    else:
-        write_json(path, details[0] if len(details) == 1 else list(details))
-
-
-def write_results(folder: Path, evaluation: Evaluation, details: Mapping[str, Any]) -> None:
+def write_results(folder: Path, evaluation: Evaluation, found: Mapping[str, Any]) -> None:
     """Write results.json, per_class.csv, confused_pairs.csv, reliability.png and per_class.png.
 
     Args:
         folder: Where to; it is made if need be.
         evaluation: Of one model; classes and plots are the first precision's.
-        details: For results.json.
+        found: For results.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictions = next(iter(evaluation.outcome.predictions.values()))
     loaded = evaluation.loaded
     rows = per_class(predictions, loaded.wnids, loaded.names)
-    write_json(folder / 'results.json', details)
+    write_json(folder / 'results.json', found)
     write_csv(folder / 'per_class.csv', rows)
     write_csv(folder / 'confused_pairs.csv', confused_pairs(predictions, loaded.wnids, loaded.names))
     if rows:

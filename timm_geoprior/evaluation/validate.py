@@ -1,8 +1,4 @@
-"""The command `timm-geoprior validate`, scripts/validate.py: arguments, the way through, the exit code.
-
-In the order of a run: arguments, the model (`models.py`), the data (`data/`), which class is which (`classes.py`), the
-pass over the images (`evaluate.py`), what is read off it (`metrics.py`), what is written (`results.py`).
-"""
+"""The command `timm-geoprior validate`, which scripts/validate.py runs too."""
 import argparse
 import contextlib
 import datetime
@@ -12,8 +8,7 @@ import os
 import shlex
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,14 +24,14 @@ from ..data.opening import open_split
 from ..data.preflight import check_data
 from ..distributed import find_device, joined
 from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
+from ..files import write_csv, write_json
 from ..pretrained.manifest import Metric, ModelEntry, load_manifest
 from .classes import match_classes
 from .evaluate import PRECISIONS, EvalConfig, Evaluation, Plan, evaluate, plan, set_numerics
-from .metrics import Counts
 from .models import LoadedModel, check_source, load_model
-from .results import lines, provenance, summary_row, write_results, write_summary
+from .results import details, lines, summary_row, write_results
 
-__all__ = ['deviations', 'find_metric', 'main', 'parse_arguments']
+__all__ = ['find_metric', 'main', 'parse_arguments']
 
 DESCRIPTION = """\
 Measure the accuracy of a model on a data set: every image exactly once, whatever the batch size and the number of
@@ -81,10 +76,11 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
             print(f'{prog}: {error}', file=sys.stderr)
         return 1
     except _Stopped as stopped:
+        number = int(stopped.args[0])
         if not rank:
-            name = signal.Signals(stopped.number).name
+            name = signal.Signals(number).name
             print(f'{prog}: stopped by {name}. What was not finished is not written.', file=sys.stderr)
-        return 128 + stopped.number
+        return 128 + number
     finally:
         if joined() and not joined_before:
             dist.destroy_process_group()
@@ -93,10 +89,6 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
 class _Stopped(BaseException):
     """A signal came; not an `Exception`, so that nothing on the way takes it for a fault of its own."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
@@ -104,10 +96,7 @@ def _stopped_by_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped(number)
 
-    numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()  # Python lets no other thread handle signals
-    previous = {number: signal.signal(number, stop) for number in numbers}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -128,15 +117,7 @@ class _ModelKwargs(ParseKwargs):
 
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> argparse.Namespace:
-    """Parse and check the command line; a wrong one ends the program with exit code 2.
-
-    Args:
-        argv: Arguments, those of the process where it is None.
-        prog: Name of the command.
-
-    Returns:
-        The arguments.
-    """
+    """Parse and check the command line, of which `main` says more; a wrong one ends the program with exit code 2."""
     parser = argparse.ArgumentParser(
         prog=prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_model_arguments(parser.add_argument_group('what is measured'))
@@ -239,9 +220,9 @@ def _add_output_arguments(group: Any) -> None:
         '--output', type=Path, metavar='DIR',
         help='write results.json (figures and where they come from), per_class.csv, confused_pairs.csv, '
              'reliability.png and per_class.png; of several models, each into a folder of its name')
-    group.add_argument('--results-file', type=Path, metavar='FILE', help='write a summary, a row a model')
     group.add_argument(
-        '--results-format', choices=('csv', 'json'), help="default: json if the file's name ends so, else csv")
+        '--results-file', type=Path, metavar='FILE',
+        help='write a summary: everything about each model if it ends in .json, else a table (CSV)')
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -252,6 +233,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('nothing to measure. Name --model, --tag or --checkpoint')
     if args.amp and args.precision:
         parser.error('--amp and --precision say the same. Use one of them')
+    # the manifest's figures are of the model's own preprocessing, and of all its classes
     overriding = ('subset', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
     overridden = [name for name in overriding if getattr(args, name) not in (None, False)]
     if args.check and overridden:
@@ -363,7 +345,7 @@ def _measure_all(run: _Run) -> None:
                     raise
                 run.fail(f'{name} failed: {error}')
     if not run.rows and not run.faults:
-        raise EvaluationError('No model was measured, since none has the classes of the data. Check --data-dir.')
+        raise EvaluationError('No model was measured: none has the classes of the data. Check --data-dir.')
 
 
 def _measure(run: _Run, data: DataSplit, name: str | None) -> None:
@@ -392,7 +374,7 @@ def _measure(run: _Run, data: DataSplit, name: str | None) -> None:
     if args.check:
         _check_figures(run, evaluation)
     if not config.rank:
-        run.details.append({**provenance(evaluation, config), 'data': seen, 'command': run.command, 'started': started})
+        run.details.append({**details(evaluation, config), 'data': seen, 'command': run.command, 'started': started})
         _write(run, evaluation)
 
 
@@ -401,9 +383,10 @@ def _write(run: _Run, evaluation: Evaluation) -> None:
     args, name = run.args, evaluation.loaded.name
     if args.output:
         write_results(args.output / name if _is_sweep(args) else args.output, evaluation, run.details[-1])
-    if args.results_file:
-        form = args.results_format or ('json' if args.results_file.suffix == '.json' else 'csv')
-        write_summary(args.results_file, run.rows, run.details, form)
+    if args.results_file and args.results_file.suffix == '.json':
+        write_json(args.results_file, run.details[0] if len(run.details) == 1 else run.details)
+    elif args.results_file:
+        write_csv(args.results_file, run.rows)
 
 
 # -- measured against claimed ------------------------------------------------------------------------------------------
@@ -424,33 +407,19 @@ def find_metric(entry: ModelEntry, precision: str, img_size: int, num_images: in
         EvaluationError: The manifest has no figure for that; the message says which it has.
     """
     if not entry.metrics:
-        raise EvaluationError(f'The manifest has no figure for {entry.name}, expected one to check against: leave '
-                              f'--check out, or take a tag that has one.')
+        raise EvaluationError(f'The manifest has no figure for {entry.name}. Leave out --check, or take a tag that has '
+                              f'one.')
     fitting = [m for m in entry.metrics if (m.precision, m.img_size) == (precision, img_size)]
     if not fitting:
         known = ', '.join(sorted({f'{m.precision} at {m.img_size} px' for m in entry.metrics}))
-        raise EvaluationError(f'The manifest has no figure of {entry.name} for {precision} at {img_size} px, expected '
-                              f'{known}: measure that.')
+        raise EvaluationError(f'The manifest has no figure of {entry.name} for {precision} at {img_size} px, only for '
+                              f'{known}. Measure that.')
     for metric in fitting:
         if num_images in (None, metric.num_images):
             return metric
     known = ', '.join(f'{m.dataset} {m.split} with {m.num_images:,} images' for m in fitting)
-    raise EvaluationError(f'These are {num_images:,} images, not the set that the figure of {entry.name} in the '
-                          f'manifest is for, expected {known}: check --data-dir and --split.')
-
-
-def deviations(metric: Metric, counts: Counts) -> Mapping[str, float]:
-    """How far a measurement is from the manifest's figure, in points: measured minus claimed.
-
-    Args:
-        metric: The manifest's.
-        counts: The measured ones.
-
-    Returns:
-        By 'top-1' and 'top-5'.
-    """
-    return {'top-1': 100 * counts.top1_correct / counts.num_images - metric.top1,
-            'top-5': 100 * counts.top5_correct / counts.num_images - metric.top5}
+    raise EvaluationError(f'The images of {entry.name} must be {known}, got {num_images:,}. Check --data-dir and '
+                          f'--split.')
 
 
 def _compare_with_figures(run: _Run, data: DataSplit, loaded: LoadedModel, planned: Plan) -> None:
@@ -458,11 +427,11 @@ def _compare_with_figures(run: _Run, data: DataSplit, loaded: LoadedModel, plann
     entry, count = loaded.entry, None if data.is_stream else len(planned.indices)
     if run.args.check:
         if entry is None:
-            raise EvaluationError(f'{loaded.name} is not in the manifest, expected one of '
-                                  f'{", ".join(load_manifest().models)} for --check: leave it out.')
+            raise EvaluationError(f'--check needs a tag of the manifest ({", ".join(load_manifest().models)}), got '
+                                  f'{loaded.name}. Leave it out.')
         if run.args.checkpoint and loaded.weights['sha256'] != entry.sha256:
-            raise EvaluationError(f'{run.args.checkpoint} has the sha256 {loaded.weights["sha256"]}, expected '
-                                  f'{entry.sha256} of {entry.name} for --check: leave one of them out.')
+            raise EvaluationError(f'--check needs the weights of {entry.name}, whose sha256 is {entry.sha256}, got '
+                                  f'{run.args.checkpoint} with {loaded.weights["sha256"]}. Leave one of them out.')
         for precision in run.config.precisions:
             find_metric(entry, precision, planned.img_size, count)
     elif (entry is not None and loaded.weights.get('sha256') == entry.sha256 and count is not None
@@ -478,10 +447,11 @@ def _check_figures(run: _Run, evaluation: Evaluation) -> None:
     assert entry is not None
     for precision, counts in evaluation.outcome.counts.items():
         metric = find_metric(entry, precision, evaluation.plan.img_size, counts.num_images)
-        for name, points in deviations(metric, counts).items():
-            claimed = metric.top1 if name == 'top-1' else metric.top5
+        for name, correct, claimed in (
+                ('top-1', counts.top1_correct, metric.top1), ('top-5', counts.top5_correct, metric.top5)):
+            points = 100 * correct / counts.num_images - claimed
             text = f"{name} in {precision} is {points:+.4f} points from the manifest's {claimed:.2f}%"
             if abs(points) <= tolerance:
                 run.say(f'  check: {text}, within {tolerance}.')
             else:
-                run.fail(f'The check failed: {text}, expected {tolerance} at most.')
+                run.fail(f'The check failed: {text}. The tolerance is {tolerance}.')
