@@ -27,7 +27,7 @@ def test_the_table(measured):
     done = run(measured)
     assert done.returncode == 0, done.stderr
     rows = {cells[1]: cells for line in done.stdout.splitlines()[4:] if (cells := [c.strip() for c in line.split('|')])}
-    assert set(rows) == {'paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2'}
+    assert set(rows) == {'paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2', 'warm_in1k'}
     _, _, model, epochs, batch, one, eight, many, *speeds, sent, network, disk, _ = rows['sgd100']
     assert (model, epochs, speeds) == ('geoprior_resnet50', '100', ['10.0', '80.0', '640.0'])
     assert float(one.replace(',', '')) == pytest.approx(1_281_167 * 100 / 10 / 3600, abs=0.1)
@@ -39,6 +39,7 @@ def test_the_table(measured):
         [gradients[n] * 10 * n / int(batch) for n in (8, 64)], rel=0.01)
     assert [float(x) for x in disk.split(';')] == pytest.approx(
         [n * 10 * 147_897_477_120 / 1_281_167 / 1e6 for n in (1, 8, 64)], abs=0.1)
+    assert float(rows['warm_in1k'][5].replace(',', '')) == pytest.approx(1_281_167 * 3 / (10 * 3 / 4) / 3600, abs=0.1)
     assert float(rows['a3'][8]) == pytest.approx(10 * (224 / 160) ** 2, abs=0.1)  # trained at 160 px
 
 

@@ -7,7 +7,8 @@
 
 Assumptions, column by column:
 - device-hours: the images of all epochs over the speed measured on one device, at another image size in proportion to
-  the pixels. The measuring after each epoch is left out: 50,000 forward passes beside 1,281,167 trained images.
+  the pixels. A teacher adds a third: a step is three forward passes, its own is a fourth. The measuring after each
+  epoch is left out: 50,000 forward passes beside 1,281,167 trained images.
 - hours on 8, 64: these, shared evenly: a device is as fast with its share of the batch as it was measured, and nothing
   waits for data or gradients; what that takes is in the other columns.
 - images/s needed on 1, 8, 64: what the loader has to deliver, decoded and augmented: that many times the speed.
@@ -28,7 +29,7 @@ import torch
 from benchmark import summarize
 from timm_geoprior.training.recipe import Recipe, load_recipe
 
-RECIPES = ('paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2')
+RECIPES = ('paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2', 'warm_in1k')
 IMAGES = 1_281_167
 IMAGE_BYTES = 147_897_477_120 / IMAGES  # of ILSVRC2012_img_train.tar, 115 kB
 DEVICES = (1, 8, 64)
@@ -67,8 +68,9 @@ def table(speeds: dict[str, float], img_size: int) -> Iterator[str]:
     for name in RECIPES:
         recipe = load_recipe(name)
         for model, speed in speeds.items():
-            at_size = speed * (img_size / recipe.size_at(recipe.epochs - 1)) ** 2
-            hours = IMAGES * pixels_seen(recipe) / (speed * img_size ** 2) / 3600
+            taught = speed * 3 / 4 if recipe.teacher else speed
+            at_size = taught * (img_size / recipe.size_at(recipe.epochs - 1)) ** 2
+            hours = IMAGES * pixels_seen(recipe) / (taught * img_size ** 2) / 3600
             sent = {n: 2 * (n - 1) / n * parameter_bytes(model) / 1e9 for n in DEVICES}
             network = {n: sent[n] * at_size * n / recipe.batch_size for n in DEVICES}
             disk = [f'{at_size * n * IMAGE_BYTES / 1e6:,.1f}' for n in DEVICES]
