@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import PHOTOGRAPHS
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -102,13 +103,15 @@ def test_every_command_takes_the_folder(converted, photo_folder, tmp_path, capsy
     assert timm.create_model(f'local-dir:{tmp_path}/tuned', pretrained=True).num_classes == 4
 
 
-def test_transformers_takes_the_folder(converted):
+def test_transformers_takes_the_folder(converted, photo_folder):
     transformers = pytest.importorskip('transformers')
-    model = transformers.TimmWrapperForImageClassification.from_pretrained(converted).eval()
-    images = torch.randn(2, 3, 64, 64)
+    model = transformers.AutoModelForImageClassification.from_pretrained(converted).eval()
+    prepare = transformers.AutoImageProcessor.from_pretrained(converted)
+    photo = Image.open(photo_folder / 'val' / 'coffee' / '00.jpg')
     plain = timm.create_model(f'local-dir:{converted}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(plain))
     with torch.no_grad():
-        torch.testing.assert_close(model(images).logits, plain(images))
+        torch.testing.assert_close(model(**prepare(photo)).logits, plain(transform(photo)[None]))
     assert list(model.config.id2label.values()) == list(PHOTOGRAPHS)
 
 
@@ -174,6 +177,13 @@ def test_a_network_without_a_classifier(tmp_path, photo_folder):
     assert model.num_classes == 0
 
 
+OTHER_NETWORKS = {
+    'basic': ('resnet18', {}), 'groups': ('resnet26', {'cardinality': 2}),
+    'attention': ('resnet26', {'block_args': {'attn_layer': 'se'}}),
+    'group norms': ('resnet26', {'norm_layer': 'groupnorm'}),
+}
+
+
 @pytest.fixture
 def source_of_timm(tmp_path: Path) -> Path:
     """A bare state dict of timm's resnet14t with ten classes."""
@@ -184,6 +194,7 @@ def source_of_timm(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(('source', 'options', 'message'), [
     ('resnet18', [], 'No pretrained weights|resnet18'),
+    ('resnetblur18', [], 'The model resnetblur18 cannot be made (No pretrained weights exist for resnetblur18'),
     ('no_such_net', [], 'The model no_such_net cannot be made (Unknown model'),
     ('missing.pt', [], 'The checkpoint missing.pt does not exist. Check its path.'),
     ('runs/missing', [], 'The checkpoint runs/missing does not exist. Check its path.'),
@@ -199,6 +210,11 @@ def source_of_timm(tmp_path: Path) -> Path:
     ('nano', ['--output', 'full'], 'full must be a new folder or an empty one, got one that holds something. Name'),
     ('nano', ['--output', 'r14.safetensors'], 'must be a new folder or an empty one, got a file. Name another'),
     ('nano', ['--output', 'r14.safetensors/out'], 'must be a folder that can be made, got '),
+    ('nano', ['--workers', '-1', '--images', 'photos'], 'at least 0'),
+    ('basic', [], 'resnet18 must be a ResNet of bottleneck blocks with plain 3x3 convolutions and batch norms, got a'),
+    ('groups', [], 'got a convolution of 2 groups in layer1.0. Take another source, such as resnet50.'),
+    ('attention', [], 'got channel attention (SEModule) in layer1.0. Take another source, such as resnet50.'),
+    ('group norms', [], 'got a GroupNorm in layer1.0. Take another source, such as resnet50.'),
     ('nan', [], 'Weights to be converted must be finite'),
     ('infinite', ['--images', 'photos'], 'The activations at the input of the first attention layer must be finite'),
 ])
@@ -212,6 +228,12 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
         state['model'][key].fill_(value)
         torch.save(state, tmp_path / f'{name}.pt')
         sources[name] = tmp_path / f'{name}.pt'
+    if source in OTHER_NETWORKS:
+        name, changes = OTHER_NETWORKS[source]
+        shape = {'layers': [1, 1, 1, 1], 'channels': [32, 32, 32, 32], **changes}
+        state = timm.create_model(name, num_classes=2, **shape).state_dict()
+        torch.save({'model': state, 'model_name': name, 'model_kwargs': shape, 'num_classes': 2}, 'other.pt')
+        sources[source] = 'other.pt'
     shutil.copytree(photo_folder / 'train', 'photos')
     for name, count in (('empty', 0), ('few', 3), ('broken', 12), ('full', 1)):
         Path(name).mkdir()
@@ -240,6 +262,27 @@ def test_a_killed_run_leaves_nothing(number, checkpoint, photo_folder, tmp_path)
     _, error = process.communicate(timeout=60)
     assert process.returncode in (-number, 128 + number, 130)
     assert 'Traceback' not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_killed_while_it_writes_leaves_nothing(number, checkpoint, tmp_path):
+    program = (
+        'import os\n'
+        'from timm_geoprior.conversion import job\n'
+        'from timm_geoprior.cli import main\n'
+        'write = job._write_model\n'
+        'def interrupted(*arguments):\n'
+        '    write(*arguments)\n'
+        '    print(sorted(os.listdir(arguments[-1])), flush=True)\n'
+        f'    os.kill(os.getpid(), {int(number)})\n'
+        'job._write_model = interrupted\n'
+        f'raise SystemExit(main(["convert", {str(checkpoint)!r}, "-o", "out", "--device", "cpu"]))\n')
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 128 + number
+    assert done.stdout.splitlines()[-1] == "['config.json', 'model.safetensors']"
+    assert 'Traceback' not in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -1,12 +1,15 @@
 """A trained ResNet in, a folder that timm loads out: what `timm-geoprior convert` does."""
 import json
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import timm
@@ -219,7 +222,12 @@ def _images(job: ConvertJob, sets: ImageSets) -> dict[str, Any]:
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that takes its name only when all is in it."""
+    """A folder that takes its name only when all is in it; nothing is left of it on SIGTERM and Ctrl-C."""
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
+    previous = signal.signal(signal.SIGTERM, leave) if main else None
     try:
         output.resolve().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=f'.{output.name}.') as place:
@@ -229,6 +237,9 @@ def _new_folder(output: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise ConvertError(f'{output} could not be written ({first_line(error)}). Make room, or name another by '
                            f'--output.') from error
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _write_model(
