@@ -360,7 +360,7 @@ def test_figures_of_the_manifest():
     ((), 'float32', 64, 10_000, 'no figure for'),
     ((METRIC,), 'bfloat16', 64, 10_000, 'bfloat16 at 64 px, only for float32 at 64 px'),
     ((METRIC,), 'float32', 96, 10_000, 'float32 at 96 px, only for float32 at 64 px'),
-    ((METRIC,), 'float32', 64, 9_999, 'must be Tiny val with 10,000 images, got 9,999'),
+    ((METRIC,), 'float32', 64, 9_999, 'is for Tiny val with 10,000 images, got 9,999'),
 ])
 def test_figures_that_the_manifest_does_not_have(metrics, precision, img_size, num_images, message):
     entry = replace(load_manifest().get('geoprior_resnet14_nano'), metrics=metrics)

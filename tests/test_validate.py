@@ -457,7 +457,7 @@ def with_figure(checkpoint, expected, tmp_path):
     ({'top1_correct': +1}, [], 1, 'The check failed: top-1 in float32 is -1.0309 points'),
     ({'top5_correct': -1}, [], 1, 'The check failed: top-5 in float32 is +1.0309 points'),
     ({'top1_correct': -1}, ['--tolerance', '1.1'], 0, 'within 1.1'),
-    ({'num_images': 10_000}, [], 1, 'must be Photographs val with 10,000 images, got 97'),
+    ({'num_images': 10_000}, [], 1, 'is for Photographs val with 10,000 images, got 97'),
     ({}, ['--precision', 'bfloat16'], 1, 'has no figure of geoprior_resnet14_nano.r64_tin200 for bfloat16 at 32 px'),
 ])
 def test_the_check_against_the_manifest(

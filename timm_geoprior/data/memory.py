@@ -3,6 +3,7 @@
 Decoding the same JPEG files every epoch is most of an epoch's time on a few cores, and all of it on a GPU. Crop, flip
 and resize are one sampling of the batch here (`torch.nn.functional.grid_sample`), on whatever device the images lie.
 """
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..progress import Progress
 from .batches import LoaderConfig, generator, init_worker
@@ -23,15 +24,9 @@ __all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
 
 @dataclass(frozen=True)
 class ImageTensors:
-    """Images of one size with their targets.
-
-    Attributes:
-        images: uint8, shape (N, 3, H, W).
-        targets: Class indices, -1 of an image that could not be read, int64, shape (N,).
-    """
-
-    images: torch.Tensor
-    targets: torch.Tensor
+    """Images of one size with their targets."""
+    images: torch.Tensor  # uint8, shape (N, 3, H, W)
+    targets: torch.Tensor  # class indices, -1 of an image that could not be read, int64, shape (N,)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,23 +48,14 @@ class ImageTensors:
         return self.subset(indices[read[indices]])
 
 
-class _Uint8Images(Dataset[tuple[torch.Tensor, int, int, bool]]):
-    """Images as uint8, (3, size, size), resized (bicubic) only where they have another size; target, index.
-
-    Where an image cannot be read, its target is -1; where it can, its index is.
-    """
-
-    def __init__(self, dataset: Any, size: int) -> None:
-        self.dataset, self.size = dataset, size
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int, bool]:
-        image, target, bad, turned = read_readable(self.dataset, index)
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()), target if bad < 0 else -1, bad, turned
+def _decode(dataset: Any, size: int, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[int], int]:
+    """Images as uint8, (N, 3, size, size), their targets, what `CorruptImages.note` takes, and how many are turned."""
+    items = [read_readable(dataset, index) for index in indices]
+    images = [item.image if item.image.size == (size, size) else  # not resampled for nothing
+              item.image.resize((size, size), Image.Resampling.BICUBIC) for item in items]
+    targets = torch.tensor([item.target if item.replaced < 0 else -1 for item in items])
+    return (torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2), targets,
+            [item.replaced for item in items], sum(item.turned for item in items))
 
 
 def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 10) -> ImageTensors:
@@ -90,15 +76,18 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
     corrupt = CorruptImages(dataset, max_corrupt)
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     targets = torch.empty(len(dataset), dtype=torch.int64)
-    start = turned = 0
-    loader = DataLoader(_Uint8Images(dataset, size), batch_size=500, num_workers=workers, worker_init_fn=init_worker)
+    turned = 0
+    # the indices are the data set: a batch of them is decoded where torch would only collate it
+    indices: Any = range(len(dataset))
+    loader: DataLoader[Any] = DataLoader(
+        indices, 500, num_workers=workers, worker_init_fn=init_worker,
+        collate_fn=functools.partial(_decode, dataset, size))
     with Progress('decoding', len(dataset)) as progress:
         for batch, labels, bad, turned_here in loader:
-            corrupt.note(bad.tolist())
-            images[start:start + len(batch)] = batch
-            targets[start:start + len(batch)] = labels
-            start += len(batch)
-            turned += int(turned_here.sum())
+            corrupt.note(bad)
+            place = slice(progress.done, progress.done + len(batch))
+            images[place], targets[place] = batch, labels
+            turned += turned_here
             progress.update(len(batch))
     tell_of_rotations(turned)
     return ImageTensors(images, targets)
@@ -108,16 +97,12 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
 class CropFlip:
     """Random resized crop and horizontal flip as one affine sampling of a batch.
 
-    Attributes:
-        scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest aspect ratio, drawn log-uniformly, as torchvision's RandomResizedCrop does; a side
-            longer than the image is cut to it.
-        hflip: Probability of a flip.
+    The aspect ratio is drawn log-uniformly, as torchvision's RandomResizedCrop does; a side longer than the image is
+    cut to it.
     """
-
-    scale: tuple[float, float] = (0.35, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
+    scale: tuple[float, float] = (0.35, 1.0)  # smallest and largest share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest aspect ratio
+    hflip: float = 0.5  # probability of a flip
 
     num_draws = 5
 
@@ -183,6 +168,7 @@ class MemoryLoader:
             Images, float32, (batch_size, 3, size, size), and targets, (batch_size,).
         """
         device, batch_size, world_size = self.data.images.device, self.config.batch_size, self.config.world_size
+        # drawn for all images by every process: the same numbers, whatever the share and the batch
         order = torch.randperm(len(self.data), generator=generator(self.config.seed, 'order', epoch))
         draws = torch.rand(len(self.data), CropFlip.num_draws, generator=generator(self.config.seed, 'augment', epoch))
         share = order[:len(self) * batch_size * world_size][self.config.rank::world_size]

@@ -1,4 +1,5 @@
 """What can be known to be wrong with a data set before any time is spent on the network."""
+import functools
 import os
 import posixpath
 from collections import defaultdict
@@ -6,9 +7,8 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..distributed import gather
 from ..errors import EvaluationError
@@ -58,7 +58,7 @@ def check_data(
              f'classes are grouped. All of them are taken.')
     if empty := empty_folders(data):
         tell(f'Folders without images: {", ".join(empty[:10])}{" and others" if len(empty) > 10 else ""}.')
-    own = np.arange(len(data.labels))[rank::world_size]
+    own = range(rank, len(data.labels), world_size)
     found = gather(np.array(_look_at(data, own, workers, quiet=rank > 0), dtype=object).reshape(-1, 2)).tolist()
     faults = [(index, fault) for index, fault in found if fault != TURNED]
     tell_of_rotations(len(found) - len(faults), tell)
@@ -69,17 +69,10 @@ def check_data(
 
 
 def image_fault(file: BinaryIO, name: str = '') -> str | None:
-    """Say why a file cannot be read as an image.
+    """Say why a file cannot be read as an image: a reason, `TURNED` for a good one that is not turned, or None.
 
     A JPEG or PNG file with a good head and its format's end is taken to be whole; any other is decoded. That is a
     fraction of what decoding every image costs, and finds the files that were cut off, emptied or are no images.
-
-    Args:
-        file: Open for reading, can be sought in.
-        name: Of the file.
-
-    Returns:
-        The reason, `TURNED` for a good image whose rotation is left out, or None.
     """
     try:
         with Image.open(file) as image:
@@ -97,36 +90,32 @@ def image_fault(file: BinaryIO, name: str = '') -> str | None:
         return first_line(error).replace(repr(file), 'it')
 
 
-class _Faults(Dataset[tuple[int, str] | None]):
-    """What is to be said of each image, if anything: found in a loader's workers."""
-
-    def __init__(self, data: DataSplit, indices: NDArray[np.int64]) -> None:
-        self.data, self.indices = data, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[int, str] | None:
-        index = int(self.indices[position])
+def _faults(data: DataSplit, indices: list[int]) -> list[tuple[int, str]]:
+    """Index of each image of which there is something to say, and what."""
+    faults: list[tuple[int, str]] = []
+    for index in indices:
+        fault: str | None
         try:
-            with self.data.dataset.reader[index][0] as file:
-                fault = image_fault(file, self.data.name_of(index))
+            with data.dataset.reader[index][0] as file:
+                fault = image_fault(file, data.name_of(index))
         except Exception as error:  # a missing right to read it, a damaged archive
             fault = first_line(error)
-        return None if fault is None else (index, fault)
+        faults += [] if fault is None else [(index, fault)]
+    return faults
 
 
-def _look_at(data: DataSplit, indices: NDArray[np.int64], workers: int, quiet: bool) -> list[tuple[int, str]]:
+def _look_at(data: DataSplit, indices: Any, workers: int, quiet: bool) -> list[tuple[int, str]]:
     """Index and reason of each image that cannot be read or is not turned; none of torchvision's, no files."""
     if not hasattr(data.dataset, 'reader'):
         return []
-    loader = DataLoader(
-        _Faults(data, indices), batch_size=64, num_workers=workers, collate_fn=list, worker_init_fn=init_worker)
+    # the indices are the data set: a batch of images is looked at where torch would only collate it
+    loader: DataLoader[Any] = DataLoader(
+        indices, 64, num_workers=workers, worker_init_fn=init_worker, collate_fn=functools.partial(_faults, data))
     found: list[tuple[int, str]] = []
     with Progress('checking', len(indices), tell=None if quiet else tell_on_stderr) as progress:
         for batch in loader:
-            found += [fault for fault in batch if fault is not None]
-            progress.update(len(batch))
+            found += batch
+            progress.update(min(64, len(indices) - progress.done))
     return found
 
 

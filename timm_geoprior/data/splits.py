@@ -46,42 +46,24 @@ def hold_out(targets: torch.Tensor, per_class: int) -> tuple[torch.Tensor, torch
     Raises:
         ValueError: A class has no more images than would be held out.
     """
-    def count(target: int, images: int) -> int:
-        if per_class >= images:
-            raise ValueError(f'Class {target} must have more than {per_class} images to hold out {per_class}, got '
-                             f'{images}. Lower the recipe key holdout.')
-        return per_class
-
-    return _split_off(targets, count)
+    return _hold_out(targets, lambda images: per_class)
 
 
 def hold_out_share(targets: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a share of the images of each class, rounded; at least one is held out and one stays.
-
-    Args:
-        targets: Class of each image, shape (N,).
-        share: Between 0 and 1.
-
-    Returns:
-        As `hold_out`.
-
-    Raises:
-        ValueError: A class has one image.
-    """
-    def count(target: int, images: int) -> int:
-        if images < 2:
-            raise ValueError(f'Class {target} must have at least 2 images to hold one out, got one. Add some.')
-        return min(max(round(share * images), 1), images - 1)
-
-    return _split_off(targets, count)
+    """Draw a share of the images of each class, rounded, as `hold_out`; at least one is held out and one stays."""
+    return _hold_out(targets, lambda images: max(min(round(share * images), images - 1), 1))
 
 
-def _split_off(targets: torch.Tensor, count: Callable[[int, int], int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hold out `count(class, its images)` images of each class."""
+def _hold_out(targets: torch.Tensor, count: Callable[[int], int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hold out `count(images of the class)` of each class."""
     held = torch.zeros(len(targets), dtype=torch.bool)
     for target in targets.unique().tolist():
         members = (targets == target).nonzero().flatten()
+        images, wanted = len(members), count(len(members))
+        if wanted >= images:
+            raise ValueError(f'Class {target} must have more than {wanted} images to hold out {wanted}, got {images}. '
+                             f'Add images, or lower the recipe key holdout.')
         # drawn, since names are rarely in random order: the last ones may be of one breed, or one camera
-        order = torch.randperm(len(members), generator=generator('holdout', target))
-        held[members[order[:count(target, len(members))]]] = True
+        order = torch.randperm(images, generator=generator('holdout', target))
+        held[members[order[:wanted]]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()

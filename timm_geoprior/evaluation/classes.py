@@ -34,6 +34,8 @@ def match_classes(
 ) -> ClassMatch:
     """Match the data's classes with the model's, by WordNet id or else by readable name.
 
+    Where nothing can be compared, the labels are taken for the model's indices, and a note says so.
+
     Args:
         data_classes: Names of the data's classes, in the order of the labels; may be empty.
         wnids: WordNet ids (or folder names) of the model's classes; may be empty.
@@ -41,9 +43,6 @@ def match_classes(
         num_classes: Number of the model's scores.
         subset: Measure only the classes that both have, and let only their scores compete.
         sorted_names: Whether the data's classes stand in no order but that of their folders' names.
-
-    Returns:
-        The match. Where nothing can be compared, the labels are taken for the model's indices, and a note says so.
 
     Raises:
         ClassMismatchError: There are classes that the model does not have, or none in common; or their order has to be

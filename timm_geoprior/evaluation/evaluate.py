@@ -96,9 +96,6 @@ def set_numerics(precisions: Sequence[str]) -> None:
     """Make float32 strict: no TF32 or bfloat16 inside, and algorithms that are not chosen by a race.
 
     Where float32 is not measured, cuDNN may try its algorithms out, as in timm's validation.
-
-    Args:
-        precisions: What will be measured, of `PRECISIONS`.
     """
     # not torch.backends.fp32_precision: after that torch.export and the compiler fail to read these
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -110,11 +107,6 @@ def set_numerics(precisions: Sequence[str]) -> None:
 
 def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
     """Match the classes, choose the images and settle the preprocessing.
-
-    Args:
-        data: The data set.
-        loaded: The model.
-        config: Of the measurement.
 
     Raises:
         ClassMismatchError: The classes are not the model's.
@@ -235,18 +227,12 @@ def _make_loader(dataset: Any, plan: Plan, config: EvalConfig) -> Iterable[Batch
     return loader
 
 
+@dataclass
 class Forward:
     """A model's forward pass that halves the batch when memory runs out, and goes on with the halves."""
-
-    def __init__(self, model: nn.Module, tell: Callable[[str], None] = print) -> None:
-        """
-        Args:
-            model: Gives scores of shape (batch, classes).
-            tell: Called with a sentence when a batch is halved.
-        """
-        self.model = model
-        self.tell = tell
-        self.limit: int | None = None
+    model: nn.Module  # gives scores of shape (batch, classes)
+    tell: Callable[[str], None] = print  # called with a sentence when a batch is halved
+    limit: int | None = None  # images at a time, once memory has run out
 
     def __call__(self, images: Tensor) -> Tensor:
         while True:
@@ -270,17 +256,7 @@ class Forward:
 # -- the pass ----------------------------------------------------------------------------------------------------------
 
 def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfig) -> Evaluation:
-    """Run a model over the data set, every image once.
-
-    Args:
-        data: The data set.
-        loaded: The model.
-        plan: What to measure.
-        config: How to measure it.
-
-    Returns:
-        What was measured, the same in every process.
-    """
+    """Run a model over the data set, every image once; every process gets the figures of all."""
     model: Any = loaded.model.to(config.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -350,7 +350,7 @@ def _measure_all(run: _Run) -> None:
 
 def _measure(run: _Run, data: DataSplit, name: str | None) -> None:
     args, config = run.args, run.config
-    if _is_sweep(args) and name is not None:  # do not fetch weights for other classes
+    if _is_sweep(args) and name is not None:  # before weights are fetched that are for other classes
         labels = load_manifest().label_sets.get(load_manifest().get(name).label_set)
         if labels is None:
             raise ClassMismatchError(f'{name} must have a classifier, got a backbone without one.')
@@ -392,38 +392,29 @@ def _write(run: _Run, evaluation: Evaluation) -> None:
 # -- measured against claimed ------------------------------------------------------------------------------------------
 
 def find_metric(entry: ModelEntry, precision: str, img_size: int, num_images: int | None) -> Metric:
-    """The manifest's figure that a measurement can be held against.
-
-    Args:
-        entry: The tag's.
-        precision: Of the measurement.
-        img_size: Side of its images in pixels.
-        num_images: Number of its images; None where that is not known before.
-
-    Returns:
-        The figure.
+    """The manifest's figure that a measurement at `img_size` pixels can be held against.
 
     Raises:
-        EvaluationError: The manifest has no figure for that; the message says which it has.
+        EvaluationError: The manifest has none for that precision, size and number of images (None is any number).
     """
     if not entry.metrics:
         raise EvaluationError(f'The manifest has no figure for {entry.name}. Leave out --check, or take a tag that has '
                               f'one.')
     fitting = [m for m in entry.metrics if (m.precision, m.img_size) == (precision, img_size)]
     if not fitting:
-        known = ', '.join(sorted({f'{m.precision} at {m.img_size} px' for m in entry.metrics}))
+        known = ' and '.join(sorted({f'{m.precision} at {m.img_size} px' for m in entry.metrics}))
         raise EvaluationError(f'The manifest has no figure of {entry.name} for {precision} at {img_size} px, only for '
                               f'{known}. Measure that.')
     for metric in fitting:
         if num_images in (None, metric.num_images):
             return metric
-    known = ', '.join(f'{m.dataset} {m.split} with {m.num_images:,} images' for m in fitting)
-    raise EvaluationError(f'The images of {entry.name} must be {known}, got {num_images:,}. Check --data-dir and '
-                          f'--split.')
+    known = ' or '.join(f'{m.dataset} {m.split} with {m.num_images:,} images' for m in fitting)
+    raise EvaluationError(f"The manifest's figure of {entry.name} is for {known}, got {num_images:,}. Check --data-dir "
+                          f'and --split.')
 
 
 def _compare_with_figures(run: _Run, data: DataSplit, loaded: LoadedModel, planned: Plan) -> None:
-    """Say before the pass whether these images are the set that the manifest's figure is for."""
+    """Say before the pass, which may take hours, whether these images are the set that the manifest's figure is for."""
     entry, count = loaded.entry, None if data.is_stream else len(planned.indices)
     if run.args.check:
         if entry is None:
