@@ -495,7 +495,7 @@ def test_a_sweep(hub, staged, data, tmp_path, capsys):
         assert validate('--tag', 'all', '--data-dir', tmp_path / 'set', '-j', 0, '--output', tmp_path / 'out') == 1
     told = capsys.readouterr()
     assert f'{gone.name} failed: The weights of {gone.name}' in told.err
-    assert f'{other.name} is passed over' in told.err
+    assert f'{other.name} is skipped' in told.err
     assert told.out.startswith(f'{published.name}: ')
     assert [folder.name for folder in (tmp_path / 'out').iterdir()] == [published.name]
 

@@ -24,7 +24,7 @@ Place = str | tuple[str, int, int]  # a file, or file, offset and size of a part
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How a data set is read, where it is not as usual; the names are those of timm's `create_dataset`."""
+    """How a data set is read; the names are those of timm's `create_dataset`."""
     class_map: str = ''  # text file with the names of the class folders, one per line, in the order of the classes
     num_samples: int | None = None  # number of images, where a stream does not tell it
     input_key: str = ''  # column or key of the image; for folders, endings of image files, such as '.jpg;.bmp'
@@ -118,7 +118,7 @@ class Stream(IterableImageDataset):
 
 
 def fingerprint(data: DataSplit, indices: NDArray[np.int64], name: str = '') -> dict[str, Any]:
-    """What a second person's data can be compared by.
+    """Numbers by which two people can tell whether they have the same data.
 
     Args:
         data: The data set.

@@ -30,7 +30,7 @@ def open_split(
         root: Folder or uncompressed archive; for `hfds` and `hfids` the cache folder, or None.
         split: Name of the split.
         name: timm's '<type>/<name>': '' for folders and archives, else torch/, wds/, hfds/ or hfids/.
-        options: What is not as usual.
+        options: How it is read, where not as usual.
 
     Raises:
         EvaluationError: It cannot be opened, has no images, or has classes inside of one another.
@@ -56,7 +56,7 @@ def open_split(
 
 
 def _create(name: str, root: Path | None, split: str, **options: Any) -> Any:
-    """timm's data set; whatever is wrong with it is one sentence."""
+    """timm's data set, or one sentence about what is wrong with it."""
     try:
         return create_dataset(name, root=None if root is None else str(root), split=split, **options)
     except Exception as error:  # each of timm's readers raises its own

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a data set before any time is spent on the network."""
+"""What is wrong with a data set, found before any time is spent on the network."""
 import functools
 import os
 import posixpath
@@ -26,7 +26,7 @@ _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
 
 def check_data(
         data: DataSplit, workers: int, tell: Callable[[str], None] = print, rank: int = 0, world_size: int = 1) -> None:
-    """Look for what is wrong with a data set whatever the model; each process takes its share of the images.
+    """Check a data set, whatever the model. Each process takes its share of the images.
 
     Args:
         data: The data set.
@@ -36,7 +36,7 @@ def check_data(
         world_size: Number of processes.
 
     Raises:
-        EvaluationError: Classes stand twice, or images cannot be read; the message lists them.
+        EvaluationError: A class has several folders, or images cannot be read; the message lists them.
     """
     if data.is_stream:
         tell('The data are a stream. Images are checked as they come.')
@@ -136,7 +136,7 @@ def empty_folders(data: DataSplit) -> list[str]:
 
 
 def repeated_classes(data: DataSplit) -> list[tuple[str, list[str]]]:
-    """Classes that stand more than once.
+    """Classes that have several folders.
 
     The last folder's name is the class, so folders of the same name in different places would become one class
     silently; and folders that differ only in case or blanks are two classes where one was meant.

@@ -375,7 +375,7 @@ def _largest(difference: Tensor, targets: Tensor) -> Tensor:
 
 
 def _problems(data: DataSplit, plan: Plan, outcome: Pass) -> tuple[str, ...]:
-    """Hold the images that came against those that were to come."""
+    """Compare the images that came with those that were to come."""
     if outcome.out_of_range:
         raise EvaluationError(f"Each label must be one of the model's classes, got {outcome.out_of_range} others. "
                               f'Check --dataset and --target-key, or take another model.')

@@ -1,4 +1,4 @@
-"""What is read off a network's scores: counts as whole numbers, intervals, calibration, classes, confusions."""
+"""What a network's scores say: counts, intervals, calibration, accuracy of each class, confusions."""
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -175,7 +175,7 @@ def per_class(predictions: Predictions, wnids: Sequence[str], names: Sequence[st
 
 def confused_pairs(
         predictions: Predictions, wnids: Sequence[str], names: Sequence[str], limit: int = 100) -> list[dict[str, Any]]:
-    """The pairs of classes that are taken for each other most often.
+    """The most frequent confusions of two classes.
 
     Args:
         predictions: Of all images.

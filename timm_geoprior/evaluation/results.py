@@ -1,4 +1,4 @@
-"""What a measurement leaves: lines for people, JSON with its provenance, CSV, plots."""
+"""What is printed and written of a measurement: lines for people, JSON with its provenance, CSV, plots."""
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -34,13 +34,13 @@ from .results import details, lines, summary_row, write_results
 __all__ = ['find_metric', 'main', 'parse_arguments']
 
 DESCRIPTION = """\
-Measure the accuracy of a model on a data set: every image exactly once, whatever the batch size and the number of
-processes. Several processes, one for each GPU: torchrun --nproc-per-node=8 scripts/validate.py ..."""
+Measure the accuracy of a model on a data set. Every image is counted exactly once, whatever the batch size and the
+number of processes. With several GPUs: torchrun --standalone --nproc-per-node 8 scripts/validate.py ..."""
 
 EPILOG = """\
-ILSVRC2012_img_val.tar, or its 50,000 files in one folder, are labelled by this package: --data-dir names either.
+ILSVRC2012_img_val.tar, or a folder with its 50,000 files, needs no labels: this package has them.
 
-The exit code is 0 if all was measured (and, with --check, is as the manifest has it), 1 if not, 2 for a wrong
+The exit code is 0 if everything was measured (and, with --check, agrees with the manifest), 1 if not, 2 for a wrong
 command."""
 
 
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     """Measure what the command line says.
 
     Args:
-        argv: Arguments, those of the process where it is None.
-        prog: Name of the command, for messages.
+        argv: Arguments; None takes those of the process.
+        prog: Name of the command, for its help and messages.
 
     Returns:
-        The exit code: 0 if all was measured and found as claimed, 1 if not, 128 plus the signal's number after Ctrl-C
-        or SIGTERM.
+        The exit code: 0 if everything was measured and agrees with the manifest, 1 if not, 128 plus the signal's
+        number after Ctrl-C or SIGTERM.
 
     Example:
         >>> main(['--tag', 'geoprior_resnet14_nano', '--data-dir', 'tiny-imagenet-200', '--split', 'val', '--check'])
@@ -104,7 +104,7 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# -- the arguments: names and meanings are those of timm's validate.py as far as it has them ---------------------------
+# -- the arguments: as far as timm's validate.py has them, with its names and meanings ---------------------------------
 
 class _ModelKwargs(ParseKwargs):
     """timm's, where a word without an equals sign is a wrong command."""
@@ -120,11 +120,11 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str = 'validate.py'
     """Parse and check the command line, of which `main` says more; a wrong one ends the program with exit code 2."""
     parser = argparse.ArgumentParser(
         prog=prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _add_model_arguments(parser.add_argument_group('what is measured'))
-    _add_data_arguments(parser.add_argument_group('on which images'))
-    _add_input_arguments(parser.add_argument_group("preprocessing, where it is not to be the model's own"))
-    _add_engine_arguments(parser.add_argument_group('how'))
-    _add_output_arguments(parser.add_argument_group('what is made of it'))
+    _add_model_arguments(parser.add_argument_group('model'))
+    _add_data_arguments(parser.add_argument_group('data'))
+    _add_input_arguments(parser.add_argument_group("preprocessing, by default the model's own"))
+    _add_engine_arguments(parser.add_argument_group('computation'))
+    _add_output_arguments(parser.add_argument_group('output'))
     args = parser.parse_args(argv)
     _check(parser, args)
     return args
@@ -133,28 +133,28 @@ def parse_arguments(argv: Sequence[str] | None = None, prog: str = 'validate.py'
 def _add_model_arguments(group: Any) -> None:
     group.add_argument(
         '--model', '-m', metavar='NAME',
-        help="a model of timm, with or without a tag; this package's training checkpoints name their own")
+        help='a model of timm, with or without a tag; not needed for checkpoints of `timm-geoprior train`')
     group.add_argument(
         '--tag', metavar='NAME',
-        help='a tag of the manifest, a pattern like "*tin200", or "all": those that have weights, one after the other')
-    group.add_argument('--checkpoint', type=Path, metavar='PATH', help='weights, in place of the pretrained ones')
+        help='a tag of the manifest, a pattern like "*tin200", or "all": every match with weights, one after the other')
+    group.add_argument('--checkpoint', type=Path, metavar='PATH', help='weights to use instead of the pretrained ones')
     group.add_argument(
         '--use-ema', dest='weights', action='store_const', const='ema', default='auto',
-        help="the checkpoint's averaged weights, which are taken by default where it has any")
+        help="use the checkpoint's averaged weights (the default if it has any)")
     group.add_argument(
-        '--raw', dest='weights', action='store_const', const='raw', help='its raw weights, beside averaged ones')
+        '--raw', dest='weights', action='store_const', const='raw', help='use its raw weights, not averaged ones')
     group.add_argument(
-        '--pretrained', action='store_true', help="timm's argument; without --checkpoint it goes without saying")
+        '--pretrained', action='store_true', help='accepted as in timm; without --checkpoint it is always so')
+    group.add_argument('--num-classes', type=int, metavar='N', help="default: the model's or the checkpoint's")
     group.add_argument(
-        '--num-classes', type=int, metavar='N', help="where it is not the model's or the checkpoint's own")
-    group.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE', help='options of the model')
+        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
+        help='keyword arguments of the model')
 
 
 def _add_data_arguments(group: Any) -> None:
     group.add_argument(
         '--data-dir', type=Path, metavar='PATH',
-        help='folder with a folder for each class, or an archive of it: .tar, .tar.gz, .tar.bz2, .tar.xz')
+        help='folder with a folder for each class, or an archive of it: .tar, .tar.gz, .tar.bz2, .tar.xz, .zip')
     group.add_argument(
         '--dataset', default='', metavar='KIND/NAME',
         help='wds/ (WebDataset shards in --data-dir), hfds/NAME or hfids/NAME (a Hugging Face data set, or a local '
@@ -164,46 +164,46 @@ def _add_data_arguments(group: Any) -> None:
         help='default: validation, whose folder may also be called val; for wds/ also its shards, as in '
              '"val-{00..31}.tar|50000"')
     group.add_argument(
-        '--num-samples', type=int, metavar='N', help="a stream's number of images, where nothing else tells it")
+        '--num-samples', type=int, metavar='N', help='number of images of a stream, if nothing else says it')
     group.add_argument(
         '--class-map', default='', metavar='FILE',
-        help="the class folders' names, a line each, in the order of the classes")
-    group.add_argument('--input-key', metavar='KEY', help='where the data set keeps the image')
-    group.add_argument('--target-key', metavar='KEY', help='where it keeps the class')
-    group.add_argument('--dataset-download', action='store_true', help='allow it for torch/ and hfids/')
+        help='text file with the names of the class folders, one per line, in the order of the classes')
+    group.add_argument('--input-key', metavar='KEY', help='column or key of the image')
+    group.add_argument('--target-key', metavar='KEY', help='column or key of the class')
+    group.add_argument('--dataset-download', action='store_true', help='download the data set (torch/ and hfids/ only)')
     group.add_argument(
         '--subset', action='store_true',
-        help='measure only the classes that data and model both have, by WordNet id, and let only their scores compete')
+        help='measure only the classes that data and model share, by WordNet id, and let only their scores compete')
     group.add_argument(
         '--real-labels', nargs='?', const='', metavar='FILE',
-        help="also count by ReaL labels: those that timm has, or a file's")
+        help="also count by ReaL labels: timm's, or those of a file")
 
 
 def _add_input_arguments(group: Any) -> None:
     group.add_argument('--img-size', type=int, metavar='N', help='side of the images in pixels')
     group.add_argument('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width')
-    group.add_argument('--crop-pct', type=float, metavar='X', help='share of the resized image that is cut out')
+    group.add_argument('--crop-pct', type=float, metavar='X', help='fraction of the resized image that the crop keeps')
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'))
     group.add_argument('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos', 'box', 'hamming'))
-    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='of the pixels, from 0 to 1')
-    group.add_argument('--std', type=float, nargs='+', metavar='X', help='of the pixels, from 0 to 1')
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='of each channel, for pixels from 0 to 1')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', help='of each channel')
 
 
 def _add_engine_arguments(group: Any) -> None:
     group.add_argument(
         '--batch-size', '-b', type=int, default=256, metavar='N',
-        help='images of a batch of one process (default: 256); halved when memory runs out')
+        help='images per batch of each process (default: 256); halved when memory runs out')
     group.add_argument(
         '--workers', '-j', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
-        help='processes that decode (default: 4, or as many as there are processors)')
+        help='processes that decode images (default: 4, or the number of processors)')
     group.add_argument('--device', metavar='NAME', help='default: cuda if there is one, else cpu')
     group.add_argument(
         '--precision', nargs='+', choices=tuple(PRECISIONS), metavar='NAME',
-        help='float32 (strict: no TF32), bfloat16, float16 (autocast); several are measured in one pass and compared '
+        help='float32 (strict: no TF32), bfloat16 or float16 (autocast); several are measured in one pass and compared '
              'with the first (default: float32)')
-    group.add_argument('--amp', action='store_true', help="timm's argument: --precision of --amp-dtype")
+    group.add_argument('--amp', action='store_true', help='the same as --precision with --amp-dtype')
     group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='default: float16')
-    group.add_argument('--channels-last', action='store_true', help='that memory layout')
+    group.add_argument('--channels-last', action='store_true', help='use the channels-last memory layout')
     group.add_argument(
         '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
         help='compile the model (default backend: inductor)')
@@ -212,21 +212,21 @@ def _add_engine_arguments(group: Any) -> None:
 def _add_output_arguments(group: Any) -> None:
     group.add_argument(
         '--check', action='store_true',
-        help="hold the figures against the manifest's, and leave with exit code 1 where they are off")
+        help="compare the accuracies with the manifest's, and exit with code 1 if they differ")
     group.add_argument(
         '--tolerance', type=float, default=0.05, metavar='X',
-        help='by how many points of a percent top-1 and top-5 may be off (default: 0.05)')
+        help='percentage points by which top-1 and top-5 may differ (default: 0.05)')
     group.add_argument(
         '--output', type=Path, metavar='DIR',
         help='write results.json (figures and where they come from), per_class.csv, confused_pairs.csv, '
-             'reliability.png and per_class.png; of several models, each into a folder of its name')
+             'reliability.png and per_class.png; for several models, into a folder for each')
     group.add_argument(
         '--results-file', type=Path, metavar='FILE',
         help='write a summary: everything about each model if it ends in .json, else a table (CSV)')
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot be meant."""
+    """Refuse values and combinations that cannot be meant."""
     if args.tag is not None and (args.model or args.checkpoint):
         parser.error('--tag measures the weights of the tag. Use --model with --checkpoint instead')
     if args.tag is None and not (args.model or args.checkpoint):
@@ -252,7 +252,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.precision = tuple(dict.fromkeys([args.amp_dtype] if args.amp else args.precision or ['float32']))
 
 
-# -- the way through ---------------------------------------------------------------------------------------------------
+# -- the run -----------------------------------------------------------------------------------------------------------
 
 @dataclass
 class _Run:
@@ -284,8 +284,8 @@ def _check_output(args: argparse.Namespace) -> None:
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EvaluationError(f'The folder {args.output} cannot be made ({error.strerror}). Check --output.'
-                                  ) from None
+            raise EvaluationError(
+                f'The folder {args.output} cannot be made ({error.strerror}). Check --output.') from None
     if args.results_file and not args.results_file.absolute().parent.is_dir():
         raise EvaluationError(f'The folder {args.results_file.parent} does not exist. Make it, or check '
                               f'--results-file.')
@@ -339,7 +339,7 @@ def _measure_all(run: _Run) -> None:
             except ClassMismatchError as error:
                 if not _is_sweep(args):
                     raise
-                run.config.tell(f'{name} is passed over: {error}')
+                run.config.tell(f'{name} is skipped: {error}')
             except GeoPriorError as error:
                 if not _is_sweep(args) or isinstance(error, ProcessError):
                     raise
@@ -433,7 +433,7 @@ def _compare_with_figures(run: _Run, data: DataSplit, loaded: LoadedModel, plann
 
 
 def _check_figures(run: _Run, evaluation: Evaluation) -> None:
-    """Hold what was measured against the manifest."""
+    """Compare what was measured with the manifest."""
     entry, tolerance = evaluation.loaded.entry, run.args.tolerance
     assert entry is not None
     for precision, counts in evaluation.outcome.counts.items():
