@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import get_arch_pretrained_cfgs
 
 from ..errors import GeoPriorError
-from ..files import file_sha256
+from ..files import file_sha256, first_line
 from .loaders import model_cfg
 from .recipe import SOURCE, Recipe, RunConfig
 
@@ -59,14 +59,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise _other_folder(folder, f'one without {missing[0]}')
     try:
         written, results = (json.loads((folder / name).read_text(encoding='utf-8')) for name in FILES[:2])
-        num_classes, _, source = written['num_classes'], written['architecture'], dict(results['source'])
-        source['name']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _other_folder(folder, f'one whose {" or ".join(FILES[:2])} says otherwise ({error!r})') from None
-    if not num_classes:
+    except (OSError, ValueError) as error:
+        raise _other_folder(folder, f'one whose config.json or results.json cannot be read ({first_line(error)})'
+                            ) from None
+    for key, content in (('architecture', written), ('num_classes', written), ('source', results)):
+        if key not in content:
+            name = 'results.json' if content is results else 'config.json'
+            raise _other_folder(folder, f'one whose {name} names no {key}')
+    if not written['num_classes']:
         raise GeoPriorError(f'{folder} must have a classifier to be trained, got a network without classes. '
                             f'Convert one that has some.')
-    return written, source
+    return written, results['source']
 
 
 def _other_folder(folder: Path, got: str) -> GeoPriorError:
