@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""What a conversion costs in accuracy: a trained ResNet beside what `convert` makes of it with more and more images.
+
+    python scripts/experiments/conversion_accuracy.py runs/plain/last.pt --images tiny-imagenet-200/train \\
+        --data-dir tiny-imagenet-200 --output runs/conversion
+
+Beside each conversion stands a control, in which the same number of channels is left out: those that matter least. What
+the other channels can tell of them is corrected, in closed form or by the same least squares on the same images.
+
+--output receives a folder for each network, from which `train.py warm_tin200 --finetune` recovers, conversion.json with
+the counts, and conversion.md with the table. Folders that are there are not made again. Folders named by --beside are
+measured as well, with checkpoints of training among them.
+"""
+import argparse
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import timm_geoprior  # noqa: F401  registers the models
+from conversion_variants import removal
+from timm_geoprior.conversion import job, regression, state_dict
+from timm_geoprior.conversion.comparison import class_indices, compare
+from timm_geoprior.conversion.images import ImageSets, PreparedImages
+from timm_geoprior.data.opening import open_split
+from timm_geoprior.evaluation.metrics import wilson_interval
+from timm_geoprior.evaluation.models import LoadedModel, load_model
+from timm_geoprior.files import write_json
+from timm_geoprior.provenance import git_commit, hardware, versions
+
+
+def leave_out(layer: Any, behind: Any, value_dim: int, heads: int = 1) -> Any:
+    """In place of `fit_layer`."""
+    return removal(layer, behind, value_dim)
+
+
+@torch.no_grad()
+def leave_out_of_block(inputs: Any, old: Any, item: Any) -> tuple[float, float]:
+    """In place of the fit of an attention layer to images."""
+    fit = removal(*state_dict.layer_models(item, old.state_dict()), item.value_dim)
+    new = item.block.state_dict()
+    for name, tensor in state_dict.apply_fit(old.state_dict(), fit).items():
+        new[name].copy_(tensor)
+    return fit.radii[0], 1.0
+
+
+def make(kind: str, task: job.ConvertJob) -> None:
+    if kind == 'converted':
+        job.convert(task)
+        return
+    with patch.object(state_dict, 'fit_layer', leave_out), patch.object(job, 'fit_layer', leave_out), \
+            patch.object(regression, '_fit_attention', leave_out_of_block):
+        job.convert(task)
+
+
+def load(name: str) -> LoadedModel:
+    path = Path(name)
+    if path.is_file():
+        return load_model(None, path)
+    return load_model(f'local-dir:{path}' if path.is_dir() else name)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ['| network | images | top-1 | 95% interval | same answer as the source | KL divergence | feature error |',
+             '| --- | ---: | ---: | --- | ---: | ---: | ---: |']
+    for row in rows:
+        images, correct = row['labelled'], row['correct']
+        low, high = wilson_interval(correct, images)
+        fitted = '' if row['fitted_to'] is None else f'{row["fitted_to"]:,}' if row['fitted_to'] else 'none'
+        lines.append(f'| {row["network"]} | {fitted} | {correct / images:.2%} | {low:.2%} to {high:.2%} | '
+                     f'{row["agree"] / images:.1%} | {row["divergence"]:.4f} | {row["feature_error"]:.4f} |')
+    return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', help='checkpoint of a plain ResNet, or a model of timm with weights')
+    parser.add_argument('--images', type=Path, required=True, help='folder of images to fit to; labels are not read')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder with the split to measure')
+    parser.add_argument('--split', default='val', help='default: val')
+    parser.add_argument('--limit', type=int, nargs='*', default=[30, 100, 300, 1000, 3000, 10000],
+                        help='numbers of images to fit to (default: 30 to 10000)')
+    parser.add_argument('--beside', nargs='*', default=[], help='further folders and checkpoints to measure')
+    parser.add_argument('--output', type=Path, required=True)
+    args = parser.parse_args()
+    source = load(args.source)
+    data, config = open_split(args.data_dir, args.split), job._data_config(source)
+    every = np.arange(len(data.labels))
+
+    def measure(network: str, fitted_to: int | None, model: Any) -> dict[str, Any]:
+        images = PreparedImages(ImageSets(data, every[:0], every), every, config, 100)
+        return {'network': network, 'fitted_to': fitted_to,
+                **compare(source.model, model, images, class_indices(data, source))}
+
+    rows = [measure('source', None, source.model)]
+    for kind, title in (('converted', 'converted'), ('left_out', 'channels left out')):
+        for limit in (0, *args.limit):
+            folder = args.output / f'{kind}_{limit}'
+            if not folder.exists():
+                make(kind, job.ConvertJob(args.source, folder, args.images if limit else None, limit=limit or 1000))
+            rows.append(measure(title, limit, load(str(folder)).model))
+    rows += [measure(name, None, load(name).model) for name in args.beside]
+    write_json(args.output / 'conversion.json', {
+        'source': args.source, 'rows': rows, 'commit': git_commit(), 'software': versions(),
+        'hardware': hardware(torch.device('cpu'))})
+    (args.output / 'conversion.md').write_text(table(rows), encoding='utf-8')
+    print(table(rows))
+
+
+if __name__ == '__main__':
+    main()
