@@ -43,7 +43,7 @@ from ..pretrained.manifest import (
 )
 from ..pretrained.verify import GOLDEN_TOLERANCES, golden_error
 from ..radii import learned_radii
-from ..training.checkpoint import SavedModel
+from ..training.checkpoint import SavedModel, take_prefix_off
 from .cards import model_card, plot_radii
 
 __all__ = [
@@ -161,7 +161,10 @@ def stage(
     if folder.exists() and not (folder / RESULTS).exists():
         raise PublishError(f'{folder} exists and is no staged folder, expected a new one: name another.')
     found = '\n\n'.join(_read_text(path) for path in experiments)
-    model = _released_model(entry, checkpoint)
+    model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
+    tensors, _ = take_prefix_off(checkpoint.state_dict, model.state_dict().keys())
+    checkpoint = replace(checkpoint, state_dict=tensors)
+    _load_released(model, entry, checkpoint)
     described = replace(
         entry, recipe=checkpoint.recipe.get('name', entry.recipe),
         recipe_commit=checkpoint.commit or entry.recipe_commit,
@@ -205,8 +208,8 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _released_model(entry: ModelEntry, checkpoint: SavedModel) -> nn.Module:
-    """The architecture with the weights as they are released."""
+def _load_released(model: nn.Module, entry: ModelEntry, checkpoint: SavedModel) -> None:
+    """Load the weights as they are released."""
     if checkpoint.model_name.partition('.')[0] not in ('', entry.architecture):
         raise PublishError(
             f'The checkpoint is of {checkpoint.model_name}, expected {entry.architecture} for {entry.name}.')
@@ -215,14 +218,12 @@ def _released_model(entry: ModelEntry, checkpoint: SavedModel) -> nn.Module:
         raise PublishError(
             f'The checkpoint was trained with {", ".join(sorted(options))}, expected the architecture as it is: '
             f"a tag's weights must fit the plain name.")
-    model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
     try:
         model.load_state_dict(release_tensors(checkpoint.state_dict))
     except RuntimeError as error:
         if isinstance(error, PublishError):
             raise
         raise PublishError(f'The checkpoint does not fit {entry.name}: {" ".join(str(error).split())}') from None
-    return model
 
 
 def _check_rounding(checkpoint: SavedModel, model: nn.Module, golden: dict[str, Tensor]) -> None:
