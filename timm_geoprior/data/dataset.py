@@ -133,10 +133,10 @@ def fingerprint(data: DataSplit, indices: NDArray[np.int64], name: str = '') -> 
         sizes = _sizes(data.dataset.reader, indices)
         names = [f'{data.class_of(i)}/{posixpath.basename(data.names[i])}' for i in indices]
     else:
-        place = Path(name.partition('/')[2])
-        paths = data.containers or [str(path) for path in (place.rglob('*') if place.is_dir() else [place])]
-        paths = [path for path in paths if os.path.isfile(path)]
-        sizes, names = [os.path.getsize(path) for path in paths], [os.path.basename(path) for path in paths]
+        place = Path(name.partition('/')[2])  # a Hugging Face data set on this machine: a folder of parquet files
+        files = [Path(path) for path in data.containers] or [place, *place.rglob('*')]
+        files = [path for path in files if path.is_file()]
+        sizes, names = [path.stat().st_size for path in files], [path.name for path in files]
     # a name that is no UTF-8 counts with its own bytes
     digest = hashlib.sha256('\n'.join(sorted(names)).encode(errors='surrogateescape')).hexdigest()
     return {'files': len(names), 'bytes': sum(sizes), 'names_sha256': digest} if names else {}

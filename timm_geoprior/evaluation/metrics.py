@@ -190,12 +190,13 @@ def confused_pairs(
     wrong = ~predictions.correct
     pairs, counts = np.unique(
         np.stack([predictions.target[wrong], predictions.predicted[wrong]], 1), axis=0, return_counts=True)
-    totals = np.bincount(predictions.target) if len(predictions.target) else np.empty(0)
+    totals = np.bincount(predictions.target)
+    order = np.argsort(-counts, kind='stable')[:limit]  # stable: of equal counts, the lower classes first
     return [{
         'class': int(true), 'wnid': _label(wnids, true), 'name': _label(names, true),
         'predicted_class': int(predicted), 'predicted_wnid': _label(wnids, predicted),
         'predicted_name': _label(names, predicted), 'count': int(count), 'share': round(100 * count / totals[true], 4),
-    } for (true, predicted), count in ((pairs[i], counts[i]) for i in np.argsort(-counts, kind='stable')[:limit])]
+    } for (true, predicted), count in zip(pairs[order], counts[order], strict=True)]
 
 
 def _label(labels: Sequence[str], index: int) -> str:

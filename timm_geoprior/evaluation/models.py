@@ -87,7 +87,7 @@ def load_model(
 
 
 def check_source(name: str) -> None:
-    """Refuse a model that does not exist or has no pretrained weights, without loading anything.
+    """Refuse a model that does not exist or has no pretrained weights, before any image is looked at.
 
     Raises:
         EvaluationError: With the options of the command that help.
@@ -110,7 +110,7 @@ def _similar(name: str) -> str:
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except WeightsError:
+    except WeightsError:  # says by itself what to do
         raise
     except Exception as error:  # timm raises whatever the model's own constructor does
         hint = _similar(name) if 'Unknown model' in str(error) else ''
@@ -141,6 +141,7 @@ def _class_names(
     """WordNet ids and readable names of a model's classes, as far as anything tells them."""
     num_classes = int(getattr(model, 'num_classes', 0))
     label_sets = load_manifest().label_sets
+    # a checkpoint knows best: its classes need not be those of the tag that names its architecture
     if saved and saved.class_names:
         same = [labels for labels in label_sets.values() if labels.wnids == saved.class_names]
         return saved.class_names, same[0].names if same else ()
@@ -152,7 +153,7 @@ def _class_names(
         names = tuple(cfg['label_names'])
         described = cfg.get('label_descriptions') or {}
         return names, tuple(described.get(name, name) for name in names) if isinstance(described, dict) else ()
-    subset = infer_imagenet_subset({'num_classes': num_classes})
+    subset = infer_imagenet_subset({'num_classes': num_classes})  # most cfgs do not name their classes
     if subset is None:
         return (), ()
     info = ImageNetInfo(subset)
@@ -160,7 +161,10 @@ def _class_names(
 
 
 def state_dict_sha256(model: nn.Module) -> str:
-    """A hash of a model's weights wherever they came from: names, types, shapes and values, in the model's order."""
+    """A hash of a model's weights wherever they came from: names, types, shapes and values, in the model's order.
+
+    The same weights as .pt and as .safetensors are different files; this hash says that they are the same network.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())

@@ -18,6 +18,7 @@ __all__ = ['details', 'lines', 'result_rows', 'summary_row', 'write_results']
 def _accuracies(counts: Counts) -> dict[str, Any]:
     """Counts with both accuracies and their 95% intervals in percent."""
     found: dict[str, Any] = counts._asdict()
+    # four decimals of a percent still tell one image in a million
     for name, correct in (('top1', counts.top1_correct), ('top5', counts.top5_correct)):
         found[name] = round(100 * correct / counts.num_images, 4) if counts.num_images else None
         found[f'{name}_interval'] = [round(100 * end, 4) for end in wilson_interval(correct, counts.num_images)]
