@@ -111,7 +111,8 @@ def using_manifest(path: Path) -> Iterator[None]:
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(manifest, 'manifest_path', lambda: path)
+            # not `manifest_path`, which other modules import: publishing would write the tables of the real README
+            patch.setattr(manifest, 'FILE_NAME', str(path.resolve()))
             register()
             yield
     finally:

@@ -83,7 +83,7 @@ def test_table_of_runs(entry):
         bool(model.train_log) for model in load_manifest().models.values())
 
 
-def test_readme_is_written_between_its_markers(tmp_path, monkeypatch):
+def test_readme_is_written_between_its_markers(tmp_path):
     readme, path = tmp_path / 'README.md', tmp_path / 'weights_manifest.json'
     path.write_text(load_manifest().to_json(), encoding='utf-8')
     readme.write_text(f'# Title\n\n{BEGIN}\nold\n{END}\n\nthe rest\n', encoding='utf-8')
@@ -92,7 +92,6 @@ def test_readme_is_written_between_its_markers(tmp_path, monkeypatch):
     assert not update_readme(readme, load_manifest())
     readme.write_text('# Title\n', encoding='utf-8')
     with using_manifest(path):
-        monkeypatch.setattr('timm_geoprior.release.cards.manifest_path', lambda: path)
         with pytest.raises(ManifestError, match='has no lines <!-- models:begin -->'):
             main()
     assert readme.read_text(encoding='utf-8') == '# Title\n'

@@ -229,7 +229,8 @@ def alter_results(path, **changes):
     (lambda c, run: (run / 'val.json').unlink(), 'no results file .FileNotFoundError'),
     (lambda c, run: (run / 'results.json').unlink(), 'no results.json of a finished run'),
 ])
-def test_what_cannot_be_staged_leaves_nothing(run_folder, tmp_path, change, message):
+def test_what_cannot_be_staged_leaves_nothing(staged, run_folder, tmp_path, change, message):
+    # `staged` has measured: the figures are in val.json
     run = tmp_path / 'run'
     shutil.copytree(run_folder, run)
     checkpoint = read_weights(run / 'last.pt')
@@ -551,6 +552,7 @@ def script(monkeypatch, *arguments):
 def test_script_stages_bundles_and_pushes(
         hub, run_folder, manifest, weights_dir, login, tmp_path, monkeypatch, capsys, staged):
     shutil.copy(ROOT / 'README.md', tmp_path)
+    real_readme = (ROOT / 'README.md').read_bytes()
     out, val = tmp_path / 'out', run_folder / 'val.json'
     with using_manifest(manifest):
         assert script(monkeypatch, NANO, run_folder / 'last.pt', '--results', val, '--output', out, '--bundle') == 0
@@ -573,6 +575,7 @@ def test_script_stages_bundles_and_pushes(
         assert capsys.readouterr().err == (
             f'publish: {out} must hold geoprior_resnet50.r96_tin200, got {NANO}. Name that tag, or another folder.\n')
     assert load_manifest(manifest).get(NANO).status == 'published'
+    assert (ROOT / 'README.md').read_bytes() == real_readme
 
 
 def test_script_says_what_is_wrong(manifest, tmp_path, monkeypatch, capsys):
