@@ -29,6 +29,7 @@ __all__ = ['ILSVRC_FILE', 'ilsvrc_val_labels', 'list_archive', 'open_folder', 'u
 
 ILSVRC_FILE = re.compile(r'ILSVRC2012_val_(\d{8})(_n\d{8})?\.JPEG')
 ILSVRC_ARCHIVE = 'ILSVRC2012_img_val.tar'
+_Found = tuple[str, Place]  # the name of a file inside the data set, and where it is
 
 
 @contextlib.contextmanager
@@ -73,7 +74,7 @@ def _is_plain_tar(path: Path) -> bool:
 
 def open_folder(root: Path, split: str, options: DataOptions) -> DataSplit:
     archive = root / ILSVRC_ARCHIVE
-    found: Iterable[tuple[str, Place]]
+    found: Iterable[_Found]
     if root.is_dir():
         below = next(iter(folders_of_split(root, split)), '')
         if not below and split in SPLITS['val'] and archive.is_file():
@@ -89,26 +90,26 @@ def open_folder(root: Path, split: str, options: DataOptions) -> DataSplit:
     else:
         raise EvaluationError(f'{root} does not exist. Check --data-dir.')
     endings = tuple(options.input_key.lower().split(';')) if options.input_key else EXTENSIONS
-    names, places, notes = _choose_images(found, endings)
-    if not names:
+    images, notes = _choose_images(found, endings)
+    if not images:
         raise EvaluationError(f'{root} has no images. They must end in {", ".join(endings)} and lie in one folder per '
                               f'class. Check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
     if options.labelled:
-        _check_nesting(names, root)
-    data = _with_ilsvrc_labels(_labelled(root, names, places, options.class_map, notes), options.labelled)
+        _check_nesting([name for name, _ in images], root)
+    data = _with_ilsvrc_labels(_labelled(root, images, options.class_map, notes), options.labelled)
     return dataclasses.replace(data, notes=(*data.notes, *_missing_of_ilsvrc(data.names)))
 
 
-def _list_folder(root: Path) -> Iterator[tuple[str, Place]]:
+def _list_folder(root: Path) -> Iterator[_Found]:
     for folder, _, files in os.walk(root, followlinks=True):
         below = os.path.relpath(folder, root).replace(os.sep, '/')
         for file in files:
             yield posixpath.normpath(f'{below}/{file}'), os.path.join(folder, file)
 
 
-def list_archive(path: Path) -> list[tuple[str, Place]]:
+def list_archive(path: Path) -> list[_Found]:
     """The files of an uncompressed archive, and of the archives in it, as ILSVRC's training images are packed."""
-    found: list[tuple[str, Place]] = []
+    found: list[_Found] = []
 
     def add(archive: tarfile.TarFile, start: int, prefix: str) -> None:
         for member in archive:
@@ -128,10 +129,9 @@ def list_archive(path: Path) -> list[tuple[str, Place]]:
     return found
 
 
-def _choose_images(
-        found: Iterable[tuple[str, Place]], endings: tuple[str, ...]) -> tuple[list[str], list[Place], list[str]]:
-    """Names and places of the images, in natural order as timm's reader has it, and sentences on what is left out."""
-    images: list[tuple[str, Place]] = []
+def _choose_images(found: Iterable[_Found], endings: tuple[str, ...]) -> tuple[list[_Found], list[str]]:
+    """The images, in natural order as timm's reader has it, and sentences on what is left out."""
+    images: list[_Found] = []
     litter: Counter[str] = Counter()
     others: Counter[str] = Counter()
     for name, place in found:
@@ -147,7 +147,7 @@ def _choose_images(
     notes = [f'Left out {counts.total():,} {what}: {_enumerate(counts)}.' for counts, what in (
         (litter, 'files that systems and programs leave behind'), (others, "files without an image's ending"),
     ) if counts]
-    return [name for name, _ in images], [place for _, place in images], notes
+    return images, notes
 
 
 def _enumerate(counts: Counter[str], limit: int = 5) -> str:
@@ -170,24 +170,28 @@ def _check_nesting(names: Sequence[str], root: Path) -> None:
                                   f'GROUP/CLASS/IMAGE: name the folder of the classes with --data-dir.')
 
 
-def _labelled(root: Path, names: list[str], places: list[Place], class_map: str, notes: list[str]) -> DataSplit:
+def _labelled(root: Path, images: list[_Found], class_map: str, notes: list[str]) -> DataSplit:
     """Label images by their folders' names, in natural order as timm's reader does, or in that of a class map."""
-    folders = [posixpath.basename(posixpath.dirname(name)) for name in names]
-    classes = _read_class_map(class_map, root) if class_map else sorted(set(folders), key=natural_key)
+    folders = Counter(_class_folder(name) for name, _ in images)
+    classes = _read_class_map(class_map, root) if class_map else sorted(folders, key=natural_key)
     index = {name: label for label, name in enumerate(classes)}
-    unknown = Counter(folder for folder in folders if folder not in index)
-    if unknown.total() == len(names):
-        raise EvaluationError(f'--class-map {class_map} must name class folders, such as {folders[0]}, got '
+    unknown = Counter({folder: count for folder, count in folders.items() if folder not in index})
+    if unknown.total() == len(images):
+        raise EvaluationError(f'--class-map {class_map} must name class folders, such as {next(iter(folders))}, got '
                               f'{classes[0]} and so on. Correct the file.')
     if unknown:
         notes = [*notes, f'Left out {unknown.total():,} images in {len(unknown)} folders that --class-map does not '
                          f'name: {_enumerate(unknown)}.']
-        kept = [i for i, folder in enumerate(folders) if folder in index]
-        names, places = [names[i] for i in kept], [places[i] for i in kept]
-        folders = [folders[i] for i in kept]
-    labels = [index[folder] for folder in folders]
-    return DataSplit(Images(Files(root, places, labels), names), tuple(classes), np.array(labels, np.int64),
-                     tuple(names), sorted_names=not class_map, notes=tuple(notes))
+        images = [image for image in images if _class_folder(image[0]) in index]
+    names = tuple(name for name, _ in images)
+    labels = [index[_class_folder(name)] for name in names]
+    dataset = Images(Files(root, [place for _, place in images], labels), names)
+    return DataSplit(dataset, tuple(classes), np.array(labels, np.int64), names, sorted_names=not class_map,
+                     notes=tuple(notes))
+
+
+def _class_folder(name: str) -> str:
+    return posixpath.basename(posixpath.dirname(name))
 
 
 def _read_class_map(file: str, root: Path) -> list[str]:
