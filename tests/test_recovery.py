@@ -173,6 +173,7 @@ def test_another_teacher_may_be_named(out, photo_folder, tmp_path):
 
 BAD = {
     'nothing': 'must name the folder that `timm-geoprior convert` wrote, since the recipe warm_tin200 is taught by',
+    'model': '--model must be left out with the folder',
     'missing': 'must name the folder that `timm-geoprior convert` wrote, since the recipe warm_tin200 is taught by',
     'no results': 'must be a folder that `timm-geoprior convert` wrote, got one without results.json. Check',
     'no weights': 'must be a folder that `timm-geoprior convert` wrote, got one without model.safetensors. Check',
@@ -193,7 +194,9 @@ def test_bad_input_is_one_sentence(case, out, photo_folder, flat, hub, tmp_path,
     folder = Path(shutil.copytree(out, tmp_path / 'out'))
     data, more = photo_folder, []
     results, written = (json.loads((folder / name).read_text()) for name in ('results.json', 'config.json'))
-    if case == 'missing':
+    if case == 'model':
+        more = ['--model', 'resnet50']
+    elif case == 'missing':
         folder = tmp_path / 'nowhere'
     elif case in ('no results', 'no weights'):
         (folder / {'no results': 'results.json', 'no weights': 'model.safetensors'}[case]).unlink()

@@ -85,6 +85,9 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
         device=args.device, workers=args.workers, finetune=args.finetune, resume=args.resume or restarted,
         save_every=args.save_every, max_corrupt=args.max_corrupt, command=resuming_command())
     try:
+        if args.model and args.finetune and Path(args.finetune).is_dir():
+            raise GeoPriorError(f'--model must be left out with the folder {args.finetune}, which names its own, got '
+                                f'{args.model}.')
         recipe = load_recipe(args.recipe, args.set + ([f'model={args.model}'] if args.model else []))
         results = train(recipe, config)
     except GeoPriorError as error:
