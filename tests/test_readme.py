@@ -99,7 +99,7 @@ def test_the_pages_build_without_a_warning(tmp_path):
     built = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
     assert built.returncode == 0, built.stderr
-    assert 'A first publication needs from its owner' in (tmp_path / 'publishing' / 'index.html').read_text()
+    assert 'For a first publication you need' in (tmp_path / 'publishing' / 'index.html').read_text()
     assert 'log_radius' in (tmp_path / 'api' / 'index.html').read_text()
 
 
