@@ -13,10 +13,9 @@ from PIL import Image
 from timm.data import create_dataset
 
 from timm_geoprior.data.batches import FolderLoader, LoaderConfig
-from timm_geoprior.data.dataset import DataOptions, DataSplit, fingerprint
+from timm_geoprior.data.dataset import DataOptions, DataSplit, fingerprint, open_split
 from timm_geoprior.data.listing import ilsvrc_val_labels, unpacked
 from timm_geoprior.data.memory import decode_images
-from timm_geoprior.data.opening import open_split
 from timm_geoprior.data.preflight import check_data
 from timm_geoprior.data.reading import read_image, read_item
 from timm_geoprior.errors import EvaluationError

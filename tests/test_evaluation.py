@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from timm_geoprior.data.dataset import open_split
 from timm_geoprior.data.listing import ilsvrc_val_labels, unpacked
-from timm_geoprior.data.opening import open_split
 from timm_geoprior.data.preflight import check_data, empty_folders, image_fault, repeated_classes
 from timm_geoprior.errors import ClassMismatchError, EvaluationError, GeoPriorError
 from timm_geoprior.evaluation.classes import match_classes

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import transfer as module
-from timm_geoprior.data.opening import open_split
+from timm_geoprior.data.dataset import open_split
 from timm_geoprior.errors import EvaluationError
 from transfer import Transfer, TransferError, choose_penalty, draw_labels, fit_linear, knn, transfer, write_transfer
 

@@ -24,7 +24,7 @@ from conversion_variants import removal
 from timm_geoprior.conversion import job, regression, state_dict
 from timm_geoprior.conversion.comparison import class_indices, compare
 from timm_geoprior.conversion.images import ImageSets, PreparedImages
-from timm_geoprior.data.opening import open_split
+from timm_geoprior.data.dataset import open_split
 from timm_geoprior.evaluation.metrics import wilson_interval
 from timm_geoprior.evaluation.models import LoadedModel, load_model
 from timm_geoprior.files import write_json

@@ -43,8 +43,7 @@ from tqdm import tqdm
 import timm_geoprior  # noqa: F401  (registers the models)
 from compare import distinct, paired_interval
 from timm_geoprior.data.batches import generator, seed_everything
-from timm_geoprior.data.dataset import DataSplit, fingerprint
-from timm_geoprior.data.opening import open_split
+from timm_geoprior.data.dataset import DataSplit, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
 from timm_geoprior.data.splits import hold_out_share
 from timm_geoprior.distributed import find_device

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.batches import generator, init_worker
-from ..data.dataset import DataOptions, DataSplit
-from ..data.opening import open_split
+from ..data.dataset import DataOptions, DataSplit, open_split
 from ..data.reading import read_item
 from ..errors import EvaluationError, GeoPriorError, ImageError
 

@@ -1,9 +1,8 @@
 """Images and their labels, for training, evaluation and conversion alike.
 
-- `opening.py`: `open_split` opens a folder, an archive, WebDataset shards, or a Hugging Face data set;
+- `dataset.py`: `open_split` opens a folder, an archive, WebDataset shards, or a Hugging Face data set;
 - `listing.py`: which images a folder or an archive has, and the class of each;
 - `splits.py`: names of splits, and training images that are held out;
-- `dataset.py`: what an opened split is;
 - `preflight.py`: what is wrong with it, before any time is spent;
 - `reading.py`: the one reader of pictures, which `classify` uses too;
 - `batches.py`: what all loaders need (seeds, signals), and training batches from files;

@@ -1,6 +1,5 @@
 """Which images are in a folder or an archive, and which class each of them has."""
 import contextlib
-import dataclasses
 import functools
 import lzma
 import os
@@ -11,6 +10,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -21,15 +21,39 @@ from timm.utils import natural_key
 
 from ..errors import EvaluationError
 from ..files import first_line
-from .dataset import DataOptions, DataSplit, Files, Images, Place
 from .reading import EXTENSIONS, LITTER
 from .splits import SPLITS, folders_of_split, names_of_split
 
-__all__ = ['ILSVRC_FILE', 'ilsvrc_val_labels', 'list_archive', 'open_folder', 'unpacked']
+__all__ = ['ILSVRC_FILE', 'DataOptions', 'Listing', 'Place', 'ilsvrc_val_labels', 'list_archive', 'list_images',
+           'unpacked']
 
 ILSVRC_FILE = re.compile(r'ILSVRC2012_val_(\d{8})(_n\d{8})?\.JPEG')
 ILSVRC_ARCHIVE = 'ILSVRC2012_img_val.tar'
+Place = str | tuple[str, int, int]  # a file, or file, offset and size of a part of one
 _Found = tuple[str, Place]  # the name of a file inside the data set, and where it is
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a data set is read; the names are those of timm's `create_dataset`."""
+    class_map: str = ''  # text file with the names of the class folders, one per line, in the order of the classes
+    num_samples: int | None = None  # number of images, where a stream does not tell it
+    input_key: str = ''  # column or key of the image; for folders, endings of image files, such as '.jpg;.bmp'
+    target_key: str = ''  # column or key of the class
+    download: bool = False  # allow timm to download the data set
+    labelled: bool = True  # refuse a folder whose images are not in class folders; else they have no class
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a folder or an archive; the fields that `DataSplit` has too mean the same there."""
+    root: Path
+    places: list[Place]
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    names: tuple[str, ...]
+    sorted_names: bool
+    notes: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -72,7 +96,8 @@ def _is_plain_tar(path: Path) -> bool:
         return False
 
 
-def open_folder(root: Path, split: str, options: DataOptions) -> DataSplit:
+def list_images(root: Path, split: str, options: DataOptions) -> Listing:
+    """List the images of a split, as `open_split` has it, and label them."""
     archive = root / ILSVRC_ARCHIVE
     found: Iterable[_Found]
     if root.is_dir():
@@ -96,8 +121,8 @@ def open_folder(root: Path, split: str, options: DataOptions) -> DataSplit:
                               f'class. Check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
     if options.labelled:
         _check_nesting([name for name, _ in images], root)
-    data = _with_ilsvrc_labels(_labelled(root, images, options.class_map, notes), options.labelled)
-    return dataclasses.replace(data, notes=(*data.notes, *_missing_of_ilsvrc(data.names)))
+    listed = _with_ilsvrc_labels(_labelled(root, images, options.class_map, notes), options.labelled)
+    return replace(listed, notes=(*listed.notes, *_missing_of_ilsvrc(listed.names)))
 
 
 def _list_folder(root: Path) -> Iterator[_Found]:
@@ -170,7 +195,7 @@ def _check_nesting(names: Sequence[str], root: Path) -> None:
                                   f'GROUP/CLASS/IMAGE: name the folder of the classes with --data-dir.')
 
 
-def _labelled(root: Path, images: list[_Found], class_map: str, notes: list[str]) -> DataSplit:
+def _labelled(root: Path, images: list[_Found], class_map: str, notes: list[str]) -> Listing:
     """Label images by their folders' names, in natural order as timm's reader does, or in that of a class map."""
     folders = Counter(_class_folder(name) for name, _ in images)
     classes = _read_class_map(class_map, root) if class_map else sorted(folders, key=natural_key)
@@ -183,11 +208,9 @@ def _labelled(root: Path, images: list[_Found], class_map: str, notes: list[str]
         notes = [*notes, f'Left out {unknown.total():,} images in {len(unknown)} folders that --class-map does not '
                          f'name: {_enumerate(unknown)}.']
         images = [image for image in images if _class_folder(image[0]) in index]
-    names = tuple(name for name, _ in images)
-    labels = [index[_class_folder(name)] for name in names]
-    dataset = Images(Files(root, [place for _, place in images], labels), names)
-    return DataSplit(dataset, tuple(classes), np.array(labels, np.int64), names, sorted_names=not class_map,
-                     notes=tuple(notes))
+    labels = np.array([index[_class_folder(name)] for name, _ in images], np.int64)
+    return Listing(root, [place for _, place in images], tuple(classes), labels, tuple(name for name, _ in images),
+                   sorted_names=not class_map, notes=tuple(notes))
 
 
 def _class_folder(name: str) -> str:
@@ -228,23 +251,22 @@ def _ilsvrc_numbers(names: Iterable[str]) -> NDArray[np.int64]:
     return np.where(numbers <= len(ilsvrc_val_labels()), numbers, 0)
 
 
-def _with_ilsvrc_labels(data: DataSplit, labelled: bool = True) -> DataSplit:
+def _with_ilsvrc_labels(listed: Listing, labelled: bool) -> Listing:
     """Label ILSVRC's validation images by their numbers where no class folders do it."""
-    if len(data.classes) > 1 or re.fullmatch(r'n\d{8}', data.classes[0]):
-        return data
-    numbers = _ilsvrc_numbers(data.names)
+    if len(listed.classes) > 1 or re.fullmatch(r'n\d{8}', listed.classes[0]):
+        return listed
+    numbers = _ilsvrc_numbers(listed.names)
     if not numbers.all():
-        name = data.names[int(np.argmin(numbers != 0))]
+        name = listed.names[int(np.argmin(numbers != 0))]
         if '/' in name and not ILSVRC_FILE.fullmatch(posixpath.basename(name)):  # one class, in a folder of its own
-            return data
+            return listed
         if not labelled:
-            return dataclasses.replace(data, classes=(), labels=np.full_like(data.labels, -1), sorted_names=False)
+            return replace(listed, classes=(), labels=np.full_like(listed.labels, -1), sorted_names=False)
         raise EvaluationError(f'{name} must lie in a folder of its class, or be one of ILSVRC2012_val_00000001.JPEG to '
                               f'00050000.JPEG. Sort the images into one folder per class.')
     wnids = ImageNetInfo('imagenet-1k').label_names()
     present, labels = np.unique(ilsvrc_val_labels()[numbers - 1], return_inverse=True)
-    return dataclasses.replace(data, classes=tuple(wnids[label] for label in present), labels=labels,
-                               sorted_names=False)
+    return replace(listed, classes=tuple(wnids[label] for label in present), labels=labels, sorted_names=False)
 
 
 def _missing_of_ilsvrc(names: Sequence[str]) -> list[str]:

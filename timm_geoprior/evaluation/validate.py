@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from timm.utils import ParseKwargs
 
-from ..data.dataset import DataOptions, DataSplit, fingerprint
+from ..data.dataset import DataOptions, DataSplit, fingerprint, open_split
 from ..data.listing import unpacked
-from ..data.opening import open_split
 from ..data.preflight import check_data
 from ..distributed import find_device, joined
 from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError

@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from timm.models import save_for_hf
 
-from ..data.dataset import DataSplit
-from ..data.opening import open_split
+from ..data.dataset import DataSplit, open_split
 from ..data.preflight import check_data
 from ..data.reading import EXTENSIONS
 from ..data.splits import SPLITS, folders_of_split

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
 from ..data.batches import FolderLoader, LoaderConfig, init_worker
-from ..data.dataset import DataOptions, DataSplit, Files
+from ..data.dataset import DataOptions, DataSplit, Files, open_split
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
-from ..data.opening import open_split
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages, read_item
 from ..data.splits import hold_out, hold_out_share
