@@ -1,4 +1,5 @@
 """What the README says holds: its code runs, its commands exist."""
+import functools
 import json
 import os
 import re
@@ -22,8 +23,8 @@ BLOCKS = [(name, language, text.strip()) for name, page in PAGES.items() for lan
           re.findall(r'^ *```(\w+)\n(.*?)^ *```$', page, flags=re.DOTALL | re.MULTILINE)]
 PYTHON = [(name, text) for name, language, text in BLOCKS if language == 'python']
 SHELL = [text for name, language, text in BLOCKS if (name, language) == ('README.md', 'bash')]
-SCRIPTS = [command for _, language, text in BLOCKS if language == 'bash'
-           for command in re.findall(r'scripts/[\w/]+\.py(?:.*\\\n)*.*', text)]
+COMMANDS = [command for _, language, text in BLOCKS if language == 'bash'
+            for command in re.findall(r'(?:scripts/[\w/]+\.py|timm-geoprior \w+)(?:.*\\\n)*.*', text)]
 
 
 @pytest.fixture(scope='module')
@@ -82,13 +83,18 @@ def test_every_command_is_there(capsys):
         assert set(re.findall(r'--[\w-]+', described)) - {'--help'} == set(re.findall(r'--[\w-]+', row)), row
 
 
-@pytest.mark.parametrize('line', SCRIPTS)
-def test_scripts_take_what_is_written(line):
-    script, *arguments = line.replace('\\\n', ' ').split()
-    described = subprocess.run([sys.executable, script, '--help'], cwd=ROOT, capture_output=True, text=True, check=True)
-    for argument in arguments:
-        if argument.startswith('--'):
-            assert argument in described.stdout
+@functools.cache
+def help_of(command):
+    command = ['-m', 'timm_geoprior', command[14:]] if command.startswith('timm-geoprior ') else [command]
+    return subprocess.run(
+        [sys.executable, *command, '--help'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize('line', COMMANDS)
+def test_commands_take_what_is_written(line):
+    command, arguments = re.fullmatch(r'(timm-geoprior \w+|\S+)(.*)', line, flags=re.DOTALL).groups()
+    if command != 'timm-geoprior run':  # which passes its arguments on
+        assert set(re.findall(r'(?<!\S)--[\w-]+', arguments)) <= set(re.findall(r'--[\w-]+', help_of(command)))
 
 
 def test_the_pages_build_without_a_warning(tmp_path):
