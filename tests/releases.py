@@ -24,7 +24,7 @@ from timm_geoprior.files import write_csv
 from timm_geoprior.pretrained import cfgs, manifest
 from timm_geoprior.pretrained.cfgs import pretrained_cfgs
 from timm_geoprior.pretrained.manifest import Manifest, ModelEntry, load_manifest
-from timm_geoprior.release.publish import read_staged, stage
+from timm_geoprior.release.staging import Evidence, read_staged, stage
 from timm_geoprior.training.checkpoint import read_weights
 from timm_geoprior.training.report import plot_history
 
@@ -63,9 +63,9 @@ def make_run(folder: Path) -> Path:
 def stage_run(run: Path, folder: Path) -> Path:
     """Stage its averaged weights, with the figures that scripts/validate.py would have measured."""
     checkpoint = read_weights(run / 'last.pt')
-    entry = stage(planned(), checkpoint, folder, run=run)
+    entry = stage(planned(), checkpoint, folder, Evidence(run=run))
     write_results(run / 'val.json', str(entry.sha256))
-    stage(planned(), checkpoint, folder, run / 'val.json', run=run)
+    stage(planned(), checkpoint, folder, Evidence(run / 'val.json', run=run))
     return folder
 
 

@@ -27,7 +27,7 @@ from timm_geoprior.release.cards import (
     runs_table,
     update_readme,
 )
-from timm_geoprior.release.publish import read_staged
+from timm_geoprior.release.staging import read_staged
 
 ROOT = manifest_path().parent
 

@@ -21,7 +21,7 @@ from timm_geoprior.conversion.images import open_images
 from timm_geoprior.conversion.state_dict import convert_state_dict
 from timm_geoprior.data.dataset import open_split
 from timm_geoprior.evaluation.models import load_model
-from timm_geoprior.release.publish import stage
+from timm_geoprior.release.staging import stage
 from timm_geoprior.training.checkpoint import read_weights
 
 COMMAND = [sys.executable, '-m', 'timm_geoprior', 'convert']

@@ -26,7 +26,8 @@ from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.manifest import SOURCES, ManifestError, Metric, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import doctor, verify_tags
 from timm_geoprior.release.pin import PinError, pin_sources, write_published_results
-from timm_geoprior.release.publish import PublishError, record_results, stage
+from timm_geoprior.release.publish import record_results
+from timm_geoprior.release.staging import PublishError, stage
 from timm_geoprior.training.checkpoint import SavedModel
 
 LARGE, TAG, REPO = 'geoprior_resnet50', 'geoprior_resnet50.from_a1_in1k', 'timm/resnet50.a1_in1k'
@@ -390,7 +391,7 @@ def test_measured_figures_are_recorded_until_the_bytes_change(published, hub, ma
     entry = load_manifest().get(TAG)
     with pytest.raises(PublishError, match=f'must have figures of the weights with sha256 {entry.sha256}'):
         record_results(entry, results(tmp_path / 'a.json', '0' * 64), manifest)
-    with pytest.raises(PublishError, match='was measured with crop_pct = 0.875'):
+    with pytest.raises(PublishError, match='crop_pct in .* must be that of .*, got 0.875'):
         record_results(entry, results(tmp_path / 'a.json', entry.sha256, crop_pct=0.875), manifest)
     with pytest.raises(PublishError, match='Only figures of converted tags'):
         record_results(load_manifest().get('geoprior_resnet14_nano'), tmp_path / 'a.json', manifest)

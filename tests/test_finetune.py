@@ -18,7 +18,7 @@ from PIL import Image
 from timm_geoprior.cli import main
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.pretrained.manifest import load_manifest
-from timm_geoprior.release.publish import release_tensors
+from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
 from timm_geoprior.training.finetune import Splits, find_splits, plot_confusion, rate_factor, unused_folders
 

@@ -25,14 +25,8 @@ from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.pretrained.loading import load_golden, load_verified
 from timm_geoprior.pretrained.manifest import ManifestError, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import golden_error
-from timm_geoprior.release.publish import (
-    PublishError,
-    bundle,
-    export_weights,
-    push,
-    read_staged,
-    stage,
-)
+from timm_geoprior.release.publish import bundle, push
+from timm_geoprior.release.staging import Evidence, PublishError, export_weights, read_staged, stage
 from timm_geoprior.training.checkpoint import SavedModel, read_weights
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +92,7 @@ def test_any_name_of_a_recipe_fits_into_the_file(tmp_path, recipe):
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e5])
 def test_values_that_float16_cannot_hold_are_refused(tmp_path, value):
-    with pytest.raises(PublishError, match='w has values that are not finite as torch.float16'):
+    with pytest.raises(PublishError, match='values of w must be finite as torch.float16'):
         export_weights({'w': torch.full((2, 2), value)}, tmp_path / 'a.safetensors', {})
     assert list(tmp_path.iterdir()) == []
 
@@ -151,12 +145,12 @@ def test_experiments_go_into_the_card(run_folder, tmp_path):
     for content, reason in ((None, 'No such file or directory'), (b'\xff\xfe', 'it is not UTF-8')):
         if content:
             found.write_bytes(content)
-        with pytest.raises(PublishError, match=rf'comparison.md cannot be read \({reason}\), expected a Markdown file'):
-            stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=[found])
+        with pytest.raises(PublishError, match=rf'comparison.md cannot be read \({reason}\)\. Name a Markdown file'):
+            stage(planned(), checkpoint, tmp_path / 'nano', Evidence(run=run_folder, experiments=[found]))
         assert not (tmp_path / 'nano').exists()
     found.write_text('| variant | mean |\n| --- | ---: |\n| prior | 12.50 |\n')
     (more := tmp_path / 'more.md').write_text('Six seeds.\n')
-    stage(planned(), checkpoint, tmp_path / 'nano', run=run_folder, experiments=[found, more])
+    stage(planned(), checkpoint, tmp_path / 'nano', Evidence(run=run_folder, experiments=[found, more]))
     assert f'## Experiments\n\n{found.read_text()}\nSix seeds.\n\n## ' in (tmp_path / 'nano' / 'README.md').read_text()
 
 
@@ -171,8 +165,8 @@ def write_baseline(path, preprocessing=(), **counts):
 
 def test_the_baseline_is_the_figure_of_the_same_precision(staged, run_folder, tmp_path):
     write_baseline(tmp_path / 'plain.json')
-    entry = stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
-                  tmp_path / 'plain.json', run_folder)
+    entry = stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'nano',
+                  Evidence(run_folder / 'val.json', tmp_path / 'plain.json', run_folder))
     assert (entry.baseline.architecture, entry.baseline.parameters) == ('resnet14t', 123)
     assert (entry.baseline.metric.top1_correct, entry.baseline.metric.img_size) == (5000, 64)
     card = (tmp_path / 'nano' / 'README.md').read_text(encoding='utf-8')
@@ -180,16 +174,16 @@ def test_the_baseline_is_the_figure_of_the_same_precision(staged, run_folder, tm
 
 
 @pytest.mark.parametrize(('preprocessing', 'counts', 'message'), [
-    ({'crop_pct': 0.95}, {}, r'measured with crop_pct = 0.95, expected that of .*: measure .* with --crop-pct 1.0\.'),
+    ({'crop_pct': 0.95}, {}, r'crop_pct in .* must be that of .*, 1.0, got 0.95. Measure .* with --crop-pct 1.0\.'),
     ({'interpolation': 'bicubic'}, {}, 'with --interpolation bilinear'),
-    ({'input_size': (3, 224, 224)}, {}, r'input_size = \[3, 224, 224\], .* with --input-size 3 64 64'),
-    ({}, {'num_images': 9_999}, 'no figure of 10,000 images of validation in float32'),
+    ({'input_size': (3, 224, 224)}, {}, r'got \[3, 224, 224\]\. .* with --input-size 3 64 64'),
+    ({}, {'num_images': 9_999}, 'must have a figure of 10,000 images of validation in float32'),
 ])
 def test_a_baseline_measured_otherwise_is_refused(staged, run_folder, tmp_path, preprocessing, counts, message):
     write_baseline(tmp_path / 'plain.json', preprocessing, **counts)
     with pytest.raises(PublishError, match=message):
-        stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'nano', run_folder / 'val.json',
-              tmp_path / 'plain.json', run_folder)
+        stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'nano',
+              Evidence(run_folder / 'val.json', tmp_path / 'plain.json', run_folder))
     assert not (tmp_path / 'nano').exists()
 
 
@@ -198,7 +192,7 @@ def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
     (tmp_path / 'nano' / 'old.txt').touch()
     checkpoint = read_weights(run_folder / 'last.pt')
     named = altered(checkpoint, model_name=f'{checkpoint.model_name}.of_any_tag')  # as recipes for ImageNet name it
-    stage(planned(), named, tmp_path / 'nano', run_folder / 'val.json', run=run_folder)
+    stage(planned(), named, tmp_path / 'nano', Evidence(run_folder / 'val.json', run=run_folder))
     assert files(tmp_path / 'nano') == files(staged)
     assert all((tmp_path / 'nano' / name).read_bytes() == (staged / name).read_bytes() for name in files(staged))
 
@@ -212,22 +206,22 @@ def alter_results(path, **changes):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda c, run: altered(c, model_name='geoprior_resnet50'), 'of geoprior_resnet50, expected geoprior_resnet14'),
+    (lambda c, run: altered(c, model_name='geoprior_resnet50'), 'must be of geoprior_resnet14_nano, got one of'),
     (lambda c, run: altered(c, model_kwargs={'attn_kernel': 'laplacian'}), 'trained with attn_kernel'),
     (lambda c, run: altered(c, state_dict={'fc.weight': torch.ones(2, 2)}), 'does not fit .*Missing key'),
     (lambda c, run: altered(c, state_dict={**c.state_dict, 'more': torch.ones(1)}), 'does not fit .*more'),
     (lambda c, run: altered(c, state_dict={k: v * 1e30 for k, v in c.state_dict.items()}), 'not finite'),
     (lambda c, run: write_results(run / 'val.json', '0' * 64), 'must have figures of the weights with sha256'),
     (lambda c, run: alter_results(run / 'val.json', preprocessing={**asdict(planned().input), 'crop_pct': 0.875}),
-     r'crop_pct = 0.875, expected that of .*: measure the staged model.safetensors again with --crop-pct 1\.0'),
+     r'crop_pct in .* got 0.875. Measure the staged model.safetensors again with --crop-pct 1\.0'),
     (lambda c, run: alter_results(run / 'val.json', problems=['3 of 10,000 images were left out.']),
-     r'is not of the whole set \(3 of 10,000 images were left out\), expected all its'),
+     r'must be of all classes and images of the set, got a part \(3 of 10,000 images were left out\)\.'),
     (lambda c, run: alter_results(run / 'val.json', classes={'competing': [0, 1]}), '2 classes competed, not 200'),
-    (lambda c, run: alter_results(run / 'val.json', results=[]), 'no results file .ValueError: it has no figures'),
-    (lambda c, run: (run / 'val.json').write_text('[]'), 'no results file .ValueError: it has no figures'),
-    (lambda c, run: (run / 'val.json').write_text('{}'), 'no results file .KeyError'),
-    (lambda c, run: (run / 'val.json').unlink(), 'no results file .FileNotFoundError'),
-    (lambda c, run: (run / 'results.json').unlink(), 'no results.json of a finished run'),
+    (lambda c, run: alter_results(run / 'val.json', results=[]), 'a results file .*ValueError: it has no figures'),
+    (lambda c, run: (run / 'val.json').write_text('[]'), 'must be a results file .*ValueError: it has no figures'),
+    (lambda c, run: (run / 'val.json').write_text('{}'), 'must be a results file .*KeyError'),
+    (lambda c, run: (run / 'val.json').unlink(), 'must be a results file .*FileNotFoundError'),
+    (lambda c, run: (run / 'results.json').unlink(), 'must hold the results.json of a finished run'),
 ])
 def test_what_cannot_be_staged_leaves_nothing(staged, run_folder, tmp_path, change, message):
     # `staged` has measured: the figures are in val.json
@@ -238,21 +232,22 @@ def test_what_cannot_be_staged_leaves_nothing(staged, run_folder, tmp_path, chan
     (tmp_path / 'out').mkdir()
     with pytest.raises(PublishError, match=message):
         stage(planned(), changed if isinstance(changed, SavedModel) else checkpoint, tmp_path / 'out' / 'nano',
-              run / 'val.json', run=run)
+              Evidence(run / 'val.json', run=run))
     assert list((tmp_path / 'out').iterdir()) == []
 
 
 def test_a_folder_of_something_else_is_left_alone(run_folder, tmp_path):
     (tmp_path / 'photos').mkdir()
-    with pytest.raises(PublishError, match='is no staged folder'):
+    with pytest.raises(PublishError, match='which is no staged folder'):
         stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'photos')
     assert list(tmp_path.iterdir()) == [tmp_path / 'photos']
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
-    ('model.safetensors', b'changed', r'sha256 \w+, expected'), ('golden/outputs.safetensors', b'changed', 'sha256'),
-    ('results.json', b'{}', 'is no staged folder'), ('results.json', None, 'is no staged folder'),
-    ('model.safetensors', None, 'is no staged folder'),
+    ('model.safetensors', b'changed', r'must have the sha256 \w+, got'),
+    ('golden/outputs.safetensors', b'changed', 'sha256'),
+    ('results.json', b'{}', 'must be a staged folder'), ('results.json', None, 'must be a staged folder'),
+    ('model.safetensors', None, 'must be a staged folder'),
 ])
 def test_a_changed_folder_is_not_released(staged, tmp_path, manifest, name, content, message):
     folder = tmp_path / 'nano'
@@ -302,8 +297,8 @@ def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights_dir
 def test_other_weights_keep_nothing_of_the_old_ones(staged, manifest, weights_dir, run_folder, tmp_path):
     """Neither figures nor where they are from, where the file itself does not say."""
     write_baseline(tmp_path / 'plain.json')
-    first = stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'first', run_folder / 'val.json',
-                  tmp_path / 'plain.json', run_folder)
+    first = stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'first',
+                  Evidence(run_folder / 'val.json', tmp_path / 'plain.json', run_folder))
     entry = bundle(tmp_path / 'first', manifest)
     assert first.baseline
     assert entry.train_log
@@ -515,7 +510,7 @@ def test_other_bytes_that_come_back(hub, staged, manifest, login):
 
 
 def test_a_push_needs_a_token_that_may_write(hub, staged, manifest, monkeypatch):
-    with pytest.raises(PublishError, match='There is no token.*hf auth login'):
+    with pytest.raises(PublishError, match='No Hub token found. Run `hf auth login`'):
         push(staged, 'owner/nano', manifest_file=manifest)
     assert hub.requests == []
     monkeypatch.setenv('HF_TOKEN', 'hf_readtoken')
@@ -583,7 +578,7 @@ def test_script_says_what_is_wrong(manifest, tmp_path, monkeypatch, capsys):
         for arguments, message in (
                 ((NANO, tmp_path / 'no.pt', '--output', tmp_path / 'out'), 'no.pt'),
                 (('resnet50', tmp_path / 'no.pt', '--output', tmp_path / 'out'), "got 'resnet50'"),
-                ((NANO, '--output', tmp_path / 'out', '--push', 'owner/nano'), 'is no staged folder')):
+                ((NANO, '--output', tmp_path / 'out', '--push', 'owner/nano'), 'must be a staged folder')):
             assert script(monkeypatch, *arguments) == 1
             said = capsys.readouterr().err
             assert said.startswith('publish: ')

@@ -10,7 +10,7 @@ import yaml
 
 from timm_geoprior.data.memory import decode_images
 from timm_geoprior.errors import GeoPriorError
-from timm_geoprior.release.publish import release_tensors
+from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
 from timm_geoprior.training.loaders import open_images
 from timm_geoprior.training.recipe import RunConfig, make_recipe

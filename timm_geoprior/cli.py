@@ -39,7 +39,7 @@ _COMMANDS: dict[str, _Command] = {}
 _MODULES = {
     'train': ('training.train', 'train a model by a recipe'),
     'validate': ('evaluation.validate', 'measure the accuracy of any timm model, or of a checkpoint'),
-    'publish': ('release.command', 'stage, bundle or push trained weights'),
+    'publish': ('release.publish', 'stage, bundle or push trained weights'),
 }
 
 

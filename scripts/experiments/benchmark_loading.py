@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from benchmark import summarize
 from timm_geoprior.pretrained import cfgs, manifest
 from timm_geoprior.pretrained.manifest import Golden, ManifestError, ModelEntry, load_manifest
-from timm_geoprior.release.publish import export_weights
+from timm_geoprior.release.staging import export_weights
 
 
 def bundle_random_weights(entry: ModelEntry, folder: Path) -> ModelEntry:

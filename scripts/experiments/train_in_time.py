@@ -29,7 +29,7 @@ import torch
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.errors import GeoPriorError, message_of
-from timm_geoprior.release.publish import release_tensors
+from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from timm_geoprior.training.engine import Trainer
 from timm_geoprior.training.loaders import open_images

@@ -29,7 +29,7 @@ from ..files import file_sha256, first_line, write_json
 from ..geoprior_resnet import GeoPriorResNet
 from ..progress import Progress
 from ..provenance import git_commit, hardware, versions
-from ..release.publish import release_tensors
+from ..release.staging import release_tensors
 from ..training.checkpoint import read_weights
 from .closed_form import fit_layer
 from .comparison import class_indices, compare

@@ -1,0 +1,386 @@
+"""From a checkpoint to a staged folder, which is the Hub repository before it is one.
+
+It holds the weights as they are released, golden outputs, config.json, the manifest's entry in results.json, a model
+card and the run's log.
+"""
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..errors import GeoPriorError
+from ..files import file_sha256, write_atomically
+from ..pretrained.cfgs import bundled_path, hub_config
+from ..pretrained.loading import load_golden
+from ..pretrained.manifest import (
+    Baseline,
+    Golden,
+    Manifest,
+    Metric,
+    ModelEntry,
+    TrainLog,
+    load_manifest,
+    parse_entry,
+    to_json,
+)
+from ..pretrained.verify import GOLDEN_TOLERANCES, golden_error
+from ..radii import learned_radii
+from ..training.checkpoint import SavedModel
+from .cards import model_card, plot_radii
+
+__all__ = ['Evidence', 'PublishError', 'check_loads', 'export_weights', 'read_metrics', 'read_staged',
+           'release_tensors', 'stage']
+
+WEIGHTS, RESULTS, TRAIN_LOG, CURVES = 'model.safetensors', 'results.json', 'train_log.csv', 'curves.png'
+GOLDEN = 'golden/outputs.safetensors'  # a second such file beside the weights confuses timm up to 1.0.27
+
+ROUNDING_TOLERANCE = 2e-2  # of the largest logit, for weights rounded to float16
+
+# what a network may be trained with and still be its architecture
+TRAINING_OPTIONS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'attn_radius', 'zero_init_last', 'num_classes'}
+
+
+class PublishError(GeoPriorError):
+    """A model cannot be staged, bundled or pushed; nothing was released."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a staged folder tells besides the weights.
+
+    Attributes:
+        results: What `timm-geoprior validate` measured with the staged weights; without it the figures stay the
+            entry's.
+        baseline: What it measured with the plain network of the same recipe; without it that stays the entry's.
+        run: Folder of the training run, for its log, its summary and its curves.
+        experiments: Markdown files of what else was found with this architecture, for the model card.
+    """
+    results: Path | None = None
+    baseline: Path | None = None
+    run: Path | None = None
+    experiments: Sequence[Path] = ()
+
+
+def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are released: float16, but float32 below two dimensions, where radii and variances keep digits.
+
+    Args:
+        state_dict: Floating-point and integer tensors.
+
+    Returns:
+        Contiguous copies on the CPU.
+
+    Raises:
+        PublishError: A value is not finite, or too large for float16.
+    """
+    released = {}
+    for name, tensor in state_dict.items():
+        dtype = torch.float32 if tensor.ndim < 2 else torch.float16
+        copied = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        if not copied.isfinite().all():
+            raise PublishError(f'The values of {name} must be finite as {dtype}, got some that are not. The training '
+                               f'has diverged: take an earlier checkpoint, or train with a lower lr.')
+        released[name] = copied.contiguous().clone()
+    return released
+
+
+def export_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> str:
+    """Write a release file: the same tensors and metadata always give the same bytes.
+
+    Args:
+        state_dict: Weights, as trained.
+        path: A .safetensors file to write, whole or not at all.
+        metadata: Where the weights are from.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        PublishError: As `release_tensors`.
+    """
+    content = save(release_tensors(state_dict), {'format': 'pt', **metadata})
+    size = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:8 + size])
+    # safetensors writes its metadata in random order
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    # escapes would make a name like größe longer than it is in the file
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the tensors begin at a multiple of eight bytes
+    content = len(text).to_bytes(8, 'little') + text + content[8 + size:]
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+@torch.no_grad()
+def golden_tensors(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Tensor]:
+    """A fixed input, smooth as a picture is, and the logits that the model gives for it in float32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(2, input_size[0], 8, 8, generator=generator)
+    smooth = nn.functional.interpolate(coarse, input_size[1:], mode='bicubic')
+    noise = 0.2 * torch.randn(2, *input_size, generator=generator)
+    images = (smooth + noise).half()  # half the file, and every value exact in float32 too
+    return {'input': images, 'logits': model.eval()(images.float())}
+
+
+def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evidence | None = None) -> ModelEntry:
+    """Make the folder that is the Hub repository.
+
+    Args:
+        entry: The manifest's entry: input, label set, licence, terms, recipe.
+        checkpoint: The weights.
+        folder: Where to; a folder staged there before is replaced, anything else is not.
+        evidence: Figures, the run's log, experiments.
+
+    Returns:
+        The entry with status 'staged', as in the folder's results.json.
+
+    Raises:
+        PublishError: The tag is a converted one, the checkpoint is not of this architecture, the results are of other
+            weights, the baseline's of other images or otherwise prepared ones, the experiments cannot be read, or the
+            folder is something else.
+    """
+    evidence = evidence or Evidence()
+    run = evidence.run
+    if entry.status == 'converted':
+        raise PublishError(f"{entry.name} must be a tag of the manifest's own, got one that is converted from "
+                           f"timm's weights. Give yours a tag in weights_manifest.json.")
+    if folder.exists() and not (folder / RESULTS).exists():
+        raise PublishError(f'The output must be a new folder or one that was staged, got {folder}, which is no staged '
+                           f'folder. Name another.')
+    found = '\n\n'.join(map(_read_markdown, evidence.experiments))
+    model = _released_model(entry, checkpoint)
+    described = replace(
+        entry, recipe=checkpoint.recipe.get('name', entry.recipe),
+        recipe_commit=checkpoint.commit or entry.recipe_commit,
+        seed=checkpoint.seed if checkpoint.seed is not None else entry.seed,
+        train_log=_train_log(run) if run else entry.train_log)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as scratch:
+        new = Path(scratch, folder.name)
+        new.mkdir()
+        staged = _write_weights(described, checkpoint, model, new)
+        if entry.sha256 not in (None, staged.sha256):  # nothing that was measured or said of other weights stays
+            described = replace(
+                described, recipe_commit=checkpoint.commit, seed=checkpoint.seed, metrics=(), baseline=None,
+                train_log=described.train_log if run else None)
+            staged = _write_weights(described, checkpoint, model, new)
+        if evidence.results:
+            staged = replace(staged, metrics=read_metrics(evidence.results, staged))
+        if evidence.baseline:
+            staged = replace(staged, baseline=_read_baseline(evidence.baseline, staged))
+        beside = _copy_logs(staged, run, new)
+        (new / 'config.json').write_text(json.dumps(hub_config(staged), indent=2, ensure_ascii=False), encoding='utf-8')
+        (new / RESULTS).write_text(to_json({'name': staged.name, 'entry': staged}), encoding='utf-8')
+        model_card(staged, load_manifest(), _recipe_text(staged, checkpoint), beside, found).save(new / 'README.md')
+        plot_radii(learned_radii(model, staged.input.input_size), new / 'radii.png')
+        check_loads(staged, new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    return staged
+
+
+def _read_markdown(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
+        raise PublishError(f'{path} cannot be read ({reason}). Name a Markdown file.') from None
+
+
+def _released_model(entry: ModelEntry, checkpoint: SavedModel) -> nn.Module:
+    """The architecture with the weights as they are released."""
+    if checkpoint.model_name.partition('.')[0] not in ('', entry.architecture):
+        raise PublishError(f'The checkpoint for {entry.name} must be of {entry.architecture}, got one of '
+                           f'{checkpoint.model_name}. Name another checkpoint or tag.')
+    if options := set(checkpoint.model_kwargs) - TRAINING_OPTIONS:
+        raise PublishError(f"The checkpoint must be of {entry.architecture} as it is, since a tag's weights must fit "
+                           f'the plain name, got one trained with {", ".join(sorted(options))}. Train without.')
+    model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
+    tensors = release_tensors(checkpoint.state_dict)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise PublishError(f'The checkpoint does not fit {entry.name}: {" ".join(str(error).split())}') from None
+    return model
+
+
+def _write_weights(entry: ModelEntry, checkpoint: SavedModel, model: nn.Module, folder: Path) -> ModelEntry:
+    """Weights and golden outputs, and the entry that describes them."""
+    metadata = {'architecture': entry.architecture, 'tag': entry.tag}
+    metadata |= {key: value for key, value in (('recipe', entry.recipe), ('commit', entry.recipe_commit)) if value}
+    sha256 = export_weights(checkpoint.state_dict, folder / WEIGHTS, metadata)
+    released = entry.has_weights and entry.sha256 == sha256
+    tensors = load_golden(entry) if released else golden_tensors(model, entry.input.input_size)
+    trained = copy.deepcopy(model)
+    trained.load_state_dict(checkpoint.state_dict)
+    error = golden_error(trained, tensors)
+    if not error <= ROUNDING_TOLERANCE:  # nan too
+        raise PublishError(f'float16 must change the logits by at most {ROUNDING_TOLERANCE:.0e} of the largest, got '
+                           f'{error:.1e}. Train again with weight decay, or a lower lr.')
+    golden = save(tensors)
+    (folder / GOLDEN).parent.mkdir(exist_ok=True)
+    write_atomically(folder / GOLDEN, golden)
+    return replace(
+        entry, status='staged', hub_id=None, revision=None, file=WEIGHTS, sha256=sha256,
+        bytes=(folder / WEIGHTS).stat().st_size, dtype='float16',
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        golden=Golden(GOLDEN, hashlib.sha256(golden).hexdigest()))
+
+
+def _copy_logs(entry: ModelEntry, run: Path | None, folder: Path) -> list[str]:
+    """Copy the run's log and curves, or the log of the package's own weights; the names of those there are."""
+    logs = {}
+    if run:
+        logs = {TRAIN_LOG: run / 'summary.csv', CURVES: run / CURVES}
+    elif entry.train_log:
+        logs = {TRAIN_LOG: bundled_path(entry).with_suffix('.train_log.csv')}
+    beside = [name for name, path in logs.items() if path.exists()]
+    for name in beside:
+        shutil.copyfile(logs[name], folder / name)
+    return beside
+
+
+def _recipe_text(entry: ModelEntry, checkpoint: SavedModel) -> str:
+    """The recipe as it was run, else as the package ships it."""
+    if checkpoint.recipe:
+        return yaml.safe_dump(checkpoint.recipe, sort_keys=False, default_flow_style=None)
+    shipped = Path(__file__).parents[1] / 'training' / 'recipes' / f'{entry.recipe}.yaml'
+    return shipped.read_text(encoding='utf-8') if shipped.exists() else ''
+
+
+def check_loads(entry: ModelEntry, folder: Path) -> None:
+    """Find out whether the folder as timm opens it gives the golden logits.
+
+    Raises:
+        PublishError: It does not.
+    """
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    error = golden_error(model, load_file(folder / GOLDEN))
+    if not error <= GOLDEN_TOLERANCES['float32']:
+        raise PublishError(f'The logits of {entry.name} from {folder} must be within '
+                           f'{GOLDEN_TOLERANCES["float32"]:.0e} of the golden ones, as a share of the largest, got '
+                           f'{error:.1e}. Stage it again.')
+
+
+def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], tuple[Metric, ...]]]:
+    """What `timm-geoprior validate` measured: of each network its description and its figures."""
+    dataset = load_manifest().label_sets[entry.label_set].title
+    try:
+        data = json.loads(path.read_text(encoding='utf-8'))
+        measured = [(item, tuple(
+            Metric(dataset, item['data']['split'], row['num_images'], row['top1_correct'], row['top5_correct'],
+                   row['precision'], item['preprocessing']['input_size'][-1], item['software'])
+            for row in item['results'])) for item in (data if isinstance(data, list) else [data])]
+        if not measured or not all(metrics for _, metrics in measured):
+            raise ValueError('it has no figures')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PublishError(f'{path} must be a results file of `timm-geoprior validate` '
+                           f'({type(error).__name__}: {error}). Write one with --results-file.') from None
+    return measured
+
+
+def read_metrics(path: Path, entry: ModelEntry, network: str = f'the staged {WEIGHTS}') -> tuple[Metric, ...]:
+    """Read what `timm-geoprior validate` measured with an entry's weights.
+
+    Args:
+        path: Its results file.
+        entry: The entry, with the hash of the weights.
+        network: What to call them in messages.
+
+    Returns:
+        The figures.
+
+    Raises:
+        PublishError: The file is no results file, or of other weights, of a part of the set, or of images that were
+            prepared otherwise.
+    """
+    for item, metrics in _measurements(path, entry):
+        if item.get('weights', {}).get('sha256') == entry.sha256:
+            _check_measured(path, item, entry, metrics[0].img_size, network)
+            return metrics
+    raise PublishError(f'{path} must have figures of the weights with sha256 {entry.sha256}, got none. Measure '
+                       f'{network} with `timm-geoprior validate`, then name its results.')
+
+
+def _check_measured(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_size: int, network: str) -> None:
+    """Refuse figures of a part of the set, or of images that were prepared otherwise than for the entry.
+
+    The size may be another one, which the figure then says.
+    """
+    part = list(item.get('problems', ()))
+    if competing := item.get('classes', {}).get('competing'):
+        part.append(f'{len(competing)} classes competed, not {entry.num_classes}')
+    if part:
+        raise PublishError(f'{path} must be of all classes and images of the set, got a part '
+                           f'({"; ".join(part).rstrip(".")}). Measure {network} again on all of them.')
+    size = (entry.input.input_size[0], img_size, img_size)
+    for key, value in json.loads(to_json(replace(entry.input, input_size=size))).items():
+        got = item['preprocessing'].get(key)
+        if got != value:
+            words = ' '.join(map(str, value)) if isinstance(value, list) else value
+            raise PublishError(f'{key} in {path} must be that of {entry.name}, {words}, got {got}. Measure {network} '
+                               f'again with --{key.replace("_", "-")} {words}.')
+
+
+def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
+    """The plain network's figure, on the images of the entry's own and prepared as they are.
+
+    timm's plain networks have other crops and interpolations of their own, by which figures differ as well.
+    """
+    (item, metrics), *_ = _measurements(path, entry)
+    own = entry.metrics[0] if entry.metrics else None
+    size = own.img_size if own else entry.input.input_size[-1]
+    _check_measured(path, item, entry, size, 'the plain network')
+    for metric in metrics:
+        if not own or (metric.split, metric.num_images, metric.precision) == (
+                own.split, own.num_images, own.precision):
+            return Baseline(item['model'], item['parameters'], metric)
+    measured = f'{own.num_images:,} images of {own.split} in {own.precision}' if own else 'any images'
+    raise PublishError(f'{path} must have a figure of {measured}, as {entry.name} has, got others. Measure the plain '
+                       f'network by the same command.')
+
+
+def _train_log(run: Path) -> TrainLog:
+    try:
+        results = json.loads((run / 'results.json').read_text(encoding='utf-8'))
+        return TrainLog(results['epochs'], float(results['hours']), results['hardware'], results['versions'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PublishError(f'{run} must hold the results.json of a finished run ({type(error).__name__}: {error}). '
+                           f'Name a checkpoint in a folder that `timm-geoprior train` wrote.') from None
+
+
+def read_staged(folder: Path, manifest: Manifest) -> ModelEntry:
+    """Read the entry of a staged folder, and check its files against it.
+
+    Args:
+        folder: What `stage` made.
+        manifest: The manifest, for the label sets.
+
+    Returns:
+        The entry.
+
+    Raises:
+        PublishError: It is no staged folder, or its files have changed since.
+    """
+    try:
+        data = json.loads((folder / RESULTS).read_text(encoding='utf-8'))
+        entry = parse_entry(data['name'], data['entry'], manifest.label_sets)
+        hashes = {WEIGHTS: entry.sha256, GOLDEN: entry.golden.sha256 if entry.golden else None}
+        for name, wanted in hashes.items():
+            if (got := file_sha256(folder / name)) != wanted:
+                raise PublishError(f'{folder / name} must have the sha256 {wanted}, got {got}. Stage it again.')
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PublishError(f'{folder} must be a staged folder ({type(error).__name__}: {error}). Stage a checkpoint '
+                           f'there first.') from None
+    return entry
