@@ -430,7 +430,7 @@ def test_a_malformed_manifest_is_one_sentence(tmp_path):
     listing = run(sys.executable, '-m', 'timm_geoprior', 'list', cwd=tmp_path)
     assert listing.returncode == 1
     assert listing.stdout == ''
-    assert re.fullmatch(r"timm-geoprior: .* is 'wished for', expected one of .*: restore .*, or install.* again\.\n",
+    assert re.fullmatch(r"timm-geoprior: .* must be one of .*, got 'wished for'\. Restore .*, or install.* again\.\n",
                         listing.stderr)
 
 

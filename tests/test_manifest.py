@@ -85,15 +85,15 @@ def _without_empty(data):
 ], ids=lambda value: json.dumps(value)[:30])
 def test_malformed_entries_are_refused(path, value):
     data = document(**{path: value})
-    with pytest.raises(ManifestError, match='expected') as caught:
+    with pytest.raises(ManifestError, match='must be') as caught:
         parse_manifest(json.dumps(data))
     assert path.split('__')[-1] in str(caught.value) or NANO in str(caught.value)
 
 
 @pytest.mark.parametrize(('text', 'message'), [
-    ('', 'is no JSON'), ('{"schema_version": 1,', 'is no JSON'), ('[]', 'an object'), ('{}', 'schema_version'),
+    ('', 'must be JSON'), ('{"schema_version": 1,', 'must be JSON'), ('[]', 'an object'), ('{}', 'schema_version'),
     (json.dumps({**json.loads(TEXT), 'schema_version': 2}), 'update timm_geoprior'),
-    (json.dumps({**json.loads(TEXT), 'extra': 1}), 'no other keys'),
+    (json.dumps({**json.loads(TEXT), 'extra': 1}), 'A key of .* must be one of schema_version, .*, got .extra.'),
     (json.dumps({**json.loads(TEXT), 'models': []}), 'models'),
     (json.dumps({**json.loads(TEXT), 'models': {'no_tag': document()['models'][NANO]}}), 'architecture.tag'),
     (json.dumps(document(label_set='imagenet-9')), 'imagenet-1k'),
@@ -190,7 +190,7 @@ def test_what_the_file_holds_of_converted_tags(copy):
     assert load_manifest(copy).models == MANIFEST.models
     assert load_manifest(copy).to_json() == copy.read_text(encoding='utf-8')
     for changes in ({'sha256': None}, {'revision': 'main'}, {'sha256': 'A' * 64}, {'bytes': 0}):
-        with pytest.raises(ManifestError, match='expected'):
+        with pytest.raises(ManifestError, match='must be'):
             update_converted(copy, name, **changes)
 
 

@@ -130,5 +130,5 @@ def test_importing_the_plugin_imports_little():
         'timm_geoprior', 'timm_geoprior.conversion', 'timm_geoprior.conversion.closed_form',
         'timm_geoprior.conversion.state_dict', 'timm_geoprior.errors', 'timm_geoprior.files',
         'timm_geoprior.geoprior_resnet', 'timm_geoprior.layers', 'timm_geoprior.pretrained',
-        'timm_geoprior.pretrained.cfgs', 'timm_geoprior.pretrained.converted', 'timm_geoprior.pretrained.download',
-        'timm_geoprior.pretrained.loading', 'timm_geoprior.pretrained.manifest', 'timm_geoprior.registration']
+        'timm_geoprior.pretrained.cfgs', 'timm_geoprior.pretrained.download', 'timm_geoprior.pretrained.loading',
+        'timm_geoprior.pretrained.manifest', 'timm_geoprior.registration']

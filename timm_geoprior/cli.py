@@ -151,7 +151,7 @@ def _info(args: argparse.Namespace) -> int:
         return 0
     import timm
 
-    from .pretrained.converted import describe_source
+    from .pretrained.cfgs import describe_source
     from .radii import learned_radii
     if entry.source:
         print(f'\n{describe_source(entry)}')

@@ -36,19 +36,31 @@ class ManifestError(GeoPriorError):
     """The manifest is malformed, or asked for a name that it does not have."""
 
 
-def _check(condition: bool, where: str, got: object, expected: str) -> None:
+def _check(condition: bool, where: str, got: object, wanted: str) -> None:
     if not condition:
-        raise ManifestError(f'{where} is {got!r}, expected {expected}.')
+        raise ManifestError(f'{where} must be {wanted}, got {got!r}.')
 
 
-def _check_hex(value: str | None, digits: int, where: str) -> None:
-    valid = value is None or re.fullmatch(f'[0-9a-f]{{{digits}}}', value) is not None
-    _check(valid, where, value, f'{digits} lower-case hexadecimal digits')
+def _hex(digits: int) -> tuple[Callable[[str], object], str]:
+    return re.compile(f'[0-9a-f]{{{digits}}}').fullmatch, f'{digits} lower-case hexadecimal digits'
 
 
-def _check_file(value: str | None, where: str) -> None:
-    valid = value is None or re.fullmatch(r'(golden/)?[^/\\]+\.safetensors', value) is not None
-    _check(valid, where, value, 'a bare file name that ends in .safetensors')
+def _above_0(value: float) -> bool:
+    return value > 0
+
+
+# what the values of a key must be beyond their type, wherever in the file it stands
+_RULES: dict[str, tuple[Callable[[Any], object], str]] = {
+    **dict.fromkeys(('num_classes', 'num_images', 'img_size', 'parameters', 'bytes'), (_above_0, 'above 0')),
+    **dict.fromkeys(('epochs', 'hours', 'seed'), (lambda value: value >= 0, '0 or more')),
+    'crop_pct': (lambda value: 0 < value <= 1, 'a share above 0 and up to 1'),
+    'input_size': (lambda sizes: min(sizes) > 0, 'sizes above 0 (channels, height, width)'),
+    'std': (lambda values: min(values) > 0, 'numbers above 0'),
+    'sha256': _hex(64),
+    'revision': _hex(40),
+    'hub_id': (re.compile('[^/]+/[^/]+').fullmatch, 'owner/name'),
+    'file': (re.compile(r'(golden/)?[^/\\]+\.safetensors').fullmatch, 'a bare file name that ends in .safetensors'),
+}
 
 
 @dataclass(frozen=True)
@@ -69,19 +81,17 @@ class LabelSet:
     name: str = field(default='', metadata={'key': True})
 
     def __post_init__(self) -> None:
-        _check(self.num_classes > 0, f'num_classes of {self.name}', self.num_classes, 'a positive number')
         if self.source == 'manifest':
             _check(len(self.classes) == self.num_classes, f'num_classes of {self.name}', self.num_classes,
                    f'{len(self.classes)}, as many as it lists')
 
-    def _timm_classes(self) -> dict[str, str]:
+    @functools.cached_property
+    def _resolved(self) -> dict[str, str]:
+        if self.source == 'manifest':
+            return self.classes
         from timm.data import ImageNetInfo  # reads two files of 22,000 lines: not at import
         info = ImageNetInfo(self.name)
         return {wnid: info.label_name_to_description(wnid) for wnid in info.label_names()}
-
-    @functools.cached_property
-    def _resolved(self) -> dict[str, str]:
-        return self.classes if self.source == 'manifest' else self._timm_classes()
 
     @property
     def wnids(self) -> tuple[str, ...]:
@@ -104,11 +114,6 @@ class InputConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __post_init__(self) -> None:
-        _check(min(self.input_size) > 0, 'input_size', self.input_size, 'positive sizes (channels, height, width)')
-        _check(0 < self.crop_pct <= 1, 'crop_pct', self.crop_pct, 'a share above 0 and up to 1')
-        _check(min(self.std) > 0, 'std', self.std, 'positive numbers')
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -129,9 +134,8 @@ class Metric:
     software: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self.num_images > 0, 'num_images', self.num_images, 'a positive number')
-        _check(self.img_size > 0, 'img_size', self.img_size, 'a positive number')
-        _check(0 <= self.top1_correct <= self.top5_correct <= self.num_images, 'top1_correct, top5_correct',
+        _check(self.num_images > 0, 'num_images', self.num_images, 'above 0')
+        _check(0 <= self.top1_correct <= self.top5_correct <= self.num_images, 'top1_correct and top5_correct',
                (self.top1_correct, self.top5_correct), f'counts in this order, from 0 to {self.num_images}')
 
     @property
@@ -152,9 +156,6 @@ class Baseline:
     parameters: int
     metric: Metric
 
-    def __post_init__(self) -> None:
-        _check(self.parameters > 0, 'parameters of the baseline', self.parameters, 'a positive number')
-
 
 @dataclass(frozen=True)
 class TrainLog:
@@ -164,19 +165,12 @@ class TrainLog:
     hardware: str
     software: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        _check(self.epochs >= 0 and self.hours >= 0, 'epochs, hours', (self.epochs, self.hours), '0 or more')
-
 
 @dataclass(frozen=True)
 class Golden:
     """A fixed input and the logits it gave, as safetensors beside the weights."""
     file: str
     sha256: str
-
-    def __post_init__(self) -> None:
-        _check_file(self.file, 'file of the golden outputs')
-        _check_hex(self.sha256, 64, 'sha256 of the golden outputs')
 
 
 @dataclass(frozen=True)
@@ -210,9 +204,7 @@ class ConvertedEntry:
 
     def __post_init__(self) -> None:
         pin = (self.revision, self.sha256, self.bytes)
-        _check(all(pin) or pin == (None, None, None), 'revision, sha256, bytes', pin, 'all three or none')
-        _check_hex(self.revision, 40, 'revision of a source')
-        _check_hex(self.sha256, 64, 'sha256 of a source')
+        _check(all(pin) or pin == (None, None, None), 'revision, sha256 and bytes', pin, 'given all three or none')
 
 
 @dataclass(frozen=True)
@@ -268,26 +260,11 @@ class ModelEntry:
     def __post_init__(self) -> None:
         _check(re.fullmatch(r'[a-z0-9_]+\.[a-z0-9_]+', self.name) is not None, 'A model name', self.name,
                'architecture.tag of lower-case letters, digits and underscores')
-        for name in ('parameters', 'bytes'):
+        own = ('file', 'sha256', 'bytes', 'dtype', 'golden', 'parameters')
+        needed = {'planned': (), 'converted': ('source', 'hub_id', 'file'), 'published': (*own, 'hub_id', 'revision')}
+        for name in needed.get(self.status, own):
             value = getattr(self, name)
-            _check(value is None or value > 0, f'{name} of {self.name}', value, 'a positive number')
-        _check(self.seed is None or self.seed >= 0, f'seed of {self.name}', self.seed, '0 or more')
-        _check(self.hub_id is None or re.fullmatch('[^/]+/[^/]+', self.hub_id) is not None, f'hub_id of {self.name}',
-               self.hub_id, 'owner/name')
-        _check_hex(self.sha256, 64, f'sha256 of {self.name}')
-        _check_hex(self.revision, 40, f'revision of {self.name}')
-        if self.status == 'converted':
-            self._check_present(('source', 'hub_id', 'file'))
-        elif self.status != 'planned':
-            self._check_present(('file', 'sha256', 'bytes', 'dtype', 'golden', 'parameters'))
-        if self.status == 'published':
-            self._check_present(('hub_id', 'revision'))
-        _check_file(self.file, f'file of {self.name}')
-
-    def _check_present(self, names: tuple[str, ...]) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _check(value is not None, f'{name} of {self.name}', value, f'a value: its status is {self.status}')
+            _check(value is not None, f'{name} of {self.name}', value, f'given, since its status is {self.status}')
 
     @property
     def architecture(self) -> str:
@@ -324,19 +301,17 @@ class Manifest:
     converted: dict[str, ConvertedEntry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self.schema_version == SCHEMA_VERSION, 'schema_version', self.schema_version,
-               f'{SCHEMA_VERSION}: update timm_geoprior')
         for architecture in {entry.architecture for entry in self.models.values()}:
             defaults = [e.name for e in self.models.values() if e.architecture == architecture and e.default]
             if architecture in SOURCES:
-                _check(not defaults, f'default of {architecture}', defaults, "no tag: timm's default, converted, is it")
+                _check(not defaults, f'default of {architecture}', defaults, "no tag, since timm's, converted, is it")
             else:
                 _check(len(defaults) == 1, f'default of {architecture}', defaults, 'one tag')
 
     @functools.cached_property
     def tags(self) -> dict[str, ModelEntry]:
         """All tags, those of `models` and the converted ones, by architecture."""
-        from .converted import converted_entries  # asks timm
+        from .cfgs import converted_entries  # asks timm
 
         entries = [*self.models.values(), *converted_entries(self)]
         order = {architecture: place for place, architecture in enumerate(dict.fromkeys(
@@ -344,13 +319,7 @@ class Manifest:
         return {entry.name: entry for entry in sorted(entries, key=lambda entry: order[entry.architecture])}
 
     def get(self, name: str) -> ModelEntry:
-        """Look a tag up.
-
-        Args:
-            name: 'architecture.tag', or an architecture for its default tag.
-
-        Returns:
-            The entry.
+        """Look up 'architecture.tag', or an architecture for its default tag.
 
         Raises:
             ManifestError: There is no such name; the message lists those there are.
@@ -394,13 +363,17 @@ def _parse(kind: Any, value: Any, where: str, **given: Any) -> Any:
         return value
     if origin is dict:
         _check(isinstance(value, dict), where, value, 'an object')
-        return {key: _parse(args[1], item, f'{where}.{key}') for key, item in value.items()}
+        # the models and label sets of an object are named by its keys
+        named = is_dataclass(args[1]) and any(f.name == 'name' for f in fields(args[1]))
+        return {key: _parse(args[1], item, f'{where}.{key}', **{'name': key} if named else {})
+                for key, item in value.items()}
     if origin is tuple:
         length = len(value) if isinstance(value, list) and args[-1] is Ellipsis else len(args)
         _check(isinstance(value, list) and len(value) == length, where, value, f'a list of {length} values')
         return tuple(_parse(args[0], item, f'{where}[{i}]') for i, item in enumerate(value))
     accepted = (int, float) if kind is float else kind
-    _check(isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)), where, value, kind.__name__)
+    _check(isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)), where, value,
+           f'of the type {kind.__name__}')
     return kind(value)
 
 
@@ -412,19 +385,17 @@ def _parse_dataclass(kind: type[_T], value: Any, where: str, given: dict[str, An
         _check(key in stored, f'A key of {where}', key, f'one of {", ".join(stored)}')
     for name, f in stored.items():
         required = f.default is MISSING and f.default_factory is MISSING
-        _check(name in value or not required, f'{name} of {where}', None, 'a value')
-    return kind(**{key: _parse(hints[key], item, f'{where}.{key}') for key, item in value.items()}, **given)
+        _check(name in value or not required, f'{name} of {where}', None, 'given')
+    parsed = {key: _parse(hints[key], item, f'{where}.{key}') for key, item in value.items()}
+    for key, item in parsed.items():
+        if key in _RULES and item is not None:
+            holds, wanted = _RULES[key]
+            _check(bool(holds(item)), f'{where}.{key}', item, wanted)
+    return kind(**parsed, **given)
 
 
 def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
-    """Parse and check a manifest.
-
-    Args:
-        text: The file's text.
-        where: What to call it in messages.
-
-    Returns:
-        The manifest.
+    """Parse and check a manifest's text; messages call it `where`.
 
     Raises:
         ManifestError: It is not JSON, or not as the schema has it.
@@ -432,40 +403,24 @@ def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise ManifestError(f'{where} is no JSON ({error}), expected an object.') from None
+        raise ManifestError(f'{where} must be JSON, got a text that is not ({error}).') from None
     _check(isinstance(data, dict), where, data, 'an object')
-    data.pop('$schema', None)
-    for key in ('schema_version', 'label_sets', 'models'):
-        _check(isinstance(data.get(key), int if key == 'schema_version' else dict), f'{key} of {where}', data.get(key),
-               'a number' if key == 'schema_version' else 'an object')
-    known = {'schema_version', 'label_sets', 'models', 'converted'}
-    _check(set(data) <= known, f'{where}', sorted(data), 'no other keys')
-    label_sets = {
-        name: _parse(LabelSet, item, f'label_sets.{name}', name=name) for name, item in data['label_sets'].items()}
-    models = {name: parse_entry(name, item, label_sets) for name, item in data['models'].items()}
-    converted = _parse(dict[str, ConvertedEntry], data.get('converted', {}), f'converted of {where}')
-    return Manifest(data['schema_version'], label_sets, models, converted)
+    version = data.get('schema_version')  # before all else, which a newer one may have changed
+    _check(version == SCHEMA_VERSION, f'schema_version of {where}', version, f'{SCHEMA_VERSION} (update timm_geoprior)')
+    manifest = cast(Manifest, _parse(Manifest, data, where))
+    models = {name: _with_classes(entry, manifest.label_sets) for name, entry in manifest.models.items()}
+    return replace(manifest, models=models)
 
 
 def parse_entry(name: str, data: Any, label_sets: dict[str, LabelSet]) -> ModelEntry:
-    """Parse and check one model.
+    """Parse and check what a manifest has under a model's name, as `parse_manifest` does."""
+    return _with_classes(cast(ModelEntry, _parse(ModelEntry, data, f'models.{name}', name=name)), label_sets)
 
-    Args:
-        name: 'architecture.tag'.
-        data: What the manifest has under that name.
-        label_sets: The manifest's label sets.
 
-    Returns:
-        The entry.
-
-    Raises:
-        ManifestError: It is not as the schema has it.
-    """
-    named = data.get('label_set') if isinstance(data, dict) else None
-    label_set = named if isinstance(named, str) else ''
-    _check(label_set in label_sets, f'label_set of {name}', named, f'one of {", ".join(label_sets)}')
-    num_classes = label_sets[label_set].num_classes
-    return cast(ModelEntry, _parse(ModelEntry, data, f'models.{name}', name=name, num_classes=num_classes))
+def _with_classes(entry: ModelEntry, label_sets: dict[str, LabelSet]) -> ModelEntry:
+    _check(entry.label_set in label_sets, f'label_set of {entry.name}', entry.label_set,
+           f'one of {", ".join(label_sets)}')
+    return replace(entry, num_classes=label_sets[entry.label_set].num_classes)
 
 
 def manifest_path() -> Path:
@@ -480,24 +435,16 @@ def _load(path: Path) -> Manifest:
     try:
         text = path.read_text(encoding='utf-8')
     except OSError as error:
-        raise ManifestError(
-            f'{path} cannot be read ({error.strerror}): install timm_geoprior again, or run from its checkout.'
-        ) from None
+        raise ManifestError(f'{path} cannot be read ({error.strerror}). Install timm_geoprior again, or run from its '
+                            f'checkout.') from None
     try:
         return parse_manifest(text, str(path))
     except ManifestError as error:
-        advice = f'restore {path}, or install timm_geoprior again'
-        raise ManifestError(f'{str(error).rstrip(".")}: {advice}.') from None
+        raise ManifestError(f'{error} Restore {path}, or install timm_geoprior again.') from None
 
 
 def load_manifest(path: Path | None = None) -> Manifest:
-    """Read the manifest, once a process and path.
-
-    Args:
-        path: Another file than the package's own.
-
-    Returns:
-        The manifest.
+    """Read the manifest, the package's own or another file, once in each process.
 
     Raises:
         ManifestError: It is missing or malformed.
@@ -530,19 +477,7 @@ def update_manifest(path: Path | None, entry: ModelEntry, *, replace_weights: bo
 
 
 def update_converted(path: Path | None, name: str, **changes: Any) -> Manifest:
-    """Write what the manifest holds of a converted tag, as `update_manifest` writes an entry.
-
-    Args:
-        path: The manifest, else the package's own.
-        name: The tag.
-        **changes: Fields of its `ConvertedEntry`; the others stay.
-
-    Returns:
-        The manifest as written.
-
-    Raises:
-        ManifestError: The file is malformed, or the fields do not fit.
-    """
+    """Change fields of a tag's `ConvertedEntry`, as `update_manifest` writes an entry."""
     def change(manifest: Manifest) -> Manifest:
         entry = replace(manifest.converted.get(name, ConvertedEntry()), **changes)
         return replace(manifest, converted=dict(sorted({**manifest.converted, name: entry}.items())))
@@ -564,30 +499,15 @@ def _rewrite(path: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
 
 
 def check_bytes_stay(manifest: Manifest, entry: ModelEntry) -> None:
-    """A released tag's bytes never change.
-
-    Args:
-        manifest: The manifest as it is.
-        entry: What is to be written into it.
-
-    Raises:
-        ManifestError: It has other bytes under a released tag's name.
-    """
+    """Raise ManifestError if an entry has other bytes than the released tag of its name, which never change."""
     old = manifest.models.get(entry.name)
     if old is not None and old.has_weights and old.sha256 != entry.sha256:
-        raise ManifestError(
-            f'{entry.name} is released with sha256 {old.sha256}, got other bytes of sha256 {entry.sha256}: '
-            f"a tag's bytes never change, so give them a new tag.")
+        raise ManifestError(f"{entry.name} must keep the sha256 {old.sha256}, since a tag's bytes never change, got "
+                            f'{entry.sha256}. Give these weights a new tag.')
 
 
 def default_model(manifest: Manifest) -> ModelEntry:
     """The model that commands take where none is named: of the bundled tags the most accurate, else a published one.
-
-    Args:
-        manifest: The manifest.
-
-    Returns:
-        Its entry.
 
     Raises:
         ManifestError: No tag is bundled or published.
@@ -600,11 +520,7 @@ def default_model(manifest: Manifest) -> ModelEntry:
 
 
 def default_architecture(manifest: Manifest) -> str:
-    """Name what `finetune` trains from random weights: the architecture of the default model, else the smallest.
-
-    Args:
-        manifest: The manifest.
-    """
+    """Name what `finetune` trains from random weights: the architecture of the default model, else the smallest."""
     try:
         return default_model(manifest).architecture
     except ManifestError:

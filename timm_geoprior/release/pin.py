@@ -15,7 +15,7 @@ from timm.models import get_arch_pretrained_cfgs
 
 from ..errors import GeoPriorError
 from ..files import write_atomically
-from ..pretrained.converted import RESULTS_FILE
+from ..pretrained.cfgs import PUBLISHED_RESULTS
 from ..pretrained.download import PATIENCE, describe_hub_error
 from ..pretrained.manifest import SOURCES, ModelEntry, load_manifest, update_converted
 
@@ -73,7 +73,7 @@ def _pin(entry: ModelEntry, manifest_file: Path | None) -> str:
     return f'{entry.name}: {entry.hub_id} at {found.commit_hash}, sha256 {found.etag}{dropped}'
 
 
-def write_published_results(table: Path, output: Path = RESULTS_FILE) -> int:
+def write_published_results(table: Path, output: Path = PUBLISHED_RESULTS) -> int:
     """Take the figures of the sources, each at the size and crop of its cfg, out of timm's table.
 
     Args:
