@@ -168,7 +168,7 @@ def test_it_ends_when_it_gets_no_better(photos, tmp_path, capsys):
     scores = [line.split('top-1 ')[1].split('%')[0] for line in printed.splitlines() if line.startswith('epoch')]
     best = max(range(len(scores)), key=lambda index: (float(scores[index]), -index))
     assert len(scores) == best + 2 < 9
-    assert 'No better for 1 epochs' in printed
+    assert 'The training ends: it has been no better for an epoch than after epoch' in printed
 
 
 def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
@@ -177,11 +177,11 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
         'import os, signal, sys\n'
         'from timm_geoprior.training import finetune\n'
         'from timm_geoprior.cli import main\n'
-        'tell = finetune._Patience.__call__\n'
-        'def stop(self, history):\n'
+        'decide = finetune._gets_no_better\n'
+        'def stop(job, history):\n'
         '    os.kill(os.getpid(), signal.SIGINT)\n'
-        '    return tell(self, history)\n'
-        'finetune._Patience.__call__ = stop\n'
+        '    return decide(job, history)\n'
+        'finetune._gets_no_better = stop\n'
         'sys.exit(main(sys.argv[1:]))\n')
     arguments = [str(photo_folder), '--output', str(tmp_path / 'run'), *FAST]
     stopped = subprocess.run([sys.executable, '-c', program, 'finetune', *arguments], capture_output=True, text=True)
@@ -328,14 +328,14 @@ def huge(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(('spoil', 'words'), [
-    (no_class, 'has no images in class folders, expected one folder a class'),
-    (convert, '.tiff, .webp: sort them into folders, or convert them'),
-    (one_class, 'has one class, coffee, expected at least two'),
-    (one_image, 'classes with one image (coffee), expected at least two'),
+    (no_class, 'must have one folder for each class, with images that end in'),
+    (convert, '.tiff, .webp, got none. Sort them into folders, or convert them'),
+    (one_class, 'must have at least two folders of images, one for each class, got one, coffee'),
+    (one_image, 'must have at least two images, one to train on and one to hold out, got one of coffee'),
     (a_text, 'coffee/99.jpg'),
     (cut_off, 'coffee/03.jpg'),
     (huge, 'coffee/huge.png'),
-    (hidden, 'hidden folder .thumbnails'),
+    (hidden, 'must not have images in hidden folders, got some in .thumbnails'),
 ])
 def test_bad_images_are_told_before_anything_is_written(photos, tmp_path, capsys, spoil, words):
     spoil(photos)
@@ -350,14 +350,15 @@ def test_bad_images_are_told_before_anything_is_written(photos, tmp_path, capsys
 @pytest.mark.parametrize(('arguments', 'words'), [
     (['--model', 'resnet51'], 'resnet51'),
     (['--model', 'local-dir:nowhere'], 'local-dir:nowhere cannot be loaded'),
-    *((['--model', name], f'{name} has no trained weights') for name, entry in load_manifest().models.items()
+    *((['--model', name], f'must have trained weights to start from, got {name}')
+      for name, entry in load_manifest().models.items()
       if entry.status == 'planned'),
     (['--set', 'epoch=3'], "did you mean 'epochs'"),
     (['--set', 'batch_size=512'], 'fewer training images than one batch of 512. Lower batch_size'),
     (['--device', 'cuda:77'], 'cuda:77'),
-    (['--output', '{photos}/out'], 'lies in the folder of the images'),
-    (['--output', '{photos}/coffee/00.jpg'], 'lies in the folder of the images'),
-    (['--output', __file__], 'is a file, expected a folder'),
+    (['--output', '{photos}/out'], 'must lie outside the folder of the images'),
+    (['--output', '{photos}/coffee/00.jpg'], 'must lie outside the folder of the images'),
+    (['--output', __file__], 'must be a folder, or a new one, got the file'),
 ])
 def test_bad_arguments(photos, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)

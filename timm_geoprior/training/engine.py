@@ -176,7 +176,8 @@ class Trainer:
             if start.note and self.rank == 0:
                 self.config.tell(start.note)
         model: nn.Module = _load(
-            lambda: build_model(self.recipe, classes, finetune == 'pretrained', start), f'--finetune {finetune}')
+            lambda: build_model(self.recipe, classes, finetune == 'pretrained', start),
+            self.recipe.model if finetune in ('', 'pretrained') else f'--finetune {finetune}')
         return model
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -40,8 +40,6 @@ __all__ = ['Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
 HELD_OUT_SHARE = 0.2
 # what the recipe's learning rate was found for
 RATED_BATCH, RATED_PARAMETERS = 64, 1.1e6
-
-
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 
@@ -99,8 +97,8 @@ def finetune(job: Job) -> dict[str, Any]:
         The run's results, as in results.json, with the figures of the finished folder under 'measured'.
 
     Raises:
-        GeoPriorError: The folder holds too little, the model cannot be loaded, or the output is in the way.
-        GeoPriorError: Whatever else stops a run; the message is a sentence for people.
+        GeoPriorError: The folder holds too little, the model cannot be loaded, the output is in the way, or whatever
+            else stops a run.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
     job = replace(job, tell=once(job.tell))  # what is wrong with images is found before, and again when they are read
@@ -116,8 +114,8 @@ def finetune(job: Job) -> dict[str, Any]:
         job.data_dir, job.output, splits.train, splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE,
         seed=job.seed, device=job.device, workers=job.workers, finetune='' if job.from_scratch else 'pretrained',
         resume=job.resume, command=resuming_command(), tell=job.tell)
-    trainer = _trainer(recipe, config)
-    results = trainer.fit(_Patience(job))
+    trainer = Trainer(recipe, config)
+    results = trainer.fit(lambda history: _gets_no_better(job, history))
     try:
         export(trainer, job.output)
         results['measured'] = _measure(job, splits, trainer)
@@ -151,7 +149,7 @@ def find_splits(folder: Path) -> Splits:
     """
     if not folder.is_dir():
         raise GeoPriorError(f'{folder} must be a folder with one folder of images for each class. Check its name.')
-    train, val, test = (next((name for name in folders_of_split(folder, split) if _has_folders(folder / name)), '')
+    train, val, test = (next((name for name in folders_of_split(folder, split) if _folders(folder / name)), '')
                         for split in SPLITS)
     if train:
         return Splits(train, val, test)
@@ -174,17 +172,14 @@ def _folders(folder: Path) -> list[str]:
     return sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith('.'))
 
 
-def _has_folders(folder: Path) -> bool:
-    return bool(_folders(folder))
-
-
 def _check_places(job: Job) -> None:
     output, data = job.output.resolve(), job.data_dir.resolve()
     if output == data or data in output.parents:
-        raise GeoPriorError(f'{job.output} lies in the folder of the images, expected another place: its pictures '
-                            f'would be taken for one more class. Name one by --output.')
+        raise GeoPriorError(f'The output must lie outside the folder of the images, since its pictures would be taken '
+                            f'for one more class, got {job.output}. Name another place with --output.')
     if output.exists() and not output.is_dir():
-        raise GeoPriorError(f'{job.output} is a file, expected a folder, or none yet: name another by --output.')
+        raise GeoPriorError(f'The output must be a folder, or a new one, got the file {job.output}. Name another with '
+                            f'--output.')
 
 
 def _recipe(job: Job, splits: Splits) -> Recipe:
@@ -210,14 +205,10 @@ def _recipe(job: Job, splits: Splits) -> Recipe:
 
 
 def rate_factor(batch_size: int, parameters: int) -> float:
-    """What a learning rate of Adam's kind is multiplied by for smaller batches and larger networks.
+    """What a learning rate of Adam's kind is multiplied by for smaller batches and larger networks; at most one.
 
     It goes with the root of the batch (Malladi et al., 2022, arXiv 2205.10287) and against the width of the network
-    (Yang et al., 2022, arXiv 2203.03466), whose square the number of parameters goes with. It is never above one.
-
-    Args:
-        batch_size: Images of an update.
-        parameters: Parameters of the network.
+    (Yang et al., 2022, arXiv 2203.03466), whose square the number of parameters goes with.
     """
     return min(1, math.sqrt(batch_size / RATED_BATCH)) * min(1, math.sqrt(RATED_PARAMETERS / parameters))
 
@@ -234,8 +225,8 @@ def _check_model(model: str, from_scratch: bool) -> None:
     cfg = _cfg(model)
     sources = ('file', 'url', 'hf_hub_id', 'state_dict')
     if not from_scratch and timm.is_model(model.split('.')[0]) and not any(cfg.get(key) for key in sources):
-        raise GeoPriorError(f'{model} has no trained weights to start from, expected a model that has some: '
-                            f'`timm-geoprior list` names them, and --from-scratch starts from random ones.')
+        raise GeoPriorError(f'The model must have trained weights to start from, got {model}, which has none. Choose '
+                            f'another (`timm-geoprior list`), or start from random ones with --from-scratch.')
 
 
 def _open(job: Job, split: str) -> DataSplit:
@@ -243,12 +234,11 @@ def _open(job: Job, split: str) -> DataSplit:
     try:
         data = open_split(job.data_dir, split=split)
     except EvaluationError as error:
-        raise GeoPriorError(
-            f'{place} has no images in class folders, expected one folder a class with files that end in '
-            f'{", ".join(EXTENSIONS)}: sort them into folders, or convert them.') from error
+        raise GeoPriorError(f'{place} must have one folder for each class, with images that end in '
+                            f'{", ".join(EXTENSIONS)}, got none. Sort them into folders, or convert them.') from error
     if len(data.classes) < 2:
-        raise GeoPriorError(f'{place} has one class, {data.classes[0]}, expected at least two folders of images: a '
-                            f'classifier needs something to tell apart.')
+        raise GeoPriorError(f'{place} must have at least two folders of images, one for each class, got one, '
+                            f'{data.classes[0]}. Add another class.')
     return data
 
 
@@ -267,38 +257,23 @@ def _check_classes(data: DataSplit, place: Path, held_out: bool) -> None:
     per_class = np.bincount(data.labels, minlength=len(data.classes))
     hidden = [name for name in data.classes if name.startswith('.')]
     if hidden:
-        raise GeoPriorError(f'{place} has images in the hidden folder {hidden[0]}, expected class folders: remove it.')
+        raise GeoPriorError(f'{place} must not have images in hidden folders, got some in {hidden[0]}. Remove it.')
     few = [name for name, count in zip(data.classes, per_class, strict=True) if count < 2]
     if held_out and few:
-        raise GeoPriorError(f'{place} has classes with one image ({", ".join(few[:3])}), expected at least two, one to '
-                            f'train on and one to hold out: add some, or a folder val beside train.')
-
-
-def _trainer(recipe: Recipe, config: RunConfig) -> Trainer:
-    try:
-        return Trainer(recipe, config)
-    except GeoPriorError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # what timm and the Hub's client say of weights
-        raise GeoPriorError(f'{recipe.model} cannot be loaded ({first_line(error)}), expected a model with weights for '
-                            f'this architecture: name another, or start with --from-scratch.') from error
+        raise GeoPriorError(f'Each class in {place} must have at least two images, one to train on and one to hold '
+                            f'out, got one of {", ".join(few[:3])}. Add some, or a folder val beside train.')
 
 
 # -- in between --------------------------------------------------------------------------------------------------------
 
-class _Patience:
-    """Ends the training when it gets no better."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def __call__(self, history: Sequence[dict[str, Any]]) -> bool:
-        scores = [past.get('ema_top1', past['top1']) for past in history]
-        best = int(np.argmax(scores))  # the first of equal ones, as best.pt is
-        stop = len(scores) - 1 - best >= self.job.patience
-        if stop:
-            self.job.tell(f'No better for {self.job.patience} epochs than after epoch {best + 1}: that is the end.')
-        return stop
+def _gets_no_better(job: Job, history: Sequence[dict[str, Any]]) -> bool:
+    scores = [past.get('ema_top1', past['top1']) for past in history]
+    best = int(np.argmax(scores))  # the first of equal ones, as best.pt is
+    stop = len(scores) - 1 - best >= job.patience
+    if stop:
+        epochs = f'{job.patience} epochs' if job.patience > 1 else 'an epoch'
+        job.tell(f'The training ends: it has been no better for {epochs} than after epoch {best + 1}.')
+    return stop
 
 
 # -- after -------------------------------------------------------------------------------------------------------------
