@@ -527,14 +527,7 @@ def _dispatch(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments, those of the process where it is None.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command line, with the arguments of the process where `argv` is None; the exit code."""
     for stream in (sys.stdout, sys.stderr):  # a file's name may have what no terminal can print
         cast(TextIOWrapper, stream).reconfigure(errors='backslashreplace')
     try:

@@ -24,20 +24,13 @@ Guesses = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network with what it needs to name what is in a picture.
-
-    Attributes:
-        name: Its name, as it was loaded by.
-        model: In eval mode.
-        transform: Turns a picture in mode 'RGB' into the network's input, shape (3, height, width).
-        classes: Label and readable name of each class.
-        device: Where the model is.
-    """
-    name: str
-    model: nn.Module
+    """A network with what it needs to name what is in a picture."""
+    name: str  # its name, as it was loaded by
+    model: nn.Module  # in eval mode
+    # turns a picture in mode 'RGB' into the network's input, shape (3, height, width)
     transform: Callable[[Image.Image], Tensor]
-    classes: tuple[tuple[str, str], ...]
-    device: torch.device = torch.device('cpu')
+    classes: tuple[tuple[str, str], ...]  # label and readable name of each class
+    device: torch.device = torch.device('cpu')  # where the model is
 
     def __call__(self, image: Image.Image, top_k: int = 5) -> Guesses:
         """The most probable classes of a picture, best first.
@@ -59,10 +52,6 @@ class Classifier:
 
     def files(self, paths: Sequence[str], top_k: int = 5) -> Iterator[Guesses | ImageError]:
         """Classify image files in batches, which threads read ahead.
-
-        Args:
-            paths: The files.
-            top_k: How many classes of each; all of them if there are fewer.
 
         Yields:
             For each file in turn what `__call__` returns, or why the file cannot be read.

@@ -88,18 +88,11 @@ load = lru_cache(maxsize=None)(load_classifier)
 
 @dataclass(frozen=True)
 class _Shown:
-    """The picture on a visitor's page.
-
-    Attributes:
-        path: The file.
-        size: Its width and height, in pixels.
-        preview: What is shown of it and drawn on, at most `PREVIEW_SIDE` wide and high.
-        point: Where it was clicked, in pixels of the preview; None for the middle.
-    """
+    """The picture on a visitor's page."""
     path: str
-    size: tuple[int, int]
-    preview: Image.Image
-    point: tuple[float, float] | None = None
+    size: tuple[int, int]  # its width and height, in pixels
+    preview: Image.Image  # what is shown of it and drawn on, at most `PREVIEW_SIDE` wide and high
+    point: tuple[float, float] | None = None  # where it was clicked, in pixels of the preview; None for the middle
 
 
 def _about(name: str) -> str:

@@ -48,11 +48,7 @@ ALIKE = 0.1  # of the plain network's reach, that two receptive fields differ by
 
 
 def effective_field(model: nn.Module, images: Tensor) -> Tensor:
-    """The effective receptive field of the last map's central position.
-
-    Args:
-        model: A timm network with `forward_features`, in eval mode.
-        images: Inputs, shape (B, 3, H, W).
+    """The effective receptive field of the last map's central position, for inputs of shape (B, 3, H, W).
 
     Returns:
         Mean over the images of the gradient's magnitude, summed over the colours, shape (H, W).
@@ -78,16 +74,10 @@ def _plain_twin(model: nn.Module) -> nn.Module:
 
 
 def receptive_pair(model: nn.Module, size: int) -> tuple[Tensor, Tensor]:
-    """Effective receptive fields of a network and of the plain ResNet of its widths and depth.
+    """Effective receptive fields of a network and of the plain ResNet of its widths and depth, each (size, size).
 
-    Both have random weights, so that they compare; the first has its learned radii.
-
-    Args:
-        model: A `GeoPriorResNet`; it stays as it is.
-        size: Side of the noise images, in pixels.
-
-    Returns:
-        Two maps, shape (size, size), each the mean over the same draws.
+    Both have random weights, so that they compare; the first has its learned radii. Each is the mean over the same
+    draws of noise images.
     """
     own, plain = copy.deepcopy(model).eval(), _plain_twin(model).eval()
     radii = {name: value for name, value in model.state_dict().items() if name.endswith('log_radius')}
@@ -204,16 +194,13 @@ def _draw_fields(panels: Sequence[Axes], model: nn.Module, view: View, windows: 
 
 def draw_explanation(
         classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
-    """Draw what a network attends to in a picture.
+    """Draw what a network attends to in a picture, on a figure for slides of 16:9.
 
     Args:
         classifier: Its model is a `GeoPriorResNet`.
         image: In mode 'RGB'.
         point: Where its windows are drawn, x and y in pixels of the picture, from its top left corner; None for the
             middle.
-
-    Returns:
-        The figure, for slides of 16:9.
 
     Raises:
         GeoPriorError: The network has no attention layers, or the point is outside of what it sees.

@@ -42,13 +42,9 @@ def _walk(place: str) -> Iterator[str]:
 
 
 def find_images(name: str) -> tuple[list[str], list[str]]:
-    """The images that a word of the command line stands for.
+    """The image files that a word of the command line stands for, and what else is there, left out by its ending.
 
-    Args:
-        name: A file, a folder to search with all that is below it, or a pattern such as `photos/**/*.jpg`.
-
-    Returns:
-        The image files, sorted, and what else the folder or pattern has, which is left out by its ending.
+    The word is a file, a folder to search with all that is below it, or a pattern such as `photos/**/*.jpg`.
 
     Raises:
         ImageError: There is nothing by this name, a folder without images, or a file that is no image.

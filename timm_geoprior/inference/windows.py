@@ -38,36 +38,21 @@ ON_PHOTO: dict[str, Any] = {  # text, likewise
 
 @dataclass(frozen=True)
 class View:
-    """The part of a picture that a network sees.
-
-    Attributes:
-        box: Left, top, right and bottom, in pixels of the picture.
-        height: Of the network's input, in pixels.
-        width: Of the network's input, in pixels.
-    """
-    box: tuple[float, float, float, float]
-    height: int
-    width: int
+    """The part of a picture that a network sees."""
+    box: tuple[float, float, float, float]  # left, top, right and bottom, in pixels of the picture
+    height: int  # of the network's input, in pixels
+    width: int  # of the network's input, in pixels
 
 
 @dataclass(frozen=True)
 class Window:
-    """Where one head of an attention layer looks from a point.
-
-    Attributes:
-        stage: Name of the layer's stage.
-        weights: Attention on each cell of the layer's map, shape (height, width); their sum is one.
-        center: The middle of the query's cell, x and y in pixels of the input.
-        cell: Width and height of a cell, in pixels of the input.
-        radius: In cells.
-        kernel: 'gaussian' or 'laplacian'.
-    """
-    stage: str
-    weights: Tensor
-    center: tuple[float, float]
-    cell: tuple[float, float]
-    radius: float
-    kernel: str
+    """Where one head of an attention layer looks from a point."""
+    stage: str  # name of the layer's stage
+    weights: Tensor  # attention on each cell of the layer's map, shape (height, width); their sum is one
+    center: tuple[float, float]  # the middle of the query's cell, x and y in pixels of the input
+    cell: tuple[float, float]  # width and height of a cell, in pixels of the input
+    radius: float  # in cells
+    kernel: str  # 'gaussian' or 'laplacian'
 
     def outline(self, center: tuple[float, float], **style: Any) -> Patch:
         """The radius around a place, in pixels of the input: where the weight has fallen to e^-1/2, or to e^-1."""
@@ -78,14 +63,9 @@ class Window:
 
 
 def view_of(classifier: Classifier, size: tuple[int, int]) -> View:
-    """The part of a picture that the classifier's preprocessing leaves.
+    """The part of a picture of so many pixels (width, height) that the classifier's preprocessing leaves.
 
-    Args:
-        classifier: Its model's configuration is that of its transform.
-        size: Width and height of the picture, in pixels.
-
-    Returns:
-        The view; with the crop mode 'border' it reaches beyond the picture.
+    With the crop mode 'border' it reaches beyond the picture.
     """
     config = resolve_model_data_config(classifier.model)
     height, width = config['input_size'][1:]
@@ -98,15 +78,12 @@ def view_of(classifier: Classifier, size: tuple[int, int]) -> View:
 
 
 def to_input(view: View, size: tuple[int, int], point: tuple[float, float] | None) -> tuple[float, float]:
-    """A point of a picture as the network sees it.
+    """A point of a picture, as x and y in pixels of the network's input.
 
     Args:
         view: What the network sees of the picture.
         size: Width and height of the picture, in pixels.
         point: x and y in pixels of the picture, from its top left corner; None for the middle.
-
-    Returns:
-        x and y in pixels of the input.
 
     Raises:
         GeoPriorError: The point is outside the picture, or of what the network sees of it.
@@ -126,15 +103,9 @@ def to_input(view: View, size: tuple[int, int], point: tuple[float, float] | Non
 
 @torch.no_grad()
 def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) -> list[Window]:
-    """Where each head of each attention layer looks from a point.
+    """Where each head of each attention layer looks from a point, in the network's order.
 
-    Args:
-        model: The network.
-        view: What it sees.
-        point: x and y in pixels of the input; a layer's window stands at its query that is nearest.
-
-    Returns:
-        The windows, in the order of the network.
+    The point is x and y in pixels of the input; a layer's window stands at its query that is nearest.
 
     Raises:
         GeoPriorError: The network has no `GeoPriorAttn2d` layer.
@@ -236,12 +207,7 @@ def fill_windows(
         point: tuple[float, float]) -> None:
     """Draw the windows of every stage: all of them on the first panel, each stage on one of the others.
 
-    Args:
-        panels: As many as there are stages, and one.
-        image: The picture.
-        view: What the network sees of it.
-        windows: What `learned_windows` found.
-        point: x and y in pixels of the input.
+    The point is in pixels of the input.
     """
     stages = list(dict.fromkeys(window.stage for window in windows))
     draw_heading(panels[0], 'How far it looks', f'learned radii to scale, {view.width} × {view.height} px')
@@ -262,16 +228,13 @@ def fill_windows(
 def draw_windows(
         classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None,
         columns: int = 2) -> Figure:
-    """Draw where the attention layers look from a point of a picture.
+    """Draw where the attention layers look from a point of a picture, 3.5 inches wide for each column of panels.
 
     Args:
         classifier: Its model is a GeoPrior ResNet.
         image: In mode 'RGB'.
         point: x and y in pixels of the picture, from its top left corner; None for the middle.
         columns: Panels beside each other.
-
-    Returns:
-        The figure, 3.5 inches wide a column.
 
     Raises:
         GeoPriorError: The network has no attention layers, or the point is outside of what it sees.

@@ -47,26 +47,15 @@ class _DigestError(WeightsError):
 
 @dataclass(frozen=True)
 class Asset:
-    """A file of a tag, in the package or in a repository of the Hub.
-
-    Attributes:
-        title: What messages call it.
-        bundled: Its path if it is in the package.
-        hub_id: 'owner/name' of the repository.
-        revision: Commit of the repository; None for the newest.
-        file: Its name in the repository.
-        sha256: Its SHA-256; None if it is not to be checked.
-        size: Its size in bytes; None if the manifest does not say.
-        instead: A tag that messages name, which needs no network.
-    """
-    title: str
-    bundled: Path
-    hub_id: str | None
-    revision: str | None
-    file: str
-    sha256: str | None
-    size: int | None
-    instead: str = ''
+    """A file of a tag, in the package or in a repository of the Hub."""
+    title: str  # what messages call it
+    bundled: Path  # its path if it is in the package
+    hub_id: str | None  # 'owner/name' of the repository
+    revision: str | None  # commit of the repository; None for the newest
+    file: str  # its name in the repository
+    sha256: str | None  # its SHA-256; None if it is not to be checked
+    size: int | None  # its size in bytes; None if the manifest does not say
+    instead: str = ''  # a tag that messages name, which needs no network
 
     @property
     def place(self) -> str:
@@ -74,11 +63,7 @@ class Asset:
         return f'{self.file} of {self.hub_id}' + (f' at {self.revision}' if self.revision else '')
 
     def locate(self, cache_dir: str | Path | None, force: bool = False) -> Path:
-        """The path of the file on this machine; it is fetched if it is not there.
-
-        Args:
-            cache_dir: The cache of huggingface_hub, if not the user's own.
-            force: Fetch it although it is there.
+        """The path of the file on this machine; it is fetched if it is not there, or by `force` in any case.
 
         Raises:
             WeightsError: It cannot be fetched.
@@ -130,9 +115,6 @@ def read_asset(asset: Asset, path: Path | None = None, cache_dir: str | Path | N
         path: Where `Asset.locate` found it; None locates it.
         cache_dir: The cache of huggingface_hub, if not the user's own.
 
-    Returns:
-        The verified bytes.
-
     Raises:
         WeightsError: The file cannot be had, or is not what the manifest says.
     """
@@ -179,15 +161,7 @@ def _read_verified(asset: Asset, path: Path) -> memoryview:
 
 
 def check_file(entry: ModelEntry, path: Path) -> None:
-    """Hold a file against a tag's size and SHA-256.
-
-    Args:
-        entry: The manifest's entry.
-        path: The file.
-
-    Raises:
-        WeightsError: The tag has no weights, or the file is missing or another.
-    """
+    """Raise WeightsError unless a file has the size and the SHA-256 of a tag."""
     _read_verified(weights_asset(entry), path)
 
 
@@ -321,14 +295,9 @@ def http_status(error: BaseException) -> int:
 
 
 def describe_hub_error(error: Exception, cache_dir: str | Path | None = None) -> str:
-    """Say in one sentence, or two, why huggingface_hub failed and what to do about it. No token is in the text.
+    """Say in one sentence, or two, why huggingface_hub failed and what to do about it, without the last full stop.
 
-    Args:
-        error: What it raised.
-        cache_dir: The cache that it was told to use.
-
-    Returns:
-        The text, without its last full stop.
+    No token is in the text. `cache_dir` is the cache that it was told to use.
     """
     cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) and error.__cause__ else error
     status = http_status(cause)

@@ -42,16 +42,6 @@ def build_with_verified_weights(
     tensors, so that heads, input channels, strictness and feature extraction adapt as for any of its models. A source
     of the user's own (`pretrained_cfg_overlay`, `hf-hub:`, `local-dir:`) stays timm's business.
 
-    Args:
-        model_cls: Class of the model.
-        variant: Name of the architecture.
-        pretrained: Load weights.
-        pretrained_filter_fn: What makes the model's state dict of one that was read, as timm calls it.
-        **kwargs: As `build_model_with_cfg` takes them.
-
-    Returns:
-        The model.
-
     Raises:
         WeightsError: The tag has no weights, or they cannot be had as the manifest has them.
     """
@@ -111,18 +101,7 @@ def load_verified(entry: ModelEntry, cache_dir: str | Path | None = None) -> dic
 
 
 def load_golden(entry: ModelEntry, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
-    """Load a tag's golden tensors, 'input' (N, C, H, W) and 'logits' (N, classes), as `load_verified` does its weights.
-
-    Args:
-        entry: The manifest's entry.
-        cache_dir: Cache of huggingface_hub, where it is not to be the user's own.
-
-    Returns:
-        The two tensors.
-
-    Raises:
-        WeightsError: As `load_verified`.
-    """
+    """Load a tag's golden 'input' (N, C, H, W) and 'logits' (N, classes), as `load_verified` does its weights."""
     return _tensors(read_asset(golden_asset(entry), None, cache_dir))
 
 

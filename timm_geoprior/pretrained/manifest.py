@@ -65,18 +65,12 @@ _RULES: dict[str, tuple[Callable[[Any], object], str]] = {
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The classes of a data set, in class order; each label set stands once in the manifest.
-
-    Attributes:
-        title: What people call the data set.
-        hub_dataset: Its name among the Hub's data sets.
-        source: 'timm' where timm ships the classes under the same name, else 'manifest'.
-        classes: WordNet id -> name, in class order; empty where timm has them.
-    """
-    title: str
-    hub_dataset: str
-    source: Literal['timm', 'manifest']
+    """The classes of a data set, in class order; each label set stands once in the manifest."""
+    title: str  # what people call the data set
+    hub_dataset: str  # its name among the Hub's data sets
+    source: Literal['timm', 'manifest']  # 'timm' where timm ships the classes under the same name, else 'manifest'
     num_classes: int
+    # WordNet id -> name, in class order; empty where timm has them
     classes: dict[str, str] = field(default_factory=dict)
     name: str = field(default='', metadata={'key': True})
 
@@ -175,32 +169,21 @@ class Golden:
 
 @dataclass(frozen=True)
 class Source:
-    """The trained ResNet that a tag's weights are converted from.
-
-    Attributes:
-        name: timm's name of it, such as 'resnet50.a1_in1k'.
-        top1: Top-1 accuracy on ImageNet-1k in percent at the tag's input size and crop, as timm has published it.
-        top5: Top-5 accuracy likewise.
-    """
-    name: str
+    """The trained ResNet that a tag's weights are converted from."""
+    name: str  # timm's name of it, such as 'resnet50.a1_in1k'
+    # top-1 accuracy on ImageNet-1k in percent at the tag's input size and crop, as timm has published it
     top1: float | None = None
-    top5: float | None = None
+    top5: float | None = None  # top-5 accuracy likewise
 
 
 @dataclass(frozen=True)
 class ConvertedEntry:
-    """What the manifest holds of a converted tag; timm's registry has the rest.
-
-    Attributes:
-        revision: Commit of the source's repository on the Hub that the tag is pinned to, 40 hexadecimal digits.
-        sha256: SHA-256 of the source's model.safetensors.
-        bytes: Its size.
-        metrics: What was measured with the converted weights.
-    """
+    """What the manifest holds of a converted tag; timm's registry has the rest."""
+    # commit of the source's repository on the Hub that the tag is pinned to, 40 hexadecimal digits
     revision: str | None = None
-    sha256: str | None = None
-    bytes: int | None = None
-    metrics: tuple[Metric, ...] = ()
+    sha256: str | None = None  # SHA-256 of the source's model.safetensors
+    bytes: int | None = None  # its size
+    metrics: tuple[Metric, ...] = ()  # what was measured with the converted weights
 
     def __post_init__(self) -> None:
         pin = (self.revision, self.sha256, self.bytes)

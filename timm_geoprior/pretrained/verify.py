@@ -31,30 +31,18 @@ VARIABLES = ('HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'HF_HUB
 
 @dataclass(frozen=True)
 class Check:
-    """What came of one check of one tag.
-
-    Attributes:
-        name: The tag.
-        what: 'bundled file', 'cached file', 'file on the Hub' or 'golden outputs'.
-        ok: Whether it is as the manifest says; None where there was nothing to check.
-        detail: One sentence.
-    """
+    """What came of one check of one tag."""
     name: str
-    what: str
-    ok: bool | None
+    what: str  # 'bundled file', 'cached file', 'file on the Hub' or 'golden outputs'
+    ok: bool | None  # whether it is as the manifest says; None where there was nothing to check
     detail: str
 
 
 @torch.no_grad()
 def golden_error(model: nn.Module, golden: dict[str, Tensor]) -> float:
-    """How far a model's logits are from the golden ones: the largest difference over the largest logit.
+    """How far a model's logits are from the golden ones: the largest difference over the largest logit, or NaN.
 
-    Args:
-        model: The model, in the type and on the device to be judged.
-        golden: Its golden tensors, 'input' (N, C, H, W) and 'logits' (N, classes).
-
-    Returns:
-        The relative error; NaN if the model gives NaN.
+    The model is judged in its own type and on its own device, with 'input' (N, C, H, W) and 'logits' (N, classes).
     """
     parameter = next(model.parameters())
     logits = model.eval()(golden['input'].to(parameter)).float().cpu()

@@ -99,14 +99,7 @@ def readme_tables(manifest: Manifest) -> str:
 
 
 def update_readme(path: Path, manifest: Manifest) -> bool:
-    """Put the tables of models and runs between their markers.
-
-    Args:
-        path: The README.
-        manifest: The manifest.
-
-    Returns:
-        Whether the file was changed.
+    """Put the tables of models and runs between their markers in a README; whether it was changed.
 
     Raises:
         ManifestError: The markers are not there.
@@ -128,14 +121,9 @@ def model_card(
     """The model card of a tag, README.md of its repository.
 
     Args:
-        entry: The manifest's entry, with its metrics.
-        manifest: The manifest.
         recipe: The recipe as YAML, to be quoted.
         beside: Files of the run that lie beside the card, of `train_log.csv` and `curves.png`.
         experiments: Markdown of what else was found with this architecture, to be quoted.
-
-    Returns:
-        The card.
     """
     data_set = manifest.label_sets[entry.label_set]
     data = ModelCardData(
@@ -267,12 +255,7 @@ The weights are under {entry.license}. Terms of the data they have seen: {entry.
 
 
 def plot_radii(layers: list[LayerRadii], path: Path) -> None:
-    """Draw the radius of each attention layer, relative to its map.
-
-    Args:
-        layers: The radii, in the order of the network.
-        path: A PNG file to write.
-    """
+    """Draw the radius of each attention layer, relative to its map, as PNG."""
     from matplotlib.figure import Figure  # extra `train`
 
     figure = Figure(figsize=(8, 3.5), layout='constrained')

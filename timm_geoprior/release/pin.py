@@ -74,14 +74,9 @@ def _pin(entry: ModelEntry, manifest_file: Path | None) -> str:
 
 
 def write_published_results(table: Path, output: Path = PUBLISHED_RESULTS) -> int:
-    """Take the figures of the sources, each at the size and crop of its cfg, out of timm's table.
+    """Take the figures of the sources, each at the size and crop of its cfg, out of timm's results-imagenet.csv.
 
-    Args:
-        table: timm's results/results-imagenet.csv.
-        output: The file to write.
-
-    Returns:
-        Number of sources that the table has a figure of.
+    Returns the number of sources that the table has a figure of.
     """
     wanted = {(f'{source}.{cfg.tag}', cfg.input_size[-1], cfg.crop_pct)
               for source in SOURCES.values() for cfg in get_arch_pretrained_cfgs(source).values()}

@@ -65,9 +65,6 @@ def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: boo
         manifest_file: The manifest, else the package's own.
         replace_weights: Allow other bytes under a bundled tag's name, before it is released.
 
-    Returns:
-        The entry as written.
-
     Raises:
         PublishError: It is no staged folder.
         ManifestError: The manifest does not take it.
@@ -102,9 +99,6 @@ def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path |
         repo_id: 'owner/name'.
         public: Make a new repository public; one that exists stays as it is.
         manifest_file: The manifest, else the package's own.
-
-    Returns:
-        The entry as written, with status 'published'.
 
     Raises:
         PublishError: There is no token, it may not write, the network broke, or what came back is not what was sent.
@@ -170,14 +164,6 @@ def _describe_push_error(error: Exception) -> str:
 
 def record_results(entry: ModelEntry, results: Path, manifest_file: Path | None = None) -> ModelEntry:
     """Take what `timm-geoprior validate` measured with a converted tag into the manifest.
-
-    Args:
-        entry: The converted tag, pinned.
-        results: The JSON of `timm-geoprior validate`.
-        manifest_file: The manifest, else the package's own.
-
-    Returns:
-        The tag with its figures.
 
     Raises:
         PublishError: The tag is not a converted one or not pinned, or the results are of other weights, a part of the
@@ -270,15 +256,7 @@ def _report(entry: ModelEntry) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
-    """Stage, bundle or push a model.
-
-    Args:
-        argv: Arguments; None takes those of the process.
-        prog: Name of the command, for its help.
-
-    Returns:
-        The exit code: 0, or 1 after a message on stderr.
-    """
+    """Stage, bundle or push a model; the exit code: 0, or 1 after a message on stderr."""
     args = _parse_arguments(argv, prog)
     try:
         if not args.output:

@@ -57,29 +57,17 @@ class PublishError(GeoPriorError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a staged folder tells besides the weights.
-
-    Attributes:
-        results: What `timm-geoprior validate` measured with the staged weights; without it the figures stay the
-            entry's.
-        baseline: What it measured with the plain network of the same recipe; without it that stays the entry's.
-        run: Folder of the training run, for its log, its summary and its curves.
-        experiments: Markdown files of what else was found with this architecture, for the model card.
-    """
+    """What a staged folder tells besides the weights."""
+    # what `timm-geoprior validate` measured with the staged weights; without it the figures stay the entry's
     results: Path | None = None
+    # what it measured with the plain network of the same recipe; without it that stays the entry's
     baseline: Path | None = None
-    run: Path | None = None
-    experiments: Sequence[Path] = ()
+    run: Path | None = None  # folder of the training run, for its log, its summary and its curves
+    experiments: Sequence[Path] = ()  # Markdown files of what else was found with this architecture, for the model card
 
 
 def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as they are released: float16, but float32 below two dimensions, where radii and variances keep digits.
-
-    Args:
-        state_dict: Floating-point and integer tensors.
-
-    Returns:
-        Contiguous copies on the CPU.
 
     Raises:
         PublishError: A value is not finite, or too large for float16.
@@ -96,15 +84,9 @@ def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> str:
-    """Write a release file: the same tensors and metadata always give the same bytes.
+    """Write weights as they are released, and return the file's SHA-256.
 
-    Args:
-        state_dict: Weights, as trained.
-        path: A .safetensors file to write, whole or not at all.
-        metadata: Where the weights are from.
-
-    Returns:
-        The file's SHA-256.
+    The same tensors and metadata always give the same bytes.
 
     Raises:
         PublishError: As `release_tensors`.
@@ -260,11 +242,7 @@ def _recipe_text(entry: ModelEntry, checkpoint: SavedModel) -> str:
 
 
 def check_loads(entry: ModelEntry, folder: Path) -> None:
-    """Find out whether the folder as timm opens it gives the golden logits.
-
-    Raises:
-        PublishError: It does not.
-    """
+    """Raise PublishError unless the folder, as timm opens it, gives the golden logits."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     error = golden_error(model, load_file(folder / GOLDEN))
     if not error <= GOLDEN_TOLERANCES['float32']:
@@ -291,15 +269,7 @@ def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], t
 
 
 def read_metrics(path: Path, entry: ModelEntry, network: str = f'the staged {WEIGHTS}') -> tuple[Metric, ...]:
-    """Read what `timm-geoprior validate` measured with an entry's weights.
-
-    Args:
-        path: Its results file.
-        entry: The entry, with the hash of the weights.
-        network: What to call them in messages.
-
-    Returns:
-        The figures.
+    """Read what `timm-geoprior validate` measured with an entry's weights, which messages call `network`.
 
     Raises:
         PublishError: The file is no results file, or of other weights, of a part of the set, or of images that were
@@ -362,13 +332,6 @@ def _train_log(run: Path) -> TrainLog:
 
 def read_staged(folder: Path, manifest: Manifest) -> ModelEntry:
     """Read the entry of a staged folder, and check its files against it.
-
-    Args:
-        folder: What `stage` made.
-        manifest: The manifest, for the label sets.
-
-    Returns:
-        The entry.
 
     Raises:
         PublishError: It is no staged folder, or its files have changed since.

@@ -25,32 +25,18 @@ RAW = ('model', 'state_dict')
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The weights of a file, and what the file says of them; a bare state dict says nothing else.
-
-    Attributes:
-        state_dict: Weights, raw or averaged.
-        averaged: Whether they are the averaged ones.
-        note: Which weights were taken, for people; '' where the file holds one kind only.
-        model_name: The model that was trained, with or without a tag.
-        model_kwargs: Its options.
-        num_classes: Number of its classes.
-        class_names: Names of its classes, in their order.
-        recipe: Keys and values of the recipe.
-        commit: Commit of the code that trained it.
-        seed: Seed of the run.
-        versions: Version of each package.
-    """
-    state_dict: dict[str, Tensor]
-    averaged: bool = False
-    note: str = ''
-    model_name: str = ''
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The weights of a file, and what the file says of them; a bare state dict says nothing else."""
+    state_dict: dict[str, Tensor]  # weights, raw or averaged
+    averaged: bool = False  # whether they are the averaged ones
+    note: str = ''  # which weights were taken, for people; '' where the file holds one kind only
+    model_name: str = ''  # the model that was trained, with or without a tag
+    model_kwargs: dict[str, Any] = field(default_factory=dict)  # its options
     num_classes: int | None = None
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # names of its classes, in their order
     recipe: dict[str, Any] = field(default_factory=dict)
-    commit: str | None = None
+    commit: str | None = None  # of the code that trained it
     seed: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)  # of each package
 
     @property
     def img_size(self) -> int | None:

@@ -45,53 +45,30 @@ WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 @dataclass(frozen=True)
 class Splits:
-    """Folders of a data set, below its own.
-
-    Attributes:
-        train: Images to train on; '' where the class folders lie in the data set's own folder.
-        val: Images to choose the epoch by; '' for a share of the training images.
-        measured: Images for the figures at the end; '' for those that the epoch is chosen by.
-    """
-    train: str = ''
-    val: str = ''
-    measured: str = ''
+    """Folders of a data set, below its own."""
+    train: str = ''  # images to train on; '' where the class folders lie in the data set's own folder
+    val: str = ''  # images to choose the epoch by; '' for a share of the training images
+    measured: str = ''  # images for the figures at the end; '' for those that the epoch is chosen by
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is fine-tuned, where.
-
-    Attributes:
-        data_dir: Folder with one folder of images a class, or with such folders `train`, `val` and `test`.
-        output: Folder to write.
-        model: Any model of timm: a tag, or `local-dir:` and a folder.
-        from_scratch: Start from random weights, for a comparison.
-        overrides: 'key=value' strings for the recipe.
-        patience: Epochs without a better accuracy after which training ends.
-        seed: Of weights, order and augmentation.
-        device: Where the network runs.
-        workers: Processes that decode.
-        resume: Go on with the run in `output`.
-        tell: Called with each sentence that a person should read.
-    """
-    data_dir: Path
-    output: Path
-    model: str
-    from_scratch: bool = False
-    overrides: tuple[str, ...] = ()
-    patience: int = 5
-    seed: int = 0
-    device: str = 'cpu'
-    workers: int = 2
-    resume: bool = False
-    tell: Callable[[str], None] = print
+    """What is fine-tuned, where."""
+    data_dir: Path  # folder with one folder of images a class, or with such folders `train`, `val` and `test`
+    output: Path  # folder to write
+    model: str  # any model of timm: a tag, or `local-dir:` and a folder
+    from_scratch: bool = False  # start from random weights, for a comparison
+    overrides: tuple[str, ...] = ()  # 'key=value' strings for the recipe
+    patience: int = 5  # epochs without a better accuracy after which training ends
+    seed: int = 0  # of weights, order and augmentation
+    device: str = 'cpu'  # where the network runs
+    workers: int = 2  # processes that decode
+    resume: bool = False  # go on with the run in `output`
+    tell: Callable[[str], None] = print  # called with each sentence that a person should read
 
 
 def finetune(job: Job) -> dict[str, Any]:
     """Train, choose the best epoch, and leave a folder that timm loads.
-
-    Args:
-        job: What is fine-tuned, where.
 
     Returns:
         The run's results, as in results.json, with the figures of the finished folder under 'measured'.
@@ -346,12 +323,9 @@ def confusion_matrix(predictions: Predictions, classes: int) -> NDArray[np.int64
 
 
 def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix: the share of each class's images by colour, and their number where there is room.
+    """Draw a confusion matrix as PNG: the share of each class's images by colour, and their number where there is room.
 
-    Args:
-        matrix: Numbers of images, shape (classes, classes), rows the true classes.
-        names: Names of the classes; left out above 120, where they could not be read.
-        path: A PNG file to write.
+    The matrix has numbers of images, shape (classes, classes), rows the true classes.
     """
     count = len(names)
     side = float(np.clip(1.5 + 0.42 * count, 3.5, 15))

@@ -32,22 +32,14 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run reads.
-
-    Attributes:
-        train: Training batches by epoch.
-        held_out: Gives the held-out batches once through, or None where nothing is held out.
-        class_names: Names of the classes in their order, the folders' names.
-        held_indices: Places of the training images that are held out, shape (N,); empty where there are none.
-        held_names: Their files.
-        train_sha256: Hash of the names of the files that are trained on.
-    """
-    train: MemoryLoader | FolderLoader
-    held_out: Callable[[], Batches] | None
-    class_names: tuple[str, ...]
+    """What a run reads."""
+    train: MemoryLoader | FolderLoader  # training batches by epoch
+    held_out: Callable[[], Batches] | None  # gives the held-out batches once through, or None where nothing is held out
+    class_names: tuple[str, ...]  # names of the classes in their order, the folders' names
+    # places of the training images that are held out, shape (N,); empty where there are none
     held_indices: torch.Tensor
-    held_names: tuple[str, ...]
-    train_sha256: str
+    held_names: tuple[str, ...]  # their files
+    train_sha256: str  # hash of the names of the files that are trained on
 
 
 class _SomeImages:
@@ -91,10 +83,7 @@ class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
 def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSplit:
     """Open a split in which each class stands once: timm takes all folders there are for one that it does not find.
 
-    Args:
-        config: Says where the images are.
-        split: The split's name, or another name of it, in any case; '' for class folders without splits.
-        labelled: Whether the images must have classes.
+    The split's name may be another name of it, in any case, or '' for class folders without splits.
 
     Raises:
         GeoPriorError: There is no such folder, or it has no images, or a class twice.

@@ -28,11 +28,9 @@ __all__ = [
 
 def build_model(
         recipe: Recipe, num_classes: int, pretrained: bool = False, start: SavedModel | None = None) -> nn.Module:
-    """The recipe's model.
+    """The recipe's model; a head for another number of classes than the weights have is drawn anew.
 
     Args:
-        recipe: Names the model, its options and what of it is frozen.
-        num_classes: Number of classes; a head of another size is drawn anew.
         pretrained: Start from the weights of the model's tag.
         start: Start from these weights.
 

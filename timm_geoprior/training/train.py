@@ -67,10 +67,6 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
 def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
     """Train what the command line says.
 
-    Args:
-        argv: Arguments, those of the process where it is None.
-        prog: What the command is called in its help and messages.
-
     Returns:
         The exit code: 0 after the last epoch, 1 if something is wrong, 130 after Ctrl-C while images are read.
 
