@@ -5,8 +5,7 @@ import sys
 try:
     from timm_geoprior.release.publish import main
 except ModuleNotFoundError as error:
-    sys.exit(f'publish.py: {error.name} is not installed. Install timm_geoprior with its extra "train": '
-             f"pip install -e '.[train]'")
+    sys.exit(f"publish.py: {error.name} is not installed. Run `pip install -e '.[train]'`.")
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -92,7 +92,7 @@ def test_readme_is_written_between_its_markers(tmp_path):
     assert not update_readme(readme, load_manifest())
     readme.write_text('# Title\n', encoding='utf-8')
     with using_manifest(path):
-        with pytest.raises(ManifestError, match='has no lines <!-- models:begin -->'):
+        with pytest.raises(ManifestError, match='must have the lines <!-- models:begin -->'):
             main()
     assert readme.read_text(encoding='utf-8') == '# Title\n'
 

@@ -57,10 +57,10 @@ class Asset:
     size: int | None  # its size in bytes; None if the manifest does not say
     instead: str = ''  # a tag that messages name, which needs no network
 
-    @property
-    def place(self) -> str:
-        """What is wanted of the Hub, in words."""
-        return f'{self.file} of {self.hub_id}' + (f' at {self.revision}' if self.revision else '')
+    def cached(self, cache_dir: str | Path | None = None) -> Path | None:
+        """The path of the file in the cache of huggingface_hub; None if it is not there."""
+        found = try_to_load_from_cache(str(self.hub_id), self.file, cache_dir=cache_dir, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
 
     def locate(self, cache_dir: str | Path | None, force: bool = False) -> Path:
         """The path of the file on this machine; it is fetched if it is not there, or by `force` in any case.
@@ -121,18 +121,19 @@ def read_asset(asset: Asset, path: Path | None = None, cache_dir: str | Path | N
     path = path or asset.locate(cache_dir)
     try:
         return _read_verified(asset, path)
-    except _DigestError as wrong:
+    except _DigestError as found:
         if path == asset.bundled:
             raise
-        found = wrong
-    try:
-        path = asset.locate(cache_dir, force=True)
-    except WeightsError as error:
-        raise WeightsError(f'{found} {error}') from None
+        try:
+            path = asset.locate(cache_dir, force=True)
+        except WeightsError as error:
+            raise WeightsError(f'{found} {error}') from None
     try:
         return _read_verified(asset, path)
     except _DigestError:
-        _discard(path)
+        for item in (path.resolve(), path):  # the blob and its name, so that nothing else loads it
+            with contextlib.suppress(OSError):
+                item.unlink(missing_ok=True)
         raise
 
 
@@ -200,23 +201,10 @@ def _copy_files(entry: ModelEntry, target: Path) -> None:
     (target / 'golden').mkdir(exist_ok=True)
     assets = {'model.safetensors': weights_asset(entry), 'golden/outputs.safetensors': golden_asset(entry)}
     for file, asset in assets.items():
-        if not _is_right(asset, target / file):
+        try:
+            _read_verified(asset, target / file)
+        except WeightsError:
             write_atomically(target / file, bytes(read_asset(asset)))
-
-
-def _is_right(asset: Asset, path: Path) -> bool:
-    try:
-        _read_verified(asset, path)
-    except WeightsError:
-        return False
-    return True
-
-
-def _discard(path: Path) -> None:
-    """Remove a wrong file from the cache, both its name and its blob, so that nothing else loads it."""
-    for item in (path.resolve(), path):
-        with contextlib.suppress(OSError):
-            item.unlink(missing_ok=True)
 
 
 def _download(asset: Asset, cache_dir: str | Path | None, force: bool) -> Path:
@@ -249,8 +237,7 @@ def _cached_without_hub(asset: Asset, cache_dir: str | Path | None) -> Path | No
     Raises:
         WeightsError: The Hub does not answer, and the file is not in the cache.
     """
-    cached = try_to_load_from_cache(str(asset.hub_id), asset.file, cache_dir=cache_dir, revision=asset.revision)
-    known = Path(cached) if isinstance(cached, str) else None
+    known = asset.cached(cache_dir)
     if constants.HF_HUB_OFFLINE or (known and asset.revision):
         return None
     try:
@@ -265,9 +252,10 @@ def _cached_without_hub(asset: Asset, cache_dir: str | Path | None) -> Path | No
 
 
 def _not_fetched(asset: Asset, error: Exception, cache_dir: str | Path | None) -> WeightsError:
+    place = f'{asset.file} of {asset.hub_id}' + (f' at {asset.revision}' if asset.revision else '')
     instead = f', or take {asset.instead}, which needs no network' if asset.instead else ''
     reason = describe_hub_error(error, cache_dir)
-    return WeightsError(f'{asset.title} ({asset.place}) could not be fetched: {reason}{instead}.')
+    return WeightsError(f'{asset.title} ({place}) could not be fetched: {reason}{instead}.')
 
 
 def _sweep(path: Path, started: float) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url
 from torch import Tensor, nn
 
 from ..errors import WeightsError
 from .cfgs import bundled_path
-from .download import check_file, describe_hub_error, endpoint, redact, require_weights
+from .download import check_file, describe_hub_error, endpoint, redact, require_weights, weights_asset
 from .loading import load_golden, load_verified
 from .manifest import ModelEntry, load_manifest, manifest_path
 
@@ -78,19 +78,12 @@ def _checks(entry: ModelEntry) -> Iterator[Check]:
     if entry.status == 'bundled' or path.exists():
         yield _file_check(entry, 'bundled file', path)
     if entry.hub_id:
-        cached = _cached(entry)
-        if isinstance(cached, str):
-            yield _file_check(entry, 'cached file', Path(cached))
-        else:
-            yield Check(entry.name, 'cached file', None, 'not in the cache')
+        cached = weights_asset(entry).cached()
+        yield (_file_check(entry, 'cached file', cached) if cached
+               else Check(entry.name, 'cached file', None, 'not in the cache'))
         yield _hub_check(entry)
     if entry.golden:
         yield _golden_check(entry)
-
-
-def _cached(entry: ModelEntry) -> object:
-    """The cached file's path as a string, else something that is none."""
-    return try_to_load_from_cache(str(entry.hub_id), str(entry.file), revision=entry.revision)
 
 
 def _file_check(entry: ModelEntry, what: str, path: Path) -> Check:
@@ -111,8 +104,8 @@ def _hub_check(entry: ModelEntry) -> Check:
     except Exception as error:
         return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision}: {describe_hub_error(error)}.')
     if (found.etag, found.size) != (entry.sha256, entry.bytes):
-        return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision} has {found.size} bytes, sha256 '
-                     f'{found.etag}, expected {entry.bytes}, {entry.sha256}.')
+        return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision} must have {entry.bytes} bytes and '
+                     f'the sha256 {entry.sha256}, got {found.size} and {found.etag}.')
     return Check(entry.name, what, True, f'{entry.hub_id} at {entry.revision}')
 
 
@@ -150,7 +143,7 @@ def doctor() -> dict[str, Any]:
         'environment': {name: redact(os.environ[name]) for name in VARIABLES if name in os.environ},
         # of the converted tags those that are here: of the others each would be a question to the Hub
         'tags': {entry.name: _load_report(entry) for entry in load_manifest().tags.values()
-                 if entry.status != 'converted' or isinstance(_cached(entry), str)},
+                 if entry.status != 'converted' or weights_asset(entry).cached()},
     }
 
 
@@ -170,7 +163,7 @@ def _load_report(entry: ModelEntry) -> str:
     """Whether a tag loads; nothing large is fetched for it."""
     if not entry.has_weights:
         return f'{entry.status}, no weights'
-    if not bundled_path(entry).exists() and entry.hub_id and not isinstance(_cached(entry), str):
+    if not bundled_path(entry).exists() and entry.hub_id and not weights_asset(entry).cached():
         check = _hub_check(entry)
         return f'{entry.status}, not in the cache; the file on the Hub: {check.detail}'
     try:

@@ -1,1 +1,7 @@
-"""Releasing weights: model cards and publishing to the Hugging Face Hub."""
+"""Releasing weights.
+
+staging  from a checkpoint to the folder that is the Hub repository before it is one
+publish  the command: a staged folder goes into the package, or onto the Hub
+cards    model cards and the README's tables, from the manifest
+pin      the converted tags' sources: their hashes, and the figures that timm has published
+"""

@@ -108,7 +108,7 @@ def update_readme(path: Path, manifest: Manifest) -> bool:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ManifestError(f'{path} has no lines {BEGIN} and {END}, expected both: the tables go between them.')
+        raise ManifestError(f'{path} must have the lines {BEGIN} and {END}, between which the tables go. Add them.')
     updated = f'{before}{BEGIN}\n{readme_tables(manifest)}\n{END}{after}'
     if updated != text:
         write_atomically(path, updated.encode('utf-8'))

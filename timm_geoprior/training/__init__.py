@@ -1,1 +1,12 @@
-"""Training: a recipe in, a run folder out. `scripts/train.py` is its command line."""
+"""Training: a recipe in, a run folder out.
+
+train       the command, which scripts/train.py runs too
+recipe      what is trained, and where; recipes/ has those that are shipped
+parts       model, optimizer, schedule, loss and mixup of a recipe, by timm's factories
+loaders     training batches, and held-out images to choose by
+engine      the loop, in one process or many
+checkpoint  writing checkpoints, and the one reader of weights for every command
+report      a line and a CSV row for each epoch, curves
+finetune    a folder of images in, a folder that timm loads out
+recovery    a run that starts from a folder of `timm-geoprior convert`
+"""

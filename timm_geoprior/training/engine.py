@@ -23,7 +23,7 @@ from ..data.batches import LoaderConfig, seed_everything
 from ..data.memory import ImageTensors
 from ..distributed import find_device
 from ..errors import GeoPriorError
-from ..evaluation.metrics import Counts, count_correct
+from ..evaluation.metrics import count_correct
 from ..files import first_line, write_json
 from ..progress import Progress
 from ..provenance import git_commit, hardware, versions
@@ -363,7 +363,8 @@ class Trainer:
             seed_everything(self.config.seed, 'step', done, micro_step, self.rank)
             images, targets = self._augment(images, targets)
             last = micro_step == recipe.grad_accum_steps - 1
-            with self._no_sync(not last):
+            # gradients are summed over the processes once, after the last part of the batch
+            with nullcontext() if last or self.replica is None else self.replica.no_sync():
                 with self._autocast():
                     loss = self.task(images, targets)['loss'] / recipe.grad_accum_steps
                 total += loss.detach()
@@ -387,11 +388,6 @@ class Trainer:
         if self.mixup and not (off and self.epoch >= off):
             images, targets = self.mixup(images, targets)
         return images.contiguous(memory_format=self.memory_format), targets
-
-    def _no_sync(self, wanted: bool) -> AbstractContextManager[Any]:
-        if wanted and self.replica is not None:
-            return self.replica.no_sync()
-        return nullcontext()
 
     def _agree(self, loss: Tensor) -> '_Answer':
         """The mean loss of all processes, and a signal that any of them got: all stop at the same step."""
@@ -447,20 +443,16 @@ class Trainer:
     def _measure(self) -> dict[str, float]:
         """Top-1 in percent of the held-out images, by the weights and by their average."""
         measured = {}
-        for name, network in (('top1', self.model), ('ema_top1', self.ema.module if self.ema else None)):
-            if network is not None and self.world_size > 1:
+        networks = {'top1': self.model, **({'ema_top1': self.ema.module} if self.ema else {})}
+        for name, network in networks.items():
+            if self.world_size > 1:
                 distribute_bn(network, self.world_size)  # what the first process saves is what all measure
-            counts = self._count(network)
-            if counts:
+            if self.data.held_out is not None:
+                with self._autocast():
+                    batches = ((x.contiguous(memory_format=self.memory_format), y) for x, y in self.data.held_out())
+                    counts = count_correct(network, batches)
                 measured[name] = 100 * counts.top1_correct / counts.num_images
         return measured
-
-    def _count(self, network: nn.Module | None) -> Counts | None:
-        if network is None or self.data.held_out is None:
-            return None
-        with self._autocast():
-            batches = ((x.contiguous(memory_format=self.memory_format), y) for x, y in self.data.held_out())
-            return count_correct(network, batches)
 
 
 class _Answer:
