@@ -149,8 +149,7 @@ def _mark(classifier: Classifier, preview: Image.Image, point: tuple[float, floa
 
 def _tell(error: Exception, path: str = '') -> None:
     """Put an error's sentence on the page, a file called by the name that its owner knows."""
-    sentence = str(error).replace(path, Path(path).name) if path else str(error)
-    gr.Warning(html.escape(sentence), duration=SECONDS)
+    gr.Warning(html.escape(str(error).replace(path, Path(path).name) if path else str(error)), duration=SECONDS)
 
 
 def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
@@ -164,15 +163,6 @@ def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
     except GeoPriorError as error:
         _tell(error, path)
         return (gr.skip(),) * 4
-
-
-def _upload(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
-    """Show an uploaded picture, and empty the field it was dropped into for the next."""
-    return None, *_open(path, name, window)
-
-
-def _pick(index: int, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
-    return _open(str(SAMPLES[index]), name, window)
 
 
 def _click(shown: _Shown, name: str, window: dict[str, bool], event: gr.SelectData) -> tuple[Any, ...]:
@@ -240,8 +230,10 @@ def build(model: str | None = None) -> gr.Blocks:
                 gr.Markdown(LEGEND, elem_id='legend')
         outputs = [shown, picture, guesses, windows]
         page.load(lambda *inputs: _open(str(SAMPLES[0]), *inputs), [tag, window], outputs, js=WINDOW_JS)
-        samples.click(_pick, [samples, tag, window], outputs, js=WINDOW_JS)
-        file.upload(_upload, [file, tag, window], [file, *outputs], js=WINDOW_JS)
+        samples.click(lambda index, *inputs: _open(str(SAMPLES[index]), *inputs), [samples, tag, window], outputs,
+                      js=WINDOW_JS)
+        # None empties the field that the picture was dropped into, for the next
+        file.upload(lambda *inputs: (None, *_open(*inputs)), [file, tag, window], [file, *outputs], js=WINDOW_JS)
         picture.select(
             _click, [shown, tag, window], [shown, picture, windows], js=WINDOW_JS,
             trigger_mode='always_last', show_progress='hidden'  # who clicks about wants no flicker, and the last one
@@ -262,12 +254,6 @@ def _check_port(port: int) -> None:
             f'Port {port} cannot be opened ({reason}). Name a free one with --port.') from None
 
 
-def _spare_proxies() -> None:
-    """Gradio asks its own server whether it is up, and would ask a proxy of the environment for it."""
-    for name in ('no_proxy', 'NO_PROXY'):
-        os.environ[name] = ','.join(filter(None, (os.environ.get(name), '127.0.0.1', 'localhost')))
-
-
 def serve(model: str | None = None, port: int | None = None) -> None:
     """Serve the page until it is interrupted.
 
@@ -281,7 +267,8 @@ def serve(model: str | None = None, port: int | None = None) -> None:
     """
     if port is not None:
         _check_port(port)
-    _spare_proxies()
+    for name in ('no_proxy', 'NO_PROXY'):  # Gradio asks its own server whether it is up, but not by a proxy
+        os.environ[name] = ','.join(filter(None, (os.environ.get(name), '127.0.0.1', 'localhost')))
     page = build(model)
     _, url, _ = page.launch(
         server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False, prevent_thread_lock=True, quiet=True, css=CSS,

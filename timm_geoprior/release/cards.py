@@ -23,6 +23,19 @@ CITATION = """@inproceedings{tan2021explicitly,
   year = {2021}
 }"""
 
+RADII = """## How far each layer looks
+
+![The learned radius of each attention layer](radii.png)
+
+The radius of each layer, relative to the side of its map: near zero the layer passes its values on as they are, far
+above one it takes their mean over the whole picture."""
+
+RECONSTRUCTION = """## What is reconstructed
+
+The authors published no code. The kernel, the learned radius and the place of the attention are the paper's. The
+numbers of value channels of the large networks were chosen so that the 152-layer one meets both cost figures of the
+paper's abstract. They, the small network, and how radii start and learn, are this project's and not the paper's."""
+
 
 def models_table(manifest: Manifest) -> str:
     """The README's table of models, in Markdown."""
@@ -138,8 +151,8 @@ def model_card(
         eval_results=[r for metric in entry.metrics for r in _eval_results(metric, data_set.hub_dataset)] or None,
     )
     sections = [
-        _head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, beside), _radii(),
-        f'## Experiments\n\n{experiments}' if experiments else '', _reconstruction(),
+        _head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, beside), RADII,
+        f'## Experiments\n\n{experiments}' if experiments else '', RECONSTRUCTION,
         _limits(entry, data_set.title), f'## Citation\n\n```bibtex\n{CITATION}\n```']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(section for section in sections if section) + '\n')
 
@@ -225,23 +238,6 @@ def _training(entry: ModelEntry, recipe: str, beside: Collection[str]) -> str:
     if not recipe:
         return text
     return text + f'\n\n<details><summary>The whole recipe</summary>\n\n```yaml\n{recipe.strip()}\n```\n\n</details>'
-
-
-def _radii() -> str:
-    return """## How far each layer looks
-
-![The learned radius of each attention layer](radii.png)
-
-The radius of each layer, relative to the side of its map: near zero the layer passes its values on as they are, far
-above one it takes their mean over the whole picture."""
-
-
-def _reconstruction() -> str:
-    return """## What is reconstructed
-
-The authors published no code. The kernel, the learned radius and the place of the attention are the paper's. The
-numbers of value channels of the large networks were chosen so that the 152-layer one meets both cost figures of the
-paper's abstract. They, the small network, and how radii start and learn, are this project's and not the paper's."""
 
 
 def _limits(entry: ModelEntry, title: str) -> str:
