@@ -68,13 +68,13 @@ def _extra(name: str) -> Iterator[None]:
         ) from error
 
 
-def _table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
-    """Align columns, the first `left` of them to the left."""
+def _print_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print rows with aligned columns, the first `left` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
-        cells += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:], strict=True)]
-        yield '  '.join(cells).rstrip()
+        cells = [cell.ljust(width) if place < left else cell.rjust(width)
+                 for place, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        print('  '.join(cells).rstrip())
 
 
 def _fields(value: dict[str, Any], indent: str = '') -> Iterator[str]:
@@ -129,7 +129,7 @@ def _list(args: argparse.Namespace) -> int:
             str(tag['img_size']),
             f'{tag["bytes"] / 1e6:.1f}' if tag['bytes'] else '-',
         ))
-    print('\n'.join(_table(rows, left=4)))
+    _print_table(rows, left=4)
     print("\n*: what the architecture's name alone means. converted: made of a trained ResNet of timm when loaded.\n"
           "'source %' is the top-1 of that ResNet, published by timm for this size. 'top-1 %' is the model's own;\n"
           'where there is none, it has not been measured.')
@@ -163,7 +163,8 @@ def _info(args: argparse.Namespace) -> int:
             ', '.join(f'{radius:.3f}' for radius in layer.cells),
             ', '.join(f'{radius:.3f}' for radius in layer.relative),
         ))
-    print('\n' + '\n'.join(_table(rows, left=1)))
+    print()
+    _print_table(rows)
     return 0
 
 
@@ -216,12 +217,19 @@ def _doctor(args: argparse.Namespace) -> int:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 _MODEL = _argument('--model', help='model to use (default: the bundled one with the best accuracy)')
+_DEVICE = _argument('--device', help='cpu, cuda or cuda:N (default: cuda if there is one)')
+_WORKERS = _argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')
 _SAMPLE = 'the sample photograph of a cup of coffee'
 
 
 def _default_model(args: argparse.Namespace) -> str:
     from .pretrained.manifest import default_model, load_manifest
     return args.model or default_model(load_manifest()).name
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+    return args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def _count(text: str) -> int:
@@ -237,7 +245,7 @@ def _count(text: str) -> int:
     _argument('--model', help='any timm model whose classes have names, or local-dir: and a folder (default: the '
                               'bundled model with the best accuracy)'),
     _argument('--top', type=_count, default=5, metavar='N', help='classes to print for each image (default: 5)'),
-    _argument('--device', help='cpu, cuda or cuda:N (default: cuda if there is one)'),
+    _DEVICE,
     _argument('--compact', action='store_true', help='print one line per image'),
     _argument('--json', action='store_true', help='print one JSON object per image, each on a line of its own'))
 def _classify(args: argparse.Namespace) -> int:
@@ -248,13 +256,10 @@ def _classify(args: argparse.Namespace) -> int:
         for path, fault in faults.items():
             _print_result(args, {'image': path, 'error': str(fault)})
         return 1
-    import torch
-
     from .distributed import find_device
     from .inference.classifier import load_classifier
     from .progress import Progress, tell_on_stderr
-    device = find_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))[0]
-    classify = load_classifier(_default_model(args), device)
+    classify = load_classifier(_default_model(args), find_device(_device(args))[0])
     if sample:
         _print_result(args, {'image': _SAMPLE, 'model': classify.name, 'predictions': classify(sample, args.top)})
         return 0
@@ -264,10 +269,9 @@ def _classify(args: argparse.Namespace) -> int:
     with Progress('classifying', len(faults), tell=None if quiet else tell_on_stderr) as progress:
         for path, fault in faults.items():
             found = fault or next(guesses)
-            error = isinstance(found, Exception)
-            failed |= error
-            _print_result(args, {'image': path, 'model': classify.name,
-                                 **({'error': str(found)} if error else {'predictions': found})})
+            failed |= isinstance(found, Exception)
+            answer = {'error': str(found)} if isinstance(found, Exception) else {'predictions': found}
+            _print_result(args, {'image': path, 'model': classify.name, **answer})
             progress.update()
     return 1 if failed else 0
 
@@ -358,7 +362,7 @@ def _print_layers(name: str) -> int:
     if len(rows) == 1:
         raise GeoPriorError(f'The model must be a GeoPrior ResNet, got {name}, which has no attention layers.')
     print(f'{name} at {width} x {height} px')
-    print('\n'.join(_table(rows, left=1)))
+    _print_table(rows)
     return 0
 
 
@@ -389,18 +393,16 @@ def _demo(args: argparse.Namespace) -> int:
     _argument('--limit', type=int, default=1000, help='images to fit to at most (default: 1000)'),
     _argument('--model', help='the architecture, for a checkpoint that does not name its own'),
     _argument('--half', action='store_true', help='write float16 weights'),
-    _argument('--device', help='cpu, cuda or cuda:N (default: cuda if there is one)'),
-    _argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)'))
+    _DEVICE,
+    _WORKERS)
 def _convert(args: argparse.Namespace) -> int:
     with _extra('train'):
         from .conversion.job import ConvertJob, convert
-    import torch
-
     from .conversion.readme import layer_rows, lines
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     results = convert(ConvertJob(
-        args.source, args.output, args.images, args.model, args.limit, args.half, device, args.workers))
-    print('\n'.join([*_table(layer_rows(results), left=1), '', *lines(results)]))
+        args.source, args.output, args.images, args.model, args.limit, args.half, _device(args), args.workers))
+    _print_table(layer_rows(results))
+    print('\n'.join(['', *lines(results)]))
     print(f"timm.create_model('local-dir:{args.output}', pretrained=True)")
     return 0
 
@@ -417,20 +419,17 @@ def _convert(args: argparse.Namespace) -> int:
     _argument('--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a key of the recipe'),
     _argument('--patience', type=int, default=5, help='epochs without a better accuracy before it ends (default: 5)'),
     _argument('--seed', type=int, default=0),
-    _argument('--device', help='cpu, cuda or cuda:N (default: cuda if there is one)'),
-    _argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)'),
+    _DEVICE,
+    _WORKERS,
     _argument('--resume', action='store_true', help='continue the run in --output'))
 def _finetune(args: argparse.Namespace) -> int:
     with _extra('train'):
         from .training.finetune import Job, finetune
-    import torch
-
     from .pretrained.manifest import default_architecture, load_manifest
     output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
     model = default_architecture(load_manifest()) if args.from_scratch and not args.model else _default_model(args)
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     results = finetune(Job(
-        args.folder, output, model, args.from_scratch, tuple(args.set), args.patience, args.seed, device,
+        args.folder, output, model, args.from_scratch, tuple(args.set), args.patience, args.seed, _device(args),
         args.workers, args.resume))
     measured = results['measured']
     print(f'{measured["split"]}: {measured["top1_correct"]:,} of {measured["num_images"]:,} images right, '
