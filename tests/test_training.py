@@ -717,7 +717,7 @@ class TestFaults:
             command(photo_folder, tmp_path / 'run', tmp_path / 'no.yaml'), env=environment(), capture_output=True,
             text=True)
         assert done.returncode == 1
-        assert done.stderr.startswith('train.py: There is no recipe file')
+        assert done.stderr.startswith('train.py: The recipe must be a YAML file or one of a1, ')
         assert done.stderr.count('\n') == 1
         assert not (tmp_path / 'run').exists()
 

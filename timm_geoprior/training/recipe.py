@@ -1,4 +1,5 @@
 """Recipes, which are everything that decides a training run, as flat YAML files; and where and how they are run."""
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -199,26 +200,19 @@ def _require(holds: bool, key: str, got: Any, expected: str) -> None:
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
     """A YAML value as the field's type; whole numbers pass for floats, lists for tuples, nothing else is bent."""
-    origin = get_origin(kind)
+    origin, kinds = get_origin(kind), get_args(kind)
     if origin is tuple:
-        kinds = get_args(kind)
         if isinstance(value, (list, tuple)):
-            if len(kinds) == 2 and kinds[1] is Ellipsis:
-                return tuple(_convert(key, item, kinds[0]) for item in value)
+            kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
             if len(kinds) == len(value):
                 return tuple(_convert(key, item, item_kind) for item, item_kind in zip(value, kinds, strict=True))
-    elif origin is dict:
-        if isinstance(value, dict):
-            return value
     elif kind is float:
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
+            with contextlib.suppress(ValueError):
                 number = float(value)  # YAML 1.1 reads 1e-4 as a string
-            except ValueError:
-                number = math.nan
-            if math.isfinite(number):
-                return number
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+                if math.isfinite(number):
+                    return number
+    elif isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = getattr(kind, '__name__', str(kind)) if origin is None else str(kind).replace('typing.', '')
     raise GeoPriorError(f'The recipe key {key!r} must be of type {name}, got {value!r}.')
@@ -269,21 +263,15 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     Raises:
         GeoPriorError: No such recipe, no mapping in the file, or keys and values that `make_recipe` refuses.
     """
-    path = Path(source)
     shipped = resources.files('timm_geoprior.training') / 'recipes' / f'{source}.yaml'
-    if path.suffix in ('.yaml', '.yml'):
-        if not path.is_file():
-            raise GeoPriorError(
-                f'There is no recipe file {source}: give a YAML file, or one of {", ".join(recipe_names())}.')
-        try:
-            text = path.read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as error:
-            raise GeoPriorError(f'{source} cannot be read ({error}). It must be a YAML file in UTF-8.') from None
-    elif shipped.is_file():
-        text = shipped.read_text(encoding='utf-8')
-    else:
-        raise GeoPriorError(
-            f'There is no recipe {str(source)!r}: give one of {", ".join(recipe_names())}, or a YAML file.')
+    path = Path(source) if Path(source).suffix in ('.yaml', '.yml') else shipped
+    if not path.is_file():
+        raise GeoPriorError(f'The recipe must be a YAML file or one of {", ".join(recipe_names())}, got '
+                            f'{str(source)!r}. Check its name.')
+    try:
+        text = path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise GeoPriorError(f'{source} cannot be read ({error}). It must be a YAML file in UTF-8.') from None
     values = _parse(text, f'Recipe {source}')
     if not isinstance(values, dict):
         raise GeoPriorError(f'Recipe {source} must hold keys and values, got a {type(values).__name__}.')
