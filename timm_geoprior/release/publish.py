@@ -228,12 +228,12 @@ def _problem(args: argparse.Namespace) -> str:
 
 
 def _stage(args: argparse.Namespace) -> None:
+    entry = load_manifest().get(args.tag)
     checkpoint = read_weights(args.checkpoint, args.weights)
     if checkpoint.note:
         print(checkpoint.note)
     run = args.checkpoint.parent if args.checkpoint.suffix == '.pt' else None
-    entry = stage(load_manifest().get(args.tag), checkpoint, args.output,
-                  Evidence(args.results, args.baseline, run, args.experiments))
+    entry = stage(entry, checkpoint, args.output, Evidence(args.results, args.baseline, run, args.experiments))
     print(f'Staged {entry.name} in {args.output}: {entry.bytes:,} bytes, SHA-256 {entry.sha256}')
 
 
