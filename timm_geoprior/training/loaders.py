@@ -1,5 +1,4 @@
 """The data of a run: training batches, and held-out ones to choose by."""
-import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
 from ..data.batches import FolderLoader, LoaderConfig, init_worker
-from ..data.dataset import DataOptions, DataSplit, Files, open_split
+from ..data.dataset import DataOptions, DataSplit, Files, Images, open_split
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages, read_item
@@ -42,42 +41,28 @@ class TrainingData:
     train_sha256: str  # hash of the names of the files that are trained on
 
 
-class _SomeImages:
-    """Some images of a timm data set, with what `FolderLoader` needs of one: a reader, names, a length."""
+class _Measured(Dataset[tuple[torch.Tensor, int, int]]):
+    """Transformed image, target and index; -1 is the target of what cannot be read."""
 
-    def __init__(self, dataset: Any, indices: list[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-
-    @property
-    def reader(self) -> '_SomeImages':
-        return self
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset.reader[self.indices[index]]
-
-    def filename(self, index: int) -> str:
-        """Name of an image's file."""
-        return str(self.dataset.filename(self.indices[index]))
-
-
-class _Labelled(Dataset[tuple[torch.Tensor, int, int]]):
-    """A timm data set with targets of our own: image, target, index; -1 is the target of what cannot be read."""
-
-    def __init__(self, dataset: Any, targets: torch.Tensor) -> None:
-        self.dataset, self.targets = dataset, targets
+    def __init__(self, dataset: Images) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
         try:
-            image, target = read_item(self.dataset, index), int(self.targets[index])
+            image, target = read_item(self.dataset, index), int(self.dataset.reader.labels[index])
         except (ImageError, OSError):
             image, target = Image.new('RGB', (8, 8)), -1
         return self.dataset.transform(image), target, index
+
+
+def _choose(found: DataSplit, indices: Sequence[int], labels: Sequence[int]) -> Images:
+    """Some images of a split, in an order and with labels of their own."""
+    reader = found.dataset.reader
+    files = Files(reader.root, [reader.places[index] for index in indices], labels)
+    return Images(files, [found.names[index] for index in indices])
 
 
 def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSplit:
@@ -106,15 +91,15 @@ def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSpl
     return found
 
 
-def _open_measured(config: RunConfig, names: tuple[str, ...]) -> _Labelled:
+def _open_measured(config: RunConfig, names: tuple[str, ...]) -> Images:
     """The images of --val-split with the training classes' targets."""
     found = open_images(config, config.val_split)
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
         raise GeoPriorError(f'The split {config.val_split} has {len(unknown)} classes that {config.train_split} does '
                             f'not have, such as {unknown[0]}. Check --val-split.')
-    index = torch.tensor([names.index(name) for name in found.classes])
-    return _Labelled(found.dataset, index[torch.from_numpy(found.labels)])
+    index = [names.index(name) for name in found.classes]
+    return _choose(found, range(len(found.labels)), [index[label] for label in found.labels])
 
 
 @dataclass(frozen=True)
@@ -186,9 +171,8 @@ def _with_classes(found: DataSplit, recipe: Recipe, config: RunConfig) -> DataSp
 
 
 def _relabel(found: DataSplit, labels: Sequence[int], classes: tuple[str, ...]) -> DataSplit:
-    reader = found.dataset.reader
-    found.dataset.reader = Files(reader.root, reader.places, labels)
-    return dataclasses.replace(found, labels=np.array(labels, np.int64), classes=classes)
+    return dataclasses.replace(found, dataset=_choose(found, range(len(labels)), labels),
+                               labels=np.array(labels, np.int64), classes=classes)
 
 
 def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,7 +189,7 @@ def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.
 
 
 def _from_memory(
-        opened: _Opened, val: _Labelled | None, decoded: ImageTensors | None,
+        opened: _Opened, val: Images | None, decoded: ImageTensors | None,
 ) -> tuple[MemoryLoader, Callable[[], Batches] | None]:
     recipe, config, share, norms = opened.recipe, opened.config, opened.share, opened.norms
     images = _decode(opened.found.dataset, recipe, config) if decoded is None else decoded
@@ -216,30 +200,26 @@ def _from_memory(
     if len(opened.held):
         measured = images.readable(opened.held)
     elif val is not None:
-        found = _decode(val.dataset, recipe, config)
-        measured = ImageTensors(found.images, val.targets.where(found.targets >= 0, -1)).to(share.device).readable()
+        measured = _decode(val, recipe, config).to(share.device).readable()
     else:
         return loader, None
     return loader, _memory_batches(loader, measured, opened.measured_size)
 
 
 def _from_files(
-        opened: _Opened, val: _Labelled | None) -> tuple[FolderLoader, Callable[[], Batches] | None]:
+        opened: _Opened, val: Images | None) -> tuple[FolderLoader, Callable[[], Batches] | None]:
     recipe, config, share, norms = opened.recipe, opened.config, opened.share, opened.norms
-    dataset = opened.found.dataset
-    train = _SomeImages(dataset, opened.stay.tolist()) if len(opened.held) else dataset
+    found = opened.found
+    train = _choose(found, opened.stay.tolist(), found.labels[opened.stay])
     loader = FolderLoader(
         train, _make_transform(recipe, norms), share, recipe.aug_repeats, config.workers, config.max_corrupt)
-    indices = opened.held.tolist()
-    if indices:  # the same images once more, to be transformed otherwise
-        val = _Labelled(copy.copy(dataset), torch.from_numpy(opened.found.labels))
-    elif val is not None:
-        indices = list(range(len(val)))
-    else:
+    if len(opened.held):
+        val = _choose(found, opened.held.tolist(), found.labels[opened.held])
+    if val is None:
         return loader, None
-    val.dataset.transform = create_transform(**{**norms, 'input_size': (3, opened.measured_size, opened.measured_size)})
-    corrupt = CorruptImages(val.dataset, config.max_corrupt)
-    own = Subset(val, indices[share.rank::share.world_size])
+    val.transform = create_transform(**{**norms, 'input_size': (3, opened.measured_size, opened.measured_size)})
+    corrupt = CorruptImages(val, config.max_corrupt)
+    own = Subset(_Measured(val), range(share.rank, len(val), share.world_size))
     return loader, _folder_batches(own, config.workers, share.device, corrupt)
 
 
