@@ -232,7 +232,7 @@ def test_any_model_whose_classes_have_names(capsys, folders, photo):
     names = {guess['label']: guess['name'] for guess in result['predictions']}
     assert len(names) == 1000
     assert names['n07920052'] == 'espresso'
-    assert f'{folders / "7"} has none. Use it from Python' in output(
+    assert f'{folders / "7"}, which has none. Use it from Python' in output(
         capsys, 'classify', photo, '--model', f'local-dir:{folders / "7"}', code=1).err
 
 

@@ -363,7 +363,7 @@ def test_pins_of_all_sources(hub, manifest):
 
 
 @pytest.mark.parametrize(('names', 'error', 'message'), [
-    (['geoprior_resnet14_nano'], PinError, 'Only converted tags have a source to pin, got geoprior_resnet14_nano.r64'),
+    (['geoprior_resnet14_nano'], PinError, 'The tags to pin must be converted ones, got geoprior_resnet14_nano.r64'),
     ([f'{LARGE}.from_nowhere'], ManifestError, f'must be one of {LARGE}'),
     ([LARGE], PinError, f'{TAG} could not be pinned to {REPO}: the Hub answered 40[14]')])
 def test_what_cannot_be_pinned(hub, manifest, names, error, message):
@@ -393,7 +393,7 @@ def test_measured_figures_are_recorded_until_the_bytes_change(published, hub, ma
         record_results(entry, results(tmp_path / 'a.json', '0' * 64), manifest)
     with pytest.raises(PublishError, match='crop_pct in .* must be that of .*, got 0.875'):
         record_results(entry, results(tmp_path / 'a.json', entry.sha256, crop_pct=0.875), manifest)
-    with pytest.raises(PublishError, match='Only figures of converted tags'):
+    with pytest.raises(PublishError, match='--results alone must be figures of a converted tag'):
         record_results(load_manifest().get('geoprior_resnet14_nano'), tmp_path / 'a.json', manifest)
     entry = record_results(entry, results(tmp_path / 'a.json', entry.sha256), manifest)
     assert entry.metrics == (
@@ -416,7 +416,7 @@ def test_nothing_of_a_converted_tag_is_published(tmp_path):
 
 def test_a_backbone_is_no_classifier(hub, tmp_path, capsys):
     name = f'{LARGE}.from_bamboo'
-    with pytest.raises(GeoPriorError, match=f'must have a classifier, and {name} is a backbone.*finetune'):
+    with pytest.raises(GeoPriorError, match=f'must have a classifier, got {name}, which has none.*finetune'):
         load_classifier(name)
     assert main(['classify', '--model', name]) == 1
     assert 'must have a classifier' in capsys.readouterr().err

@@ -188,7 +188,7 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
     assert stopped.returncode == 130, stopped.stderr
     assert not (tmp_path / 'run' / 'model.safetensors').exists()
     assert main(['finetune', *arguments]) == 1
-    assert 'already holds a run: add --resume' in capsys.readouterr().err
+    assert 'already holds a run. Add --resume' in capsys.readouterr().err
     assert main(['finetune', *arguments, '--resume']) == 0
     results = json.loads((tmp_path / 'run' / 'results.json').read_text())
     assert results['epochs'] == 2

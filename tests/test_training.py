@@ -345,7 +345,7 @@ class TestResume:
         changed = make_recipe({**recipe.to_dict(), 'lr': 0.3})
         with pytest.raises(GeoPriorError, match='was trained with lr = 0.05, this run has 0.3'):
             Trainer(changed, config(photo_folder, whole_run, resume=True))
-        with pytest.raises(GeoPriorError, match='has seed 0, this run 5'):
+        with pytest.raises(GeoPriorError, match='was trained with seed 0, this run has 5. Add --seed 0'):
             Trainer(recipe, config(photo_folder, whole_run, resume=True, seed=5))
 
     def test_other_data_or_another_checkpoint_is_refused(self, whole_run, photo_folder, recipe_file, tmp_path):
@@ -360,7 +360,7 @@ class TestResume:
             Trainer(recipe, config(photo_folder, tmp_path / 'run', resume=True))
 
     def test_a_run_is_not_overwritten(self, whole_run, photo_folder):
-        with pytest.raises(GeoPriorError, match='already holds a run: add --resume'):
+        with pytest.raises(GeoPriorError, match='already holds a run. Add --resume'):
             Trainer(tiny(), config(photo_folder, whole_run))
 
     def test_other_images_are_refused(self, whole_run, photo_folder, recipe_file, tmp_path):
@@ -562,7 +562,7 @@ class TestData:
     @pytest.mark.parametrize(('changes', 'message'), [
         ({'data_dir': Path('nowhere')}, 'nowhere must be a folder with a folder train in it'),
         ({'train_split': 'tain'}, '4 classes more than once, such as astronaut in train/astronaut and val/astronaut'),
-        ({'val_split': 'more'}, 'The split more has 1 classes that train does not have, such as dog'),
+        ({'val_split': 'more'}, 'split more must be among those of train, got 1 others, such as dog'),
     ])
     def test_what_is_no_training_set(self, changes, message, photo_folder, tmp_path):
         shutil.copytree(photo_folder, tmp_path / 'data')
@@ -653,7 +653,7 @@ class TestFaults:
         ({'save_every': 0}, GeoPriorError, '--save-every must be 1 or more, got 0'),
         ({'workers': -1}, GeoPriorError, '--workers must be 0 or more, got -1'),
         ({'max_corrupt': -1}, GeoPriorError, '--max-corrupt must be 0 or more, got -1'),
-        ({'device': 'gpu'}, EvaluationError, r'--device gpu cannot be used \(.*\), expected cuda, cpu'),
+        ({'device': 'gpu'}, EvaluationError, r'--device gpu cannot be used \(.*\)\. Use cuda, cpu'),
     ])
     def test_a_wrong_command(self, changes, error, message, photo_folder, tmp_path):
         with pytest.raises(error, match=message):

@@ -201,7 +201,7 @@ def test_the_report_of_the_documentation_is_its_rows(tmp_path):
     (['--per-class', '13'], r'13 labels of the class astronaut are wanted, expected from 2 .* to the 12'),
     (['--per-class', '1'], r'1 labels of the class astronaut are wanted'),
     (['--img-size', '-1'], r'--img-size is -1, expected pixels'),
-    (['--device', 'gpu'], r'--device gpu cannot be used \(.*\), expected cuda, cpu or another one of torch: check'),
+    (['--device', 'gpu'], r'--device gpu cannot be used \(.*\)\. Use cuda, cpu or another device'),
     (['--output', __file__], r'test_transfer.py is a file, expected a folder'),
     (['--data-dir', 'nowhere'], 'nowhere must be a folder'),
     (['--set', 'epoch=2'], "did you mean 'epochs'"),

@@ -360,7 +360,8 @@ def _print_layers(name: str) -> int:
             ', '.join(f'{radius * pixels:.1f}' for radius in layer.cells),
         ))
     if len(rows) == 1:
-        raise GeoPriorError(f'The model must be a GeoPrior ResNet, got {name}, which has no attention layers.')
+        raise GeoPriorError(f'The model must be a GeoPrior ResNet, got {name}, which has no attention layers. '
+                            f'Choose another with --model.')
     print(f'{name} at {width} x {height} px')
     _print_table(rows)
     return 0

@@ -111,12 +111,12 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier
     """
     cfg = get_pretrained_cfg(name)
     if cfg and cfg.num_classes == 0:  # told before it is fetched
-        raise GeoPriorError(f'The model must have a classifier, and {name} is a backbone. Choose another, or fine-tune '
-                            f'it: timm-geoprior finetune DIR --model {name}.')
+        raise GeoPriorError(f'The model must have a classifier, got {name}, which has none. Choose another, or '
+                            f'fine-tune it: timm-geoprior finetune DIR --model {name}.')
     loaded = load_model(name)
     if not loaded.wnids:
-        raise GeoPriorError(f'The model must have class names, and {name} has none. Use it from Python, or choose a '
-                            f'model whose pretrained_cfg has label_names.')
+        raise GeoPriorError(f'The model must have class names, got {name}, which has none. Use it from Python, or '
+                            f'choose a model whose pretrained_cfg has label_names.')
     return Classifier(
         loaded.entry.name if loaded.entry else name, loaded.model.to(device),
         create_transform(**resolve_model_data_config(loaded.model)),

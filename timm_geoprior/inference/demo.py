@@ -311,7 +311,8 @@ def write_space(folder: Path, model: str | None = None) -> None:
     }
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise GeoPriorError(f'The folder of a Space must be new or empty, got {folder}, which has files in it.')
+            raise GeoPriorError(f'The folder of a Space must be new or empty, got {folder}, which has files in it. '
+                                f'Name another.')
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             whole = Path(scratch, 'space')

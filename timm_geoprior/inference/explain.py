@@ -229,9 +229,9 @@ def check_output(path: Path) -> None:
         GeoPriorError: matplotlib writes no such file, or the folder does not exist.
     """
     if path.suffix.removeprefix('.').lower() not in Figure().canvas.get_supported_filetypes():
-        raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}.')
+        raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}. Name another.')
     if not path.parent.is_dir():
-        raise GeoPriorError(f'The output must be in a folder that exists, got {path}.')
+        raise GeoPriorError(f'The output must be in a folder that exists, got {path}. Make the folder first.')
 
 
 def save_explanation(

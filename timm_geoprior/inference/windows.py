@@ -124,7 +124,7 @@ def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) ->
             weights = torch.outer(down[head, row], across[head, column])
             windows.append(Window(found.name.split('.')[0], weights, center, cell, radius, layer.kernel))
     if not windows:
-        raise GeoPriorError('The model must be a GeoPrior ResNet, got one without attention layers.')
+        raise GeoPriorError('The model must be a GeoPrior ResNet, got one without attention layers. Choose another.')
     return windows
 
 

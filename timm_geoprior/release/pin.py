@@ -53,7 +53,7 @@ def pin_sources(names: Iterable[str] = (), manifest_file: Path | None = None) ->
         entry for entry in manifest.tags.values() if entry.status == 'converted']
     for entry in entries:
         if entry.status != 'converted':
-            raise PinError(f'Only converted tags have a source to pin, got {entry.name}. Leave it out.')
+            raise PinError(f'The tags to pin must be converted ones, got {entry.name}. Leave it out.')
     for entry in entries:
         yield _pin(entry, manifest_file)
 

@@ -170,7 +170,7 @@ def record_results(entry: ModelEntry, results: Path, manifest_file: Path | None 
             set, or images that were prepared otherwise.
     """
     if entry.status != 'converted':
-        raise PublishError(f'Only figures of converted tags are recorded by themselves, got {entry.name}. '
+        raise PublishError(f'--results alone must be figures of a converted tag, got those of {entry.name}. '
                            f'Stage a checkpoint with --results and --output.')
     if entry.sha256 is None:
         raise PublishError(f'{entry.name} must be pinned before its figures are recorded, got no pin. '

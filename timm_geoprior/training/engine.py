@@ -99,7 +99,7 @@ class Trainer:
 
     def _check_output(self) -> None:
         if not self.config.resume and self.last.exists():
-            raise GeoPriorError(f'{self.config.output} already holds a run: add --resume, or name another folder.')
+            raise GeoPriorError(f'{self.config.output} already holds a run. Add --resume, or name another folder.')
         try:
             self.config.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -235,7 +235,8 @@ class Trainer:
                     f'{self.last} was trained with {key} = {state["recipe"].get(key)!r}, this run has {recipe[key]!r}. '
                     f'Resume with the same recipe, or train into another folder.')
         if state['seed'] != self.config.seed:
-            raise GeoPriorError(f'{self.last} has seed {state["seed"]}, this run {self.config.seed}. Use the same.')
+            raise GeoPriorError(f'{self.last} was trained with seed {state["seed"]}, this run has {self.config.seed}. '
+                                f'Add --seed {state["seed"]}, or train into another folder.')
         if state['class_names'] != list(self.data.class_names):
             raise GeoPriorError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
                                 f'{len(self.data.class_names)} in {self.config.data_dir}. Check --data-dir.')

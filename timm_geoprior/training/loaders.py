@@ -83,9 +83,9 @@ def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSpl
                             f'have one folder of images for each class{hint}.') from error
     if labelled and (repeated := repeated_classes(found)):
         name, places = repeated[0]
-        raise GeoPriorError(f'{config.data_dir} has {len(repeated)} classes more than once, such as {name} in '
-                        f'{" and ".join(places[:3])}. The split {split} must have one folder for each class: check '
-                        f'--data-dir and --train-split.')
+        raise GeoPriorError(f'The split {split} in {config.data_dir} must have one folder for each class, got '
+                            f'{len(repeated)} classes more than once, such as {name} in {" and ".join(places[:3])}. '
+                            f'Check --data-dir and --train-split.')
     for note in found.notes:
         config.tell(note)
     return found
@@ -96,8 +96,8 @@ def _open_measured(config: RunConfig, names: tuple[str, ...]) -> Images:
     found = open_images(config, config.val_split)
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
-        raise GeoPriorError(f'The split {config.val_split} has {len(unknown)} classes that {config.train_split} does '
-                            f'not have, such as {unknown[0]}. Check --val-split.')
+        raise GeoPriorError(f'The classes of the split {config.val_split} must be among those of {config.train_split}, '
+                            f'got {len(unknown)} others, such as {unknown[0]}. Check --val-split.')
     index = [names.index(name) for name in found.classes]
     return _choose(found, range(len(found.labels)), [index[label] for label in found.labels])
 
@@ -267,8 +267,8 @@ def _make_transform(recipe: Recipe, norms: dict[str, Any]) -> _Transform:
         transform(recipe.img_size)
     except Exception as error:  # timm's parsers fail in their own ways
         raise GeoPriorError(f'timm can make nothing of the recipe keys aa = {recipe.aa!r}, interpolation = '
-                          f'{recipe.interpolation!r} and remode = {recipe.remode!r} ({type(error).__name__} {error}).'
-                          ) from error
+                            f'{recipe.interpolation!r} and remode = {recipe.remode!r} ({type(error).__name__} '
+                            f'{error}). Change one of them.') from error
     return transform
 
 

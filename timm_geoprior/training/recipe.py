@@ -17,6 +17,7 @@ from ..progress import tell_on_stderr
 __all__ = ['SOURCE', 'Recipe', 'RunConfig', 'load_recipe', 'recipe_names']
 
 SOURCE = 'source'
+ADVICE = 'Change it in the recipe, or with --set KEY=VALUE.'
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,9 @@ _CHOICES = {'sched': ('cosine', 'tanh', 'poly'), 'amp_dtype': ('bfloat16', 'floa
 _OF_FILES = ('aa', 'color_jitter', 'reprob', 'aug_repeats')  # what only images read from files are given
 
 
-def _require(holds: bool, key: str, got: Any, expected: str) -> None:
+def _require(holds: bool, key: str, got: Any, wanted: str) -> None:
     if not holds:
-        raise GeoPriorError(f'The recipe key {key!r} must be {expected}, got {got!r}.')
+        raise GeoPriorError(f'The recipe key {key!r} must be {wanted}, got {got!r}. {ADVICE}')
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
@@ -215,7 +216,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
     elif isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = getattr(kind, '__name__', str(kind)) if origin is None else str(kind).replace('typing.', '')
-    raise GeoPriorError(f'The recipe key {key!r} must be of type {name}, got {value!r}.')
+    raise GeoPriorError(f'The recipe key {key!r} must be of type {name}, got {value!r}. {ADVICE}')
 
 
 def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe:
@@ -278,6 +279,6 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     for override in overrides or []:
         key, equals, value = override.partition('=')
         if not equals:
-            raise GeoPriorError(f'An override must be key=value, got {override!r}.')
+            raise GeoPriorError(f'An override must be key=value, got {override!r}. Write it as in --set epochs=30.')
         values[key] = _parse(value, f'The value of {override!r}')
     return make_recipe(values, f'recipe {source}')
