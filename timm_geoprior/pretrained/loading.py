@@ -55,6 +55,7 @@ def build_with_verified_weights(
     with ThreadPoolExecutor(1) as thread:
         tensors = thread.submit(_load, asset, path, cache_dir)
 
+        # timm calls it where it would convert a file that it has read itself
         def take_verified(placeholder: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
             model.pretrained_cfg.pop('state_dict')  # type: ignore[operator,union-attr]
             try:
@@ -77,6 +78,7 @@ def _own_entry(variant: str, kwargs: dict[str, Any]) -> ModelEntry | None:
     entry = load_manifest().tags.get(f'{variant}.{cfg.tag}')
     if entry is None:
         return None
+    # whoever names another file for a known tag wants that file, of which the manifest has no hash
     source = {key: value for key in _SOURCE_KEYS if (value := getattr(cfg, key))}
     return entry if source == source_keys(entry) else None
 

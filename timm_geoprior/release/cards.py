@@ -42,7 +42,7 @@ def models_table(manifest: Manifest) -> str:
     rows = ['| model | status | data | input | parameters | top-1 | top-5 | plain ResNet | file |',
             '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |']
     for entry in manifest.tags.values():
-        if entry.status == 'converted' and not entry.default:
+        if entry.status == 'converted' and not entry.default:  # these have a table of their own
             continue
         metric = entry.metrics[0] if entry.metrics else None
         size = metric.img_size if metric else entry.input.input_size[-1]
@@ -268,7 +268,7 @@ def plot_radii(layers: list[LayerRadii], path: Path) -> None:
     axes.set_xticks(range(len(layers)), names, rotation=90, fontsize=7)
     axes.set_xlabel('layer and its map in cells')
     axes.set_ylabel('radius / side of the map')
-    figure.savefig(path, dpi=120, metadata={'Software': None})
+    figure.savefig(path, dpi=120, metadata={'Software': None})  # the same radii give the same bytes
 
 
 def main() -> None:

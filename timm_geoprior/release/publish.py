@@ -106,7 +106,7 @@ def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path |
     """
     manifest = load_manifest(manifest_file)
     entry = read_staged(folder, manifest)
-    check_bytes_stay(manifest, entry)
+    check_bytes_stay(manifest, entry)  # before anything is sent, and again when the manifest is written
     if get_token() is None:
         raise PublishError('No Hub token found. Run `hf auth login` or set HF_TOKEN.')
     try:
@@ -130,7 +130,7 @@ def _files(folder: Path) -> dict[str, Path]:
 def _commit(entry: ModelEntry, folder: Path, repo_id: str, public: bool) -> tuple[str, str]:
     """Send the folder in one commit; the repository's full name and the commit."""
     api = HfApi(library_name='timm_geoprior')
-    repo_id = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id
+    repo_id = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id  # with its owner, if left out
     head = api.model_info(repo_id).sha
     files = [CommitOperationAdd(name, path) for name, path in _files(folder).items()]
     # the parent makes a push at the same time from elsewhere fail instead of mixing with this one
@@ -142,7 +142,7 @@ def _read_back(entry: ModelEntry, folder: Path, repo_id: str, revision: str) -> 
     """Fetch the commit into an empty cache, and compare every file, and the logits."""
     with tempfile.TemporaryDirectory() as cache:
         root = Path(cache)
-        for name, path in _files(folder).items():
+        for name, path in _files(folder).items():  # as a stranger would get them: not from this machine's cache
             fetched = Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache))
             root = fetched.parent if name == WEIGHTS else root
             if fetched.read_bytes() != path.read_bytes():

@@ -44,7 +44,7 @@ def build_model(
     model: Any = timm.create_model(
         recipe.model, pretrained=pretrained or start is not None, num_classes=num_classes, **options)
     for cfg in (model.pretrained_cfg, model.default_cfg):
-        cfg.pop('state_dict', None)
+        cfg.pop('state_dict', None)  # timm would keep a second copy of the weights there
     if recipe.freeze:
         freeze(model, list(recipe.freeze))
     network: nn.Module = model
@@ -147,6 +147,7 @@ def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per
     """timm's schedule, a new learning rate each update."""
     restarts: dict[str, Any] = {'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': recipe.lr_cycle_decay,
                 'cycle_limit': recipe.lr_cycle_limit}
+    # a warm-up that is a prefix comes before the first cycle, else it takes the place of the cycle's start
     epochs: Any = recipe.decay_epochs or recipe.epochs - (recipe.warmup_epochs if recipe.warmup_prefix else 0)
     scheduler: Scheduler
     scheduler, _ = create_scheduler_v2(
