@@ -115,7 +115,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name):
 def test_weights_below_a_prefix_are_released_without_it(staged, run_folder, tmp_path):
     checkpoint = read_weights(run_folder / 'last.pt')
     prefixed = replace(checkpoint, state_dict={f'model.{name}': value for name, value in checkpoint.state_dict.items()})
-    entry = stage(planned(), prefixed, tmp_path / 'staged', run=run_folder)
+    entry = stage(planned(), prefixed, tmp_path / 'staged', Evidence(run=run_folder))
     assert entry.sha256 == read_staged(staged, load_manifest()).sha256
 
 

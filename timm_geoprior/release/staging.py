@@ -36,7 +36,7 @@ from ..pretrained.manifest import (
 )
 from ..pretrained.verify import GOLDEN_TOLERANCES, golden_error
 from ..radii import learned_radii
-from ..training.checkpoint import SavedModel
+from ..training.checkpoint import SavedModel, take_prefix_off
 from .cards import model_card, plot_radii
 
 __all__ = ['Evidence', 'PublishError', 'check_loads', 'export_weights', 'read_metrics', 'read_staged',
@@ -141,7 +141,10 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
         raise PublishError(f'The output must be a new folder or one that was staged, got {folder}, which is no staged '
                            f'folder. Name another.')
     found = '\n\n'.join(map(_read_markdown, evidence.experiments))
-    model = _released_model(entry, checkpoint)
+    model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
+    tensors, _ = take_prefix_off(checkpoint.state_dict, model.state_dict().keys())
+    checkpoint = replace(checkpoint, state_dict=tensors)
+    _load_released(model, entry, checkpoint)
     described = replace(
         entry, recipe=checkpoint.recipe.get('name', entry.recipe),
         recipe_commit=checkpoint.commit or entry.recipe_commit,
@@ -180,21 +183,19 @@ def _read_markdown(path: Path) -> str:
         raise PublishError(f'{path} cannot be read ({reason}). Name a Markdown file.') from None
 
 
-def _released_model(entry: ModelEntry, checkpoint: SavedModel) -> nn.Module:
-    """The architecture with the weights as they are released."""
+def _load_released(model: nn.Module, entry: ModelEntry, checkpoint: SavedModel) -> None:
+    """Load the weights as they are released."""
     if checkpoint.model_name.partition('.')[0] not in ('', entry.architecture):
         raise PublishError(f'The checkpoint for {entry.name} must be of {entry.architecture}, got one of '
                            f'{checkpoint.model_name}. Name another checkpoint or tag.')
     if options := set(checkpoint.model_kwargs) - TRAINING_OPTIONS:
         raise PublishError(f"The checkpoint must be of {entry.architecture} as it is, since a tag's weights must fit "
                            f'the plain name, got one trained with {", ".join(sorted(options))}. Train without.')
-    model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
     tensors = release_tensors(checkpoint.state_dict)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise PublishError(f'The checkpoint does not fit {entry.name}: {" ".join(str(error).split())}') from None
-    return model
 
 
 def _write_weights(entry: ModelEntry, checkpoint: SavedModel, model: nn.Module, folder: Path) -> ModelEntry:
