@@ -145,11 +145,7 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
     tensors, _ = take_prefix_off(checkpoint.state_dict, model.state_dict().keys())
     checkpoint = replace(checkpoint, state_dict=tensors)
     _load_released(model, entry, checkpoint)
-    described = replace(
-        entry, recipe=checkpoint.recipe.get('name', entry.recipe),
-        recipe_commit=checkpoint.commit or entry.recipe_commit,
-        seed=checkpoint.seed if checkpoint.seed is not None else entry.seed,
-        train_log=_train_log(run) if run else entry.train_log)
+    described = _described(entry, checkpoint, run)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as scratch:
         new = Path(scratch, folder.name)
@@ -173,6 +169,15 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     return staged
+
+
+def _described(entry: ModelEntry, checkpoint: SavedModel, run: Path | None) -> ModelEntry:
+    """The entry with what the checkpoint and the run say of the training."""
+    return replace(
+        entry, recipe=checkpoint.recipe.get('name', entry.recipe),
+        recipe_commit=checkpoint.commit or entry.recipe_commit,
+        seed=checkpoint.seed if checkpoint.seed is not None else entry.seed,
+        train_log=_train_log(run) if run else entry.train_log)
 
 
 def _read_markdown(path: Path) -> str:

@@ -224,7 +224,7 @@ class Trainer:
             setattr(self, key, state[key])
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
-        """A checkpoint goes on with its own recipe, seed, classes and images, or not at all."""
+        """Refuse to resume a checkpoint with another recipe, seed, other classes or images."""
         if missing := self.state().keys() - state.keys():
             raise GeoPriorError(f'{self.last} must be a checkpoint of this version of train, got one without '
                                 f'{", ".join(sorted(missing))}. Train into another folder.')
@@ -457,7 +457,7 @@ class Trainer:
 
 
 class _Answer:
-    """Mean loss and signal on the device, on their way to the host while the device goes on."""
+    """Mean loss and signal on the device, copied to the host while the device works on."""
 
     def __init__(self, facts: Tensor) -> None:
         self.mean = facts[0]

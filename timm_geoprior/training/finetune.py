@@ -63,7 +63,7 @@ class Job:
     seed: int = 0  # of weights, order and augmentation
     device: str = 'cpu'  # where the network runs
     workers: int = 2  # processes that decode
-    resume: bool = False  # go on with the run in `output`
+    resume: bool = False  # continue the run in `output`
     tell: Callable[[str], None] = print  # called with each sentence that a person should read
 
 

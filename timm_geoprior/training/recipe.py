@@ -165,7 +165,7 @@ class RunConfig:
         workers: Processes that decode, for each process that trains.
         finetune: '' for random weights, 'pretrained' for those of the model's tag, or the path of a checkpoint or of a
             folder of `timm-geoprior convert`.
-        resume: Go on with the run in `output`.
+        resume: Continue the run in `output`.
         save_every: Updates between two checkpoints within an epoch.
         max_corrupt: Unreadable images that are skipped; at one more the run stops.
         class_names: The network's classes, in order, where they are not those of the training images' folders.

@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument(
         '--max-corrupt', type=int, default=10,
         help='unreadable images that are named and skipped; at one more the run stops (default: 10)')
-    parser.add_argument('--resume', action='store_true', help='go on with the run in --output')
+    parser.add_argument('--resume', action='store_true', help='continue the run in --output')
     return parser.parse_args(argv)
 
 
