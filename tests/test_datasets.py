@@ -181,7 +181,7 @@ def test_pictures_of_other_kinds_are_read_and_the_rest_is_counted(tmp_path):
         name: encoded(picture(), forms.get(name.rpartition('.')[2].lower(), 'JPEG')) for name in names}))
     assert data.names == ('a/1.webp', 'a/2.gif', 'a/3.TIFF', 'b/4.bmp', 'b/5.JPG')
     check_data(data, 0, told.append)
-    assert "Left out 4 files without an image's ending: .heic (2), .txt (1), README (1)." in told
+    assert 'Left out 4 files without an image extension: .heic (2), .txt (1), README (1).' in told
     for index in range(5):
         assert read_item(data.dataset, index).size == (48, 32)
 

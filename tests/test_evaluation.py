@@ -302,14 +302,18 @@ class Hungry(nn.Module):
 def test_the_batch_is_halved_when_memory_runs_out():
     told = []
     images = torch.randn(30, 3)
-    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+
+    def used() -> int:
+        return int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+
     old = resource.getrlimit(resource.RLIMIT_AS)
     forward = Forward(Hungry(), told.append)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2 ** 33, old[1]))  # torch maps its libraries to tell where it failed
+    # torch maps its libraries to tell where it failed
+    resource.setrlimit(resource.RLIMIT_AS, (used() + 2 ** 33, old[1]))
     try:
         scores = forward(images)
         assert torch.equal(forward(images[:5]), images[:5])
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2 ** 20, old[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (used() + 2 ** 20, old[1]))
         with pytest.raises(EvaluationError, match='not enough memory for one image'):
             forward(images)
     finally:

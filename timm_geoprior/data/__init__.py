@@ -4,7 +4,7 @@
 - `listing.py`: which images a folder or an archive has, and the class of each;
 - `splits.py`: names of splits, and training images that are held out;
 - `preflight.py`: what is wrong with it, before any time is spent;
-- `reading.py`: the one reader of pictures, which `classify` uses too;
+- `reading.py`: the one reader of images, which `classify` uses too;
 - `batches.py`: what all loaders need (seeds, signals), and training batches from files;
 - `memory.py`: training batches of small images that are held in memory.
 """

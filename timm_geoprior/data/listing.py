@@ -38,7 +38,7 @@ class DataOptions:
     """How a data set is read; the names are those of timm's `create_dataset`."""
     class_map: str = ''  # text file with the names of the class folders, one per line, in the order of the classes
     num_samples: int | None = None  # number of images, where a stream does not tell it
-    input_key: str = ''  # column or key of the image; for folders, endings of image files, such as '.jpg;.bmp'
+    input_key: str = ''  # column or key of the image; for folders, extensions of image files, such as '.jpg;.bmp'
     target_key: str = ''  # column or key of the class
     download: bool = False  # allow timm to download the data set
     labelled: bool = True  # refuse a folder whose images are not in class folders; else they have no class
@@ -114,11 +114,11 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
             found = [(name.removeprefix(f'{below}/'), place) for name, place in found if name.startswith(f'{below}/')]
     else:
         raise EvaluationError(f'{root} does not exist. Check --data-dir.')
-    endings = tuple(options.input_key.lower().split(';')) if options.input_key else EXTENSIONS
-    images, notes = _choose_images(found, endings)
+    extensions = tuple(options.input_key.lower().split(';')) if options.input_key else EXTENSIONS
+    images, notes = _choose_images(found, extensions)
     if not images:
-        raise EvaluationError(f'{root} has no images. They must end in {", ".join(endings)} and lie in one folder per '
-                              f'class. Check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
+        raise EvaluationError(f'{root} has no images. They must end in {", ".join(extensions)} and lie in one folder '
+                              f'per class. Check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
     if options.labelled:
         _check_nesting([name for name, _ in images], root)
     listed = _with_ilsvrc_labels(_labelled(root, images, options.class_map, notes), options.labelled)
@@ -154,23 +154,23 @@ def list_archive(path: Path) -> list[_Found]:
     return found
 
 
-def _choose_images(found: Iterable[_Found], endings: tuple[str, ...]) -> tuple[list[_Found], list[str]]:
+def _choose_images(found: Iterable[_Found], extensions: tuple[str, ...]) -> tuple[list[_Found], list[str]]:
     """The images, in natural order as timm's reader has it, and sentences on what is left out."""
     images: list[_Found] = []
     litter: Counter[str] = Counter()
     others: Counter[str] = Counter()
     for name, place in found:
         part = next((part for part in name.split('/') if LITTER.fullmatch(part)), None)
-        ending = posixpath.splitext(name)[1].lower()
+        extension = posixpath.splitext(name)[1].lower()
         if part is not None:
             litter['._*' if part.startswith('._') else part] += 1
-        elif ending in endings:
+        elif extension in extensions:
             images.append((name, place))
         else:
-            others[ending or posixpath.basename(name)] += 1
+            others[extension or posixpath.basename(name)] += 1
     images.sort(key=lambda image: natural_key(image[0]))
     notes = [f'Left out {counts.total():,} {what}: {_enumerate(counts)}.' for counts, what in (
-        (litter, 'files that systems and programs leave behind'), (others, "files without an image's ending"),
+        (litter, 'files that systems and programs leave behind'), (others, 'files without an image extension'),
     ) if counts]
     return images, notes
 

@@ -1,4 +1,4 @@
-"""The one reader of pictures: a file of any kind, from a folder, an archive or a data set, made into RGB."""
+"""The one reader of images: a file of any kind, from a folder, an archive or a data set, made into RGB."""
 import os
 import re
 import warnings
@@ -16,7 +16,7 @@ __all__ = ['EXTENSIONS', 'LITTER', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'CorruptIma
            'ignores_rotation', 'read_image', 'read_item', 'read_readable', 'tell_of_rotations']
 
 MAX_PIXELS = 178_956_970  # half a GiB of RGB, where Pillow itself refuses too
-MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner picture would not fit into memory
+MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner image would not fit into memory
 EXTENSIONS = ('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.ppm', '.tga',
               '.tif', '.tiff', '.webp')
 # what network drives, macOS, Windows and Jupyter put beside people's files
@@ -28,9 +28,9 @@ _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
 
 def read_image(source: str | os.PathLike[str] | BinaryIO, name: str = '', mode: str = 'RGB') -> Image.Image:
-    """Read a picture of any kind that Pillow knows.
+    """Read an image of any kind that Pillow knows.
 
-    Palette, CMYK, grey (1 to 32 bits and floating point, scaled, not clipped) and transparent pictures (laid on white)
+    Palette, CMYK, grey (1 to 32 bits and floating point, scaled, not clipped) and transparent images (laid on white)
     become RGB; of an animation the first frame is taken; a rotation that EXIF states is carried out. ILSVRC's own
     files, known by their names, are the exception: published accuracies were measured without the rotation, so they
     give the pixels of timm's reader.
@@ -41,7 +41,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, name: str = '', mode: 
         mode: Pillow's mode of the result: 'RGB', or 'L' for networks that take grey.
 
     Returns:
-        The picture, upright, at its full size.
+        The image, upright, at its full size.
 
     Raises:
         ImageError: The file is missing, a folder, no image or damaged; it has more than `MAX_PIXELS` pixels, or a side
@@ -55,10 +55,10 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, name: str = '', mode: 
 
 
 def _read(source: str | os.PathLike[str] | BinaryIO, name: str, mode: str) -> tuple[Image.Image, bool]:
-    """A picture, and whether a rotation was left out."""
+    """An image, and whether a rotation was left out."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow warns of large pictures and odd metadata: both are dealt with here
+            warnings.simplefilter('ignore')  # Pillow warns of large images and odd metadata: both are dealt with here
             with Image.open(source) as image:
                 if _is_ilsvrc(name):
                     return image.convert(mode), ignores_rotation(image, name)
@@ -118,7 +118,7 @@ def _is_ilsvrc(name: str) -> bool:
 
 
 def ignores_rotation(image: Image.Image, name: str) -> bool:
-    """Whether a picture states a rotation that `read_image` leaves out, since it is one of ILSVRC's own."""
+    """Whether an image states a rotation that `read_image` leaves out, since it is one of ILSVRC's own."""
     return _is_ilsvrc(name) and image.getexif().get(_ORIENTATION, 1) in range(2, 9)
 
 

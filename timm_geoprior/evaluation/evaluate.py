@@ -262,15 +262,15 @@ def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfi
         model = model.to(memory_format=torch.channels_last)
     if config.torchcompile:
         model = torch.compile(model, backend=config.torchcompile)
-    share: Any = data.dataset if data.is_stream else _RankDataset(data, plan, config)
+    dataset: Any = data.dataset if data.is_stream else _RankDataset(data, plan, config)
     if data.is_stream:
-        share.mode = _mode(plan)
-        share.target_transform = functools.partial(
+        dataset.mode = _mode(plan)
+        dataset.target_transform = functools.partial(
             _to_model_class, plan.match.to_model, int(loaded.model.num_classes))  # type: ignore[arg-type]
-    loader = _make_loader(share, plan, config)
+    loader = _make_loader(dataset, plan, config)
     real = None
     if config.real_labels is not None and not data.is_stream:
-        real = _RealLabels([data.names[i].rpartition('/')[2] for i in share.indices], config.real_labels)
+        real = _RealLabels([data.names[i].rpartition('/')[2] for i in dataset.indices], config.real_labels)
     total = len(plan.indices) or data.expected or None
     progress = Progress(loaded.name, total, tell=None if config.rank else tell_on_stderr)
 
@@ -282,10 +282,10 @@ def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfi
 
     start = time.perf_counter()
     with progress:
-        outcome = predict(Forward(model, config.tell), loader, config, None if data.is_stream else share.indices,
+        outcome = predict(Forward(model, config.tell), loader, config, None if data.is_stream else dataset.indices,
                           plan.match.competing, after_batch)
     seconds = time.perf_counter() - start
-    steps = getattr(getattr(share, 'transform', None), 'transforms', ())
+    steps = getattr(getattr(dataset, 'transform', None), 'transforms', ())
     return Evaluation(loaded, plan, outcome, real.counts(config.device) if real else None, tuple(map(repr, steps)),
                       seconds, _problems(data, plan, outcome))
 
