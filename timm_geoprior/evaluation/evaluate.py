@@ -318,14 +318,14 @@ def predict(
             if config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             scores = [_scores(forward, images, precision, competing) for precision in config.precisions]
-            batches.append(torch.cat([targets[None].double(), *(_answers(own, targets) for own in scores)]))
+            batches.append(torch.cat([targets[None].float(), *(_answers(own, targets) for own in scores)]))
             largest = torch.maximum(largest, torch.stack([_largest(own - scores[0], targets) for own in scores]))
             if after_batch is not None:
                 after_batch(scores[0], targets)
     # only now, since processes may have different numbers of batches: one with fewer would keep the others waiting
     own = torch.cat(batches, 1).cpu().numpy().T if batches else np.empty((0, 1 + 3 * len(config.precisions)))
     place = np.full(len(own), -1) if indices is None else indices[:len(own)]
-    rows = gather(np.column_stack([place, own]))
+    rows = gather(np.column_stack([place, own.astype(np.float64)]))  # in which an index is exact too
     largest_of_all = gather(largest.cpu().numpy()[None]).max(0).tolist()
     return _read_rows(rows, dict(zip(config.precisions, largest_of_all, strict=True)))
 
@@ -359,13 +359,10 @@ def _scores(
 
 
 def _answers(scores: Tensor, targets: Tensor) -> Tensor:
-    """Rank of the target, predicted class and its probability, shape (3, batch).
-
-    As float64, one tensor holds all three as they are: class indices beyond 2 ** 24 and float32 probabilities.
-    """
+    """Rank of the target, predicted class and its probability, float32, shape (3, batch)."""
     confidence, predicted = scores.softmax(1).max(1)
     ranks = target_ranks(scores, targets.clamp(min=0))
-    return torch.stack([ranks.double(), predicted.double(), confidence.double()])
+    return torch.stack([ranks.float(), predicted.float(), confidence])  # exact for 2 ** 24 classes
 
 
 def _largest(difference: Tensor, targets: Tensor) -> Tensor:
