@@ -3,7 +3,7 @@
 
     python scripts/experiments/benchmark.py geoprior_resnet50 resnet50 --channels-last --output bench
 
-The speed of a machine drifts by more than networks differ. So each repetition measures every network once, in
+The speed of a machine drifts by more than the networks differ. So each repetition measures each network once, in
 alternating order, in one process. The first model is compared with each of the others by the ratio of each repetition;
 the median is printed, with the middle half in brackets. Above one, the first model is faster (images per second) or
 needs more (seconds, bytes).
@@ -418,26 +418,31 @@ QUANTITIES = {
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='+', metavar='MODEL', help='models of timm, ours first')
-    parser.add_argument('--output', type=Path, required=True, help='folder for CSV, results.json, ratios.png')
+    parser.add_argument(
+        '--output', type=Path, required=True, help='folder to write: CSV files, results.json, ratios.png')
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
     parser.add_argument('--amp', action='store_true', help='autocast to --amp-dtype')
     parser.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'), help='default: bfloat16')
-    parser.add_argument('--channels-last', action='store_true', help='that memory format')
+    parser.add_argument('--channels-last', action='store_true', help='use the channels-last memory layout')
     engine = parser.add_mutually_exclusive_group()
-    engine.add_argument('--compile', action='store_true', help='torch.compile; as --engine compile')
+    engine.add_argument('--compile', action='store_true', help='same as --engine compile')
     engine.add_argument('--engine', default='eager', choices=ENGINES, help='what runs the models (default: eager)')
-    parser.add_argument('--train', action='store_true', help='forward, backward and an SGD step')
+    parser.add_argument('--train', action='store_true', help='measure training: forward, backward and an SGD step')
     parser.add_argument(
-        '--reparameterize', action='store_true', help="timm's reparameterize_model: norms folded, where a model has it")
-    parser.add_argument('--img-size', type=int, default=224, metavar='N', help='pixels (default: 224)')
+        '--reparameterize', action='store_true',
+        help='fold the norms with timm.utils.reparameterize_model, where a model supports it')
+    parser.add_argument('--img-size', type=int, default=224, metavar='N', help='image size in pixels (default: 224)')
     parser.add_argument('--batch-size', '-b', type=int, default=16, metavar='N', help='default: 16')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='of the CPU')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='CPU threads')
     parser.add_argument('--repeats', type=int, default=15, metavar='N', help='repetitions (default: 15)')
-    parser.add_argument('--min-seconds', type=float, default=1.0, metavar='X', help='of one repetition (default: 1)')
     parser.add_argument(
-        '--startup', type=int, default=0, metavar='N', help='also creation, first call and peak memory, N times each')
+        '--min-seconds', type=float, default=1.0, metavar='X', help='minimum seconds per repetition (default: 1)')
     parser.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='options of every model')
+        '--startup', type=int, default=0, metavar='N',
+        help='also measure creation, first call and peak memory, N times each')
+    parser.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+        help='keyword arguments of all models')
     return parser.parse_args()
 
 

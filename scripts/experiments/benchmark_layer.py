@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure the attention layer alone, beside the same attention as a dense map and beside attention that is computed.
+"""Measure the attention layer alone, beside the same attention with a dense map and beside computed attention.
 
     python scripts/experiments/benchmark_layer.py --output bench/layer
 
-For each size of the map: GeoPriorAttn2d; its values times the dense (H W) x (H W) map, kept ready; and
-scaled_dot_product_attention of a query, key and value projection. All have the same number of value channels. The maps'
-bytes are those of the tensors; scaled_dot_product_attention keeps none.
+For each map size, this measures GeoPriorAttn2d, its values times the precomputed dense (H W) x (H W) map, and
+scaled_dot_product_attention of a query, key and value projection. All have the same number of value channels. The bytes
+of the maps are those of the tensors; scaled_dot_product_attention stores no map.
 """
 import argparse
 import csv
@@ -130,14 +130,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output', type=Path, required=True, help='folder for layer.csv and layer.png')
-    parser.add_argument('--sizes', type=int, nargs='+', default=[14, 28, 56, 128, 256], help='sides of the map, cells')
+    parser.add_argument('--output', type=Path, required=True, help='folder to write: layer.csv and layer.png')
+    parser.add_argument(
+        '--sizes', type=int, nargs='+', default=[14, 28, 56, 128, 256], help='sides of the maps, in cells')
     parser.add_argument('--dim', type=int, default=128, help='input channels (default: 128)')
     parser.add_argument('--value-dim', type=int, default=8, help='value channels (default: 8)')
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of the CPU')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='CPU threads')
     parser.add_argument('--repeats', type=int, default=9, help='repetitions (default: 9)')
-    parser.add_argument('--min-seconds', type=float, default=0.2, help='of one repetition (default: 0.2)')
+    parser.add_argument('--min-seconds', type=float, default=0.2, help='minimum seconds per repetition (default: 0.2)')
     parser.add_argument('--max-gigabytes', type=float, default=4, help='largest dense map (default: 4)')
     args = parser.parse_args()
     try:

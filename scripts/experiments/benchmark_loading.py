@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure what verified loading costs: create_model with checked weights beside the same without the check.
+"""Measure what verified loading costs: create_model with and without checking the weights.
 
     python scripts/experiments/benchmark_loading.py geoprior_resnet50
 
-Both load one file of random weights, as `scripts/publish.py` would write it: once as a tag that the package carries,
-once as a file of the user's own, which is timm's loading alone. Repetitions alternate; the ratio is verified over
-unchecked seconds, its median and, in brackets, the middle half.
+Both load one file of random weights, as `scripts/publish.py` would write it: once as a bundled tag, and once as the
+user's own file, which timm alone loads. Repetitions alternate. The ratio is that of the seconds with the check to those
+without: the median and, in brackets, the middle half.
 """
 import argparse
 import sys
@@ -59,7 +59,7 @@ def measure(entry: ModelEntry, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='a model of the manifest')
-    parser.add_argument('--repeats', type=int, default=40, help='pairs (default: 40)')
+    parser.add_argument('--repeats', type=int, default=40, help='pairs of repetitions (default: 40)')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -7,9 +7,9 @@
 Runs of one seed see the same images in the same order with the same crops. So differences are taken within a seed: the
 report gives their mean and Student's interval. The validation set takes no part.
 
-Seeds are run one after the other, each with all variants, so that the runs are paired at any time. An interrupted
-comparison continues with the same command; further seeds or variants are added to the runs that are there. After each
-run the folder has comparison.md (tables), comparison.png and runs.csv, and the files of each run below runs/.
+Seeds are run one after the other, each with all variants, so the runs are paired at any time. An interrupted comparison
+continues with the same command. Further seeds or variants are added to the existing runs. After each run the folder has
+comparison.md (tables), comparison.png and runs.csv, and the files of each run in runs/.
 
 Variants may also be named on the command line:
 
@@ -490,14 +490,15 @@ def _draw_spread(axes: Axes, place: float, values: Sequence[float], color: str, 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', metavar='VARIANTS', help='a YAML file with recipe, set and variants, or a recipe')
-    parser.add_argument('--data-dir', type=Path, required=True, help='folder whose train/ has one folder a class')
+    parser.add_argument(
+        '--data-dir', type=Path, required=True, help='folder with train/, which has one folder per class')
     parser.add_argument('--output', type=Path, required=True, help='folder of the runs and the report')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='default: 0 1 2')
     parser.add_argument(
         '--variant', action='append', default=[], metavar="'NAME: {KEY: VALUE}'",
         help="a variant, in place of the file's; the first is the base")
     parser.add_argument(
-        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key, in all')
+        '--set', action='append', default=[], metavar='KEY=VALUE', help='override a recipe key, in all variants')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""What a conversion costs in accuracy: a trained ResNet beside what `convert` makes of it with more and more images.
+"""Measure what a conversion costs in accuracy, by the number of images that `convert` is given.
 
     python scripts/experiments/conversion_accuracy.py runs/plain/last.pt --images tiny-imagenet-200/train \\
         --data-dir tiny-imagenet-200 --output runs/conversion
 
-Beside each conversion stands a control, in which the same number of channels is left out: those that matter least. What
-the other channels can tell of them is corrected, in closed form or by the same least squares on the same images.
+Each conversion is measured beside a control in which the same number of channels is left out: the least important ones.
+The control is corrected as far as the other channels predict them, in closed form or by the same least squares on the
+same images.
 
---output receives a folder for each network, from which `train.py warm_tin200 --finetune` recovers, conversion.json with
-the counts, and conversion.md with the table. Folders that are there are not made again. Folders named by --beside are
-measured as well, with checkpoints of training among them.
+--output gets one folder per network, from which `train.py warm_tin200 --finetune` can train further, conversion.json
+with the counts, and conversion.md with the table. Existing folders are not made again. --beside names further folders
+and training checkpoints to measure.
 """
 import argparse
 from pathlib import Path
@@ -77,13 +78,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', help='checkpoint of a plain ResNet, or a model of timm with weights')
-    parser.add_argument('--images', type=Path, required=True, help='folder of images to fit to; labels are not read')
-    parser.add_argument('--data-dir', type=Path, required=True, help='folder with the split to measure')
+    parser.add_argument('--images', type=Path, required=True, help='folder of images to fit to, without labels')
+    parser.add_argument('--data-dir', type=Path, required=True, help='data set to measure on')
     parser.add_argument('--split', default='val', help='default: val')
     parser.add_argument('--limit', type=int, nargs='*', default=[30, 100, 300, 1000, 3000, 10000],
                         help='numbers of images to fit to (default: 30 to 10000)')
     parser.add_argument('--beside', nargs='*', default=[], help='further folders and checkpoints to measure')
-    parser.add_argument('--output', type=Path, required=True)
+    parser.add_argument('--output', type=Path, required=True, help='folder to write')
     args = parser.parse_args()
     source = load(args.source)
     data, config = open_split(args.data_dir, args.split), job._data_config(source)

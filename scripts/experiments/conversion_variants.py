@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Variants of the closed-form conversion: how well each keeps a trained ResNet's features and answers, as a table.
+"""Compare variants of the closed-form conversion: how well each keeps a trained ResNet's features and answers.
 
     python scripts/experiments/conversion_variants.py resnet50.a1_in1k --images photos --limit 100
     python scripts/experiments/conversion_variants.py resnet_50_1by2_nsfw.caffemodel --images photos \\
@@ -186,10 +186,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', help='a plain ResNet of timm with weights, or the .caffemodel')
+    parser.add_argument('source', help='a plain ResNet of timm with weights, or the .caffemodel file')
     parser.add_argument('--images', type=Path, required=True, help='folder of images')
-    parser.add_argument('--limit', type=int, default=100, help='images, evenly spread over the folder (default: 100)')
-    parser.add_argument('--value-dims', type=int, nargs=4, default=[0, 8, 24, 56], help='default: 0 8 24 56')
+    parser.add_argument(
+        '--limit', type=int, default=100, help='number of images, taken evenly from the folder (default: 100)')
+    parser.add_argument('--value-dims', type=int, nargs=4, default=[0, 8, 24, 56],
+                        help='attention channels per stage (default: 0 8 24 56)')
     args = parser.parse_args()
     source, transform = load_source(args.source)
     paths = sorted(path for path in args.images.rglob('*') if path.suffix.lower() in ('.jpg', '.jpeg', '.png'))

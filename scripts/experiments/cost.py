@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""What the ImageNet recipes cost, reckoned from measured training speed, as a table in Markdown.
+"""Estimate what the ImageNet recipes cost, from a measured training speed, as a Markdown table.
 
     python scripts/experiments/benchmark.py geoprior_resnet50 geoprior_resnet101 \\
         geoprior_resnet152 --train --output bench/train
     python scripts/experiments/cost.py bench/train
 
-Assumptions, column by column:
-- device-hours: the images of all epochs over the speed measured on one device, at another image size in proportion to
-  the pixels. A teacher adds a third: a step is three forward passes, its own is a fourth. The measuring after each
-  epoch is left out: 50,000 forward passes beside 1,281,167 trained images.
-- hours on 8, 64: these, shared evenly: a device is as fast with its share of the batch as it was measured, and nothing
-  waits for data or gradients; what that takes is in the other columns.
-- images/s needed on 1, 8, 64: what the loader has to deliver, decoded and augmented: that many times the speed.
-- gradients: float32, all-reduced in a ring each step: a device sends 2 (n - 1) / n times the parameters' bytes.
-- network: that over the duration of a step, n devices sharing the batch, so that gradients hide behind the step.
-- disk: images/s needed times the mean size of a training image: each is read from the disk each time, none is cached.
+Assumptions of each column:
+- device-hours: the images of all epochs divided by the speed of one device, which is scaled by the number of pixels for
+  other image sizes. A teacher adds a third: a step costs three forward passes, and the teacher's is a fourth. Measuring
+  after each epoch is left out: 50,000 forward passes beside 1,281,167 trained images.
+- hours on 8, 64: device-hours shared evenly. Each device is as fast with its share of the batch as it was measured, and
+  nothing waits for data or gradients; the other columns say what that takes.
+- images/s needed on 1, 8, 64: what the loader must deliver, decoded and augmented: the speed times that number.
+- gradients: float32, all-reduced in a ring each step: each device sends 2 (n - 1) / n times the parameters' bytes.
+- network: these bytes over the duration of a step with n devices sharing the batch, to hide gradients behind the step.
+- disk: images/s needed times the mean size of a training image. Each is read from the disk each time, none is cached.
 """
 import argparse
 import csv

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draw how fine-tuning went from trained and from random weights, and print its table in Markdown.
+"""Draw the accuracy of fine-tuning from trained and from random weights, and print its table in Markdown.
 
-The runs are folders of `timm-geoprior finetune`, at RUNS/DATA/START/SEED; START is the legend's text.
+The runs are output folders of `timm-geoprior finetune`, at RUNS/DATA/START/SEED. START is the text of the legend.
 """
 import argparse
 import csv
@@ -69,8 +69,10 @@ def draw(axes: Axes, data: str, starts: dict[str, list[Path]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', type=Path, help='folder RUNS of runs DATA/START/SEED')
-    parser.add_argument('--output', type=Path, default=Path('finetune_curves.png'), help='a PNG file to write')
+    parser.add_argument('runs', type=Path, help='the folder RUNS')
+    parser.add_argument(
+        '--output', type=Path, default=Path('finetune_curves.png'),
+        help='PNG file to write (default: finetune_curves.png)')
     args = parser.parse_args()
     runs = find_runs(args.runs)
     if not runs:

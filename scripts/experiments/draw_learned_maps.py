@@ -35,8 +35,10 @@ def draw_map(axes: Axes, photo: Image.Image, cells: int, radius: float, at: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--model', default='geoprior_resnet14_nano')
-    parser.add_argument('--output', type=Path, default=Path(__file__).parents[2] / 'docs' / 'learned_maps.png')
+    parser.add_argument('--model', default='geoprior_resnet14_nano', help='default: geoprior_resnet14_nano')
+    parser.add_argument(
+        '--output', type=Path, default=Path(__file__).parents[2] / 'docs' / 'learned_maps.png',
+        help='PNG file to write (default: docs/learned_maps.png)')
     args = parser.parse_args()
     model = timm.create_model(args.model, pretrained=True)
     layers = learned_radii(model, model.pretrained_cfg['input_size'])

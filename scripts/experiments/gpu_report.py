@@ -3,7 +3,7 @@
 
     python scripts/experiments/gpu_report.py --output gpu --data-dir tiny-imagenet-200
 
-It needs no network. Three parts are done in this order, and written as they come:
+It needs no network. It measures three parts in this order, and writes each result as soon as it is there:
 
 - equality: logits of the bundled networks against their golden outputs, per precision, eager, in channels_last,
   compiled and reparameterized; float32 without TF32.
@@ -11,8 +11,9 @@ It needs no network. Three parts are done in this order, and written as they com
   It needs --data-dir, a folder with Tiny-ImageNet's validation images in val/, one folder per class.
 - speed: images per second and peak memory, as ratios to timm's networks in one process, the most important first.
 
-What no time is left for is listed as not measured. --rehearse runs every part on the CPU with small networks and
-images; its speeds mean nothing. The report is OUTPUT/report.md, printed last; every repetition is in OUTPUT/speed.csv.
+Whatever does not fit into the time is listed as not measured. --rehearse runs every part on the CPU with small networks
+and images; its speeds mean nothing. OUTPUT/report.md is the report, printed at the end; OUTPUT/speed.csv has every
+repetition.
 """
 import argparse
 import json
@@ -299,12 +300,14 @@ def write_report(report: Report) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output', type=Path, required=True, help='folder of the report')
-    parser.add_argument('--data-dir', type=Path, help="folder with val/, Tiny-ImageNet's 200 class folders")
-    parser.add_argument('--device', default='', help='default: cuda, or cpu to rehearse')
-    parser.add_argument('--minutes', type=float, default=9.5, metavar='X', help='in all (default: 9.5)')
-    parser.add_argument('-j', '--workers', type=int, default=8, metavar='N', help='processes that decode (default: 8)')
-    parser.add_argument('--rehearse', action='store_true', help='run every line on the CPU, small')
+    parser.add_argument('--output', type=Path, required=True, help='folder to write')
+    parser.add_argument(
+        '--data-dir', type=Path, help='folder with val/, which has the 200 class folders of Tiny-ImageNet')
+    parser.add_argument('--device', default='', help='default: cuda, or cpu with --rehearse')
+    parser.add_argument('--minutes', type=float, default=9.5, metavar='X', help='total time (default: 9.5)')
+    parser.add_argument(
+        '-j', '--workers', type=int, default=8, metavar='N', help='processes that decode images (default: 8)')
+    parser.add_argument('--rehearse', action='store_true', help='run every part on the CPU with small networks')
     args = parser.parse_args()
     args.device = args.device or ('cpu' if args.rehearse else 'cuda')
     if not args.rehearse and torch.device(args.device).type != 'cuda':

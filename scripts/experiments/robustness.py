@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""Compare networks with plain ones of the same recipe and seed, under conditions that they were not trained for.
+"""Compare networks with plain ones of the same recipe and seed under conditions that they were not trained for.
 
     python scripts/experiments/robustness.py --data-dir tiny-imagenet-200 --split val --output out \\
         --pair runs/prior/0/last.pt runs/plain/0/last.pt --pair runs/prior/1/last.pt runs/plain/1/last.pt
 
-Each --pair names two checkpoints, the network with the prior and the plain one; averaged weights are taken if there are
+Each --pair names two checkpoints, the network with the prior and the plain one; averaged weights are used if there are
 any. Both are measured in float32 on images enlarged or reduced to 0.5 to 2 times their evaluation size, moved by an
 eighth and a quarter of their side (image i in direction i % 4), and with a square of a sixteenth and a quarter of their
-area covered. What comes in is the mean colour. The calibration error is that of the images as they are.
+area covered. Shifted-in and covered areas get the mean colour. The calibration error is that of the unchanged images.
 
-The output gets robustness.md, with the mean difference and two 95% intervals: over the images, for these networks
-(bootstrap), and with three pairs or more over the seeds (Student). robustness.csv has one row for each pair and
-condition.
+--output gets robustness.md with the mean difference and two 95% intervals: over the images, for these networks
+(bootstrap), and with three pairs or more over the seeds (Student). robustness.csv has one row per pair and condition.
 """
 import argparse
 import shlex
@@ -198,11 +197,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         '--pair', type=Path, nargs=2, action='append', required=True, metavar=('PRIOR', 'PLAIN'),
-        help='two checkpoints of scripts/train.py; once for each seed')
-    parser.add_argument('--data-dir', type=Path, required=True, help='folder with one folder a class in the split')
-    parser.add_argument('--split', default='val', help='folder of the images (default: val)')
-    parser.add_argument('--memory-size', type=int, default=64, help='side that the images are kept at (default: 64)')
-    parser.add_argument('--output', type=Path, required=True, help='folder of the report')
+        help='two checkpoints of scripts/train.py; repeat for each seed')
+    parser.add_argument(
+        '--data-dir', type=Path, required=True, help='folder with the split, which has one folder per class')
+    parser.add_argument('--split', default='val', help='split to measure (default: val)')
+    parser.add_argument(
+        '--memory-size', type=int, default=64, help='side of the images in memory, in pixels (default: 64)')
+    parser.add_argument('--output', type=Path, required=True, help='folder to write')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Train by a recipe in a given time: its epochs are scaled to what the device does in it.
+"""Train by a recipe in a given time, by scaling the number of epochs to the speed of the device.
 
     python scripts/experiments/train_in_time.py r128_tin200 --data-dir tiny-imagenet-200 --output runs/r50 --minutes 9
 
-For a GPU that is available for minutes. The script decodes the images once, times some updates at each size of the
-recipe, and multiplies the epochs at each size by one factor, so that the learning rate reaches its end in time. A run
-that is late saves and exits with code 143; the same command resumes it.
+Use it for a GPU that is available for a few minutes only. The script decodes the images once, times some updates at
+each image size of the recipe, and multiplies the epochs at each size by one factor, so that the learning rate schedule
+ends in time. A run that is late saves a checkpoint and exits with code 143; the same command resumes it.
 
-At the end the output has release.pt, a sixth of last.pt: the averaged weights in float16, with all that
-scripts/publish.py and scripts/validate.py read of a checkpoint. Where only files of 64 MB can be sent, and of 16 MB
-received, send parts:
+At the end --output has release.pt, a sixth as large as last.pt: the averaged weights in float16, with all that
+scripts/publish.py and scripts/validate.py read from a checkpoint. If you can only send files of 64 MB and receive files
+of 16 MB, transfer parts:
 
     tar cz tiny-imagenet-200/train | split -b 60M - shards/              and there: cat shards/* | tar xz
     split -b 15M runs/r50/release.pt release.                            and here: cat release.* > release.pt
@@ -151,13 +151,14 @@ def run(args: argparse.Namespace, end: float) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('recipe', help='its name or a YAML file, with in_memory; a run that resumes has its own')
-    parser.add_argument('--data-dir', type=Path, required=True, help='folder whose train/ has one folder a class')
-    parser.add_argument('--output', type=Path, required=True, help='folder of the run')
-    parser.add_argument('--minutes', type=float, required=True, help='from the start to the end of this command')
+    parser.add_argument('recipe', help='name or YAML file of a recipe with in_memory; a resumed run keeps its own')
     parser.add_argument(
-        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a recipe key')
-    parser.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation (default: 0)')
+        '--data-dir', type=Path, required=True, help='folder with train/, which has one folder per class')
+    parser.add_argument('--output', type=Path, required=True, help='folder to write')
+    parser.add_argument('--minutes', type=float, required=True, help='time for the whole command')
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='KEY=VALUE', help='override a recipe key')
+    parser.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation (default: 0)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Measure what the weights of a model are worth on another data set, beside random weights.
+"""Measure what the weights of a model are worth on another data set, compared with random weights.
 
     python scripts/experiments/transfer.py geoprior_resnet50 --data-dir cifar10 \\
         --per-class 10 100 1000 --img-size 64 --output out
     python scripts/experiments/transfer.py geoprior_resnet50 --data-dir caltech101 --img-size 64 --output out
 
-Three methods, with trained and with random weights: k nearest neighbours and a linear probe on frozen features, and
-`timm-geoprior finetune`. Both networks get the same labels, the same number per class, drawn by a seed; a draw of fewer
-labels is a part of the draw of more. The test images choose nothing.
+There are three methods, each with trained and with random weights: k nearest neighbours and a linear probe on frozen
+features, and `timm-geoprior finetune`. Both networks get the same labels, the same number per class, drawn by a seed; a
+smaller draw is part of a larger one. The test images choose nothing.
 
-An interrupted run continues with the same command; with more seeds or labels, it does what is new. The folder gets
-transfer.md (a table), transfer.png and transfer.csv of all data sets that were measured into it. Of fine-tuned networks
+An interrupted run continues with the same command, and with more seeds or labels it does only what is new. --output
+gets transfer.md (a table), transfer.png and transfer.csv for all data sets measured into it. Of fine-tuned networks,
 only the curves and results are kept.
 """
 import argparse
@@ -530,16 +530,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('model', metavar='MODEL', help='a tag or an architecture with weights, or local-dir:FOLDER')
     parser.add_argument(
         '--data-dir', type=Path, required=True,
-        help='folder with train/ and test/ (or val/), each with one folder of images a class')
-    parser.add_argument('--output', type=Path, required=True, help='folder of the results')
+        help='folder with train/ and test/ (or val/), each with one folder of images per class')
+    parser.add_argument('--output', type=Path, required=True, help='folder to write; several data sets may share it')
     parser.add_argument(
-        '--per-class', type=int, nargs='+', default=[0], metavar='N', help='labels a class (default: all there are)')
+        '--per-class', type=int, nargs='+', default=[0], metavar='N', help='labels per class (default: all)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='default: 0 1 2')
     parser.add_argument(
         '--methods', nargs='+', default=list(METHODS), choices=METHODS, help='default: knn linear finetune')
-    parser.add_argument('--img-size', type=int, default=0, metavar='N', help="pixels (default: the model's own)")
     parser.add_argument(
-        '--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a key of finetune.yaml')
+        '--img-size', type=int, default=0, metavar='N', help="image size in pixels (default: the model's own)")
+    parser.add_argument(
+        '--set', action='append', default=[], metavar='KEY=VALUE', help='override a key of finetune.yaml')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')

@@ -37,7 +37,7 @@ Measure the accuracy of a model on a data set. Every image is counted exactly on
 number of processes. With several GPUs: torchrun --standalone --nproc-per-node 8 scripts/validate.py ..."""
 
 EPILOG = """\
-ILSVRC2012_img_val.tar, or a folder with its 50,000 files, needs no labels: this package has them.
+ILSVRC2012_img_val.tar, or a folder with its 50,000 files, needs no labels: they are part of this package.
 
 The exit code is 0 if everything was measured (and, with --check, agrees with the manifest), 1 if not, 2 for a wrong
 command."""
@@ -135,7 +135,7 @@ def _add_model_arguments(group: Any) -> None:
         help='a model of timm, with or without a tag; not needed for checkpoints of `timm-geoprior train`')
     group.add_argument(
         '--tag', metavar='NAME',
-        help='a tag of the manifest, a pattern like "*tin200", or "all": every match with weights, one after the other')
+        help='a tag of the manifest, a pattern like "*tin200", or "all"; measures every match with weights in turn')
     group.add_argument('--checkpoint', type=Path, metavar='PATH', help='weights to use instead of the pretrained ones')
     group.add_argument(
         '--use-ema', dest='weights', action='store_const', const='ema', default='auto',
@@ -143,7 +143,7 @@ def _add_model_arguments(group: Any) -> None:
     group.add_argument(
         '--raw', dest='weights', action='store_const', const='raw', help='use its raw weights, not averaged ones')
     group.add_argument(
-        '--pretrained', action='store_true', help='accepted as in timm; without --checkpoint it is always so')
+        '--pretrained', action='store_true', help='accepted as in timm; the default without --checkpoint')
     group.add_argument('--num-classes', type=int, metavar='N', help="default: the model's or the checkpoint's")
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
@@ -153,7 +153,7 @@ def _add_model_arguments(group: Any) -> None:
 def _add_data_arguments(group: Any) -> None:
     group.add_argument(
         '--data-dir', type=Path, metavar='PATH',
-        help='folder with a folder for each class, or an archive of it: .tar, .tar.gz, .tar.bz2, .tar.xz, .zip')
+        help='folder with one folder per class, or an archive of it: .tar, .tar.gz, .tar.bz2, .tar.xz, .zip')
     group.add_argument(
         '--dataset', default='', metavar='KIND/NAME',
         help='wds/ (WebDataset shards in --data-dir), hfds/NAME or hfids/NAME (a Hugging Face data set, or a local '
@@ -163,7 +163,7 @@ def _add_data_arguments(group: Any) -> None:
         help='default: validation, whose folder may also be called val; for wds/ also its shards, as in '
              '"val-{00..31}.tar|50000"')
     group.add_argument(
-        '--num-samples', type=int, metavar='N', help='number of images of a stream, if nothing else says it')
+        '--num-samples', type=int, metavar='N', help='number of images in a stream, if it is not known otherwise')
     group.add_argument(
         '--class-map', default='', metavar='FILE',
         help='text file with the names of the class folders, one per line, in the order of the classes')
@@ -172,10 +172,10 @@ def _add_data_arguments(group: Any) -> None:
     group.add_argument('--dataset-download', action='store_true', help='download the data set (torch/ and hfids/ only)')
     group.add_argument(
         '--subset', action='store_true',
-        help='measure only the classes that data and model share, by WordNet id, and let only their scores compete')
+        help='measure only the classes that data and model share, by WordNet id, and ignore the scores of all others')
     group.add_argument(
         '--real-labels', nargs='?', const='', metavar='FILE',
-        help="also count by ReaL labels: timm's, or those of a file")
+        help="also count by ReaL labels: timm's, or those in a file")
 
 
 def _add_input_arguments(group: Any) -> None:
@@ -184,14 +184,15 @@ def _add_input_arguments(group: Any) -> None:
     group.add_argument('--crop-pct', type=float, metavar='X', help='fraction of the resized image that the crop keeps')
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'))
     group.add_argument('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos', 'box', 'hamming'))
-    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='of each channel, for pixels from 0 to 1')
-    group.add_argument('--std', type=float, nargs='+', metavar='X', help='of each channel')
+    group.add_argument(
+        '--mean', type=float, nargs='+', metavar='X', help='mean of each channel, for pixels from 0 to 1')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', help='standard deviation of each channel')
 
 
 def _add_engine_arguments(group: Any) -> None:
     group.add_argument(
         '--batch-size', '-b', type=int, default=256, metavar='N',
-        help='images per batch of each process (default: 256); halved when memory runs out')
+        help='images per batch and process (default: 256); halved when memory runs out')
     group.add_argument(
         '--workers', '-j', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
         help='processes that decode images (default: 4, or the number of processors)')

@@ -21,12 +21,12 @@ DESCRIPTION = """Train a model by a recipe.
     torchrun --standalone --nproc-per-node 8 scripts/train.py paper_in1k --val-split val -j 8 ...     eight GPUs
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 scripts/train.py ...
 
-The last line is run on each of four machines; HOST is one of them. Only the first process reads and writes --output.
-An interrupted run resumes with --resume. To have torchrun do so by itself:
+Run the last line on each of four machines; HOST is one of them. Only the first process reads and writes --output.
+An interrupted run resumes with --resume. To let torchrun restart and resume it:
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 8 --max-restarts 3 scripts/train.py ...
 
-(the variable, since torchrun's shared store gives restarted workers the addresses of the dead ones, pytorch/135712)
+Without the variable, restarted workers get the addresses of the dead ones (pytorch/135712).
 """
 
 
@@ -36,30 +36,32 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
         prog=prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', help=f'a YAML file, or one of: {", ".join(recipe_names())}')
     parser.add_argument(
-        '--data-dir', type=Path, required=True, help='folder with a folder for each split, with one for each class')
+        '--data-dir', type=Path, required=True, help='folder with one folder per split, each with one folder per class')
     parser.add_argument(
-        '--output', type=Path, required=True, help='folder of the run: checkpoints, summary.csv, results.json')
-    parser.add_argument('--train-split', default='train', help='folder of the training images below --data-dir')
-    parser.add_argument('--val-split', default='', help='split measured each epoch where the recipe holds nothing out')
-    parser.add_argument('--model', default='', help="a timm model in place of the recipe's, for a control")
+        '--output', type=Path, required=True, help='folder to write: checkpoints, summary.csv, results.json')
+    parser.add_argument('--train-split', default='train', help='training split in --data-dir (default: train)')
+    parser.add_argument(
+        '--val-split', default='', help='split to measure after each epoch if the recipe holds nothing out')
+    parser.add_argument('--model', default='', help="timm model to train instead of the recipe's, as a control")
     parser.add_argument(
         '--finetune', default='', metavar='pretrained|FILE|DIR',
-        help="start from the weights of the model's tag, from a checkpoint (averaged weights where it has them; "
-             'another head is drawn anew), or from a folder of `timm-geoprior convert`, which names model and teacher')
+        help="start from the weights of the model's tag, from a checkpoint (its averaged weights if it has any; a head "
+             'of another size is initialized anew), or from a folder of `timm-geoprior convert`, which sets model and '
+             'teacher')
     parser.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE',
-        help='another value for a recipe key, as in --set epochs=30; as often as need be')
-    parser.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation (default: 0)')
+        help='override a recipe key, as in --set epochs=30; may be repeated')
+    parser.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation (default: 0)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
     parser.add_argument(
         '-j', '--workers', type=int, default=2,
-        help='processes that decode images, for each process that trains (default: 2)')
+        help='processes that decode images, per training process (default: 2)')
     parser.add_argument(
-        '--save-every', type=int, default=200, help='updates between two checkpoints in mid-epoch (default: 200)')
+        '--save-every', type=int, default=200, help='updates between checkpoints within an epoch (default: 200)')
     parser.add_argument(
         '--max-corrupt', type=int, default=10,
-        help='unreadable images that are named and skipped; at one more the run stops (default: 10)')
+        help='number of unreadable images to list and skip; with one more, the run stops (default: 10)')
     parser.add_argument('--resume', action='store_true', help='continue the run in --output')
     return parser.parse_args(argv)
 
