@@ -567,7 +567,7 @@ def test_a_signal_to_the_group_ends_it_with_one_sentence(number, data, checkpoin
 def test_a_model_without_weights_is_refused_before_any_image_is_looked_at(data, capsys):
     assert validate('--model', 'geoprior_resnet101.paper_in1k', '--data-dir', data / 'folder', '-j', 0) == 1
     error, = capsys.readouterr().err.splitlines()
-    assert error == ('validate.py: geoprior_resnet101.paper_in1k has no weights yet. Name a file of weights by '
+    assert error == ('validate.py: geoprior_resnet101.paper_in1k has no weights yet. Name a file of weights with '
                      '--checkpoint, or another model: `timm-geoprior list` shows those that have some.')
 
 

@@ -146,7 +146,7 @@ def _open_hub(root: Path | None, split: str, name: str, options: DataOptions) ->
 def _check_columns(name: str, keys: Mapping[str, str], columns: Iterable[str]) -> None:
     for option, key in keys.items():
         if key not in columns:
-            raise EvaluationError(f'{name} has no column {key}, it has: {", ".join(columns)}. Name the column by '
+            raise EvaluationError(f'{name} has no column {key}, only {", ".join(columns)}. Name the column with '
                                   f'--{option.replace("_", "-")}.')
 
 
@@ -162,8 +162,8 @@ def _open_shards(root: Path, split: str, options: DataOptions) -> DataSplit:
         for key, parts in _samples(root / shard).items():
             image_key = next((image_key for image_key in image_keys if image_key in parts), None)
             if image_key is None:
-                raise EvaluationError(f'{key} in {shard} has no image under {";".join(image_keys)}, it has: '
-                                      f'{", ".join(parts)}. Name the key of the image by --input-key.')
+                raise EvaluationError(f'{key} in {shard} has no image under {";".join(image_keys)}, only '
+                                      f'{", ".join(parts)}. Name the key of the image with --input-key.')
             names.append(f'{shard}/{key}.{image_key}')
             places.append(parts[image_key])
             labels.append(_label_in_shard(f'{key} in {shard}', parts, options.target_key or info.alt_label))
@@ -191,8 +191,8 @@ def _label_in_shard(sample: str, parts: Mapping[str, tuple[str, int, int]], targ
     """The class of a sample: the number in its .cls, or under a key of its .json."""
     part = 'json' if target_key else 'cls'
     if part not in parts:
-        raise EvaluationError(f'{sample} has no .{part} with its class, it has: {", ".join(parts)}. Name the key of '
-                              f'the class in .json by --target-key.')
+        raise EvaluationError(f'{sample} has no .{part} with its class, only {", ".join(parts)}. Name the key of '
+                              f'the class in .json with --target-key.')
     path, offset, size = parts[part]
     with open(path, 'rb') as shard:
         shard.seek(offset)

@@ -98,7 +98,7 @@ def check_source(name: str) -> None:
         raise EvaluationError(f'Unknown model {name}.{_similar(name)} Check --model.')
     entry, cfg = _manifest_entry(name), timm.get_pretrained_cfg(name)
     if entry is not None and not entry.has_weights or cfg is not None and not cfg.has_weights:
-        raise EvaluationError(f'{name} has no weights yet. Name a file of weights by --checkpoint, or another model: '
+        raise EvaluationError(f'{name} has no weights yet. Name a file of weights with --checkpoint, or another model: '
                               f'`timm-geoprior list` shows those that have some.')
 
 
