@@ -169,7 +169,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 @_command('verify', 'check bundled, cached and Hub files and golden outputs against the manifest', _argument(
-    'tags', nargs='*', metavar='TAG', help='default: all that the manifest has a hash of'))
+    'tags', nargs='*', metavar='TAG', help='default: all tags with a hash in the manifest'))
 def _verify(args: argparse.Namespace) -> int:
     from .pretrained.verify import verify_tags
     checks = verify_tags(args.tags)
@@ -182,9 +182,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 @_command(
-    'download', 'make folders that `local-dir:` loads where there is no network',
-    _argument('names', nargs='+', metavar='TAG... DIR', help='tags, and the folder to put theirs into'),
-    _argument('--all', action='store_true', help='all but converted tags; then name the folder alone'))
+    'download', 'save models as folders that `local-dir:` loads without a network',
+    _argument('names', nargs='+', metavar='TAG... DIR', help='tags, and the folder to write them to'),
+    _argument('--all', action='store_true', help='download all tags except converted ones; give only the folder'))
 def _download(args: argparse.Namespace) -> int:
     *tags, folder = args.names
     if bool(tags) == args.all:
@@ -242,12 +242,12 @@ def _count(text: str) -> int:
     'classify', 'name the most probable classes of each image',
     _argument('images', nargs='*', metavar='IMAGE',
               help='image files, folders, or patterns like "photos/*.jpg" (default: a photograph of a cup of coffee)'),
-    _argument('--model', help='any timm model whose classes have names, or local-dir: and a folder (default: the '
+    _argument('--model', help='any timm model with class names, or local-dir: and a folder (default: the '
                               'bundled model with the best accuracy)'),
-    _argument('--top', type=_count, default=5, metavar='N', help='classes to print for each image (default: 5)'),
+    _argument('--top', type=_count, default=5, metavar='N', help='number of classes to print per image (default: 5)'),
     _DEVICE,
     _argument('--compact', action='store_true', help='print one line per image'),
-    _argument('--json', action='store_true', help='print one JSON object per image, each on a line of its own'))
+    _argument('--json', action='store_true', help='print JSON lines, one object per image'))
 def _classify(args: argparse.Namespace) -> int:
     from .inference.inputs import sample_image
     sample = None if args.images else sample_image()
@@ -323,12 +323,13 @@ def _point(text: str) -> tuple[float, float]:
 
 @_command(
     'explain', 'draw what a model attends to in an image: windows, Grad-CAM, receptive field',
-    _argument('image', nargs='?', metavar='IMAGE', help='an image file (default: as for classify)'),
-    _argument('-o', '--output', type=Path, default=Path('explain.png'), help='default: explain.png'),
+    _argument('image', nargs='?', metavar='IMAGE', help='an image file (default: a photograph of a cup of coffee)'),
+    _argument('-o', '--output', type=Path, default=Path('explain.png'),
+              help='file to write: PNG, JPEG, PDF or SVG (default: explain.png)'),
     _MODEL,
     _argument('--point', type=_point, metavar='X,Y',
-              help='where it looks from, in pixels of the image (default: the middle)'),
-    _argument('--layers', action='store_true', help="only print each layer's radius in cells and pixels"))
+              help='point to look from, in pixels of the image (default: the centre)'),
+    _argument('--layers', action='store_true', help='only print the radius of each layer, in cells and pixels'))
 def _explain(args: argparse.Namespace) -> int:
     if args.layers:
         return _print_layers(_default_model(args))
@@ -368,9 +369,9 @@ def _print_layers(name: str) -> int:
 
 
 @_command(
-    'demo', 'serve a page to try the models on, or write the folder of a Hugging Face Space',
-    _argument('--model', help='model that is chosen at first (default: as for classify)'),
-    _argument('--port', type=int, default=7860, help='port of this machine (default: 7860)'),
+    'demo', 'serve a web page to try the models, or write the folder of a Hugging Face Space',
+    _argument('--model', help='model to select at the start (default: the bundled one with the best accuracy)'),
+    _argument('--port', type=int, default=7860, help='port to serve on (default: 7860)'),
     _argument('--space', type=Path, metavar='DIR', help='write the folder of a Space instead'))
 def _demo(args: argparse.Namespace) -> int:
     with _extra('demo'):
@@ -386,13 +387,13 @@ def _demo(args: argparse.Namespace) -> int:
 # -- conversion --------------------------------------------------------------------------------------------------------
 
 @_command(
-    'convert', 'make a GeoPrior ResNet of a trained ResNet, and leave a folder that timm loads',
-    _argument('source', metavar='SOURCE', help='a name that timm loads with its weights, or a checkpoint file'),
-    _argument('-o', '--output', type=Path, required=True, metavar='DIR', help='a new folder'),
+    'convert', 'convert a trained ResNet to a GeoPrior ResNet, and write a folder that timm loads',
+    _argument('source', metavar='SOURCE', help='name of a pretrained timm model, or a checkpoint file'),
+    _argument('-o', '--output', type=Path, required=True, metavar='DIR', help='folder to write, which must be new'),
     _argument('--images', type=Path, metavar='DIR',
-              help='fit to the images in this folder, whatever is in them (default: closed form, without images)'),
-    _argument('--limit', type=int, default=1000, help='images to fit to at most (default: 1000)'),
-    _argument('--model', help='the architecture, for a checkpoint that does not name its own'),
+              help='fit to the images in this folder; labels are not needed (default: closed form, without images)'),
+    _argument('--limit', type=int, default=1000, help='maximum number of images to fit to (default: 1000)'),
+    _argument('--model', help='architecture of a checkpoint that does not name it'),
     _argument('--half', action='store_true', help='write float16 weights'),
     _DEVICE,
     _WORKERS)
@@ -411,15 +412,16 @@ def _convert(args: argparse.Namespace) -> int:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 @_command(
-    'finetune', 'fine-tune a model on a folder of images, and leave a folder that timm loads',
+    'finetune', 'fine-tune a model on a folder of images, and write a folder that timm loads',
     _argument('folder', type=Path, metavar='DIR',
-              help='holds one folder of images per class, or such folders train, val, test'),
-    _argument('--output', type=Path, help='folder to write (default: DIR-finetuned, here)'),
-    _argument('--model', help='what to start from: a tag, any model of timm, or local-dir: and a folder'),
+              help='folder with one folder of images per class, or with such folders in train, val and test'),
+    _argument('--output', type=Path, help='folder to write (default: DIR-finetuned in the current folder)'),
+    _argument('--model', help='model to start from: a tag, any timm model, or local-dir: and a folder (default: the '
+                              'bundled model with the best accuracy)'),
     _argument('--from-scratch', action='store_true', help='start from random weights, to compare'),
-    _argument('--set', action='append', default=[], metavar='KEY=VALUE', help='another value for a key of the recipe'),
-    _argument('--patience', type=int, default=5, help='epochs without a better accuracy before it ends (default: 5)'),
-    _argument('--seed', type=int, default=0),
+    _argument('--set', action='append', default=[], metavar='KEY=VALUE', help='override a key of the recipe'),
+    _argument('--patience', type=int, default=5, help='stop after this many epochs without improvement (default: 5)'),
+    _argument('--seed', type=int, default=0, help='seed of weights, order and augmentation (default: 0)'),
     _DEVICE,
     _WORKERS,
     _argument('--resume', action='store_true', help='continue the run in --output'))
@@ -465,10 +467,10 @@ def _reach_children() -> None:
 
 
 @_command(
-    'run', 'run a Python script or module that uses timm, with these models registered, in its child processes too',
-    _argument('-m', dest='module', action='store_true', help='the target is a module, as for `python -m`'),
+    'run', 'run a Python script or module that uses timm, with these models registered in it and its child processes',
+    _argument('-m', dest='module', action='store_true', help='run a module, as `python -m` does'),
     _argument('target', metavar='SCRIPT_OR_MODULE'),
-    _argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments'))
+    _argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='arguments of the script or module'))
 def _run(args: argparse.Namespace) -> int:
     import runpy
     import traceback

@@ -44,7 +44,7 @@ __all__ = ['bundle', 'main', 'push', 'record_results']
 
 DESCRIPTION = """Release a model: from a checkpoint to a staged folder, then into the package or onto the Hub.
 
-    timm-geoprior publish TAG RUN/last.pt --output DIR                       stage, and stop there
+    timm-geoprior publish TAG RUN/last.pt --output DIR                       stage only
     timm-geoprior validate --model TAG --checkpoint DIR/model.safetensors --data-dir DATA \\
         --results-file val.json                                              measure what was staged
     timm-geoprior publish TAG RUN/last.pt --results val.json --output DIR    stage with the figures
@@ -52,7 +52,7 @@ DESCRIPTION = """Release a model: from a checkpoint to a staged folder, then int
     timm-geoprior publish TAG --output DIR --push OWNER/NAME [--public]      onto the Hub
     timm-geoprior publish TAG --results val.json                             record figures of a converted tag
 
-TAG is an entry of weights_manifest.json, planned or released. The Hub's token comes from `hf auth login` or HF_TOKEN.
+TAG is a planned or released entry of weights_manifest.json. The Hub token comes from `hf auth login` or HF_TOKEN.
 An interrupted push continues with the same command.
 """
 
@@ -185,8 +185,8 @@ def _parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog=prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('tag', help='architecture.tag of the manifest')
-    parser.add_argument('checkpoint', type=Path, nargs='?', help='checkpoint of a run, or a .safetensors file')
-    parser.add_argument('--output', type=Path, help='the staged folder')
+    parser.add_argument('checkpoint', type=Path, nargs='?', help='training checkpoint, or a .safetensors file')
+    parser.add_argument('--output', type=Path, help='staged folder, to write or to release')
     parser.add_argument('--results', type=Path, help='JSON results file of `timm-geoprior validate` for these weights')
     parser.add_argument('--baseline', type=Path, help='the same for the plain network trained by the same recipe')
     parser.add_argument(
@@ -194,14 +194,15 @@ def _parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespac
         help='Markdown for the model card, such as the report of scripts/experiments/compare.py')
     parser.add_argument(
         '--use-ema', dest='weights', action='store_const', const='ema', default='auto',
-        help='the averaged weights; the default if the checkpoint has any')
+        help="use the checkpoint's averaged weights (the default if it has any)")
     parser.add_argument(
-        '--raw', dest='weights', action='store_const', const='raw', help='the raw weights, even beside averaged ones')
-    parser.add_argument('--bundle', action='store_true', help="put it into the package's weights folder")
-    parser.add_argument('--push', metavar='OWNER/NAME', help='push it to this repository of the Hub')
+        '--raw', dest='weights', action='store_const', const='raw', help='use its raw weights')
+    parser.add_argument('--bundle', action='store_true', help='put the staged weights into the package')
+    parser.add_argument('--push', metavar='OWNER/NAME', help='push the staged folder to this Hub repository')
     parser.add_argument('--public', action='store_true', help='make a new repository public')
     parser.add_argument('--dry-run', action='store_true', help='only print what --push would do')
-    parser.add_argument('--replace', action='store_true', help='other bytes for a bundled tag that is not released')
+    parser.add_argument(
+        '--replace', action='store_true', help='allow new weights for a bundled tag that is not released')
     args = parser.parse_args(argv)
     if problem := _problem(args):
         parser.error(problem)
