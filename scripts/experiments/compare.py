@@ -245,7 +245,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the held-out images at several sizes, with radii in cells and as shares of the map.
 
-    A radius is learned in cells. At another size it either stays so many cells, or grows with the map.
+    A radius is learned in cells. At another size it either stays the same in cells or grows with the map.
 
     Args:
         network: The trained network; its radii are as they were when this returns.
@@ -349,11 +349,11 @@ def write_comparison(rows: Sequence[Row], output: Path, command: str) -> str:
         distinct(rows, key) for key in ('model', 'recipe', 'epochs', 'img_size', 'precision'))
     head = (f'{models} by the recipe {recipes}: {epochs} epochs, the last at {size} px, in {precision}. Top-1 in '
             f'percent of {first["num_images"]:,} images held out of training, after the last epoch, at '
-            f'{first["eval_size"]} px in float32. Differences are to {names[0]} within a seed: their mean ± the half '
-            f'width of its 95% interval (Student). An interval covers what seeds change, with these images; other '
-            f'images would add their own.')
+            f'{first["eval_size"]} px in float32. Differences are to {names[0]}, paired by seed: the mean ± half the '
+            f'width of its 95% interval (Student). An interval covers the variation between seeds on these images; '
+            f'other images would add to it.')
     if len(names) > 2:
-        head += f' It is that of one comparison by itself, not corrected for {len(names) - 1} of them.'
+        head += f' Each interval is for one comparison, not corrected for {len(names) - 1} of them.'
     commits = list(dict.fromkeys(row['commit'] or 'unknown' for row in rows))
     if len(commits) > 1:
         head += f' The runs are of {len(commits)} commits: {", ".join(commits)}.'
@@ -361,9 +361,11 @@ def write_comparison(rows: Sequence[Row], output: Path, command: str) -> str:
         head += f' No intervals yet, with {len(seeds)} of the {LEAST_SEEDS} seeds that they take.'
     sections = [f'`{command}`', head, _accuracy_table(rows, names, seeds)]
     if radii := _radii_table(rows, names):
-        sections += ['Radii at the end, means over the seeds: cells (share of the map); heads side by side.', radii,
-                     'Top-1 of the held-out images at other sizes, resized from those in memory. A radius stays so '
-                     f'many cells, or is scaled with the map (share). Differences are to {names[0]}, in cells both.',
+        sections += ['Radii at the end, averaged over the seeds, in cells (and as a share of the map); heads are '
+                     'separated by commas.', radii,
+                     'Top-1 of the held-out images at other sizes, resized from those in memory. A radius either stays '
+                     'the same in cells or is scaled with the map (share). '
+                     f'Differences are to {names[0]}, both in cells.',
                      _size_table(rows, names)]
     text = '\n\n'.join(sections) + '\n'
     output.mkdir(parents=True, exist_ok=True)

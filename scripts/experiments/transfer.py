@@ -163,7 +163,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
         write_json(path, row)
         if method == 'finetune':
             _remove_weights(_run_folder(job, seed, per_class, start))
-        job.tell(f'{job.name}, {row["per_class"]} labels a class, seed {seed}, {METHODS[method]}, {start}: '
+        job.tell(f'{job.name}, {row["per_class"]} labels per class, seed {seed}, {METHODS[method]}, {start}: '
                  f'top-1 {row["top1"]:.2f}%')
         yield _rows(job.output)
 
@@ -451,12 +451,13 @@ def write_transfer(rows: Sequence[Row], output: Path) -> str:
     """
     names = list(dict.fromkeys(row['data'] for row in rows))
     sections = ['Top-1 in percent of the test images: the mean over the seeds (least to greatest), and the mean '
-                'difference within a seed ± the half width of its 95% interval (Student; from three seeds on). Both '
-                'networks have the same labels, recipe and epochs; a fifth of the labels chooses, and is not learned '
-                'from in fine-tuning. An interval covers what seeds change, with these test images. A random network '
-                f'is probed with the statistics of up to {STATISTICS_IMAGES:,} training images in its norms.']
+                'difference, paired by seed, ± half the width of its 95% interval (Student; from three seeds on). Both '
+                'networks have the same labels, recipe and epochs. A fifth of the labels is used to choose, and in '
+                'fine-tuning not to train. An interval covers the variation between seeds on these test images. For '
+                f'probing, the norms of a random network get the statistics of up to {STATISTICS_IMAGES:,} training '
+                'images.']
     if any(row['per_class'] == 'all' for row in rows):
-        sections[0] += ' With all labels the seeds draw none: the probes of trained weights are the same for each.'
+        sections[0] += ' With all labels nothing is drawn, so the probes of trained weights are the same for each seed.'
     for name in names:
         own = [row for row in rows if row['data'] == name]
         sections += [f'{name}, {own[0]["test_images"]:,} test images, {own[0]["model"]}:', _table(own),
@@ -489,7 +490,7 @@ def _table(rows: Sequence[Row]) -> str:
                 pairs = [value - random[seed] for seed, value in pretrained.items() if seed in random]
                 lines.append([f'{per_class}', f'{labels:,}', title, _spread(pretrained), _spread(random),
                               str(paired_interval(pairs)) if pairs else '', str(len(pairs))])
-    return markdown_table(['labels a class', 'labels', 'method', *STARTS, 'difference', 'n'], lines)
+    return markdown_table(['labels per class', 'labels', 'method', *STARTS, 'difference', 'n'], lines)
 
 
 def _spread(values: dict[int, float]) -> str:
@@ -501,7 +502,7 @@ def _spread(values: dict[int, float]) -> str:
 
 
 def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
-    """A panel a data set: accuracy over the labels a class, a colour a method, filled for trained weights."""
+    """One panel per data set: accuracy over the labels per class, one colour per method, filled for trained weights."""
     figure = Figure(figsize=(1.8 + 4.2 * len(names), 4), layout='constrained')
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axes, name in zip(panels, names, strict=True):
@@ -518,7 +519,7 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
                     axes.errorbar([x for x, _ in seen], means, yerr=ends, color=f'C{color}', linestyle=line, marker='o',
                                   markerfacecolor=face, capsize=3, label=f'{METHODS[method]}, {start}')
         axes.set_xticks(range(len(cases)), [str(case) for case in cases])
-        axes.set(title=name, xlabel='labels a class', xlim=(-0.5, len(cases) - 0.5))
+        axes.set(title=name, xlabel='labels per class', xlim=(-0.5, len(cases) - 0.5))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel('top-1 of the test images (%)')
     panels[-1].legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
