@@ -432,8 +432,9 @@ def _finetune(args: argparse.Namespace) -> int:
     output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
     model = default_architecture(load_manifest()) if args.from_scratch and not args.model else _default_model(args)
     results = finetune(Job(
-        args.folder, output, model, args.from_scratch, tuple(args.set), args.patience, args.seed, _device(args),
-        args.workers, args.resume))
+        args.folder, output, model=model, overrides=tuple(args.set), patience=args.patience, seed=args.seed,
+        device=_device(args), workers=args.workers, resume=args.resume,
+        finetune='' if args.from_scratch else 'pretrained'))
     measured = results['measured']
     print(f'{measured["split"]}: {measured["top1_correct"]:,} of {measured["num_images"]:,} images right, '
           f'{measured["top1"]:.2f}% (95% interval {", ".join(f"{end:.2f}" for end in measured["top1_interval"])})')

@@ -402,7 +402,8 @@ def _finetuned(job: Transfer, train: DataSplit, drawn: Tensor, seed: int, per_cl
     epochs = min(max(math.ceil(30_000 / len(drawn)), 10), 100)
     size = [f'img_size={job.img_size}'] if job.img_size else []
     results = finetune(Job(
-        images, place, job.model, from_scratch=start == 'random', overrides=(f'epochs={epochs}', *size, *job.overrides),
+        images, place, model=job.model, finetune='' if start == 'random' else 'pretrained',
+        overrides=(f'epochs={epochs}', *size, *job.overrides),
         patience=10_000, seed=seed, device=job.device, workers=job.workers, resume=(place / 'last.pt').exists(),
         tell=lambda text: None))
     measured = results['measured']

@@ -52,19 +52,13 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is fine-tuned, where."""
-    data_dir: Path  # folder with one folder of images a class, or with such folders `train`, `val` and `test`
-    output: Path  # folder to write
-    model: str  # any model of timm: a tag, or `local-dir:` and a folder
-    from_scratch: bool = False  # start from random weights, for a comparison
+class Job(RunConfig):
+    """What is fine-tuned, and where; the splits are found in the folder."""
+    model: str = ''  # any model of timm: a tag, or `local-dir:` and a folder
     overrides: tuple[str, ...] = ()  # 'key=value' strings for the recipe
     patience: int = 5  # epochs without a better accuracy after which training ends
-    seed: int = 0  # of weights, order and augmentation
-    device: str = 'cpu'  # where the network runs
-    workers: int = 2  # processes that decode
-    resume: bool = False  # continue the run in `output`
-    tell: Callable[[str], None] = print  # called with each sentence that a person should read
+    finetune: str = 'pretrained'  # '' starts from random weights, for a comparison
+    tell: Callable[[str], None] = print
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -78,26 +72,24 @@ def finetune(job: Job) -> dict[str, Any]:
             else stops a run.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
-    job = replace(job, tell=once(job.tell))  # what is wrong with images is found before, and again when they are read
+    # what is wrong with images is found before, and again when they are read
+    job = replace(job, tell=once(job.tell), command=resuming_command())
     splits = find_splits(job.data_dir)
     for name in unused_folders(job.data_dir, splits):
         job.tell(f'{job.data_dir / name} is not used: it is no split, or has no class folders.')
     _check_places(job)
     recipe = _recipe(job, splits)
     if not job.resume:
-        _check_model(recipe.model, job.from_scratch)
+        _check_model(job, recipe.model)
         _check_images(job, splits)
-    config = RunConfig(
-        job.data_dir, job.output, splits.train, splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE,
-        seed=job.seed, device=job.device, workers=job.workers, finetune='' if job.from_scratch else 'pretrained',
-        resume=job.resume, command=resuming_command(), tell=job.tell)
-    trainer = Trainer(recipe, config)
+    trainer = Trainer(recipe, replace(
+        job, train_split=splits.train, val_split=splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE))
     results = trainer.fit(lambda history: _gets_no_better(job, history))
     try:
         export(trainer, job.output)
         results['measured'] = _measure(job, splits, trainer)
     except KeyboardInterrupt:
-        job.tell(f'The training is done, its figures are not. Resume with: {config.command}')
+        job.tell(f'The training is done, its figures are not. Resume with: {job.command}')
         raise
     write_json(job.output / 'results.json', results)
     _tell_disk_use(job)
@@ -198,10 +190,10 @@ def _cfg(model: str) -> dict[str, Any]:
                             f'and a folder with config.json and model.safetensors.') from error
 
 
-def _check_model(model: str, from_scratch: bool) -> None:
+def _check_model(job: Job, model: str) -> None:
     cfg = _cfg(model)
     sources = ('file', 'url', 'hf_hub_id', 'state_dict')
-    if not from_scratch and timm.is_model(model.split('.')[0]) and not any(cfg.get(key) for key in sources):
+    if job.finetune and timm.is_model(model.split('.')[0]) and not any(cfg.get(key) for key in sources):
         raise GeoPriorError(f'The model must have trained weights to start from, got {model}, which has none. Choose '
                             f'another (`timm-geoprior list`), or start from random ones with --from-scratch.')
 
