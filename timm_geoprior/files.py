@@ -7,7 +7,7 @@ import json
 import os
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,8 +72,8 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, text.getvalue().encode(errors='backslashreplace'))
 
 
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Make a Markdown table, its first column to the left, the others to the right.
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]], left: Collection[int] = (0,)) -> str:
+    """Make a Markdown table, some of its columns to the left, the others to the right.
 
     Examples:
         >>> print(markdown_table(['model', 'top-1'], [['resnet50', 76.1]]))
@@ -82,7 +82,7 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> s
         | resnet50 | 76.1 |
     """
     names = list(header)
-    lines = [names, ['---'] + ['---:'] * (len(names) - 1), *rows]
+    lines = [names, ['---' if column in left else '---:' for column in range(len(names))], *rows]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import write_atomically
+from ..files import markdown_table, write_atomically
 from ..pretrained.manifest import Manifest, ManifestError, Metric, ModelEntry, load_manifest, manifest_path
 from ..radii import LayerRadii
 
@@ -39,14 +39,13 @@ paper's abstract. They, the small network, and how radii start and learn, are th
 
 def models_table(manifest: Manifest) -> str:
     """The README's table of models, in Markdown."""
-    rows = ['| model | status | data | input | parameters | top-1 | top-5 | plain ResNet | file |',
-            '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |']
+    rows = []
     for entry in manifest.tags.values():
         if entry.status == 'converted' and not entry.default:  # these have a table of their own
             continue
         metric = entry.metrics[0] if entry.metrics else None
         size = metric.img_size if metric else entry.input.input_size[-1]
-        rows.append('| ' + ' | '.join((
+        rows.append((
             f'`{entry.name}`',
             entry.status,
             manifest.label_sets[entry.label_set].title,
@@ -56,36 +55,36 @@ def models_table(manifest: Manifest) -> str:
             _percent(metric.top5 if metric else None),
             _baseline(entry),
             f'{entry.bytes / 1e6:.1f} MB' if entry.bytes else '',
-        )) + ' |')
-    return '\n'.join(rows)
+        ))
+    return markdown_table(('model', 'status', 'data', 'input', 'parameters', 'top-1', 'top-5', 'plain ResNet', 'file'),
+                          rows, left=(0, 1, 2, 7))
 
 
 def converted_table(manifest: Manifest) -> str:
     """The README's table of converted tags, in Markdown."""
-    rows = ['| model | licence | input | crop | top-1 of its source, by timm | own top-1 |',
-            '| --- | --- | ---: | ---: | ---: | ---: |']
+    rows = []
     for entry in manifest.tags.values():
         if entry.source is None:
             continue
         own = _percent(entry.metrics[0].top1) if entry.metrics else 'not measured'
-        rows.append('| ' + ' | '.join((
+        rows.append((
             f'`{entry.name}`', entry.license, f'{entry.input.input_size[-1]} px', f'{entry.input.crop_pct:g}',
-            _percent(entry.source.top1), own if entry.num_classes else 'no classifier')) + ' |')
-    return '\n'.join(rows)
+            _percent(entry.source.top1), own if entry.num_classes else 'no classifier'))
+    return markdown_table(
+        ('model', 'licence', 'input', 'crop', 'top-1 of its source, by timm', 'own top-1'), rows, left=(0, 1))
 
 
 def runs_table(manifest: Manifest) -> str:
     """The README's table of how the weights were made, in Markdown: those that the manifest has a training log of."""
-    rows = ['| weights | trained by | commit | wall time | on |', '| --- | --- | --- | ---: | --- |']
+    rows = []
     for entry in manifest.models.values():
         if not (log := entry.train_log):
             continue
         command = f'python scripts/train.py {entry.recipe} --data-dir DIR --output OUT --seed {entry.seed}'
         torch = f', torch {log.software["torch"]}' if 'torch' in log.software else ''
-        rows.append(
-            f'| `{entry.name}` | `{command}` | `{(entry.recipe_commit or "")[:7]}` | {log.hours:.1f} h, {log.epochs} '
-            f'epochs | {log.hardware}{torch} |')
-    return '\n'.join(rows)
+        rows.append((f'`{entry.name}`', f'`{command}`', f'`{(entry.recipe_commit or "")[:7]}`',
+                     f'{log.hours:.1f} h, {log.epochs} epochs', f'{log.hardware}{torch}'))
+    return markdown_table(('weights', 'trained by', 'commit', 'wall time', 'on'), rows, left=(0, 1, 2, 4))
 
 
 def _number(value: int | None) -> str:
@@ -200,12 +199,11 @@ transformers 5.23 loads the weights of any timm network, then resets the running
 def _figures(entry: ModelEntry) -> str:
     if not entry.metrics:
         return ''
-    rows = ['| data | images | input | precision | top-1 | top-5 |', '| --- | ---: | ---: | --- | ---: | ---: |']
-    for metric in entry.metrics:
-        rows.append(
-            f'| {metric.dataset}, {metric.split} | {metric.num_images:,} | {metric.img_size} px | {metric.precision} '
-            f'| {metric.top1:.2f}% ({metric.top1_correct:,}) | {metric.top5:.2f}% ({metric.top5_correct:,}) |')
-    text = '## Figures\n\n' + '\n'.join(rows)
+    rows = [(f'{metric.dataset}, {metric.split}', f'{metric.num_images:,}', f'{metric.img_size} px', metric.precision,
+             f'{metric.top1:.2f}% ({metric.top1_correct:,})', f'{metric.top5:.2f}% ({metric.top5_correct:,})')
+            for metric in entry.metrics]
+    header = ('data', 'images', 'input', 'precision', 'top-1', 'top-5')
+    text = f'## Figures\n\n{markdown_table(header, rows, left=(0, 3))}'
     if entry.baseline:
         text += (f'\n\nThe same recipe gives the plain `{entry.baseline.architecture}` ({entry.baseline.parameters:,} '
                  f'parameters; this model has {entry.parameters:,}) {entry.baseline.metric.top1:.2f}% top-1.')
