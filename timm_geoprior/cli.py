@@ -130,9 +130,8 @@ def _list(args: argparse.Namespace) -> int:
             f'{tag["bytes"] / 1e6:.1f}' if tag['bytes'] else '-',
         ))
     _print_table(rows, left=4)
-    print("\n*: what the architecture's name alone means. converted: made of a trained ResNet of timm when loaded.\n"
-          "'source %' is the top-1 of that ResNet, published by timm for this size. 'top-1 %' is the model's own;\n"
-          'where there is none, it has not been measured.')
+    print('\n*: the default tag of its architecture. converted: the weights of a timm ResNet, converted when they load.\n'
+          "source %: top-1 of that ResNet, as published by timm for this size. top-1 %: the model's own, where measured.")
     return 0
 
 
