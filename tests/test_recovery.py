@@ -69,9 +69,6 @@ def test_it_starts_from_the_folder_and_is_taught_by_its_source(out, checkpoint, 
     trainer = in_process(out, photo_folder, tmp_path / 'other')
     start = timm.create_model(f'local-dir:{out}', pretrained=True).state_dict()
     assert all(torch.equal(value, start[name]) for name, value in trainer.model.state_dict().items())
-    for name in ('layer3.0.bn2', 'layer4.0.bn3'):
-        assert torch.equal(start[f'{name}.running_mean'], saved['model'][f'{name}.running_mean'])
-        assert not torch.equal(start[f'{name}.weight'], saved['model'][f'{name}.weight'])
     assert not torch.equal(start['layer3.0.conv2.attn.log_radius'], saved['model']['layer3.0.conv2.attn.log_radius'])
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():

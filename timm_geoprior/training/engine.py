@@ -330,10 +330,6 @@ class Trainer:
     def _train_epoch(self) -> None:
         recipe = self.recipe
         self.model.train()
-        if recipe.freeze_norm_stats:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
         first = self.update * recipe.grad_accum_steps
         batches = self.data.train.epoch(self.epoch, recipe.size_at(self.epoch), first)
         progress = Progress(

@@ -37,7 +37,6 @@ class Recipe:
     drop_path: float = 0.0
     sync_bn: bool = False
     freeze: tuple[str, ...] = ()  # modules that stay as they are, norms' statistics included
-    freeze_norm_stats: bool = False  # batch norms keep the statistics that they start with, and use them in training
     # timm model whose logits are distilled, with the weights that its name has; SOURCE for what --finetune's
     # folder was converted from
     teacher: str = ''
