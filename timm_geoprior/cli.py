@@ -130,8 +130,8 @@ def _list(args: argparse.Namespace) -> int:
             f'{tag["bytes"] / 1e6:.1f}' if tag['bytes'] else '-',
         ))
     _print_table(rows, left=4)
-    print('\n*: the default tag of its architecture. converted: the weights of a timm ResNet, converted when they load.\n'
-          "source %: top-1 of that ResNet, as published by timm for this size. top-1 %: the model's own, where measured.")
+    print('\n*: the default tag of its architecture. converted: weights of a timm ResNet, converted when they load.\n'
+          "source %: top-1 of that ResNet, published by timm for this size. top-1 %: the model's own, if measured.")
     return 0
 
 
