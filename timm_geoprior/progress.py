@@ -77,5 +77,6 @@ class Progress:
             self.told = now
             total = f' of {self.bar.total:,}' if self.bar.total else ''
             speed = (self.done - self.first) / max(now - self.started, 1e-9)
-            words = ', '.join(filter(None, (note(), f'{speed:,.0f} {self.unit}/s')))
+            shown = f'{speed:,.0f}' if speed >= 10 else f'{speed:.2g}'  # layers are slow
+            words = ', '.join(filter(None, (note(), f'{shown} {self.unit}/s')))
             self.tell(f'{self.title}: {self.done:,}{total} {self.unit}, {words}')
