@@ -299,7 +299,7 @@ def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
 
 @pytest.mark.parametrize(('arguments', 'words'), [
     *((['classify', '--model', name], f'{name} has no weights') for name in PLANNED),
-    (['classify', '--model', 'geoprior_resnet51'], 'a model of timm, like geoprior_resnet50 '),
+    (['classify', '--model', 'geoprior_resnet51'], 'Did you mean geoprior_resnet50? Check --model.'),
     (['info', 'geoprior_resnet51'], "got 'geoprior_resnet51'"),
     (['run', 'nowhere.py'], 'nowhere.py does not exist'),
     (['run', '-m', 'nowhere.at.all'], 'must be one that `python -m` takes, got nowhere.at.all.'),

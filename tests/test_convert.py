@@ -28,7 +28,7 @@ COMMAND = [sys.executable, '-m', 'timm_geoprior', 'convert']
 
 
 def convert(*arguments: object, code: int = 0) -> None:
-    assert main(['convert', *map(str, arguments), '--device', 'cpu', '-j', '0']) == code
+    assert main(['convert', '--device', 'cpu', '-j', '0', *map(str, arguments)]) == code
 
 
 @pytest.fixture(scope='session')
