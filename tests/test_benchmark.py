@@ -106,9 +106,9 @@ def test_what_cannot_be_measured_is_refused():
     count = torch.cuda.device_count()
     with pytest.raises(BenchmarkError, match=f'this machine has {count} CUDA devices: take --device cpu'):
         setting(device=f'cuda:{count}').check()
-    with pytest.raises(BenchmarkError, match='engine is onnxruntime with bfloat16, expected inference in float32'):
+    with pytest.raises(BenchmarkError, match='The engine onnxruntime must run inference in float32, got bfloat16'):
         setting(engine='onnxruntime', precision='bfloat16').check()
-    with pytest.raises(BenchmarkError, match='asked for in training, expected inference'):
+    with pytest.raises(BenchmarkError, match='must be measured in inference, got training'):
         setting(train=True, reparameterize=True).check()
     with pytest.raises(BenchmarkError, match='nonesuch is left out: timm .* has no such model. Name one of'):
         usable_models(['nonesuch', NANO])

@@ -214,14 +214,14 @@ def test_the_control_differs_from_its_network_in_the_model_alone():
 
 
 @pytest.mark.parametrize(('overrides', 'variants', 'error', 'words'), [
-    ([], ['a: {}'], ComparisonError, 'name 1 variants, expected at least two'),
-    ([], ['a: {}', 'b'], ComparisonError, "--variant holds 'b', expected 'NAME: {KEY: VALUE}'"),
+    ([], ['a: {}'], ComparisonError, 'must name at least two variants, got 1'),
+    ([], ['a: {}', 'b'], ComparisonError, "--variant must hold 'NAME: {KEY: VALUE}', got 'b'"),
     ([], ['a: {', 'b: {}'], ComparisonError, '--variant is not YAML'),
-    ([], ['a: {}', 'b: 3'], ComparisonError, 'variant b is 3, expected keys and values'),
-    ([], ['a: {}', 'b/c: {lr: 1}'], ComparisonError, "named 'b/c', expected letters"),
-    (['holdout=0'], [], ComparisonError, 'has holdout = 0 and in_memory = True, expected images held out'),
-    ([], ['a: {}', 'b: {holdout: 5}'], ComparisonError, 'holdout is 2 and 5, expected the same'),
-    (['eval_size=0'], ['a: {}', 'b: {img_size: 40}'], ComparisonError, 'eval_size is 32 and 40, expected the same'),
+    ([], ['a: {}', 'b: 3'], ComparisonError, 'variant b must be keys and values, got 3'),
+    ([], ['a: {}', 'b/c: {lr: 1}'], ComparisonError, "must be of letters, digits, _, - and dots, got 'b/c'"),
+    (['holdout=0'], [], ComparisonError, 'must hold out images .*, got holdout=0 and in_memory=True'),
+    ([], ['a: {}', 'b: {holdout: 5}'], ComparisonError, 'holdout must be the same in all variants, .* got 2 and 5'),
+    (['eval_size=0'], ['a: {}', 'b: {img_size: 40}'], ComparisonError, 'eval_size must be the same .* got 32 and 40'),
     ([], ['a: {}', 'b: {radius: 5}'], GeoPriorError, "'radius' in variant b: did you mean 'radius_lr'"),
     ([], ['a: {}', 'b: {model_kwargs: {attn_heads: 3}}'], GeoPriorError, 'Variant b: .*attn_?heads|Variant b: .*3'),
 ])
@@ -234,8 +234,8 @@ def test_bad_input_is_one_sentence(plan, tmp_path, script):
     with pytest.raises(SystemExit, match=r'^compare.py: .*nowhere must be a folder.*$'):
         script(plan, tmp_path / 'nowhere', tmp_path / 'out')
     plan.write_text('variants: {a: {}, b: {}}')
-    with pytest.raises(SystemExit, match='has the keys variants, expected recipe, set and variants'):
+    with pytest.raises(SystemExit, match='must have the keys recipe, set and variants, got variants'):
         script(plan, tmp_path, tmp_path / 'out')
     plan.write_text('recipe: 5\nvariants: {a: {}, b: {}}')
-    with pytest.raises(SystemExit, match='has the recipe 5, expected the name of one, or a YAML file'):
+    with pytest.raises(SystemExit, match='must name a recipe or a YAML file as its recipe, got 5'):
         script(plan, tmp_path, tmp_path / 'out')

@@ -47,5 +47,5 @@ def test_speed_of_inference_is_refused(measured):
     (measured / 'results.json').write_text((measured / 'results.json').read_text().replace('true', 'false'))
     done = run(measured)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f'cost.py: {measured} was measured without --train, expected')
+    assert done.stderr.splitlines()[-1].startswith(f'cost.py: {measured} must hold training speeds, got')
     assert run(measured / 'nowhere').returncode == 1

@@ -126,7 +126,7 @@ def test_curves_of_several_runs(finished, tmp_path):
     command[2] = tmp_path / 'nothing'
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1
-    assert 'no finished runs' in refused.stderr
+    assert 'must hold finished runs' in refused.stderr
 
 
 def test_confusion_matrix(finished, tmp_path):

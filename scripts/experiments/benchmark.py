@@ -91,13 +91,13 @@ class Workload:
             raise BenchmarkError(f'device is {self.device}, this machine has {torch.cuda.device_count()} CUDA devices: '
                                  f'take --device cpu.')
         if self.engine not in ('eager', *COMPILED) and (self.train or self.precision != 'float32'):
-            raise BenchmarkError(f'engine is {self.engine} with {"training" if self.train else self.precision}, '
-                                 f'expected inference in float32: leave --train and --amp out.')
+            raise BenchmarkError(f'The engine {self.engine} must run inference in float32, got '
+                                 f'{"training" if self.train else self.precision}. Leave out --train and --amp.')
         if self.train and self.reparameterize:
-            raise BenchmarkError('A reparameterized network was asked for in training, expected inference: it has no '
-                                 'batch norms left to train, leave --train or --reparameterize out.')
+            raise BenchmarkError('A reparameterized network must be measured in inference, got training: it has no '
+                                 'batch norms left to train. Leave out --train or --reparameterize.')
         if self.engine == 'onnxruntime' and device.type != 'cpu':
-            raise BenchmarkError(f'engine is onnxruntime on {self.device}, expected cpu: leave --device out.')
+            raise BenchmarkError(f'The engine onnxruntime must run on the cpu, got {self.device}. Leave out --device.')
         if device.type == 'cuda' and self.precision == 'bfloat16' and not torch.cuda.is_bf16_supported(False):
             raise BenchmarkError(f'{torch.cuda.get_device_name(device)} has no bfloat16: take --amp-dtype float16.')
         capabilities: dict[str, Any] = getattr(torch.cpu, 'get_capabilities', dict)()  # from torch 2.11 on

@@ -86,15 +86,15 @@ def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence
         plan = {'recipe': source}
     unknown = sorted(set(plan) - {'recipe', 'set', 'variants'})
     if unknown or 'recipe' not in plan:
-        raise ComparisonError(f'{source} has the keys {", ".join(map(str, plan))}, expected recipe, set and variants.')
+        raise ComparisonError(f'{source} must have the keys recipe, set and variants, got {", ".join(map(str, plan))}.')
     if not isinstance(plan['recipe'], str):
-        raise ComparisonError(f'{source} has the recipe {plan["recipe"]!r}, expected the name of one, or a YAML file.')
+        raise ComparisonError(f'{source} must name a recipe or a YAML file as its recipe, got {plan["recipe"]!r}.')
     own = [f'{key}={json.dumps(value)}' for key, value in _changes(plan.get('set'), f'{source}, set').items()]
     base = load_recipe(plan['recipe'], own + list(overrides))
     named = {name: changes for text in variants for name, changes in _mapping(text, '--variant').items()}
     named = named or _changes(plan.get('variants'), f'{source}, variants')
     if len(named) < 2:
-        raise ComparisonError(f'{source} and --variant name {len(named)} variants, expected at least two: write '
+        raise ComparisonError(f'{source} and --variant must name at least two variants, got {len(named)}. Write '
                               f"--variant 'NAME: {{KEY: VALUE}}' for each, the base first.")
     recipes = {str(name): _vary(base, str(name), _changes(changes, f'variant {name}'))
                for name, changes in named.items()}
@@ -108,13 +108,13 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ComparisonError(f'{where} is not YAML ({str(error).splitlines()[0]}).') from None
     if not isinstance(values, dict):
-        raise ComparisonError(f"{where} holds {text.strip()[:60]!r}, expected 'NAME: {{KEY: VALUE}}'.")
+        raise ComparisonError(f"{where} must hold 'NAME: {{KEY: VALUE}}', got {text.strip()[:60]!r}.")
     return values
 
 
 def _changes(values: Any, where: str) -> dict[str, Any]:
     if values is not None and not isinstance(values, dict):
-        raise ComparisonError(f'{where} is {values!r}, expected keys and values.')
+        raise ComparisonError(f'{where} must be keys and values, got {values!r}.')
     return values or {}
 
 
@@ -134,16 +134,17 @@ def _vary(base: Recipe, name: str, changes: Mapping[str, Any]) -> Recipe:
 def _check_comparable(recipes: Mapping[str, Recipe]) -> None:
     for name, recipe in recipes.items():
         if not re.fullmatch(r'\w[\w.-]*', name):
-            raise ComparisonError(f'A variant is named {name!r}, expected letters, digits, _, - and dots.')
+            raise ComparisonError(f'The name of a variant must be of letters, digits, _, - and dots, got {name!r}.')
         if not (recipe.holdout and recipe.in_memory):
             raise ComparisonError(
-                f'Variant {name} has holdout = {recipe.holdout} and in_memory = {recipe.in_memory}, expected images '
-                f'held out to compare by, and images in memory: add --set holdout=50 --set in_memory=true.')
+                f'Variant {name} must hold out images to compare by and keep images in memory, got '
+                f'holdout={recipe.holdout} and in_memory={recipe.in_memory}. Add --set holdout=50 '
+                f'--set in_memory=true.')
     for key in ('holdout', 'memory_size', 'eval_size'):
         values = {_eval_size(recipe) if key == 'eval_size' else getattr(recipe, key) for recipe in recipes.values()}
         if len(values) > 1:
-            raise ComparisonError(f'{key} is {" and ".join(map(str, sorted(values)))}, expected the same in all '
-                                  f'variants: they are compared on the same images.')
+            raise ComparisonError(f'{key} must be the same in all variants, which are compared on the same images, got '
+                                  f'{" and ".join(map(str, sorted(values)))}.')
 
 
 def _eval_size(recipe: Recipe) -> int:

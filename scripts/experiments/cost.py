@@ -39,7 +39,7 @@ def measured_speed(folder: Path) -> tuple[dict[str, float], int, str]:
     """Training images/s of each model (the median of its repetitions), their size in pixels, and the device's name."""
     results = json.loads((folder / 'results.json').read_text())
     if not results['setting']['train']:
-        raise ValueError(f'{folder} was measured without --train, expected training speed: run benchmark.py with it.')
+        raise ValueError(f'{folder} must hold training speeds, got those of inference. Run benchmark.py with --train.')
     speeds: dict[str, list[float]] = {}
     with (folder / 'speed.csv').open(newline='') as file:
         for row in csv.DictReader(file):

@@ -76,8 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     runs = find_runs(args.runs)
     if not runs:
-        sys.exit(f'{args.runs} has no finished runs of `timm-geoprior finetune`, expected some in it at '
-                 'DATA/START/SEED: name their folder.')
+        sys.exit(f'{args.runs} must hold finished runs of `timm-geoprior finetune` at DATA/START/SEED, got none. '
+                 'Name their folder.')
     figure = Figure(figsize=(4.2 * len(runs) + 0.4, 3.6), layout='constrained')
     panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
     for axes, (data, starts) in zip(panels, runs.items(), strict=True):

@@ -180,9 +180,9 @@ def _rows(output: Path) -> list[Row]:
 
 def _check_arguments(job: Transfer) -> None:
     if job.img_size < 0:
-        raise TransferError(f'--img-size is {job.img_size}, expected pixels: name 32 or more, or leave it out.')
+        raise TransferError(f'--img-size must be in pixels, got {job.img_size}. Name 32 or more, or leave it out.')
     if job.output.exists() and not job.output.is_dir():
-        raise TransferError(f'{job.output} is a file, expected a folder, or none yet: name another by --output.')
+        raise TransferError(f'--output must be a folder, got the file {job.output}. Name another.')
     find_device(job.device)
     if 'finetune' in job.methods:
         load_recipe('finetune', list(job.overrides))  # refuses what it does not know before the probes, which take long
@@ -219,8 +219,8 @@ def _check_settings(job: Transfer, settings: Mapping[str, Any]) -> None:
             elif key == 'set':
                 got, expected = (f'--set {" ".join(values)}' if values else 'no --set' for values in (was, value))
             else:
-                got, expected = f'--img-size {was}' if key == 'img_size' else f'the {key} {was}', str(value)
-            raise TransferError(f'{job.folder} was made with {got}, expected {expected}: name another folder by '
+                got, expected = (f'--img-size {it}' if key == 'img_size' else f'the {key} {it}' for it in (was, value))
+            raise TransferError(f'{job.folder} must have been made with {expected}, got {got}. Name another folder by '
                                 f'--output, or leave it the same.')
 
 
@@ -228,8 +228,8 @@ def _test_split(job: Transfer) -> str:
     splits = find_splits(job.data_dir)
     test = splits.measured or splits.val
     if not (splits.train and test):
-        raise TransferError(f'{job.data_dir} has no class folders in train/ and test/ (or val/), expected both: sort '
-                            f'the images into them.')
+        raise TransferError(f'{job.data_dir} must have class folders in train/ and in test/ or val/, got none in one '
+                            f'of them. Sort the images into them.')
     return test
 
 
@@ -238,8 +238,8 @@ def _open_splits(job: Transfer) -> tuple[DataSplit, DataSplit]:
     train, measured = (open_split(job.data_dir, split=split) for split in (find_splits(job.data_dir).train, test))
     if train.classes != measured.classes:
         other = sorted(set(train.classes) ^ set(measured.classes))[0]
-        raise TransferError(f'{job.data_dir} has the class {other} in one split only, expected the same class folders '
-                            f'in train and {test}: add or remove it.')
+        raise TransferError(f'{job.data_dir} must have the same class folders in train and {test}, got {other} in '
+                            f'one of them only. Add or remove it.')
     return train, measured
 
 
@@ -263,11 +263,11 @@ def draw_labels(data: DataSplit, per_class: int, seed: int) -> Tensor:
         members = (labels == index).nonzero().flatten()
         wanted = per_class or len(members)
         if len(members) < 2:
-            raise TransferError(f'The class {name} has one training image, expected at least 2, one to learn from and '
-                                f'one to choose by: add some, or take the class out.')
+            raise TransferError(f'The class {name} must have at least 2 training images, one to learn from and one to '
+                                f'choose by, got 1. Add some, or take the class out.')
         if not 2 <= wanted <= len(members):
-            raise TransferError(f'{wanted} labels of the class {name} are wanted, expected from 2 (one to learn from, '
-                                f'one to choose by) to the {len(members)} that there are: change --per-class.')
+            raise TransferError(f'--per-class must be from 2 (one to learn from, one to choose by) to the '
+                                f'{len(members)} images of the class {name}, got {wanted}.')
         order = torch.randperm(len(members), generator=generator(seed, 'labels', index))
         drawn.append(members[order[:wanted]])
     return torch.cat(drawn).sort().values
@@ -282,8 +282,8 @@ def _network(job: Transfer, start: str, seed: int) -> nn.Module:
         model: nn.Module = timm.create_model(job.model, pretrained=start == 'pretrained', num_classes=0)
     except Exception as error:  # timm, json and the Hub's client raise half a dozen types
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
-        raise TransferError(f'{job.model} cannot be loaded ({reason}), expected a model with trained weights: '
-                            f'`timm-geoprior list` names some.') from error
+        raise TransferError(f'{job.model} must be a model with trained weights, got one that cannot be loaded '
+                            f'({reason}). `timm-geoprior list` names some.') from error
     return model.to(device=job.device).to(memory_format=torch.channels_last).eval()
 
 
@@ -434,8 +434,8 @@ def _link(job: Transfer, train: DataSplit, drawn: Tensor, folder: Path) -> None:
             target.symlink_to(split / train.names[index])
         (folder / 'test').symlink_to(job.data_dir.resolve() / test, target_is_directory=True)
     except OSError as error:
-        raise TransferError(f'Links to images cannot be made in {folder} ({error.strerror}), expected a file system '
-                            f'that has them: name another --output.') from error
+        raise TransferError(f'{folder} must be on a file system that has symbolic links, got {error.strerror}. Name '
+                            f'another --output.') from error
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
