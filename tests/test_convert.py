@@ -210,7 +210,7 @@ def source_of_timm(tmp_path: Path) -> Path:
     ('nano', ['--output', 'full'], 'full must be a new folder or an empty one, got one that holds something. Name'),
     ('nano', ['--output', 'r14.safetensors'], 'must be a new folder or an empty one, got a file. Name another'),
     ('nano', ['--output', 'r14.safetensors/out'], 'must be a folder that can be made, got '),
-    ('nano', ['--workers', '-1', '--images', 'photos'], 'at least 0'),
+    ('nano', ['--workers', '-1', '--images', 'photos'], '--workers must be 0 or more, got -1.'),
     ('basic', [], 'resnet18 must be a ResNet of bottleneck blocks with plain 3x3 convolutions and batch norms, got a'),
     ('groups', [], 'got a convolution of 2 groups in layer1.0. Take another source, such as resnet50.'),
     ('attention', [], 'got channel attention (SEModule) in layer1.0. Take another source, such as resnet50.'),

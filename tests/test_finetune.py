@@ -356,6 +356,7 @@ def test_bad_images_are_told_before_anything_is_written(photos, tmp_path, capsys
     (['--set', 'epoch=3'], "did you mean 'epochs'"),
     (['--set', 'batch_size=512'], 'fewer training images than one batch of 512. Lower batch_size'),
     (['--device', 'cuda:77'], 'cuda:77'),
+    (['--workers', '-1'], '--workers must be 0 or more, got -1.'),
     (['--output', '{photos}/out'], 'must lie outside the folder of the images'),
     (['--output', '{photos}/coffee/00.jpg'], 'must lie outside the folder of the images'),
     (['--output', __file__], 'must be a folder, or a new one, got the file'),

@@ -92,6 +92,8 @@ def convert(job: ConvertJob) -> dict[str, Any]:
         GeoPriorError: The source, the images or the output are not what they must be; nothing was written.
     """
     _check_output(job.output)
+    if job.workers < 0:
+        raise ConvertError(f'--workers must be 0 or more, got {job.workers}.')
     device, _, _ = find_device(job.device)
     sets = open_images(job.images, job.limit) if job.images else None
     started = time.perf_counter()

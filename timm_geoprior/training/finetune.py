@@ -142,6 +142,8 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _check_places(job: Job) -> None:
+    if job.workers < 0:  # before the images are looked at, which takes workers too
+        raise GeoPriorError(f'--workers must be 0 or more, got {job.workers}.')
     output, data = job.output.resolve(), job.data_dir.resolve()
     if output == data or data in output.parents:
         raise GeoPriorError(f'The output must lie outside the folder of the images, since its pictures would be taken '
