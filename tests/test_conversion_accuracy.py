@@ -1,0 +1,26 @@
+"""scripts/experiments/conversion_accuracy.py: conversions and their control, measured beside the source."""
+import json
+import sys
+
+import conversion_accuracy as script
+import torch
+from safetensors.torch import load_file
+
+
+def test_conversions_stand_beside_their_control(checkpoint, photo_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [
+        'conversion_accuracy.py', str(checkpoint), '--images', str(photo_folder / 'train'), '--data-dir',
+        str(photo_folder), '--limit', '20', '--output', str(tmp_path / 'out')])
+    script.main()
+    rows = json.loads((tmp_path / 'out' / 'conversion.json').read_text())['rows']
+    assert [(row['network'], row['fitted_to']) for row in rows] == [
+        ('source', None), ('converted', 0), ('converted', 20), ('channels left out', 0), ('channels left out', 20)]
+    assert {row['labelled'] for row in rows} == {20}
+    assert rows[0]['agree'] == 20
+    assert all(row['feature_error'] > 0 for row in rows[1:])
+    assert rows[2]['feature_error'] < rows[4]['feature_error']
+    assert (tmp_path / 'out' / 'conversion.md').read_text() in capsys.readouterr().out
+    values = {kind: load_file(tmp_path / 'out' / f'{kind}_20' / 'model.safetensors')['layer3.0.conv2.attn.value.weight']
+              for kind in ('converted', 'left_out')}
+    assert values['converted'].any()
+    assert torch.equal(values['left_out'], torch.zeros_like(values['left_out']))
