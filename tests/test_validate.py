@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,6 +283,11 @@ def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr()
     assert re.search(r'from float32: top-1 [+-]\d.*, top-5 .*; \d+ first answers differ, scores by up to \d', told.out)
     assert told.err.splitlines()[0] == '97 images in 10 classes, 9 to 10 in each.'
+
+
+def test_it_runs_in_any_thread(data, checkpoint):
+    with ThreadPoolExecutor() as threads:  # none but the main thread may handle signals
+        assert threads.submit(validate, '--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0).result() == 0
 
 
 def test_the_progress_bar(data, checkpoint, monkeypatch):
