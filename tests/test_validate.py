@@ -287,7 +287,8 @@ def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
 
 def test_it_runs_in_any_thread(data, checkpoint):
     with ThreadPoolExecutor() as threads:  # none but the main thread may handle signals
-        assert threads.submit(validate, '--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0).result() == 0
+        done = threads.submit(validate, '--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0)
+    assert done.result() == 0
 
 
 def test_the_progress_bar(data, checkpoint, monkeypatch):
