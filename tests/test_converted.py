@@ -33,6 +33,7 @@ from timm_geoprior.training.checkpoint import SavedModel
 LARGE, TAG, REPO = 'geoprior_resnet50', 'geoprior_resnet50.from_a1_in1k', 'timm/resnet50.a1_in1k'
 DEFAULTS = {'resnet50': 'a1_in1k', 'resnet101': 'a1h_in1k', 'resnet152': 'a1h_in1k'}
 CONVERTED = [name for name, entry in load_manifest().tags.items() if entry.status == 'converted']
+BACKBONE = f'{LARGE}.from_bamboo'
 
 
 def source(name: str) -> dict[str, torch.Tensor]:
@@ -121,7 +122,7 @@ def test_the_defaults_are_of_imagenet_at_224():
 
 def test_published_figures_of_the_sources():
     figures = {name: load_manifest().get(name).source for name in CONVERTED}
-    assert {name for name, figure in figures.items() if figure.top1 is None} == {f'{LARGE}.from_bamboo'}
+    assert {name for name, figure in figures.items() if figure.top1 is None} == {BACKBONE} & set(CONVERTED)
     assert [round(load_manifest().get(name).source.top1, 2) for name in SOURCES] == [80.38, 81.95, 82.82]
     assert figures[f'{LARGE}.from_tv_in1k'].top1 == 76.156
 
@@ -414,8 +415,9 @@ def test_nothing_of_a_converted_tag_is_published(tmp_path):
 
 # -- what has no classifier --------------------------------------------------------------------------------------------
 
+@pytest.mark.skipif(BACKBONE not in CONVERTED, reason='timm has the weights from 1.0.31 on')
 def test_a_backbone_is_no_classifier(hub, tmp_path, capsys):
-    name = f'{LARGE}.from_bamboo'
+    name = BACKBONE
     with pytest.raises(GeoPriorError, match=f'must have a classifier, got {name}, which has none.*finetune'):
         load_classifier(name)
     assert main(['classify', '--model', name]) == 1
