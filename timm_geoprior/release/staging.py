@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ..conversion.state_dict import is_plain_resnet
 from ..errors import GeoPriorError
 from ..files import file_sha256, write_atomically
 from ..pretrained.cfgs import bundled_path, hub_config
@@ -196,6 +197,9 @@ def _load_released(model: nn.Module, entry: ModelEntry, checkpoint: SavedModel) 
     if options := set(checkpoint.model_kwargs) - TRAINING_OPTIONS:
         raise PublishError(f"The checkpoint must be of {entry.architecture} as it is, since a tag's weights must fit "
                            f'the plain name, got one trained with {", ".join(sorted(options))}. Train without.')
+    if is_plain_resnet(checkpoint.state_dict, model):  # which loading would convert, each time
+        raise PublishError(f"The checkpoint must be of {entry.architecture}, got a plain ResNet's weights. Convert "
+                           f'them first: timm-geoprior convert CHECKPOINT --model NAME --output OUT.')
     tensors = release_tensors(checkpoint.state_dict)
     try:
         model.load_state_dict(tensors)
