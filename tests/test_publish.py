@@ -211,7 +211,7 @@ def alter_results(path, **changes):
     (lambda c, run: altered(c, state_dict={'fc.weight': torch.ones(2, 2)}), 'does not fit .*Missing key'),
     (lambda c, run: altered(c, state_dict={**c.state_dict, 'more': torch.ones(1)}), 'does not fit .*more'),
     (lambda c, run: altered(c, model_name='', state_dict=timm.create_model(
-        planned().architecture, num_classes=200, value_dims=(0, 0, 0, 0)).state_dict()), "got a plain ResNet"),
+        planned().architecture, num_classes=200, value_dims=(0, 0, 0, 0)).state_dict()), 'got a plain ResNet'),
     (lambda c, run: altered(c, state_dict={k: v * 1e30 for k, v in c.state_dict.items()}), 'must be finite'),
     (lambda c, run: write_results(run / 'val.json', '0' * 64), 'must have figures of the weights with sha256'),
     (lambda c, run: alter_results(run / 'val.json', preprocessing={**asdict(planned().input), 'crop_pct': 0.875}),
