@@ -17,7 +17,7 @@ from torch import nn
 
 from releases import planned
 from timm_geoprior.cli import main
-from timm_geoprior.conversion.images import open_images
+from timm_geoprior.conversion.images import draw_images
 from timm_geoprior.conversion.state_dict import convert_state_dict
 from timm_geoprior.data.dataset import open_split
 from timm_geoprior.evaluation.models import load_model
@@ -77,7 +77,7 @@ def test_what_is_measured_is_what_the_folder_gives(converted, checkpoint, photo_
     source, model = load_model(None, checkpoint), load_model(f'local-dir:{converted}')
     assert model.wnids == source.wnids == PHOTOGRAPHS
     data.dataset.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model.model))
-    held_out = open_images(photo_folder / 'train', 1000).held_out
+    held_out = draw_images(photo_folder / 'train', 1000).held_out
     images, labels = zip(*(data.dataset[int(index)] for index in held_out), strict=True)
     with torch.inference_mode():
         old, new = (network.model(torch.stack(images)) for network in (source, model))
@@ -151,7 +151,7 @@ def test_images_of_other_classes_are_compared_without_them(checkpoint, photo_fol
     (tmp_path / 'images' / 'rocket').rename(tmp_path / 'images' / 'spaceship')
     convert(checkpoint, '-o', tmp_path / 'out', '--images', tmp_path / 'images')
     measured = json.loads((tmp_path / 'out' / 'results.json').read_text())['measured']
-    kept_out = open_images(tmp_path / 'images', 1000)
+    kept_out = draw_images(tmp_path / 'images', 1000)
     rockets = sum(kept_out.data.class_of(index) == 'spaceship' for index in kept_out.held_out)
     assert measured['images'] == 10
     assert measured['labelled'] == 10 - rockets < 10

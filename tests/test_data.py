@@ -8,7 +8,7 @@ from timm.data import create_dataset, create_transform
 
 from timm_geoprior.data.batches import FolderLoader, LoaderConfig
 from timm_geoprior.data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
-from timm_geoprior.data.splits import folders_of_split, hold_out, hold_out_share
+from timm_geoprior.data.splits import folders_of_split, hold_out
 from timm_geoprior.errors import CorruptImagesError
 
 HALF = (0.5, 0.5, 0.5)
@@ -182,7 +182,7 @@ class TestHoldOut:
             places = (targets == target).nonzero().flatten().tolist()
             drawn = [places.index(index) for index in held.tolist() if targets[index] == target]
             assert min(drawn) < 20 < max(drawn)
-        assert torch.equal(hold_out_share(targets, 0.2)[1], held)
+        assert torch.equal(hold_out(targets, 0.2)[1], held)
 
     def test_a_class_that_would_vanish(self):
         with pytest.raises(ValueError, match='Class 1 must have more than 2 images to hold out 2, got 2'):

@@ -9,7 +9,7 @@ from timm.data import Mixup
 from torch import nn
 
 from timm_geoprior.errors import GeoPriorError
-from timm_geoprior.training.loaders import _make_transform, _Transform
+from timm_geoprior.training.loaders import make_transform
 from timm_geoprior.training.parts import (
     TargetLoss,
     build_mixup,
@@ -68,7 +68,7 @@ class TestRefusals:
     def test_augmentation_that_timm_does_not_have(self, changes):
         norms = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
         with pytest.raises(GeoPriorError, match='timm can make nothing of the recipe keys aa = '):
-            _make_transform(make_recipe({**LEAST, **changes}), norms)
+            make_transform(make_recipe({**LEAST, **changes}), norms)
 
     def test_a_missing_key(self):
         with pytest.raises(GeoPriorError, match="lacks the key 'lr'"):
@@ -167,7 +167,7 @@ class TestShipped:
             _, targets = mixup(torch.zeros(2, 3, 8, 8), targets)
         assert math.isfinite(loss(torch.randn(2, 4), targets))
         norms = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-        steps = str(_Transform(recipe, norms)(recipe.img_size))
+        steps = str(make_transform(recipe, norms)(recipe.img_size))
         assert ('RandAugment' in steps) == recipe.aa.startswith('rand')
         assert ('TrivialAugmentWide' in steps) == (recipe.aa == 'ta_wide')
         assert ('RandomErasing' in steps) == bool(recipe.reprob)
@@ -255,7 +255,7 @@ class TestParts:
             **LEAST, 'scale': [0.3, 0.9], 'ratio': [0.5, 2], 'hflip': 0.25, 'interpolation': 'bilinear',
             'color_jitter': 0.4, 'aa': 'ta_wide', 'reprob': 0.1, 'remode': 'const', 'mixup': 0.2, 'cutmix': 0.7,
             'mixup_prob': 0.6, 'mixup_switch_prob': 0.3, 'smoothing': 0.1})
-        steps = str(_Transform(recipe, {'mean': (0.5,) * 3, 'std': (0.5,) * 3})(32))
+        steps = str(make_transform(recipe, {'mean': (0.5,) * 3, 'std': (0.5,) * 3})(32))
         for part in ('size=(32, 32), scale=(0.3, 0.9), ratio=(0.5, 2.0), interpolation=bilinear', 'Flip(p=0.25)',
                      'ColorJitter(brightness=(0.6, 1.4)', 'RandomErasing(p=0.1, mode=const',
                      'TrivialAugmentWide(num_magnitude_bins=31, interpolation=InterpolationMode.BILINEAR'):

@@ -45,7 +45,7 @@ from compare import distinct, paired_interval
 from timm_geoprior.data.batches import generator, seed_everything
 from timm_geoprior.data.dataset import DataSplit, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
-from timm_geoprior.data.splits import hold_out_share
+from timm_geoprior.data.splits import hold_out
 from timm_geoprior.distributed import find_device
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.models import state_dict_sha256
@@ -383,7 +383,7 @@ def fit_linear(features: Tensor, labels: Tensor, penalty: float) -> Pipeline:
 
 def choose_penalty(features: Tensor, labels: Tensor) -> float:
     """The penalty with the least cross entropy on a fifth of each class, held out."""
-    stay, held = hold_out_share(labels, HELD_OUT_SHARE)
+    stay, held = hold_out(labels, HELD_OUT_SHARE)
     losses = []
     for penalty in PENALTIES:
         probe = fit_linear(features[stay], labels[stay], penalty)

@@ -7,17 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ..data.batches import generator, init_worker
-from ..data.dataset import DataOptions, DataSplit, open_split
-from ..data.reading import read_item
-from ..errors import EvaluationError, GeoPriorError, ImageError
+from ..data.batches import generator
+from ..data.dataset import Chosen, DataOptions, DataSplit, open_split
+from ..errors import EvaluationError, GeoPriorError
 
-__all__ = ['FEWEST', 'ImageSets', 'ImagesError', 'PreparedImages', 'open_images']
+__all__ = ['FEWEST', 'ImageSets', 'ImagesError', 'PreparedImages', 'draw_images']
 
 FEWEST = 10  # images, two of which are kept out
 HELD_OUT, MOST_HELD_OUT = 1 / 5, 1000
@@ -43,7 +40,7 @@ class ImageSets:
     unreadable: set[str] = field(default_factory=set)
 
 
-def open_images(folder: Path, limit: int) -> ImageSets:
+def draw_images(folder: Path, limit: int) -> ImageSets:
     """Find a folder's images, and draw those to fit to and those to keep out.
 
     Args:
@@ -100,35 +97,16 @@ class PreparedImages:
         Raises:
             ImagesError: More than half of them cannot be read.
         """
-        unreadable, images = 0, _Prepared(self.sets.data, self.indices, self.config)
-        for batch, labels, indices in DataLoader(
-                images, self.batch_size, num_workers=self.workers, worker_init_fn=init_worker):
-            bad = indices < 0
-            names = [self.sets.data.name_of(-index - 1) for index in indices[bad].tolist()]
+        channels, data = self.config['input_size'][0], self.sets.data
+        images = Chosen(data.dataset, self.indices, data.labels[self.indices], create_transform(**self.config),
+                        'L' if channels == 1 else 'RGB')
+        unreadable = 0
+        for batch, labels, bad in images.batches(self.batch_size, self.workers):
+            names = [data.name_of(index) for index in bad]
             unreadable += len(names)
             self.sets.unreadable.update(names)
             if 2 * unreadable > len(self.indices):
                 raise ImagesError(f'Most images must be readable, got {unreadable} of {len(self.indices)} that are '
                                   f'not, such as {names[0]}. Check the folder.')
-            if len(names) < len(labels):
-                yield batch[~bad], labels[~bad]
-
-
-class _Prepared(Dataset[tuple[Tensor, int, int]]):
-    """Image, label and index of each; -1 - index for an image that cannot be read."""
-
-    def __init__(self, data: DataSplit, indices: NDArray[np.int64], config: dict[str, Any]) -> None:
-        self.data, self.indices = data, indices
-        self.mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-        self.transform = create_transform(**config)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int, int]:
-        index = int(self.indices[place])
-        label = int(self.data.labels[index])
-        try:
-            return self.transform(read_item(self.data.dataset, index, self.mode)), label, index
-        except (ImageError, OSError):
-            return self.transform(Image.new(self.mode, (8, 8))), label, -1 - index
+            if len(labels):
+                yield batch, labels

@@ -33,7 +33,7 @@ from ..release.staging import release_tensors
 from ..training.checkpoint import read_weights
 from .closed_form import fit_layer
 from .comparison import class_indices, compare
-from .images import ImageSets, PreparedImages, open_images
+from .images import ImageSets, PreparedImages, draw_images
 from .mirror import Mirror, mirror
 from .readme import readme
 from .regression import PARTS, LayerFit, activation_bytes, refine
@@ -95,7 +95,7 @@ def convert(job: ConvertJob) -> dict[str, Any]:
     if job.workers < 0:
         raise ConvertError(f'--workers must be 0 or more, got {job.workers}.')
     device, _, _ = find_device(job.device)
-    sets = open_images(job.images, job.limit) if job.images else None
+    sets = draw_images(job.images, job.limit) if job.images else None
     started = time.perf_counter()
     loaded = _load_source(job)
     made = mirror(loaded.model, loaded.name)

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,15 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import EvaluationError, ImageError
 from ..files import first_line
+from .batches import init_worker
 from .listing import DataOptions, Place, list_archive, list_images
 from .reading import EXTENSIONS, LITTER, read_image, read_item
 
-__all__ = ['UNREADABLE', 'DataOptions', 'DataSplit', 'Files', 'Images', 'Stream', 'fingerprint', 'open_split']
+__all__ = ['UNREADABLE', 'Chosen', 'DataOptions', 'DataSplit', 'Files', 'Images', 'Stream', 'fingerprint', 'open_split']
 
-UNREADABLE = -2  # the target of an image of a stream that cannot be read
+UNREADABLE = -2  # the target of an image that cannot be read
 KINDS = ('torch', 'wds', 'hfds', 'hfids')
 
 
@@ -246,6 +249,39 @@ class Images(ImageDataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = read_item(self, index), int(self.reader[index][1])
         return image if self.transform is None else self.transform(image), target
+
+
+class Chosen(Dataset[tuple[Any, int]]):
+    """Some images of a data set, in an order and with targets of their own, each once.
+
+    torch's DistributedSampler repeats images until all processes have the same number of them, and timm's data set
+    puts the next image in the place of one that cannot be read. Here such an image has the target UNREADABLE.
+    """
+
+    def __init__(
+            self, dataset: Any, indices: Sequence[int] | NDArray[np.int64], targets: Sequence[int] | NDArray[np.int64],
+            transform: Callable[[Image.Image], Tensor] | None = None, mode: str = 'RGB') -> None:
+        self.dataset, self.indices, self.targets, self.mode = dataset, indices, targets, mode
+        self.transform: Any = transform  # timm's create_loader sets its own
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        try:
+            image, target = read_item(self.dataset, int(self.indices[place]), self.mode), int(self.targets[place])
+        except Exception:  # what decodes by itself (torchvision's data sets) may raise anything
+            image, target = Image.new(self.mode, (8, 8)), UNREADABLE
+        return self.transform(image), target
+
+    def batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """Images and targets of what can be read, and indices in the data set of what cannot, batch by batch."""
+        done = 0
+        for images, targets in DataLoader(self, batch_size, num_workers=workers, worker_init_fn=init_worker):
+            readable = targets != UNREADABLE
+            unreadable = [int(self.indices[done + place]) for place in (~readable).nonzero()[:, 0].tolist()]
+            done += len(targets)
+            yield images[readable], targets[readable], unreadable
 
 
 class Stream(IterableImageDataset):

@@ -177,3 +177,12 @@ class MemoryLoader:
             batch = batch.to(device)
             images = (self.data.images[batch].float() - self.mean) / self.std
             yield self.augment(images, rows, size), self.data.targets[batch]
+
+    def in_order(self, data: ImageTensors, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of another set's images, as they are and in their order: those that this process measures."""
+        for index in torch.arange(self.config.rank, len(data), self.config.world_size).split(250):
+            part = data.subset(index)
+            batch = (part.images.float() - self.mean) / self.std
+            if batch.shape[-1] != size:
+                batch = F.interpolate(batch, size=(size, size), mode='bicubic', antialias=True)
+            yield batch, part.targets

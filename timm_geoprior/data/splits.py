@@ -1,13 +1,13 @@
 """The splits of a data set's folder, and training images kept out of training to choose recipes and checkpoints by."""
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from .batches import generator
 
-__all__ = ['SPLITS', 'folders_of_split', 'hold_out', 'hold_out_share', 'names_of_split']
+__all__ = ['SPLITS', 'folders_of_split', 'hold_out', 'names_of_split']
 
 SPLITS = {
     'train': ('train', 'training'),
@@ -33,12 +33,13 @@ def names_of_split(names: Iterable[str], split: str) -> list[str]:
         name != split, name.lower() != split.lower(), meaning.index(name.lower()), name))
 
 
-def hold_out(targets: torch.Tensor, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+def hold_out(targets: torch.Tensor, amount: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw images of each class to hold out. The same images are drawn each time, whatever the seed of a run.
 
     Args:
         targets: Class of each image, shape (N,).
-        per_class: Images of each class to hold out.
+        amount: A number of images of each class, 0 for none, or a share below 1 of them, rounded, of which at least
+            one is held out and one stays.
 
     Returns:
         Indices that stay in training, and indices held out, both ascending.
@@ -46,20 +47,11 @@ def hold_out(targets: torch.Tensor, per_class: int) -> tuple[torch.Tensor, torch
     Raises:
         ValueError: A class has no more images than would be held out.
     """
-    return _hold_out(targets, lambda images: per_class)
-
-
-def hold_out_share(targets: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a share of the images of each class, rounded, as `hold_out`; at least one is held out and one stays."""
-    return _hold_out(targets, lambda images: max(min(round(share * images), images - 1), 1))
-
-
-def _hold_out(targets: torch.Tensor, count: Callable[[int], int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hold out `count(images of the class)` of each class."""
     held = torch.zeros(len(targets), dtype=torch.bool)
-    for target in targets.unique().tolist():
+    for target in targets.unique().tolist() if amount else ():
         members = (targets == target).nonzero().flatten()
-        images, wanted = len(members), count(len(members))
+        images = len(members)
+        wanted = int(amount) if amount >= 1 else max(min(round(amount * images), images - 1), 1)
         if wanted >= images:
             raise ValueError(f'Class {target} must have more than {wanted} images to hold out {wanted}, got {images}. '
                              f'Add images, or lower the recipe key holdout.')

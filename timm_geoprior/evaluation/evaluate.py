@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_loader, resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ..data.batches import init_worker
-from ..data.dataset import UNREADABLE, DataSplit
+from ..data.dataset import UNREADABLE, Chosen, DataSplit
 from ..data.listing import ILSVRC_FILE, ilsvrc_val_labels
-from ..data.reading import read_item
 from ..distributed import gather, reduce_sum
 from ..errors import EvaluationError, ProcessError
 from ..progress import Progress, tell_on_stderr
@@ -170,36 +167,6 @@ class _RealLabels:
         return Counts(*reduce_sum(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
 
 
-class _RankDataset(Dataset[tuple[Any, int]]):
-    """One process's images of an indexed data set, each once; an image that cannot be read is marked.
-
-    torch's DistributedSampler repeats images until all processes have the same number of them, and timm's data set
-    puts the next image in the place of one that cannot be read. Either way some would be counted twice.
-    """
-
-    def __init__(self, data: DataSplit, plan: Plan, config: EvalConfig) -> None:
-        self.dataset = data.dataset
-        self.indices = plan.indices[config.rank::config.world_size]
-        self.targets = plan.targets[config.rank::config.world_size]
-        self.mode = _mode(plan)
-        self.transform: Any = None  # timm's create_loader sets it
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Any, int]:
-        try:
-            image = read_item(self.dataset, int(self.indices[position]), self.mode)
-            target = int(self.targets[position])
-        except Exception:  # what decodes by itself (torchvision's data sets) may raise anything
-            image, target = Image.new(self.mode, (8, 8)), UNREADABLE
-        return self.transform(image), target
-
-
-def _mode(plan: Plan) -> str:
-    return 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as timm's validation
-
-
 def _to_model_class(to_model: NDArray[np.int64], num_classes: int, label: int) -> int:
     """A stream's label as the model's class index."""
     if label == UNREADABLE:
@@ -217,7 +184,7 @@ def _seed_worker(worker: Any) -> int:
 
 def _make_loader(dataset: Any, plan: Plan, config: EvalConfig) -> Iterable[Batch]:
     """Batches as timm's validation makes them: its transform, its collation, its normalisation on the device."""
-    if isinstance(dataset, _RankDataset) and not len(dataset):  # torch refuses a loader of nothing
+    if isinstance(dataset, Chosen) and not len(dataset):  # torch refuses a loader of nothing
         return ()
     loader: Iterable[Batch] = create_loader(
         dataset, batch_size=config.batch_size, num_workers=config.workers, device=config.device,
@@ -262,9 +229,10 @@ def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfi
         model = model.to(memory_format=torch.channels_last)
     if config.torchcompile:
         model = torch.compile(model, backend=config.torchcompile)
-    dataset: Any = data.dataset if data.is_stream else _RankDataset(data, plan, config)
+    share = slice(config.rank, None, config.world_size)
+    dataset: Any = data.dataset if data.is_stream else Chosen(data.dataset, plan.indices[share], plan.targets[share])
+    dataset.mode = 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as timm's validation
     if data.is_stream:
-        dataset.mode = _mode(plan)
         dataset.target_transform = functools.partial(
             _to_model_class, plan.match.to_model, int(loaded.model.num_classes))  # type: ignore[arg-type]
     loader = _make_loader(dataset, plan, config)

@@ -3,28 +3,26 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
-from ..data.batches import FolderLoader, LoaderConfig, init_worker
-from ..data.dataset import DataOptions, DataSplit, Files, Images, open_split
+from ..data.batches import FolderLoader, LoaderConfig
+from ..data.dataset import Chosen, DataOptions, DataSplit, Files, Images, open_split
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
-from ..data.reading import CorruptImages, read_item
-from ..data.splits import hold_out, hold_out_share
-from ..errors import EvaluationError, GeoPriorError, ImageError
+from ..data.reading import CorruptImages
+from ..data.splits import hold_out
+from ..errors import EvaluationError, GeoPriorError
 from ..files import first_line
 from .recipe import Recipe, RunConfig
 
-__all__ = ['TrainingData', 'model_cfg', 'open_images', 'open_training_data']
+__all__ = ['TrainingData', 'make_transform', 'model_cfg', 'open_images', 'open_training_data']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -41,28 +39,15 @@ class TrainingData:
     train_sha256: str  # hash of the names of the files that are trained on
 
 
-class _Measured(Dataset[tuple[torch.Tensor, int, int]]):
-    """Transformed image, target and index; -1 is the target of what cannot be read."""
-
-    def __init__(self, dataset: Images) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        try:
-            image, target = read_item(self.dataset, index), int(self.dataset.reader.labels[index])
-        except (ImageError, OSError):
-            image, target = Image.new('RGB', (8, 8)), -1
-        return self.dataset.transform(image), target, index
-
-
-def _choose(found: DataSplit, indices: Sequence[int], labels: Sequence[int]) -> Images:
-    """Some images of a split, in an order and with labels of their own."""
-    reader = found.dataset.reader
-    files = Files(reader.root, [reader.places[index] for index in indices], labels)
-    return Images(files, [found.names[index] for index in indices])
+def _choose(
+        found: DataSplit, indices: Sequence[int], labels: Sequence[int] | None = None,
+        classes: tuple[str, ...] | None = None) -> DataSplit:
+    """Some images of a split, with its own labels and classes or with others."""
+    labels = found.labels[list(indices)].tolist() if labels is None else labels
+    reader, names = found.dataset.reader, tuple(found.names[index] for index in indices)
+    dataset = Images(Files(reader.root, [reader.places[index] for index in indices], labels), names)
+    return dataclasses.replace(found, dataset=dataset, labels=np.array(labels, np.int64), names=names,
+                               classes=found.classes if classes is None else classes)
 
 
 def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSplit:
@@ -91,7 +76,7 @@ def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSpl
     return found
 
 
-def _open_measured(config: RunConfig, names: tuple[str, ...]) -> Images:
+def _open_measured(config: RunConfig, names: tuple[str, ...]) -> DataSplit:
     """The images of --val-split with the training classes' targets."""
     found = open_images(config, config.val_split)
     unknown = sorted(set(found.classes) - set(names))
@@ -99,30 +84,7 @@ def _open_measured(config: RunConfig, names: tuple[str, ...]) -> Images:
         raise GeoPriorError(f'The classes of the split {config.val_split} must be among those of {config.train_split}, '
                             f'got {len(unknown)} others, such as {unknown[0]}. Check --val-split.')
     index = [names.index(name) for name in found.classes]
-    return _choose(found, range(len(found.labels)), [index[label] for label in found.labels])
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """The training split of a run, divided."""
-    recipe: Recipe
-    config: RunConfig
-    share: LoaderConfig
-    found: DataSplit
-    stay: torch.Tensor
-    held: torch.Tensor
-
-    @property
-    def norms(self) -> dict[str, Any]:
-        """timm's data configuration of the recipe's model."""
-        overlay = self.recipe.model_kwargs.get('pretrained_cfg_overlay', {})
-        norms: dict[str, Any] = resolve_data_config(pretrained_cfg={**model_cfg(self.recipe.model), **overlay})
-        return norms
-
-    @property
-    def measured_size(self) -> int:
-        """Side of the images when measured, in pixels."""
-        return self.recipe.eval_size or self.recipe.img_size
+    return _choose(found, range(len(found.labels)), [index[label] for label in found.labels], names)
 
 
 def open_training_data(
@@ -143,11 +105,28 @@ def open_training_data(
     if config.class_names:
         found = _with_classes(found, recipe, config)
     stay, held = _divide(found, recipe, config)
-    opened = _Opened(recipe, config, share, found, stay, held)
-    val = None
-    if config.val_split and not len(held):
-        val = _open_measured(config, found.classes)
-    train, held_out = _from_memory(opened, val, decoded) if recipe.in_memory else _from_files(opened, val)
+    val = _open_measured(config, found.classes) if config.val_split and not len(held) else None
+    norms = resolve_data_config(pretrained_cfg={
+        **model_cfg(recipe.model), **recipe.model_kwargs.get('pretrained_cfg_overlay', {})})
+    size = recipe.eval_size or recipe.img_size
+    train: MemoryLoader | FolderLoader
+    held_out: Callable[[], Batches] | None = None
+    if recipe.in_memory:
+        images = _decode(found, recipe, config) if decoded is None else decoded
+        images = images.to(share.device)
+        train = MemoryLoader(images.readable(stay if len(held) else None), norms['mean'], norms['std'],
+                             CropFlip(recipe.scale, recipe.ratio, recipe.hflip), share)
+        if val is not None:
+            held_out = partial(train.in_order, _decode(val, recipe, config).to(share.device).readable(), size)
+        elif len(held):
+            held_out = partial(train.in_order, images.readable(held), size)
+    else:
+        trained_on = _choose(found, stay.tolist()).dataset
+        train = FolderLoader(trained_on, make_transform(recipe, norms), share, recipe.aug_repeats, config.workers,
+                             config.max_corrupt)
+        if len(held) or val is not None:
+            transform = create_transform(**{**norms, 'input_size': (3, size, size)})
+            held_out = _from_files(_choose(found, held.tolist()) if val is None else val, transform, config, share)
     names = '\n'.join(found.names[index] for index in stay.tolist())
     return TrainingData(
         train, held_out, found.classes, held, tuple(found.names[index] for index in held.tolist()),
@@ -156,75 +135,47 @@ def open_training_data(
 
 def _with_classes(found: DataSplit, recipe: Recipe, config: RunConfig) -> DataSplit:
     """Training images with the classes that the network has. Of what only a teacher labels, all get the first one."""
-    index = {name: place for place, name in enumerate(config.class_names)}
+    index, count = {name: place for place, name in enumerate(config.class_names)}, len(found.labels)
     unknown = [name for name in found.classes if name not in index]
     if unknown and recipe.needs_labels:
         raise GeoPriorError(f'The classes in {config.data_dir} must be those of the network, got {unknown[0]}. Rename '
                             f'the folders, or add --set distill_alpha=1, which needs no labels.')
     if found.classes and not unknown:
-        return _relabel(found, [index[found.classes[label]] for label in found.labels], config.class_names)
+        labels = [index[found.classes[label]] for label in found.labels]
+        return _choose(found, range(count), labels, config.class_names)
     if recipe.holdout or config.holdout_share:
         raise GeoPriorError(f'The images in {config.data_dir} must have the classes of the network for some to be held '
                             f'out, got {unknown[0] if unknown else "none"}. Set holdout=0.')
     config.tell(f'The images in {config.data_dir} are used without labels.')
-    return _relabel(found, [0] * len(found.labels), config.class_names)
-
-
-def _relabel(found: DataSplit, labels: Sequence[int], classes: tuple[str, ...]) -> DataSplit:
-    return dataclasses.replace(found, dataset=_choose(found, range(len(labels)), labels),
-                               labels=np.array(labels, np.int64), classes=classes)
+    return _choose(found, range(count), [0] * count, config.class_names)
 
 
 def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the training images that stay and of those held out."""
     targets = torch.from_numpy(found.labels)
     try:
-        if recipe.holdout:
-            return hold_out(targets, recipe.holdout)
-        if config.holdout_share:
-            return hold_out_share(targets, config.holdout_share)
+        return hold_out(targets, recipe.holdout or config.holdout_share)
     except ValueError as error:
         raise GeoPriorError(str(error)) from None
-    return torch.arange(len(targets)), torch.empty(0, dtype=torch.int64)
 
 
-def _from_memory(
-        opened: _Opened, val: Images | None, decoded: ImageTensors | None,
-) -> tuple[MemoryLoader, Callable[[], Batches] | None]:
-    recipe, config, share, norms = opened.recipe, opened.config, opened.share, opened.norms
-    images = _decode(opened.found.dataset, recipe, config) if decoded is None else decoded
-    images = images.to(share.device)
-    augment = CropFlip(recipe.scale, recipe.ratio, recipe.hflip)
-    trained_on = images.readable(opened.stay if len(opened.held) else None)
-    loader = MemoryLoader(trained_on, norms['mean'], norms['std'], augment, share)
-    if len(opened.held):
-        measured = images.readable(opened.held)
-    elif val is not None:
-        measured = _decode(val, recipe, config).to(share.device).readable()
-    else:
-        return loader, None
-    return loader, _memory_batches(loader, measured, opened.measured_size)
+def _decode(data: DataSplit, recipe: Recipe, config: RunConfig) -> ImageTensors:
+    return decode_images(data.dataset, recipe.memory_size, config.workers, config.max_corrupt)
 
 
 def _from_files(
-        opened: _Opened, val: Images | None) -> tuple[FolderLoader, Callable[[], Batches] | None]:
-    recipe, config, share, norms = opened.recipe, opened.config, opened.share, opened.norms
-    found = opened.found
-    train = _choose(found, opened.stay.tolist(), found.labels[opened.stay])
-    loader = FolderLoader(
-        train, _make_transform(recipe, norms), share, recipe.aug_repeats, config.workers, config.max_corrupt)
-    if len(opened.held):
-        val = _choose(found, opened.held.tolist(), found.labels[opened.held])
-    if val is None:
-        return loader, None
-    val.transform = create_transform(**{**norms, 'input_size': (3, opened.measured_size, opened.measured_size)})
-    corrupt = CorruptImages(val, config.max_corrupt)
-    own = Subset(_Measured(val), range(share.rank, len(val), share.world_size))
-    return loader, _folder_batches(own, config.workers, share.device, corrupt)
+        data: DataSplit, transform: Callable[..., torch.Tensor], config: RunConfig, share: LoaderConfig,
+) -> Callable[[], Batches]:
+    """This process's share of the held-out images, in batches."""
+    corrupt = CorruptImages(data.dataset, config.max_corrupt)
+    own = range(share.rank, len(data.labels), share.world_size)
+    images = Chosen(data.dataset, own, data.labels[own], transform)
 
-
-def _decode(dataset: Any, recipe: Recipe, config: RunConfig) -> ImageTensors:
-    return decode_images(dataset, recipe.memory_size, config.workers, config.max_corrupt)
+    def batches() -> Batches:
+        for batch, targets, unreadable in images.batches(250, config.workers):
+            corrupt.note(unreadable)
+            yield batch.to(share.device), targets.to(share.device)
+    return batches
 
 
 def model_cfg(name: str) -> dict[str, Any]:
@@ -241,52 +192,25 @@ def model_cfg(name: str) -> dict[str, Any]:
     return cfg.to_dict() if cfg else {}
 
 
-class _Transform:
-    """timm's training transform for a size; a class, since workers that are spawned need to pickle it."""
-
-    def __init__(self, recipe: Recipe, norms: dict[str, Any]) -> None:
-        self.recipe, self.norms = recipe, norms
-
-    def __call__(self, size: int) -> Callable[..., torch.Tensor]:
-        recipe = self.recipe
-        trivial = recipe.aa == 'ta_wide'  # torchvision's, which timm has not
-        transform: Callable[..., torch.Tensor] = create_transform(
-            size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
-            color_jitter=recipe.color_jitter, auto_augment=None if trivial else recipe.aa or None,
-            interpolation=recipe.interpolation,
-            mean=self.norms['mean'], std=self.norms['std'], re_prob=recipe.reprob, re_mode=recipe.remode)
-        if trivial:  # where timm puts an AutoAugment: after crop and flip
-            mode = InterpolationMode('bilinear' if recipe.interpolation == 'random' else recipe.interpolation)
-            transform.transforms.insert(2, TrivialAugmentWide(interpolation=mode))  # type: ignore[attr-defined]
-        return transform
+def _transform(recipe: Recipe, norms: dict[str, Any], size: int) -> Callable[..., torch.Tensor]:
+    trivial = recipe.aa == 'ta_wide'  # torchvision's, which timm has not
+    transform: Callable[..., torch.Tensor] = create_transform(
+        size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter, auto_augment=None if trivial else recipe.aa or None,
+        interpolation=recipe.interpolation, mean=norms['mean'], std=norms['std'], re_prob=recipe.reprob,
+        re_mode=recipe.remode)
+    if trivial:  # where timm puts an AutoAugment: after crop and flip
+        mode = InterpolationMode('bilinear' if recipe.interpolation == 'random' else recipe.interpolation)
+        transform.transforms.insert(2, TrivialAugmentWide(interpolation=mode))  # type: ignore[attr-defined]
+    return transform
 
 
-def _make_transform(recipe: Recipe, norms: dict[str, Any]) -> _Transform:
-    transform = _Transform(recipe, norms)
+def make_transform(recipe: Recipe, norms: dict[str, Any]) -> Callable[[int], Callable[..., torch.Tensor]]:
+    """What gives timm's training transform for a size; pickled by workers that are spawned."""
     try:
-        transform(recipe.img_size)
+        _transform(recipe, norms, recipe.img_size)
     except Exception as error:  # timm's parsers fail in their own ways
         raise GeoPriorError(f'timm can make nothing of the recipe keys aa = {recipe.aa!r}, interpolation = '
                             f'{recipe.interpolation!r} and remode = {recipe.remode!r} ({type(error).__name__} '
                             f'{error}). Change one of them.') from error
-    return transform
-
-
-def _memory_batches(loader: MemoryLoader, images: ImageTensors, size: int) -> Callable[[], Batches]:
-    def batches() -> Batches:
-        for index in torch.arange(loader.config.rank, len(images), loader.config.world_size).split(250):
-            part = images.subset(index)
-            batch = (part.images.float() - loader.mean) / loader.std
-            if batch.shape[-1] != size:
-                batch = F.interpolate(batch, size=(size, size), mode='bicubic', antialias=True)
-            yield batch, part.targets
-    return batches
-
-
-def _folder_batches(
-        dataset: Subset[Any], workers: int, device: torch.device, corrupt: CorruptImages) -> Callable[[], Batches]:
-    def batches() -> Batches:
-        for images, targets, indices in DataLoader(dataset, 250, num_workers=workers, worker_init_fn=init_worker):
-            corrupt.note(indices[targets < 0].tolist())
-            yield images[targets >= 0].to(device), targets[targets >= 0].to(device)
-    return batches
+    return partial(_transform, recipe, norms)
