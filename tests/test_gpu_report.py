@@ -21,10 +21,11 @@ def test_what_there_is_no_time_for_is_told(tmp_path, minutes):
     report = (tmp_path / 'out' / 'report.md').read_text()
     assert report in done.stdout
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
-    assert len(results['equality']) + len(results['speed']) + len(results['not_measured']) == 10 + 1 + 5
+    assert sum(len(results[part]) for part in ('equality', 'tests', 'speed', 'not_measured')) == 10 + 1 + 1 + 5
     assert 'counts of validate.py (no --data-dir)' in results['not_measured']
     assert all(f'- {what}' in report for what in results['not_measured'])
     assert all(row['equal'] for row in results['equality'])
+    assert not results['tests'] or results['tests'] == [{'passed': 4, 'skipped': 0, 'failed': 0, 'which': ''}]
     for part in ('equality', 'speed'):
         path = tmp_path / 'out' / f'{part}.csv'
         rows = list(csv.DictReader(path.open())) if path.exists() else []

@@ -106,6 +106,11 @@ class Workload:
             return 'this CPU has no bfloat16 instructions: it is emulated'
         return ''
 
+    def __str__(self) -> str:
+        return ', '.join(filter(None, (
+            'training' if self.train else 'inference', 'reparameterized' if self.reparameterize else '', self.engine,
+            self.precision, f'batch {self.batch_size}', f'{self.img_size} px')))
+
     def use_device(self) -> None:
         """Make the device torch's current one, which `synchronize`, timers and memory statistics are about."""
         if torch.device(self.device).type == 'cuda':
@@ -350,6 +355,12 @@ def ratios(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) 
                     if (names[0], index) in values and (other, index) in values] for other in names[1:]}
 
 
+def median_speeds(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Median images per second of each model, from the rows of `measure_speed`."""
+    return {name: summarize([row['images_per_second'] for row in rows if row['model'] == name]).median
+            for name in dict.fromkeys(row['model'] for row in rows)}
+
+
 def describe(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) -> Iterator[str]:
     """Lines about a quantity: of each model, and of the first as a ratio to each other one."""
     for name in names:
@@ -378,6 +389,31 @@ def plot_ratios(results: dict[str, dict[str, list[float]]], path: Path) -> None:
         axes.set_title(quantity.replace('_', ' '), fontsize=10)
         axes.tick_params(axis='x', labelrotation=20, labelsize=8)
     figure.axes[0].set_ylabel('ratio')
+    figure.savefig(path, dpi=120, metadata={'Software': None})
+
+
+def plot_speed(speeds: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw images per second over the number of parameters.
+
+    Args:
+        speeds: Title of a panel -> model -> images per second. Ours are drawn in another color than the others.
+        path: A PNG file to write.
+    """
+    from matplotlib.figure import Figure  # extra `train`
+
+    figure = Figure(figsize=(4.6 * len(speeds), 3.8), layout='constrained')
+    for index, (title, by_model) in enumerate(speeds.items()):
+        axes = figure.add_subplot(1, len(speeds), index + 1)
+        for name, images_per_second in by_model.items():
+            parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) / 1e6
+            color = 'C1' if name.startswith('geoprior') else 'C0'
+            axes.plot(parameters, images_per_second, 'o', color=color)
+            axes.annotate(name, (parameters, images_per_second), xytext=(5, 3), textcoords='offset points', fontsize=7)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel('parameters (millions)')
+        axes.margins(x=0.35, y=0.15)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].set_ylabel('images per second')
     figure.savefig(path, dpi=120, metadata={'Software': None})
 
 
@@ -419,7 +455,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='+', metavar='MODEL', help='models of timm, ours first')
     parser.add_argument(
-        '--output', type=Path, required=True, help='folder to write: CSV files, results.json, ratios.png')
+        '--output', type=Path, required=True, help='folder to write: CSV files, results.json, pictures')
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
     parser.add_argument('--amp', action='store_true', help='autocast to --amp-dtype')
     parser.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'), help='default: bfloat16')
@@ -467,6 +503,8 @@ def measure(args: argparse.Namespace) -> None:
         for quantity in QUANTITIES[file]:
             print('\n'.join(describe(collected, names, quantity)))
             results[quantity] = ratios(collected, names, quantity)
+        if file == 'speed.csv':
+            plot_speed({str(workload): median_speeds(collected)}, args.output / 'speed.png')
     output.finish({'models': names, 'ratios': results})
     if names[1:]:
         plot_ratios(results, args.output / 'ratios.png')

@@ -3,17 +3,19 @@
 
     python scripts/experiments/gpu_report.py --output gpu --data-dir tiny-imagenet-200
 
-It needs no network. It measures three parts in this order, and writes each result as soon as it is there:
+It needs no network. It measures four parts in this order, and writes each result as soon as it is there:
 
 - equality: logits of the bundled networks against their golden outputs, per precision, eager, in channels_last,
   compiled and reparameterized; float32 without TF32.
+- tests: tests/test_device.py on the device (layer, networks, training, validation against the CPU). It needs pytest and
+  scikit-image.
 - counts: correct images of `scripts/validate.py` per precision and batch size, beside a plain loop over timm's loader.
   It needs --data-dir, a folder with Tiny-ImageNet's validation images in val/, one folder per class.
 - speed: images per second and peak memory, as ratios to timm's networks in one process, the most important first.
 
 Whatever does not fit into the time is listed as not measured. --rehearse runs every part on the CPU with small networks
 and images; its speeds mean nothing. OUTPUT/report.md is the report, printed at the end; OUTPUT/speed.csv has every
-repetition.
+repetition, and OUTPUT/speed.png shows images per second over the number of parameters.
 """
 import argparse
 import json
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import timm
 import torch
@@ -37,7 +40,9 @@ from benchmark import (
     Workload,
     create_network,
     measure_speed,
+    median_speeds,
     peak_bytes,
+    plot_speed,
     prepare_step,
     ratios,
     reset_peak,
@@ -50,6 +55,7 @@ from timm_geoprior.pretrained.verify import GOLDEN_TOLERANCES, golden_error
 from timm_geoprior.provenance import git_commit, hardware, versions
 
 VALIDATE = Path(__file__).parents[1] / 'validate.py'
+TESTS = Path(__file__).parents[2] / 'tests' / 'test_device.py'
 SECONDS = {'eager': 15, 'compile': 60, 'cudagraphs': 60}  # an estimate for one comparison, with compiling
 Row = dict[str, Any]
 
@@ -66,7 +72,8 @@ class Report:
     """
     args: argparse.Namespace
     until: float
-    rows: dict[str, list[Row]] = field(default_factory=lambda: {'equality': [], 'counts': [], 'speed': []})
+    rows: dict[str, list[Row]] = field(
+        default_factory=lambda: {part: [] for part in ('equality', 'tests', 'counts', 'speed')})
     skipped: list[str] = field(default_factory=list)
 
     def has_time(self, seconds: float, what: str) -> bool:
@@ -117,6 +124,33 @@ def check_equality(report: Report) -> None:
                     continue
                 report.add('equality', {'model': entry.name, 'variant': variant, 'precision': precision,
                                         'error': f'{error:.1e}', 'tolerance': tolerance, 'equal': error <= tolerance})
+
+
+# -- tests -------------------------------------------------------------------------------------------------------------
+
+def run_tests(report: Report) -> None:
+    """tests/test_device.py in a process of its own: how many tests passed, and which did not."""
+    rehearse = report.args.rehearse  # of the layer alone
+    if not report.has_time(10 if rehearse else 60, f'tests of {TESTS.name}'):
+        return
+    path = report.args.output / 'tests.xml'
+    path.unlink(missing_ok=True)
+    command = [sys.executable, '-m', 'pytest', '-q', '-n0', f'--junitxml={path.resolve()}', str(TESTS)]
+    command += ['-k', 'layer'] * rehearse
+    try:
+        done = subprocess.run(command, cwd=TESTS.parents[1], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        report.skipped.append(f'tests of {TESTS.name} (still running after 3 minutes)')
+        return
+    if not path.is_file():
+        report.skipped.append(f'tests of {TESTS.name} ({(done.stderr or done.stdout).strip().splitlines()[-1]})')
+        return
+    outcomes: dict[str, list[str]] = {'passed': [], 'failure': [], 'error': [], 'skipped': []}
+    for case in ElementTree.parse(path).iter('testcase'):
+        outcomes[next((tag for tag in outcomes if case.find(tag) is not None), 'passed')].append(str(case.get('name')))
+    bad = outcomes['failure'] + outcomes['error']
+    report.add('tests', {'passed': len(outcomes['passed']), 'skipped': len(outcomes['skipped']), 'failed': len(bad),
+                         'which': ', '.join(bad)})
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------
@@ -211,8 +245,9 @@ def measure_all(report: Report) -> None:
     """Images per second of each pair, repetition by repetition, and peak memory."""
     args = report.args
     repeats, seconds = (2, 0.01) if args.rehearse else (7, 0.3)
+    panels: dict[str, dict[str, float]] = {}  # of the picture: full batches, inference as a model is created
     for names, load in workloads(args):
-        what = f'{" / ".join(names)}, {_words(load)}'
+        what = f'{" / ".join(names)}, {load}'
         if not report.has_time(SECONDS[load.engine], f'speed of {what}'):
             continue
         try:
@@ -225,21 +260,19 @@ def measure_all(report: Report) -> None:
             continue
         finally:
             _empty(args)
-        speeds = {name: summarize([row['images_per_second'] for row in rows if row['model'] == name]) for name in names}
+        speeds = median_speeds(rows)
         ratio = summarize(ratios(rows, names, 'images_per_second')[names[1]])
         report.add('speed', {
-            'model': names[0], 'beside': names[1], 'workload': _words(load),
-            'images_per_second': f'{speeds[names[0]].median:.1f}',
-            'beside_images_per_second': f'{speeds[names[1]].median:.1f}',
+            'model': names[0], 'beside': names[1], 'workload': str(load),
+            'images_per_second': f'{speeds[names[0]]:.1f}',
+            'beside_images_per_second': f'{speeds[names[1]]:.1f}',
             'ratio': f'{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]',
             'peak_MB': f'{peaks[0] / 1e6:.0f}' if peaks else '',
             'peak_ratio': f'{peaks[0] / peaks[1]:.3f}' if peaks and peaks[1] else ''})
-
-
-def _words(load: Workload) -> str:
-    return ', '.join(filter(None, (
-        'training' if load.train else 'inference', 'reparameterized' if load.reparameterize else '', load.engine,
-        load.precision, f'batch {load.batch_size}', f'{load.img_size} px')))
+        if load.engine == 'eager' and load.batch_size > 1 and not load.train and not load.reparameterize:
+            panels.setdefault(str(load), {}).update(speeds)
+    if panels:
+        plot_speed(panels, args.output / 'speed.png')
 
 
 def _peak(name: str, load: Workload) -> int:
@@ -325,11 +358,12 @@ def main() -> None:
     Workload(args.device).use_device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     report = Report(args, time.monotonic() + 60 * args.minutes)
-    for part in (check_equality, check_counts, measure_all):
+    for part in (check_equality, run_tests, check_counts, measure_all):
         part(report)
         text = write_report(report)  # after each part: an ended session leaves what there is
     print(text)
-    sys.exit(any(not row['equal'] for row in report.rows['equality']))
+    failed = any(row['failed'] for row in report.rows['tests'])
+    sys.exit(failed or any(not row['equal'] for row in report.rows['equality']))
 
 
 if __name__ == '__main__':
