@@ -4,6 +4,8 @@ import logging
 import math
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import timm
@@ -427,6 +429,15 @@ SPOILT = {
     'a deeper network': (having('layer3.1.conv1.weight', torch.zeros(1)), 'got layer3.1.conv1.weight among them'),
     'channel attention': (having('layer3.0.se.fc1.weight', torch.zeros(1)), 'got layer3.0.se.fc1.weight among them'),
     'not finite': (having('layer2.0.bn2.running_var', torch.full((64,), torch.nan)), 'inf or nan in layer2.0.bn2.run'),
+    'a negative variance': (having('layer2.0.bn2.running_var', torch.full((64,), -0.5)),
+                            'variances of at least 0, got -0.5 in layer2.0.bn2.running_var'),
+    'not finite, elsewhere': (having('fc.bias', torch.full((200,), torch.inf)), 'inf or nan in fc.bias'),
+    'integers': (having('layer2.0.conv2.weight', torch.zeros(64, 64, 3, 3, dtype=torch.int8)),
+                 'floating point, and not on the meta device, got layer2.0.conv2.weight as torch.int8, torch.strided'),
+    'sparse': (having('layer2.0.conv2.weight', torch.zeros(64, 64, 3, 3).to_sparse()), 'torch.sparse_coo on cpu'),
+    'no values': (having('layer2.0.bn2.weight', torch.zeros(64, device='meta')), 'torch.strided on meta'),
+    'too large': (having('layer2.0.conv2.weight', torch.full((64, 64, 3, 3), 3e38)),
+                  'must be finite in torch.float32, got inf in layer2.0.'),
     'not tensors': (having('layer2.0.bn2.running_var', 3), 'layer2.0.bn2.running_var, got int'),
     'another family': (lambda state: {'head.weight': torch.zeros(3, 3)}, 'got head.weight among them'),
     'nothing': (lambda state: {}, 'must hold a tensor conv1.0.weight, got none'),
@@ -449,10 +460,43 @@ def test_other_weights_are_refused_in_one_sentence(twin, name, num_classes):
 
 def test_load_state_dict_says_what_the_conversion_lacks(twin):
     model = timm.create_model(NANO)
-    with pytest.raises(RuntimeError, match=r'must hold a tensor layer3\.0\.bn2\.weight, got none'):
-        model.load_state_dict(without(twin, 'layer3.0.bn2.weight'), strict=False)
+    before = copy.deepcopy(model.state_dict())
+    for strict in (True, False):
+        with pytest.raises(ConversionError, match=r'^Weights .* must hold a tensor layer3\.0\.bn2\.weight, got none'):
+            model.load_state_dict(without(twin, 'layer3.0.bn2.weight'), strict=strict)
+    assert same(model, before)
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "layer5'):
         model.load_state_dict({**twin, 'layer5.weight': torch.zeros(1)})
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'norm_layer': nn.Identity}, 'must have batch norms with weights and statistics, got none in layer2.0.bn1.weight'),
+    ({'norm_layer': partial(nn.BatchNorm2d, track_running_stats=False)}, 'got none in layer2.0.bn2.running_mean'),
+    ({'act_layer': 'prelu'}, 'must have activations without weights, got PReLU in layer2.0. Take another act_layer.'),
+    ('folded', 'got none in layer2.0.bn1.weight. Build it anew, and load into that.')])
+def test_a_network_that_can_load_no_plain_resnet_says_so(twin, options, message):
+    folded = options == 'folded'
+    model = reparameterize_model(timm.create_model(NANO).eval()) if folded else timm.create_model(NANO, **options)
+    source = twin if folded else timm.create_model(NANO, **PLAIN, **options).state_dict()
+    with pytest.raises(ConversionError, match=re.escape(message)):
+        model.load_state_dict({**twin, **source})
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_assigned_weights_keep_their_types(twin, dtype):
+    source = {key: value.to(dtype) if value.is_floating_point() else value for key, value in twin.items()}
+    with torch.device('meta'):
+        model = timm.create_model(NANO).eval()
+    model.load_state_dict(source, assign=True)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    with torch.no_grad():
+        found = model(draw(1, 3, 64, 64).to(dtype))
+    assert found.dtype == dtype
+    copied = timm.create_model(NANO).eval()
+    copied.load_state_dict(source)
+    with torch.no_grad():
+        expected = copied.to(dtype)(draw(1, 3, 64, 64).to(dtype))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
 def test_old_checkpoints_without_counters(twin, expected):
@@ -481,6 +525,20 @@ def test_the_number_of_threads_makes_no_difference(twin, expected):
         with pytest.raises(ConversionError):
             checkpoint_filter_fn({'fc.weight': torch.zeros(1)}, model)
         assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_conversions_at_once_leave_the_number_of_threads(twin, expected):
+    """Of threads that have used torch for the first time while another converted, too."""
+    model, threads = timm.create_model(NANO), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda _: (torch.get_num_threads(), convert_state_dict(twin, model))[1], range(6)))
+        assert all(torch.equal(state[key], expected[key]) for state in found for key in expected)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from .conversion.state_dict import ConversionError, checkpoint_filter_fn, convert_state_dict, is_plain_resnet
+from .conversion.state_dict import checkpoint_filter_fn, convert_state_dict, is_plain_resnet
 from .layers import GeoPriorAttn2d, GeoPriorConv2d, KernelType
 from .pretrained.cfgs import pretrained_cfgs
 from .pretrained.loading import build_with_verified_weights
@@ -138,7 +138,8 @@ class GeoPriorResNet(ResNet):
     """timm's ResNet, made of GeoPriorBottlenecks.
 
     It loads the weights of the plain ResNet of the same depth and options too: `load_state_dict`, timm's
-    `checkpoint_path` and `pretrained` convert them in closed form (`timm_geoprior.conversion`).
+    `checkpoint_path` and `pretrained` convert them in closed form (`timm_geoprior.conversion`), or raise a
+    `ConversionError`, a RuntimeError, that says what does not fit.
 
     Examples:
         >>> model = GeoPriorResNet((3, 4, 6, 3), value_dims=(0, 8, 24, 56), num_classes=10)
@@ -209,14 +210,12 @@ class GeoPriorResNet(ResNet):
         # timm calls its checkpoint filter for `pretrained` only
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if is_plain_resnet(own, self):
-            try:
-                converted = convert_state_dict(own, self)
-            except ConversionError as error:
-                error_msgs.append(str(error))
-            else:
-                for key in own:
-                    del state_dict[prefix + key]
-                state_dict.update({prefix + key: value for key, value in converted.items()})
+            converted = convert_state_dict(own, self)  # where it raises, nothing has been loaded yet
+            if local_metadata.get('assign_to_params_buffers'):  # takes the types too, which a norm must not mix
+                converted = {key: value.to(own.get(key, value).dtype) for key, value in converted.items()}
+            for key in own:
+                del state_dict[prefix + key]
+            state_dict.update({prefix + key: value for key, value in converted.items()})
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

@@ -1,9 +1,11 @@
 """The state dict of a trained ResNet as that of a GeoPrior ResNet, wherever timm or torch loads one."""
+import functools
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = (3, 224, 224)  # of a model without a pretrained_cfg
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # what is read of a block; the rest stays as it is
 _NORMS = ('bn2.weight', 'bn2.bias', 'bn2.running_mean', 'bn2.running_var')
 _READ = ('bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'conv3.weight', 'bn3.weight', 'bn3.running_mean',
@@ -91,23 +94,37 @@ def is_plain_resnet(state_dict: Mapping[str, Any], model: nn.Module) -> bool:
             and not any(key.startswith(f'{prefix}conv2.attn.') for key in state_dict for prefix in blocks))
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Use one thread, the CPU and no gradients, whatever the caller has set.
+_Arguments = ParamSpec('_Arguments')
+_Result = TypeVar('_Result')
+_LOCK = threading.Lock()
+
+
+def _alone(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Use one thread of torch's, the CPU and no gradients, whatever the caller has set.
 
     The sums are then in the same order for any number of threads. One converts ResNet-152 in 1.5 s; two took 28 s
     beside another process, because they wait for each other at each of many small products.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.device('cpu'), torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    def single(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.device('cpu'), torch.no_grad():
+                return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    @functools.wraps(function)
+    def alone(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        # a thread of its own sees the process's number of threads and not the caller's; one at a time, or the second
+        # of two conversions would leave the first one's 1 behind
+        with _LOCK, ThreadPoolExecutor(1) as thread:
+            return thread.submit(single, *args, **kwargs).result()
+
+    return alone
 
 
-@_alone()
+@_alone
 def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Turn the state dict of a plain ResNet into that of a GeoPrior ResNet, in closed form.
 
@@ -123,7 +140,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
         Name -> tensor on the source's device: matrices in the source's type, vectors in at least float32.
 
     Raises:
-        ConversionError: A weight of these blocks is missing, has another shape, or is not finite.
+        ConversionError: A weight of these blocks is missing, has another shape, or is not finite, or the model's blocks
+            are no longer those of a ResNet.
 
     Examples:
         >>> source = timm.create_model('resnet50', pretrained=True)
@@ -134,10 +152,15 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     converted, shapes = dict(state_dict), _plain_shapes(model)
     fits = []
     for item in attention_blocks(model):
+        _check_block(item, shapes)
         _check_tensors(state_dict, {item.prefix + name: shapes[item.prefix + name] for name in _READ})
         block = {name: state_dict[item.prefix + name] for name in _READ}
         fits.append(_fit_block(item, block))
         changed = apply_fit(block, fits[-1])
+        for name, tensor in changed.items():
+            if not torch.isfinite(tensor).all():
+                raise ConversionError(f'Converted weights must be finite in {tensor.dtype}, got inf in '
+                                      f'{item.prefix}{name}. Convert the weights as torch.float64.')
         del converted[f'{item.prefix}conv2.weight']
         converted.update({item.prefix + name: tensor for name, tensor in changed.items()})
     if fits:
@@ -148,7 +171,6 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     return converted
 
 
-@_alone()
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Convert a plain ResNet's state dict while timm loads it, and leave a GeoPrior one as it is.
 
@@ -168,16 +190,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """
     if not any(True for _ in attention_blocks(model)) or any('.conv2.attn.' in key for key in state_dict):
         return state_dict
-    shapes = _plain_shapes(model)
     classifier = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'fc'
-    known = {f'{classifier}.weight', f'{classifier}.bias', *shapes}
+    shapes = {**_plain_shapes(model), f'{classifier}.weight': (None, None), f'{classifier}.bias': (None,)}
     for key in state_dict:
-        if key not in known:
+        if key not in shapes:
             raise ConversionError(
                 f'Weights to be converted must be those of a plain ResNet, got {key} among them. {_ADVICE}')
     _check_tensors(state_dict, {
         key: shape for key, shape in shapes.items()
-        if not key.startswith(f'{classifier}.') and not key.endswith('.num_batches_tracked')})
+        if not key.endswith('.num_batches_tracked') and (key in state_dict or not key.startswith(f'{classifier}.'))})
     return convert_state_dict(state_dict, model)
 
 
@@ -187,12 +208,24 @@ def _plain_shapes(model: nn.Module) -> dict[str, tuple[int | None, ...]]:
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for item in attention_blocks(model):
         for name in ('conv2.conv.weight', 'conv2.attn.value.weight', 'conv2.attn.log_radius'):
-            del shapes[item.prefix + name]
+            shapes.pop(item.prefix + name, None)
         conv = item.block.conv2.conv
         shapes[f'{item.prefix}conv2.weight'] = (conv.out_channels + item.value_dim, conv.in_channels, 3, 3)
     first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     out_channels, _, *kernel = shapes[f'{first}.weight']
     return {**shapes, f'{first}.weight': (out_channels, None, *kernel)}
+
+
+def _check_block(item: AttentionBlock, shapes: Mapping[str, object]) -> None:
+    """The model's block still has what is to be loaded: norms may be of another kind, or folded into convolutions."""
+    for name in _READ:
+        if item.prefix + name not in shapes:
+            raise ConversionError(f'A network that loads a plain ResNet must have batch norms with weights and '
+                                  f'statistics, got none in {item.prefix}{name}. Build it anew, and load into that.')
+    for act in (item.block.act1, item.block.act2):
+        if any(True for _ in act.parameters()):
+            raise ConversionError(f'A network that loads a plain ResNet must have activations without weights, got '
+                                  f'{type(act).__name__} in {item.prefix.rstrip(".")}. Take another act_layer.')
 
 
 def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
@@ -207,9 +240,16 @@ def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int
             raise ConversionError(
                 f'Weights to be converted must have {key} of the shape {expected_shape}, got '
                 f'{" x ".join(map(str, tensor.shape))}. {_ADVICE}')
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            raise ConversionError(f'Weights to be converted must be dense, of 16, 32 or 64 bits of floating point, and '
+                                  f'not on the meta device, got {key} as {tensor.dtype}, {tensor.layout} on '
+                                  f'{tensor.device}. Take another checkpoint.')
         if not torch.isfinite(tensor).all():
             raise ConversionError(
                 f'Weights to be converted must be finite, got inf or nan in {key}. Take another checkpoint.')
+        if key.endswith('.running_var') and (tensor < 0).any():
+            raise ConversionError(f'Weights to be converted must have variances of at least 0, got '
+                                  f'{float(tensor.min()):.3g} in {key}. Take another checkpoint.')
 
 
 def layer_models(item: AttentionBlock, block: Mapping[str, Tensor]) -> tuple[LayerModel, FollowingLayers]:
