@@ -18,16 +18,9 @@ _Array = TypeVar('_Array', bound=NDArray[Any])
 
 
 def find_device(name: str) -> tuple[torch.device, int, int]:
-    """Find this process's device; under torchrun, join the other processes.
+    """Find this process's device, its rank and the number of processes; under torchrun, join the others.
 
-    Args:
-        name: A device of torch; under torchrun, the GPU of this process for 'cuda'.
-
-    Returns:
-        The device, this process's rank, and the number of processes.
-
-    Raises:
-        EvaluationError: There is no such device.
+    `name` is a device of torch; under torchrun 'cuda' is the GPU of this process.
     """
     if name.startswith('cuda') and not torch.cuda.is_available():
         raise EvaluationError(f'--device must be a device of this machine, got {name}, and torch finds no GPU. '
@@ -51,14 +44,7 @@ def joined() -> bool:
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum an integer tensor over all processes, in place; alone, it stays as it is.
-
-    Args:
-        tensor: The same shape in every process.
-
-    Returns:
-        The tensor itself.
-    """
+    """Sum an integer tensor over all processes, in place; alone, it stays as it is."""
     if joined():
         dist.all_reduce(tensor)
     return tensor

@@ -5,15 +5,17 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 import unicodedata
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
-    'drawable', 'file_sha256', 'first_line', 'is_lfs_pointer', 'markdown_table', 'save_figure', 'write_atomically',
-    'write_csv', 'write_json',
+    'drawable', 'file_sha256', 'first_line', 'is_lfs_pointer', 'markdown_table', 'new_folder', 'save_figure',
+    'write_atomically', 'write_csv', 'write_json',
 ]
 
 
@@ -44,6 +46,18 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that takes its name only when all is in it. At the end there may be an empty folder at that path."""
+    parent = path.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f'.{path.name}.') as place:
+        folder = Path(place, path.name)
+        folder.mkdir()
+        yield folder
+        folder.rename(path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,16 +1,20 @@
-"""What a command tells people while it runs: progress, and how to resume.
+"""What a command does for people while it runs: it tells of progress and how to resume, and ends in order.
 
 Progress is a bar on a terminal, a line each minute in a log file.
 """
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'resuming_command', 'tell_on_stderr']
+__all__ = ['Progress', 'handled_signals', 'resuming_command', 'tell_on_stderr']
 
 LOG_SECONDS = 60  # between two lines in a log file
 
@@ -28,6 +32,18 @@ def resuming_command() -> str:
         words = ['python', '-m', program.parent.name]
     arguments = [word for word in sys.argv[1:] if word != '--resume']
     return shlex.join([*words, *arguments, '--resume'])
+
+
+@contextmanager
+def handled_signals(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Call a handler on some signals for as long as the context lasts."""
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
+    previous = {number: signal.signal(number, handler) for number in numbers if main}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class Progress:

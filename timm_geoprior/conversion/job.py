@@ -3,7 +3,6 @@ import json
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,9 +24,9 @@ from ..data.dataset import fingerprint
 from ..distributed import find_device
 from ..errors import GeoPriorError
 from ..evaluation.models import LoadedModel, load_model
-from ..files import file_sha256, first_line, write_json
+from ..files import file_sha256, first_line, new_folder, write_json
 from ..geoprior_resnet import GeoPriorResNet
-from ..progress import Progress
+from ..progress import Progress, handled_signals
 from ..provenance import git_commit, hardware, versions
 from ..release.staging import release_tensors
 from ..training.checkpoint import read_weights
@@ -228,20 +227,12 @@ def _new_folder(output: Path) -> Iterator[Path]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
-    previous = signal.signal(signal.SIGTERM, leave) if main else None
     try:
-        output.resolve().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=f'.{output.name}.') as place:
-            folder = Path(place, output.name)
+        with handled_signals(leave, signal.SIGTERM), new_folder(output) as folder:
             yield folder
-            folder.rename(output)
     except (OSError, SafetensorError) as error:
         raise ConvertError(f'{output} could not be written ({first_line(error)}). Make room, or name another by '
                            f'--output.') from error
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def _write_model(

@@ -59,19 +59,9 @@ def _decode(dataset: Any, size: int, indices: list[int]) -> tuple[torch.Tensor, 
 
 
 def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 10) -> ImageTensors:
-    """Decode a data set once.
+    """Decode one of timm's data sets once, in its order; images of another size than `size` squared are resized to it.
 
-    Args:
-        dataset: One of timm's, with a reader that has an index.
-        size: Side of the square that the images are kept at, in pixels; images of another size are resized to it.
-        workers: Processes that decode.
-        max_corrupt: Unreadable images after which this stops; up to then the target of each is -1.
-
-    Returns:
-        The images in the data set's order.
-
-    Raises:
-        CorruptImagesError: More than `max_corrupt` images could not be read.
+    The target of an image that cannot be read is -1. More than `max_corrupt` of them raise CorruptImagesError.
     """
     corrupt = CorruptImages(dataset, max_corrupt)
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
@@ -140,14 +130,7 @@ class MemoryLoader:
             augment: CropFlip,
             config: LoaderConfig,
     ) -> None:
-        """
-        Args:
-            data: The set.
-            mean: Mean of each channel, for images from 0 to 1.
-            std: Standard deviation of each channel.
-            augment: Crop and flip.
-            config: Batch size, seed and this process; the batches lie where the set does.
-        """
+        """Mean and standard deviation of each channel are for images from 0 to 1. Batches lie where the set does."""
         self.data, self.augment, self.config = data, augment, config
         device = data.images.device
         self.mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
@@ -157,15 +140,9 @@ class MemoryLoader:
         return len(self.data) // (self.config.batch_size * self.config.world_size)
 
     def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of one epoch.
+        """Images, (batch_size, 3, size, size), float32, and targets, (batch_size,), of an epoch's batches.
 
-        Args:
-            epoch: Number of the epoch, from 0.
-            size: Side of the images, in pixels.
-            first_batch: Batches to leave out at the beginning, for a run that resumes in mid-epoch.
-
-        Yields:
-            Images, float32, (batch_size, 3, size, size), and targets, (batch_size,).
+        A run that resumes in mid-epoch begins with `first_batch`.
         """
         device, batch_size, world_size = self.data.images.device, self.config.batch_size, self.config.world_size
         # drawn for all images by every process: the same numbers, whatever the share and the batch

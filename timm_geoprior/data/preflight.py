@@ -28,15 +28,8 @@ def check_data(
         data: DataSplit, workers: int, tell: Callable[[str], None] = print, rank: int = 0, world_size: int = 1) -> None:
     """Check a data set, whatever the model. Each process takes its share of the images.
 
-    Args:
-        data: The data set.
-        workers: Processes that read.
-        tell: Called with each sentence that a person should read.
-        rank: This process.
-        world_size: Number of processes.
-
-    Raises:
-        EvaluationError: A class has several folders, or images cannot be read; the message lists them.
+    `tell` gets each sentence that a person should read. Classes with several folders and images that cannot be read
+    raise EvaluationError, which lists them.
     """
     if data.is_stream:
         tell('The data are a stream. Images are checked as they come.')
@@ -136,13 +129,10 @@ def empty_folders(data: DataSplit) -> list[str]:
 
 
 def repeated_classes(data: DataSplit) -> list[tuple[str, list[str]]]:
-    """Classes that have several folders.
+    """Classes that have several folders, and those folders.
 
     The last folder's name is the class, so folders of the same name in different places would become one class
     silently; and folders that differ only in case or blanks are two classes where one was meant.
-
-    Returns:
-        A class's name, and the folders that bear it.
     """
     folders: dict[str, set[str]] = defaultdict(set)
     for index, name in enumerate(data.names):

@@ -132,16 +132,9 @@ class Item(NamedTuple):
 
 
 def read_item(dataset: Any, index: int, mode: str = 'RGB') -> Image.Image:
-    """Read an image of a data set.
+    """Read an image of a data set, one of timm's with an index or of torchvision's, which decode by themselves.
 
-    Args:
-        dataset: One of timm's with an index, or of torchvision, which decodes by itself.
-        index: Place of the image in it.
-        mode: As `read_image` has it.
-
-    Raises:
-        ImageError: As `read_image`.
-        OSError: The file cannot be opened.
+    It raises what `read_image` does, or OSError where the file cannot be opened.
     """
     if not hasattr(dataset, 'reader'):
         image: Image.Image = dataset[index][0]
@@ -151,11 +144,7 @@ def read_item(dataset: Any, index: int, mode: str = 'RGB') -> Image.Image:
 
 
 def read_readable(dataset: Any, index: int) -> Item:
-    """Read an image of a data set, or the nearest one after it that can be read.
-
-    Raises:
-        CorruptImagesError: Ten images in a row cannot be read.
-    """
+    """Read an image of a data set, or the nearest one after it that can be read."""
     for offset in range(10):
         place = (index + offset) % len(dataset)
         try:
@@ -176,11 +165,7 @@ class CorruptImages:
         self.indices: set[int] = set()
 
     def note(self, indices: list[int]) -> None:
-        """Take note of `Item.replaced` of some images; -1 is no fault.
-
-        Raises:
-            CorruptImagesError: There are more than the limit.
-        """
+        """Take note of `Item.replaced` of some images, -1 for no fault; more than the limit are CorruptImagesError."""
         for index in set(indices) - self.indices - {-1}:
             self.indices.add(index)
             warnings.warn(f'{self.dataset.filename(index)} cannot be read as an image and is skipped.', stacklevel=3)

@@ -17,12 +17,7 @@ SPLITS = {
 
 
 def folders_of_split(folder: Path, split: str) -> list[str]:
-    """Find the folders that a split may mean: of that very name first, then of its other names, in any case.
-
-    Args:
-        folder: The data set's.
-        split: Name of the split, such as 'train', 'validation' or one of the data set's own.
-    """
+    """Find the folders that a split may mean: of that very name first, then of its other names, in any case."""
     return names_of_split([entry.name for entry in os.scandir(folder) if entry.is_dir()], split)
 
 

@@ -103,12 +103,7 @@ def set_numerics(precisions: Sequence[str]) -> None:
 # -- before the pass ---------------------------------------------------------------------------------------------------
 
 def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
-    """Match the classes, choose the images and settle the preprocessing.
-
-    Raises:
-        ClassMismatchError: The classes are not the model's.
-        EvaluationError: No image has a class of the model, or ReaL labels were asked for on other images than ILSVRC's.
-    """
+    """Match the classes, choose the images and settle the preprocessing."""
     num_classes = int(loaded.model.num_classes)  # type: ignore[arg-type]  # every model of timm has it
     match = match_classes(
         data.classes, loaded.wnids, loaded.names, num_classes, config.subset, sorted_names=data.sorted_names)

@@ -69,7 +69,7 @@ def load_model(
     if in_chans != 3:
         kwargs['in_chans'] = in_chans
     model = _create(name, pretrained=saved is None, **kwargs)
-    entry = _manifest_entry(name)
+    entry = load_manifest().find(name)
     source: dict[str, Any] = {'pretrained': entry.name if entry else name}
     if entry:
         source['sha256'] = entry.sha256
@@ -87,16 +87,12 @@ def load_model(
 
 
 def check_source(name: str) -> None:
-    """Refuse a model that does not exist or has no pretrained weights, before any image is looked at.
-
-    Raises:
-        EvaluationError: With the options of the command that help.
-    """
+    """Refuse a model that does not exist or has no pretrained weights, before any image is looked at."""
     if ':' in name:  # local-dir: and hf-hub: say so themselves
         return
     if not timm.is_model(name.split('.')[0]):
         raise EvaluationError(f'Unknown model {name}.{_similar(name)} Check --model.')
-    entry, cfg = _manifest_entry(name), timm.get_pretrained_cfg(name)
+    entry, cfg = load_manifest().find(name), timm.get_pretrained_cfg(name)
     if entry is not None and not entry.has_weights or cfg is not None and not cfg.has_weights:
         raise EvaluationError(f'{name} has no weights yet. Name a file of weights with --checkpoint, or another model: '
                               f'`timm-geoprior list` shows those that have some.')
@@ -125,12 +121,6 @@ def _load_into(model: nn.Module, state_dict: dict[str, Tensor], name: str, sourc
         lines = [line.strip() for line in str(error).splitlines()]
         raise EvaluationError(f'The weights in {source} do not fit {name} ({" ".join(lines[:2])[:300]}). Check '
                               f'--model, --num-classes and --model-kwargs.') from None
-
-
-def _manifest_entry(name: str) -> ModelEntry | None:
-    tags = load_manifest().tags
-    return next((entry for entry in tags.values()
-                 if name == entry.name or (name == entry.architecture and entry.default)), None)
 
 
 def _class_names(

@@ -26,12 +26,7 @@ def _accuracies(counts: Counts) -> dict[str, Any]:
 
 
 def result_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """What was measured in each precision, the reference first.
-
-    Returns:
-        For each precision: counts, accuracies and intervals in percent, expected calibration error in points, images
-        with scores that are not finite, and, after the first, the differences from it.
-    """
+    """What was measured in each precision, the reference first; the others have their differences from it."""
     outcome = evaluation.outcome
     reference, *_ = outcome.predictions
     rows = []
@@ -122,12 +117,7 @@ def summary_row(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def write_results(folder: Path, evaluation: Evaluation, found: Mapping[str, Any]) -> None:
-    """Write results.json, per_class.csv, confused_pairs.csv, reliability.png and per_class.png.
-
-    Args:
-        folder: Where to; it is made if need be.
-        evaluation: Of one model; classes and plots are the first precision's.
-        found: For results.json.
+    """Write results.json with what was `found`, and of the first precision per_class.csv, confused_pairs.csv and plots.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictions = next(iter(evaluation.outcome.predictions.values()))

@@ -8,8 +8,7 @@ import os
 import shlex
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,6 +25,7 @@ from ..distributed import find_device, joined
 from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
 from ..files import write_csv, write_json
 from ..pretrained.manifest import Metric, ModelEntry, load_manifest
+from ..progress import handled_signals
 from .classes import match_classes
 from .evaluate import PRECISIONS, EvalConfig, Evaluation, Plan, evaluate, plan, set_numerics
 from .models import LoadedModel, check_source, load_model
@@ -47,10 +47,6 @@ command."""
 def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     """Measure what the command line says.
 
-    Args:
-        argv: Arguments; None takes those of the process.
-        prog: Name of the command, for its help and messages.
-
     Returns:
         The exit code: 0 if everything was measured and agrees with the manifest, 1 if not, 128 plus the signal's
         number after Ctrl-C or SIGTERM.
@@ -64,7 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     joined_before = joined()
     rank = 0
     try:
-        with _stopped_by_signals():
+        with handled_signals(_stop, signal.SIGINT, signal.SIGTERM):
             _check_output(args)
             device, rank, world_size = find_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
             run = _Run(args, _config(args, device, rank, world_size), command)
@@ -90,19 +86,9 @@ class _Stopped(BaseException):
     """A signal came; not an `Exception`, so that nothing on the way takes it for a fault of its own."""
 
 
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Leave in order on Ctrl-C and SIGTERM: the workers end with this process, and nothing is half-written."""
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped(number)
-
-    main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Leave in order: the workers end with this process, and nothing is half-written."""
+    raise _Stopped(number)
 
 
 # -- the arguments: as far as timm's validate.py has them, with its names and meanings ---------------------------------

@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import socket
-import tempfile
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import requires, version
@@ -22,6 +21,7 @@ from timm.data import resolve_model_data_config
 
 from ..data.reading import read_image
 from ..errors import GeoPriorError
+from ..files import new_folder
 from ..pretrained.manifest import default_model, load_manifest, manifest_path
 from .classifier import Classifier, load_classifier
 from .windows import draw_windows, learned_windows, to_input, view_of
@@ -320,14 +320,11 @@ def write_space(folder: Path, model: str | None = None) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise GeoPriorError(f'The folder of a Space must be new or empty, got {folder}, which has files in it. '
                                 f'Name another.')
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            whole = Path(scratch, 'space')
+        with new_folder(folder) as whole:
             package = shutil.copytree(Path(__file__).parents[1], whole / 'timm_geoprior',
                                       ignore=shutil.ignore_patterns('__pycache__'))
             shutil.copy(manifest_path(), package)
             for name, text in files.items():
                 (whole / name).write_text(text, encoding='utf-8')
-            whole.replace(folder)
     except OSError as error:
         raise GeoPriorError(f'{folder} cannot be written ({error.strerror}). Name another folder.') from None

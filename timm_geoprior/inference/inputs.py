@@ -13,14 +13,7 @@ __all__ = ['check_header', 'find_images', 'sample_image']
 
 
 def sample_image() -> Image.Image:
-    """A photograph of a cup of espresso, which comes with scikit-image, 600 x 400 pixels.
-
-    Returns:
-        The picture in mode 'RGB'.
-
-    Raises:
-        GeoPriorError: scikit-image is not installed.
-    """
+    """A photograph of a cup of espresso in mode 'RGB', 600 x 400 pixels, which comes with scikit-image."""
     try:
         from skimage import data
     except ImportError:
@@ -45,9 +38,6 @@ def find_images(name: str) -> tuple[list[str], list[str]]:
     """The image files that a word of the command line stands for, and what else is there, left out by its ending.
 
     The word is a file, a folder to search with all that is below it, or a pattern such as `photos/**/*.jpg`.
-
-    Raises:
-        ImageError: There is nothing by this name, a folder without images, or a file that is no image.
     """
     if os.path.isfile(name):
         return [name], []
@@ -64,11 +54,7 @@ def find_images(name: str) -> tuple[list[str], list[str]]:
 
 
 def check_header(path: str) -> None:
-    """Find out whether a file is an image, without reading all of it.
-
-    Raises:
-        ImageError: It is none.
-    """
+    """Raise ImageError if a file is no image, without reading all of it."""
     try:
         with Image.open(path):
             pass

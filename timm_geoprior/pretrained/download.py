@@ -63,11 +63,7 @@ class Asset:
         return Path(found) if isinstance(found, str) else None
 
     def locate(self, cache_dir: str | Path | None, force: bool = False) -> Path:
-        """The path of the file on this machine; it is fetched if it is not there, or by `force` in any case.
-
-        Raises:
-            WeightsError: It cannot be fetched.
-        """
+        """The path of the file on this machine; it is fetched if it is not there, or by `force` in any case."""
         if self.hub_id is None or self.bundled.exists():
             return self.bundled
         return _download(self, cache_dir, force)
@@ -108,15 +104,9 @@ def golden_asset(entry: ModelEntry) -> Asset:
 
 
 def read_asset(asset: Asset, path: Path | None = None, cache_dir: str | Path | None = None) -> memoryview:
-    """Read and verify a file. A file in the cache that is not what the manifest says is fetched again, once.
+    """Read and verify a file, where `Asset.locate` has found it if `path` says so.
 
-    Args:
-        asset: What to read.
-        path: Where `Asset.locate` found it; None locates it.
-        cache_dir: The cache of huggingface_hub, if not the user's own.
-
-    Raises:
-        WeightsError: The file cannot be had, or is not what the manifest says.
+    A file in the cache that is not what the manifest says is fetched again, once.
     """
     path = path or asset.locate(cache_dir)
     try:
@@ -233,9 +223,6 @@ def _cached_without_hub(asset: Asset, cache_dir: str | Path | None) -> Path | No
 
     huggingface_hub itself asks five times, for half a minute and with a line for each, before it looks into the cache
     or gives up.
-
-    Raises:
-        WeightsError: The Hub does not answer, and the file is not in the cache.
     """
     known = asset.cached(cache_dir)
     if constants.HF_HUB_OFFLINE or (known and asset.revision):

@@ -301,15 +301,19 @@ class Manifest:
             entry.architecture for entry in entries))}
         return {entry.name: entry for entry in sorted(entries, key=lambda entry: order[entry.architecture])}
 
+    def find(self, name: str) -> ModelEntry | None:
+        """As `get`, but None where there is no such name."""
+        return next((entry for entry in self.tags.values()
+                     if name == entry.name or (name == entry.architecture and entry.default)), None)
+
     def get(self, name: str) -> ModelEntry:
         """Look up 'architecture.tag', or an architecture for its default tag.
 
         Raises:
             ManifestError: There is no such name; the message lists those there are.
         """
-        for entry in self.tags.values():
-            if name == entry.name or (name == entry.architecture and entry.default):
-                return entry
+        if entry := self.find(name):
+            return entry
         same = [entry.name for entry in self.tags.values() if entry.architecture == name.partition('.')[0]]
         raise ManifestError(f'The model must be one of {", ".join(same or self.models)}, got {name!r}.')
 
@@ -378,11 +382,7 @@ def _parse_dataclass(kind: type[_T], value: Any, where: str, given: dict[str, An
 
 
 def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
-    """Parse and check a manifest's text; messages call it `where`.
-
-    Raises:
-        ManifestError: It is not JSON, or not as the schema has it.
-    """
+    """Parse and check a manifest's text; messages call it `where`."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -436,20 +436,10 @@ def load_manifest(path: Path | None = None) -> Manifest:
 
 
 def update_manifest(path: Path | None, entry: ModelEntry, *, replace_weights: bool = False) -> Manifest:
-    """Write one entry: new, or in place of the one of the same name. Writers wait for each other.
+    """Write one entry into a manifest, the package's own where `path` is None, and return the manifest as written.
 
-    The file is replaced at once (temporary file, fsync, rename), so that a reader sees the old or the new one.
-
-    Args:
-        path: The manifest, else the package's own.
-        entry: What to write.
-        replace_weights: Allow other bytes under a released tag's name; for a tag that nobody has loaded yet.
-
-    Returns:
-        The manifest as written.
-
-    Raises:
-        ManifestError: The file is malformed, the entry does not fit into it, or it would change a released tag's bytes.
+    Writers wait for each other, and readers see the old file or the new one. Other bytes under a released tag's name
+    are refused but for `replace_weights`, for a tag that nobody has loaded yet.
     """
     def change(manifest: Manifest) -> Manifest:
         if not replace_weights:
@@ -491,9 +481,6 @@ def check_bytes_stay(manifest: Manifest, entry: ModelEntry) -> None:
 
 def default_model(manifest: Manifest) -> ModelEntry:
     """The model that commands take where none is named: of the bundled tags the most accurate, else a published one.
-
-    Raises:
-        ManifestError: No tag is bundled or published.
     """
     for status in ('bundled', 'published'):
         entries = [entry for entry in manifest.models.values() if entry.status == status]

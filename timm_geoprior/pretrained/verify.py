@@ -126,11 +126,7 @@ def _golden_check(entry: ModelEntry) -> Check:
 
 
 def doctor() -> dict[str, Any]:
-    """What a report of a problem needs: versions, places, and which tags load. No token or password is in it.
-
-    Returns:
-        A dictionary of JSON's types.
-    """
+    """What a report of a problem needs: versions, places, and which tags load. No token or password is in it."""
     return {
         'platform': f'{platform.platform()}, Python {platform.python_version()}',
         'packages': {name: _version(name) for name in PACKAGES},

@@ -111,11 +111,7 @@ def readme_tables(manifest: Manifest) -> str:
 
 
 def update_readme(path: Path, manifest: Manifest) -> bool:
-    """Put the tables of models and runs between their markers in a README; whether it was changed.
-
-    Raises:
-        ManifestError: The markers are not there.
-    """
+    """Put the tables of models and runs between their markers in a README; whether it was changed."""
     text = path.read_text(encoding='utf-8')
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

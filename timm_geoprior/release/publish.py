@@ -60,14 +60,7 @@ An interrupted push continues with the same command.
 def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: bool = False) -> ModelEntry:
     """Put a staged folder's weights and golden outputs into the package, and its entry into the manifest.
 
-    Args:
-        folder: What `stage` made.
-        manifest_file: The manifest, else the package's own.
-        replace_weights: Allow other bytes under a bundled tag's name, before it is released.
-
-    Raises:
-        PublishError: It is no staged folder.
-        ManifestError: The manifest does not take it.
+    `replace_weights` allows other bytes under a bundled tag's name, before it is released.
     """
     manifest = load_manifest(manifest_file)
     entry = read_staged(folder, manifest)
@@ -92,17 +85,7 @@ def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path |
     """Create the repository, commit a staged folder, read the commit back, and only then write the manifest.
 
     A push that was interrupted can be run again: what is there already is not sent twice. The token is the
-    environment's (HF_TOKEN) or the login's.
-
-    Args:
-        folder: What `stage` made.
-        repo_id: 'owner/name'.
-        public: Make a new repository public; one that exists stays as it is.
-        manifest_file: The manifest, else the package's own.
-
-    Raises:
-        PublishError: There is no token, it may not write, the network broke, or what came back is not what was sent.
-        ManifestError: The manifest does not take it.
+    environment's (HF_TOKEN) or the login's. `public` makes a new repository public; one that exists stays as it is.
     """
     manifest = load_manifest(manifest_file)
     entry = read_staged(folder, manifest)
@@ -163,12 +146,7 @@ def _describe_push_error(error: Exception) -> str:
 
 
 def record_results(entry: ModelEntry, results: Path, manifest_file: Path | None = None) -> ModelEntry:
-    """Take what `timm-geoprior validate` measured with a converted tag into the manifest.
-
-    Raises:
-        PublishError: The tag is not a converted one or not pinned, or the results are of other weights, a part of the
-            set, or images that were prepared otherwise.
-    """
+    """Take what `timm-geoprior validate` measured with a converted tag into the manifest."""
     if entry.status != 'converted':
         raise PublishError(f'--results alone must be figures of a converted tag, got those of {entry.name}. '
                            f'Stage a checkpoint with --results and --output.')

@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ..conversion.state_dict import is_plain_resnet
 from ..errors import GeoPriorError
-from ..files import file_sha256, write_atomically
+from ..files import file_sha256, new_folder, write_atomically
 from ..pretrained.cfgs import bundled_path, hub_config
 from ..pretrained.loading import load_golden
 from ..pretrained.manifest import (
@@ -69,9 +68,6 @@ class Evidence:
 
 def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as they are released: float16, but float32 below two dimensions, where radii and variances keep digits.
-
-    Raises:
-        PublishError: A value is not finite, or too large for float16.
     """
     released = {}
     for name, tensor in state_dict.items():
@@ -85,13 +81,7 @@ def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> str:
-    """Write weights as they are released, and return the file's SHA-256.
-
-    The same tensors and metadata always give the same bytes.
-
-    Raises:
-        PublishError: As `release_tensors`.
-    """
+    """Write weights as they are released, the same always as the same bytes, and return the file's SHA-256."""
     content = save(release_tensors(state_dict), {'format': 'pt', **metadata})
     size = int.from_bytes(content[:8], 'little')
     header = json.loads(content[8:8 + size])
@@ -117,13 +107,7 @@ def golden_tensors(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
 
 
 def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evidence | None = None) -> ModelEntry:
-    """Make the folder that is the Hub repository.
-
-    Args:
-        entry: The manifest's entry: input, label set, licence, terms, recipe.
-        checkpoint: The weights.
-        folder: Where to; a folder staged there before is replaced, anything else is not.
-        evidence: Figures, the run's log, experiments.
+    """Make the folder that is the Hub repository; one that was staged there before is replaced, anything else is not.
 
     Returns:
         The entry with status 'staged', as in the folder's results.json.
@@ -147,10 +131,7 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
     checkpoint = replace(checkpoint, state_dict=tensors)
     _load_released(model, entry, checkpoint)
     described = _described(entry, checkpoint, run)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as scratch:
-        new = Path(scratch, folder.name)
-        new.mkdir()
+    with new_folder(folder) as new:
         staged = _write_weights(described, checkpoint, model, new)
         if entry.sha256 not in (None, staged.sha256):  # nothing that was measured or said of other weights stays
             described = replace(
@@ -168,7 +149,6 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
         plot_radii(learned_radii(model, staged.input.input_size), new / 'radii.png')
         check_loads(staged, new)
         shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
     return staged
 
 
@@ -279,12 +259,7 @@ def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], t
 
 
 def read_metrics(path: Path, entry: ModelEntry, network: str = f'the staged {WEIGHTS}') -> tuple[Metric, ...]:
-    """Read what `timm-geoprior validate` measured with an entry's weights, which messages call `network`.
-
-    Raises:
-        PublishError: The file is no results file, or of other weights, of a part of the set, or of images that were
-            prepared otherwise.
-    """
+    """Read what `timm-geoprior validate` measured with an entry's weights, which messages call `network`."""
     for item, metrics in _measurements(path, entry):
         if item.get('weights', {}).get('sha256') == entry.sha256:
             _check_measured(path, item, entry, metrics[0].img_size, network)
@@ -341,11 +316,7 @@ def _train_log(run: Path) -> TrainLog:
 
 
 def read_staged(folder: Path, manifest: Manifest) -> ModelEntry:
-    """Read the entry of a staged folder, and check its files against it.
-
-    Raises:
-        PublishError: It is no staged folder, or its files have changed since.
-    """
+    """Read the entry of a staged folder, and check its files against it."""
     try:
         data = json.loads((folder / RESULTS).read_text(encoding='utf-8'))
         entry = parse_entry(data['name'], data['entry'], manifest.label_sets)

@@ -78,11 +78,7 @@ def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') ->
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load all that `save_checkpoint` saved, for a run to resume from.
-
-    Raises:
-        GeoPriorError: The file is missing, damaged, or no checkpoint of a run.
-    """
+    """Load all that `save_checkpoint` saved, for a run to resume from."""
     if not path.is_file():
         raise GeoPriorError(f'There is no checkpoint {path}. Start without --resume, or name another folder.')
     state = _read(path)
@@ -93,11 +89,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Save tensors and plain containers with `torch.save`.
-
-    Raises:
-        GeoPriorError: The file system refused; the checkpoint that was there is untouched.
-    """
+    """Save tensors and plain containers with `torch.save`."""
     try:
         write_atomically(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:  # torch's comes after the file system's, and says less

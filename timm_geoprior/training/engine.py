@@ -1,6 +1,6 @@
 """The training loop: one process or many under torchrun, killed and resumed to the same bits.
 
-Whatever is random is a function of the seed, the epoch and the position in it (`data/seeding.py`), so that a checkpoint
+Whatever is random is a function of the seed, the epoch and the position in it (`data/batches.py`), so that a checkpoint
 needs no random states: a resumed run draws what an uninterrupted one would have drawn.
 """
 import math
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from ..data.batches import LoaderConfig, seed_everything
 from ..data.memory import ImageTensors
@@ -25,7 +26,7 @@ from ..distributed import find_device
 from ..errors import GeoPriorError
 from ..evaluation.metrics import count_correct
 from ..files import first_line, write_json
-from ..progress import Progress
+from ..progress import Progress, handled_signals
 from ..provenance import git_commit, hardware, versions
 from . import report
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint
@@ -50,12 +51,7 @@ class Trainer:
     """One run of a recipe."""
 
     def __init__(self, recipe: Recipe, config: RunConfig, decoded: ImageTensors | None = None) -> None:
-        """
-        Args:
-            recipe: What is trained, and how.
-            config: Where.
-            decoded: The images of the training split, as `open_training_data` takes them.
-        """
+        """Prepare it; `decoded` is what `open_training_data` takes."""
         recipe, config, note = start_from_folder(recipe, config)
         self.recipe, self.config = recipe, config
         check_recipe(recipe)
@@ -248,11 +244,9 @@ class Trainer:
                 f'into another folder.')
 
     def save(self, path: Path, whole: bool = True) -> None:
-        """Write a checkpoint; only the first process does. Weights that are not finite replace no good ones.
+        """Write a checkpoint, as a `whole` what a run resumes from too, which is several times the weights.
 
-        Args:
-            path: The file.
-            whole: Write what a run resumes from too, which is several times the weights.
+        Only the first process does. Weights that are not finite replace no good ones.
         """
         if self.rank == 0 and bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()):
             save_checkpoint(self.state() if whole else self.weights(), path)
@@ -272,14 +266,12 @@ class Trainer:
             GeoPriorError: The loss was not finite for too many steps in a row.
             SystemExit: 128 plus the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
         """
-        previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        log = self._start_log()
-        try:
+        with handled_signals(self._note_signal, signal.SIGTERM, signal.SIGINT), self._start_log() as events:
             while not (stop and self.history and stop(self.history)) and self.epoch < self.recipe.epochs:
                 self._train_epoch()
                 self._end_epoch()
-                if log:
-                    log.write(self.history)
+                if events:
+                    report.log_epoch(events, self.history, self.config.output)
                     self.config.tell(report.describe_epoch(self.history))
             if self.stop_signal:  # it came while the last epoch was measured; a resumed run has only results to write
                 self._leave(self.stop_signal)
@@ -288,11 +280,6 @@ class Trainer:
                 write_json(self.config.output / 'results.json', results)
                 report.plot_history(self.history, self.config.output)
             return results
-        finally:
-            if log:
-                log.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _results(self) -> dict[str, Any]:
         """What was run and what came of it."""
@@ -305,14 +292,15 @@ class Trainer:
             'hardware': hardware(self.device), 'versions': versions(), 'commit': self.commit,
         }
 
-    def _start_log(self) -> report.EpochLog | None:
+    def _start_log(self) -> AbstractContextManager[SummaryWriter | None]:
+        """TensorBoard's events of the first process; those of epochs that a resumed run repeats are dropped."""
         if self.rank:
-            return None
+            return nullcontext()
         report.write_recipe(self.recipe, self.config.output, self.commit)
         if self.data.held_out is None:
             self.config.tell('No images are held out of this run: its accuracy is not measured, and best.pt is not '
                              'written. Name --val-split, or set holdout.')
-        return report.EpochLog(self.config.output, self.epoch)
+        return SummaryWriter(str(self.config.output / 'tensorboard'), purge_step=self.epoch or None)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         # not by print, which a second signal could interrupt in itself

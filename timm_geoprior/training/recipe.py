@@ -220,12 +220,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
 
 
 def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe:
-    """A Recipe of plain values.
-
-    Raises:
-        GeoPriorError: An unknown key (the nearest valid one is suggested), a missing one, a wrong type or an impossible
-            value.
-    """
+    """A Recipe of plain values; of an unknown key, the message suggests the nearest valid one."""
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
     for key in values:
         if key not in fields:

@@ -12,7 +12,8 @@ from ..files import save_figure, write_atomically, write_csv
 from ..provenance import versions
 from .recipe import Recipe
 
-__all__ = ['EpochLog', 'describe_epoch', 'plot_history', 'write_recipe']
+__all__ = ['describe_epoch', 'log_epoch', 'plot_history', 'write_recipe']
+
 
 def describe_epoch(history: list[dict[str, Any]]) -> str:
     """A line about the last epoch."""
@@ -25,30 +26,14 @@ def describe_epoch(history: list[dict[str, Any]]) -> str:
     return f'{text}, {row["images_per_second"]:,.0f} images/s'
 
 
-class EpochLog:
-    """summary.csv and TensorBoard's events, a row for each epoch; rows of an earlier start are not written twice."""
-
-    def __init__(self, output: Path, epochs_behind: int) -> None:
-        """
-        Args:
-            output: The run's folder.
-            epochs_behind: Epochs that a resumed run has behind it; TensorBoard's events of later ones are dropped.
-        """
-        self.output = output
-        self.events = SummaryWriter(str(output / 'tensorboard'), purge_step=epochs_behind or None)
-
-    def write(self, history: list[dict[str, Any]]) -> None:
-        """Write the last row of the history to TensorBoard and all of it to summary.csv."""
-        for key, value in history[-1].items():
-            for head, number in enumerate(value if isinstance(value, list) else [value]):
-                suffix = f'.{head}' if isinstance(value, list) else ''
-                self.events.add_scalar(key.replace('.', '/', 1) + suffix, number, history[-1]['epoch'])
-        self.events.flush()
-        write_csv(self.output / 'summary.csv', history)
-
-    def close(self) -> None:
-        """End TensorBoard's events."""
-        self.events.close()
+def log_epoch(events: SummaryWriter, history: list[dict[str, Any]], output: Path) -> None:
+    """Write the last row of the history to TensorBoard's events, and all of it to summary.csv."""
+    for key, value in history[-1].items():
+        for head, number in enumerate(value if isinstance(value, list) else [value]):
+            suffix = f'.{head}' if isinstance(value, list) else ''
+            events.add_scalar(key.replace('.', '/', 1) + suffix, number, history[-1]['epoch'])
+    events.flush()
+    write_csv(output / 'summary.csv', history)
 
 
 def plot_history(history: list[dict[str, Any]], output: Path) -> None:
