@@ -22,12 +22,8 @@ __all__ = [
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Put content at a path whole or not at all: temporary file beside it, fsync, rename.
 
-    Args:
-        path: Where it goes.
-        content: The bytes, or what writes them into the open temporary file.
-
-    Raises:
-        OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
+    The content is bytes, or what writes them into the open temporary file. Where the file system refuses (a full disk,
+    say), the old file stands and the temporary one is gone.
     """
     temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
     # the umask takes rights away, as from every new file; tempfile's would be the owner's alone
@@ -61,11 +57,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, indented, with a newline at the end.
-
-    Raises:
-        ValueError: The content has a NaN or an infinity, which JSON does not know.
-        OSError: As `write_atomically`.
+    """Write JSON, indented, with a newline at the end; a NaN or an infinity, which JSON does not know, is a ValueError.
     """
     # a file name that is no UTF-8 has lone surrogates: their backslash escape is JSON's own
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
@@ -73,11 +65,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV. The columns are the keys of all rows, in order of appearance; no rows make an empty file.
-
-    Raises:
-        OSError: As `write_atomically`.
-    """
+    """Write rows as CSV. The columns are the keys of all rows, in order of appearance; no rows make an empty file."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
@@ -102,9 +90,6 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]], left
 
 def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
     """Save a matplotlib figure in the format of the path's suffix, each text with the fonts that have its characters.
-
-    Raises:
-        OSError: As `write_atomically`.
     """
     from matplotlib.text import Text
 
@@ -118,16 +103,10 @@ def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
 
 
 def drawable(name: str, instead: str = '?') -> str:
-    """Make a name one that matplotlib draws as it stands.
+    """Make a name, such as that of a class, one that matplotlib draws as it stands, with the fonts of `save_figure`.
 
-    `$` starts no formula. A character that no installed font has loses its accents, or is left out.
-
-    Args:
-        name: Any string, such as the name of a class; bytes of a file name that are not UTF-8 become question marks.
-        instead: What stands for a name of which nothing is left, such as its index.
-
-    Returns:
-        The text for `save_figure`, which chooses the fonts.
+    `$` starts no formula. A character that no installed font has loses its accents, or is left out; where nothing is
+    left stands `instead`. Bytes of a file name that are not UTF-8 become question marks.
     """
     text = name.encode(errors='replace').decode()
     plain = ''.join(

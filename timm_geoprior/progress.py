@@ -57,13 +57,9 @@ class Progress:
     def __init__(
             self, title: str, total: int | None, unit: str = 'images', done: int = 0,
             tell: Callable[[str], None] | None = tell_on_stderr) -> None:
-        """
-        Args:
-            title: What is going on.
-            total: How many there are; None where that is not known.
-            unit: What is counted, in the plural.
-            done: How many were done before.
-            tell: Called with each line of a log file; None shows nothing, on a terminal neither.
+        """Begin with so many `done` of a total, which may not be known; `unit` is what is counted, in the plural.
+
+        `tell` is called with each line of a log file; None shows nothing, on a terminal neither.
         """
         self.title, self.unit, self.first, self.tell = title, unit, done, tell
         self.started = self.told = time.monotonic()
@@ -79,12 +75,7 @@ class Progress:
         self.bar.close()
 
     def update(self, count: int = 1, note: Callable[[], str] = str) -> None:
-        """Note that so many more are done.
-
-        Args:
-            count: How many.
-            note: Makes a few words to show beside the number; called only when they are shown.
-        """
+        """Note that so many more are done; `note` makes a few words to show beside the number when they are shown."""
         self.done += count
         if self.bar.update(count) and (words := note()):
             self.bar.set_postfix_str(words, refresh=False)

@@ -12,18 +12,11 @@ __all__ = ['LayerRadii', 'learned_radii', 'scale_radii']
 
 
 class LayerRadii(NamedTuple):
-    """The radii of one attention layer.
-
-    Attributes:
-        name: Name of the layer in the network.
-        height: Number of rows of the layer's input.
-        width: Number of columns of the layer's input.
-        cells: Radius of each head, in cells of the layer's input.
-    """
-    name: str
-    height: int
-    width: int
-    cells: tuple[float, ...]
+    """The radii of one attention layer."""
+    name: str  # name of the layer in the network
+    height: int  # number of rows of the layer's input
+    width: int  # number of columns of the layer's input
+    cells: tuple[float, ...]  # radius of each head, in cells of the layer's input
 
     @property
     def relative(self) -> tuple[float, ...]:

@@ -73,30 +73,17 @@ ZOOMS = (65, 33, 33, 33, 33)  # radii tried between the neighbours of the best s
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """What an activation makes of Gaussian channels; each tensor is float64.
-
-    Attributes:
-        mean: Means, shape (C,).
-        variance: Variances, shape (C,).
-        slope: Means of the squared derivative, shape (C,); for ReLU the share of positions that are active.
-        series: Coefficients of the orthonormal Hermite polynomials from the first order on, shape (TERMS, C).
-    """
-    mean: Tensor
-    variance: Tensor
-    slope: Tensor
-    series: Tensor
+    """What an activation makes of Gaussian channels; each tensor is float64."""
+    mean: Tensor  # means, shape (C,)
+    variance: Tensor  # variances, shape (C,)
+    slope: Tensor  # means of the squared derivative, shape (C,); for ReLU the share of positions that are active
+    series: Tensor  # coefficients of the orthonormal Hermite polynomials from the first order on, shape (TERMS, C)
 
 
 def activation_statistics(mean: Tensor, std: Tensor, activation: nn.Module) -> ActivationStatistics:
-    """Moments and Hermite series of `activation(mean + std z)` for a standard Gaussian z.
+    """Moments and Hermite series of `activation(mean + std z)` for a standard Gaussian z and channels of shape (C,).
 
-    Args:
-        mean: Means of the channels, shape (C,).
-        std: Standard deviations, shape (C,), at least 0.
-        activation: An activation that works on each element; ReLU is treated in closed form, others by quadrature.
-
-    Returns:
-        The statistics.
+    The activation works on each element; ReLU is treated in closed form, others by quadrature.
     """
     mean, std = mean.double().cpu(), std.double().cpu().clamp_min(1e-9)
     return _rectified(mean, std) if type(activation) is nn.ReLU else _by_quadrature(mean, std, activation)
@@ -137,27 +124,14 @@ def _hermite(points: Tensor, terms: int = TERMS) -> Tensor:
 
 @dataclass(frozen=True)
 class InputModel:
-    """The model of a 3x3 convolution's inputs: uncorrelated channels, each correlated over its positions.
-
-    Attributes:
-        mean: Mean of each channel, shape (C_in,), float64.
-        variance: Variance of each channel, shape (C_in,), float64.
-        rho: Correlation of two neighbouring positions; at a distance of (dy, dx) it is `rho^(|dy| + |dx|)`.
-    """
-    mean: Tensor
-    variance: Tensor
-    rho: float = RHO
+    """The model of a 3x3 convolution's inputs: uncorrelated channels, each correlated over its positions."""
+    mean: Tensor  # mean of each channel, shape (C_in,), float64
+    variance: Tensor  # variance of each channel, shape (C_in,), float64
+    rho: float = RHO  # correlation of two neighbouring positions; at a distance of (dy, dx) it is `rho^(|dy| + |dx|)`
 
     @classmethod
     def behind_norm(cls, weight: Tensor, bias: Tensor, activation: nn.Module, rho: float = RHO) -> 'InputModel':
-        """The model behind a batch norm and an activation.
-
-        Args:
-            weight: The norm's weight, shape (C_in,).
-            bias: The norm's bias, shape (C_in,).
-            activation: The activation.
-            rho: Correlation of two neighbouring positions.
-        """
+        """The model behind a batch norm of this weight and bias, each of shape (C_in,), and an activation."""
         statistics = activation_statistics(bias, weight.abs(), activation)
         return cls(statistics.mean, statistics.variance, rho)
 
@@ -246,14 +220,7 @@ class LayerModel:
         return (rows[:, :, None] * columns[:, None]).flatten(1), height * width
 
     def errors(self, radii: Tensor) -> Tensor:
-        """The share of each channel's variance that the best values of a radius miss.
-
-        Args:
-            radii: Radii in cells, shape (N,), float64.
-
-        Returns:
-            Shares from 0 to 1, shape (N, C_out).
-        """
+        """The share of each channel's variance that the best values of N radii miss, shape (N, C_out), from 0 to 1."""
         taps, norms = self._windows(radii)
         explained = (taps[:, :, None] * taps[:, None]).flatten(1) @ self._gram.flatten(1).T / norms[:, None]
         return (1 - explained / self.variance.clamp_min(1e-300)).clamp(0, 1)
@@ -297,55 +264,33 @@ class LayerModel:
 
 @dataclass(frozen=True)
 class FollowingLayers:
-    """What the fit of a 3x3 convolution needs to know of what follows it.
-
-    Attributes:
-        weight: Weight of the norm behind it, shape (C_out,).
-        bias: Bias of that norm, shape (C_out,).
-        activation: The activation behind that norm.
-        next_weight: Weights of the 1x1 convolution behind the activation, shape (C_next, C_out), each row times the
-            factor of the norm behind that convolution.
-    """
-    weight: Tensor
-    bias: Tensor
-    activation: nn.Module
+    """What the fit of a 3x3 convolution needs to know of what follows it."""
+    weight: Tensor  # weight of the norm behind it, shape (C_out,)
+    bias: Tensor  # bias of that norm, shape (C_out,)
+    activation: nn.Module  # the activation behind that norm
+    # weights of the 1x1 convolution behind the activation, shape (C_next, C_out), each row times the factor of the
+    # norm behind that convolution
     next_weight: Tensor
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """Attention channels in place of a 3x3 convolution's; tensors are float64, in the order of `channels`.
-
-    Attributes:
-        channels: Output channels that are replaced, shape (value_dim,), head by head.
-        radii: The radius of each head, in cells of an undilated grid.
-        values: W_v, shape (value_dim, C_in).
-        mean_shift: What is to be added to the running means of the norm behind, shape (value_dim,).
-        errors: The share of each channel's variance that is lost, shape (value_dim,).
-        correction: B, shape (value_dim, C_out), columns in the source's order: the next convolution's weights of each
-            replaced channel, times its row, are added to the weights of all channels.
-        constant: What each replaced channel still lacks in the mean, shape (value_dim,).
-    """
-    channels: Tensor
-    radii: tuple[float, ...]
-    values: Tensor
-    mean_shift: Tensor
-    errors: Tensor
+    """Attention channels in place of a 3x3 convolution's; tensors are float64, in the order of `channels`."""
+    channels: Tensor  # output channels that are replaced, shape (value_dim,), head by head
+    radii: tuple[float, ...]  # the radius of each head, in cells of an undilated grid
+    values: Tensor  # W_v, shape (value_dim, C_in)
+    mean_shift: Tensor  # what is to be added to the running means of the norm behind, shape (value_dim,)
+    errors: Tensor  # the share of each channel's variance that is lost, shape (value_dim,)
+    # B, shape (value_dim, C_out), columns in the source's order: the next convolution's weights of each replaced
+    # channel, times its row, are added to the weights of all channels
     correction: Tensor
-    constant: Tensor
+    constant: Tensor  # what each replaced channel still lacks in the mean, shape (value_dim,)
 
 
 def fit_layer(layer: LayerModel, behind: FollowingLayers, value_dim: int, num_heads: int = 1) -> LayerFit:
     """Choose channels and radii, fit the values, and correct the next convolution.
 
-    Args:
-        layer: The convolution under the model of its inputs.
-        behind: What follows it.
-        value_dim: Channels to replace.
-        num_heads: Radii, each for an equal share of these channels.
-
-    Returns:
-        The fit.
+    Each of `num_heads` radii is for an equal share of the `value_dim` channels.
     """
     after = activation_statistics(behind.bias, behind.weight.abs(), behind.activation)
     scale = behind.weight.double().cpu().square() * behind.next_weight.double().cpu().square().sum(0)

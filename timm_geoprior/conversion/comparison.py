@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.dataset import DataSplit
+from ..errors import ClassMismatchError
+from ..evaluation.classes import match_classes
 from ..evaluation.metrics import target_ranks
 from ..evaluation.models import LoadedModel
 
@@ -14,20 +16,12 @@ __all__ = ['class_indices', 'compare']
 
 
 def class_indices(data: DataSplit, loaded: LoadedModel) -> Tensor:
-    """The network's class of each label of the data, by WordNet id or else by readable name.
-
-    Args:
-        data: The data set.
-        loaded: The network.
-
-    Returns:
-        Class indices, shape (labels,), -1 for a class that the network does not have.
-    """
-    # two of ImageNet's readable names stand twice
-    known = [names for names in (loaded.wnids, loaded.names) if len(set(names)) == len(names)]
-    index = next(({name: place for place, name in enumerate(names)} for names in known
-                  if set(names) & set(data.classes)), {})
-    return torch.tensor([index.get(name, -1) for name in data.classes] or [-1])
+    """The network's class of each label of the data, by WordNet id or else by readable name, -1 where it has none."""
+    try:
+        match = match_classes(data.classes, loaded.wnids, loaded.names, len(loaded.wnids), subset=True)
+    except ClassMismatchError:  # they have none in common
+        return torch.full((max(len(data.classes), 1),), -1)
+    return torch.from_numpy(match.to_model)
 
 
 @torch.inference_mode()

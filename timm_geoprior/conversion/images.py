@@ -26,29 +26,17 @@ class ImagesError(GeoPriorError):
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Images of a folder, drawn at random.
-
-    Attributes:
-        data: The folder as timm reads it.
-        fit: Indices of the images to fit to, shape (images,).
-        held_out: Indices of those to measure by.
-        unreadable: Names of those that turned out not to be readable.
-    """
-    data: DataSplit
-    fit: NDArray[np.int64]
-    held_out: NDArray[np.int64]
-    unreadable: set[str] = field(default_factory=set)
+    """Images of a folder, drawn at random."""
+    data: DataSplit  # the folder as timm reads it
+    fit: NDArray[np.int64]  # indices of the images to fit to, shape (images,)
+    held_out: NDArray[np.int64]  # indices of those to measure by
+    unreadable: set[str] = field(default_factory=set)  # names of those that turned out not to be readable
 
 
 def draw_images(folder: Path, limit: int) -> ImageSets:
-    """Find a folder's images, and draw those to fit to and those to keep out.
+    """Find a folder's images, in folders of any depth, and draw those to fit to and those to keep out.
 
-    Args:
-        folder: Holds images, in folders of any depth.
-        limit: Images to fit to at most. A fifth of the folder's images is kept out, 1,000 at most.
-
-    Raises:
-        ImagesError: There is no such folder, or it has fewer than `FEWEST` images.
+    At most `limit` images are fitted to. A fifth of the folder's images is kept out, 1,000 at most.
     """
     if limit < FEWEST:
         raise ImagesError(f'--limit must be at least {FEWEST}, got {limit}.')
@@ -73,20 +61,12 @@ def _too_few(folder: Path, count: int) -> ImagesError:
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Batches of images as a network takes them, decoded as they are asked for.
-
-    Attributes:
-        sets: The folder.
-        indices: The images, shape (images,).
-        config: timm's data configuration of the network.
-        batch_size: Images of a batch at most.
-        workers: Processes that decode.
-    """
-    sets: ImageSets
-    indices: NDArray[np.int64]
-    config: dict[str, Any]
-    batch_size: int
-    workers: int = 0
+    """Batches of images as a network takes them, decoded as they are asked for."""
+    sets: ImageSets  # the folder
+    indices: NDArray[np.int64]  # the images, shape (images,)
+    config: dict[str, Any]  # timm's data configuration of the network
+    batch_size: int  # images of a batch at most
+    workers: int = 0  # processes that decode
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)

@@ -54,41 +54,22 @@ class ConvertError(GeoPriorError):
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """What is converted, and where to.
-
-    Attributes:
-        source: Any name that timm loads with its weights, or a checkpoint's path.
-        output: Folder to write; there must be nothing in it.
-        images: Folder of images to fit to; None for the closed form.
-        model: The architecture of a checkpoint that does not name its own.
-        limit: Images to fit to at most.
-        half: Write float16 weights; vectors stay float32.
-        device: Where the networks run.
-        workers: Processes that decode images.
-        tell: Called with each sentence that a person should read.
-    """
-    source: str
-    output: Path
-    images: Path | None = None
-    model: str | None = None
-    limit: int = 1000
-    half: bool = False
-    device: str = 'cpu'
-    workers: int = 2
-    tell: Callable[[str], None] = print
+    """What is converted, and where to."""
+    source: str  # any name that timm loads with its weights, or a checkpoint's path
+    output: Path  # folder to write; there must be nothing in it
+    images: Path | None = None  # folder of images to fit to; None for the closed form
+    model: str | None = None  # the architecture of a checkpoint that does not name its own
+    limit: int = 1000  # images to fit to at most
+    half: bool = False  # write float16 weights; vectors stay float32
+    device: str = 'cpu'  # where the networks run
+    workers: int = 2  # processes that decode images
+    tell: Callable[[str], None] = print  # called with each sentence that a person should read
 
 
 def convert(job: ConvertJob) -> dict[str, Any]:
-    """Convert a trained ResNet, and write the folder of the GeoPrior ResNet.
+    """Convert a trained ResNet, write the folder of the GeoPrior ResNet, and return what results.json holds.
 
-    Args:
-        job: What is converted, and where to.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        GeoPriorError: The source, the images or the output are not what they must be; nothing was written.
+    GeoPriorError says that the source, the images or the output are not what they must be; nothing was written.
     """
     _check_output(job.output)
     if job.workers < 0:

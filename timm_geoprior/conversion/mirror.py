@@ -32,27 +32,16 @@ class MirrorError(GeoPriorError):
 
 @dataclass(frozen=True)
 class Mirror:
-    """How timm builds the GeoPrior ResNet of a network's shape.
-
-    Attributes:
-        architecture: Registered name, such as 'geoprior_resnet50'.
-        model_args: Options beside it, as config.json holds them; empty where the architecture is the network's own.
-        num_classes: Number of classes.
-        in_chans: Input channels.
-        global_pool: timm's name of the pooling.
-    """
-    architecture: str
+    """How timm builds the GeoPrior ResNet of a network's shape."""
+    architecture: str  # registered name, such as 'geoprior_resnet50'
+    # options beside it, as config.json holds them; empty where the architecture is the network's own
     model_args: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
     in_chans: int = 3
-    global_pool: str = 'avg'
+    global_pool: str = 'avg'  # timm's name of the pooling
 
     def create(self, **kwargs: Any) -> GeoPriorResNet:
-        """Build the network, with random weights.
-
-        Args:
-            **kwargs: Further options of `timm.create_model`, in place of these.
-        """
+        """Build the network, with random weights; further options of `timm.create_model` take the place of these."""
         options = {**self.model_args, 'num_classes': self.num_classes, 'in_chans': self.in_chans,
                    'global_pool': self.global_pool, **kwargs}
         return cast(GeoPriorResNet, timm.create_model(self.architecture, **options))
@@ -70,14 +59,10 @@ def value_dim(block: nn.Module) -> int:
 
 
 def value_channels(width: int, share: float) -> int:
-    """Value channels of a 3x3 layer.
+    """Value channels of a 3x3 layer with `width` output channels.
 
-    Args:
-        width: The layer's output channels.
-        share: Of them that are to be value channels.
-
-    Returns:
-        The multiple of 8 that is nearest to the share, at least 8; 0 for a share of 0, and where 8 were more than half.
+    They are the multiple of 8 that is nearest to the share of them, at least 8; 0 for a share of 0, and where 8 were
+    more than half.
     """
     return max(8 * round(width * share / 8), 8) if share and width >= 16 else 0
 

@@ -35,12 +35,7 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 
 def readme(results: dict[str, Any], name: str) -> str:
-    """The text of README.md.
-
-    Args:
-        results: What results.json holds.
-        name: The folder's name.
-    """
+    """The text of README.md, by what results.json holds and the folder's name."""
     source, images = results['source'], results.get('images')
     how = f'least squares on {images["fit"]["images"]:,} images' if images else 'in closed form, without an image'
     origin = ', '.join(f'{title} `{source[key]}`' for key, title in (

@@ -40,21 +40,14 @@ RADII = tuple(2.0 ** (step / 4) for step in (-2, -1, 0, 1, 2))  # times the clos
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What a layer was fitted to.
-
-    Attributes:
-        name: Name of the block.
-        value_dim: Channels that the attention computes.
-        radius: Radius in cells of the undilated grid.
-        lost: Share of those channels' energy that the attention misses, behind norm and activation, weighted as the
-            next convolution weighs it.
-        output: Share of the block's output energy that is not the source's.
-    """
-    name: str
-    value_dim: int
-    radius: float
+    """What a layer was fitted to."""
+    name: str  # name of the block
+    value_dim: int  # channels that the attention computes
+    radius: float  # radius in cells of the undilated grid
+    # share of those channels' energy that the attention misses, behind norm and activation, weighted as the next
+    # convolution weighs it
     lost: float
-    output: float
+    output: float  # share of the block's output energy that is not the source's
 
 
 class _Inputs:
@@ -83,12 +76,7 @@ class _Inputs:
 
 @torch.no_grad()
 def activation_bytes(model: GeoPriorResNet, input_size: tuple[int, int, int]) -> int:
-    """Bytes that each image takes in the temporary files: the largest map from the first attention layer's block on.
-
-    Args:
-        model: The network to fit.
-        input_size: Size of the images, (channels, height, width).
-    """
+    """Bytes that each image takes in the temporary files: the largest map from the first attention layer's block on."""
     seen: list[int] = []
     start = _first(model)
     hooks = [block.register_forward_hook(lambda module, args, output: seen.append(max(args[0].numel(), output.numel())))

@@ -16,13 +16,7 @@ class Moments:
     """
 
     def __init__(self, parts: int, inputs: int, outputs: int, device: torch.device | None = None) -> None:
-        """
-        Args:
-            parts: Number of parts.
-            inputs: Input channels.
-            outputs: Output channels.
-            device: Where the sums are kept.
-        """
+        """Sums of so many parts, input channels and output channels."""
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(parts, *shape, dtype=torch.float64, device=device)
 

@@ -38,18 +38,13 @@ class ConversionError(GeoPriorError):
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """A bottleneck whose 3x3 layer has attention channels, and where it stands in the network.
-
-    Attributes:
-        prefix: What the names of its weights begin with, as 'layer2.0.'.
-        block: The bottleneck.
-        map_size: Height and width of the 3x3 layer's input in cells, at the input size of the model's pretrained_cfg.
-        stride: The 3x3 layer's stride. Map and stride are those of the network without `output_stride`, so that the
-            weights do not depend on it.
-    """
-    prefix: str
-    block: Any
+    """A bottleneck whose 3x3 layer has attention channels, and where it stands in the network."""
+    prefix: str  # what the names of its weights begin with, as 'layer2.0.'
+    block: Any  # the bottleneck
+    # height and width of the 3x3 layer's input in cells, at the input size of the model's pretrained_cfg
     map_size: tuple[int, int]
+    # the 3x3 layer's stride. Map and stride are those of the network without `output_stride`, so that the weights do
+    # not depend on it
     stride: int
 
     @property
@@ -65,11 +60,7 @@ class AttentionBlock:
 
 
 def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
-    """The bottlenecks of a GeoPriorResNet that have attention channels, in its order.
-
-    Args:
-        model: The model.
-    """
+    """The bottlenecks of a GeoPriorResNet that have attention channels, in its order."""
     _, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or IMAGE_SIZE
     for stage in range(1, 5):
         for index, block in enumerate(model.get_submodule(f'layer{stage}').children()):
@@ -83,12 +74,7 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
 
 
 def is_plain_resnet(state_dict: Mapping[str, Any], model: nn.Module) -> bool:
-    """Whether a state dict has a plain 3x3 convolution where the model has an attention layer, and no attention.
-
-    Args:
-        state_dict: The state dict.
-        model: A GeoPriorResNet.
-    """
+    """Whether a state dict has a plain 3x3 convolution where the GeoPriorResNet has attention, and no attention."""
     blocks = [item.prefix for item in attention_blocks(model)]
     return (any(f'{prefix}conv2.weight' in state_dict for prefix in blocks)
             and not any(key.startswith(f'{prefix}conv2.attn.') for key in state_dict for prefix in blocks))
@@ -175,18 +161,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """Convert a plain ResNet's state dict while timm loads it, and leave a GeoPrior one as it is.
 
     timm's `pretrained_filter_fn`. With another number of classes timm loads what fits and says nothing of the rest, so
-    every name and shape is checked here. Only the classifier and the first convolution's input channels may differ,
-    which timm adapts itself.
-
-    Args:
-        state_dict: What timm has read.
-        model: The GeoPriorResNet that is to load it.
-
-    Returns:
-        The model's state dict.
-
-    Raises:
-        ConversionError: It is neither, or of another ResNet.
+    every name and shape is checked here, and ConversionError raised for another ResNet. Only the classifier and the
+    first convolution's input channels may differ, which timm adapts itself.
     """
     if not any(True for _ in attention_blocks(model)) or any('.conv2.attn.' in key for key in state_dict):
         return state_dict
@@ -253,12 +229,7 @@ def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int
 
 
 def layer_models(item: AttentionBlock, block: Mapping[str, Tensor]) -> tuple[LayerModel, FollowingLayers]:
-    """What the closed form knows of a plain bottleneck.
-
-    Args:
-        item: The bottleneck that is to have its attention.
-        block: The plain bottleneck's weights by their names in it, as 'conv2.weight'.
-    """
+    """What the closed form knows of a plain bottleneck, whose weights go by their names in it, as 'conv2.weight'."""
     inputs = InputModel.behind_norm(block['bn1.weight'], block['bn1.bias'], item.block.act1)
     layer = LayerModel(block['conv2.weight'], inputs, item.map_size, item.stride, item.attn.kernel)
     scale = block['bn3.weight'].double().cpu() / (block['bn3.running_var'].double().cpu() + item.block.bn3.eps).sqrt()
@@ -272,14 +243,10 @@ def _fit_block(item: AttentionBlock, block: Mapping[str, Tensor]) -> LayerFit:
 
 
 def apply_fit(block: Mapping[str, Tensor], fit: LayerFit) -> dict[str, Tensor]:
-    """Put a fit into the weights of a bottleneck.
+    """Put the fit of its 3x3 convolution into the weights of a plain bottleneck.
 
-    Args:
-        block: The plain bottleneck's weights by their names in it, as 'conv2.weight'.
-        fit: The fit of its 3x3 convolution.
-
-    Returns:
-        The weights that replace 'conv2.weight' and those that change, by their names in the GeoPrior bottleneck.
+    They go by their names in it, as 'conv2.weight'. Returned are those that replace 'conv2.weight' and those that
+    change, by their names in the GeoPrior bottleneck.
     """
     conv2, conv3 = block['conv2.weight'], block['conv3.weight']
     replaced = torch.zeros(len(conv2), dtype=torch.bool).index_fill(0, fit.channels, True)

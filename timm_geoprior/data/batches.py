@@ -127,14 +127,10 @@ class FolderLoader:
             workers: int = 2,
             max_corrupt: int = 10,
     ) -> None:
-        """
-        Args:
-            dataset: One of timm's `create_dataset`, with a reader that has an index.
-            make_transform: Gives the training transform for a size in pixels.
-            config: Batch size, seed, this process and its device.
-            repeats: Repeated augmentation: how often each image of an epoch's share is augmented, 0 for once.
-            workers: Processes that decode.
-            max_corrupt: Different unreadable images after which the run stops.
+        """Batches of one of timm's data sets with an index; `make_transform` gives the training transform for a size.
+
+        `repeats` is how often each image of an epoch's share is augmented (repeated augmentation), 0 for once. More
+        than `max_corrupt` different unreadable images stop the run.
         """
         self.batches = _EpochBatches(len(dataset), config, repeats)
         self.device = config.device
@@ -148,11 +144,7 @@ class FolderLoader:
         return len(self.batches)
 
     def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of one epoch, as `MemoryLoader.epoch` gives them.
-
-        Raises:
-            CorruptImagesError: More than `max_corrupt` images could not be read.
-        """
+        """Batches of one epoch, as `MemoryLoader.epoch` gives them."""
         self.batches.epoch, self.batches.size, self.batches.first_batch = epoch, size, first_batch
         turned = 0
         for images, targets, bad, turned_here in self.loader:

@@ -50,8 +50,7 @@ ALIKE = 0.1  # of the plain network's reach, that two receptive fields differ by
 def effective_field(model: nn.Module, images: Tensor) -> Tensor:
     """The effective receptive field of the last map's central position, for inputs of shape (B, 3, H, W).
 
-    Returns:
-        Mean over the images of the gradient's magnitude, summed over the colours, shape (H, W).
+    It is the mean over the images of the gradient's magnitude, summed over the colours, shape (H, W).
     """
     images = images.clone().requires_grad_()
     features = model.forward_features(images)  # type: ignore[operator]
@@ -194,16 +193,9 @@ def _draw_fields(panels: Sequence[Axes], model: nn.Module, view: View, windows: 
 
 def draw_explanation(
         classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
-    """Draw what a network attends to in a picture, on a figure for slides of 16:9.
+    """Draw what a `GeoPriorResNet` attends to in a picture in mode 'RGB', on a figure for slides of 16:9.
 
-    Args:
-        classifier: Its model is a `GeoPriorResNet`.
-        image: In mode 'RGB'.
-        point: Where its windows are drawn, x and y in pixels of the picture, from its top left corner; None for the
-            middle.
-
-    Raises:
-        GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
+    Its windows are drawn at a point, x and y in pixels of the picture from its top left corner, or in the middle.
     """
     view = view_of(classifier, image.size)
     place = to_input(view, image.size, point)
@@ -223,11 +215,7 @@ def draw_explanation(
 
 
 def check_output(path: Path) -> None:
-    """Find out whether a figure may go there, before anything is computed.
-
-    Raises:
-        GeoPriorError: matplotlib writes no such file, or the folder does not exist.
-    """
+    """Find out before anything is computed whether a figure may go there."""
     if path.suffix.removeprefix('.').lower() not in Figure().canvas.get_supported_filetypes():
         raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}. Name another.')
     if not path.parent.is_dir():

@@ -128,12 +128,8 @@ def _read(path: Path) -> dict[str, Any]:
 def take_prefix_off(state_dict: Mapping[str, Tensor], names: Collection[str]) -> tuple[dict[str, Tensor], str]:
     """Find a network's tensors below a prefix, as Lightning saves those of `self.model` below 'model.'.
 
-    Args:
-        state_dict: Tensors by name.
-        names: Names of the network's own tensors.
-
-    Returns:
-        The tensors below the prefix with which most names are found, and that prefix; '' and all where none helps.
+    Returned are the tensors below the prefix with which most names are found, and that prefix; all and '' where none
+    helps.
     """
     known = set(names)
     prefixes = {'': 0} | {name[:match.end()]: 0 for name in state_dict for match in re.finditer(r'\.', name)}

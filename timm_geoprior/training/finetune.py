@@ -64,13 +64,8 @@ class Job(RunConfig):
 def finetune(job: Job) -> dict[str, Any]:
     """Train, choose the best epoch, and leave a folder that timm loads.
 
-    Returns:
-        The run's results, as in results.json, with the figures of the finished folder under 'measured'.
-
-    Raises:
-        GeoPriorError: The folder holds too little, the model cannot be loaded, the output is in the way, or whatever
-            else stops a run.
-        SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
+    Returned are the run's results, as in results.json, with the figures of the finished folder under 'measured'. On
+    SIGTERM and Ctrl-C the process ends after a checkpoint.
     """
     # what is wrong with images is found before, and again when they are read
     job = replace(job, tell=once(job.tell), command=resuming_command())

@@ -54,9 +54,6 @@ def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSpl
     """Open a split in which each class stands once: timm takes all folders there are for one that it does not find.
 
     The split's name may be another name of it, in any case, or '' for class folders without splits.
-
-    Raises:
-        GeoPriorError: There is no such folder, or it has no images, or a class twice.
     """
     if not config.data_dir.is_dir():
         raise GeoPriorError(f'{config.data_dir} must be a folder with a folder {split} in it. Check --data-dir.')
@@ -89,17 +86,9 @@ def _open_measured(config: RunConfig, names: tuple[str, ...]) -> DataSplit:
 
 def open_training_data(
         recipe: Recipe, config: RunConfig, share: LoaderConfig, decoded: ImageTensors | None = None) -> TrainingData:
-    """Open the data of a run.
+    """Open the data of a run, of which this process takes a share.
 
-    Args:
-        recipe: Says how it is read, augmented and split.
-        config: Says where it is.
-        share: What this process takes of it.
-        decoded: The images of the training split where a recipe holds them in memory; decoded anew where it is None.
-
-    Raises:
-        GeoPriorError: No images where `config` says, classes that stand twice or differ, more images held out of a
-            class than it has, more unreadable ones than `config` allows, or an augmentation that timm cannot make.
+    Where a recipe holds the images of the training split in memory, they may be `decoded` before.
     """
     found = open_images(config, config.train_split, recipe.needs_labels or not config.class_names)
     if config.class_names:
@@ -181,8 +170,7 @@ def _from_files(
 def model_cfg(name: str) -> dict[str, Any]:
     """timm's configuration of a model, with the normalisation that its weights expect; empty where timm has none.
 
-    Args:
-        name: An architecture, with or without a tag, or `local-dir:` or `hf-hub:` and a place, which says it itself.
+    A `local-dir:` or `hf-hub:` name's place says it itself.
     """
     if ':' in name:
         with torch.device('meta'):
