@@ -77,6 +77,10 @@ def _print_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
         print('  '.join(cells).rstrip())
 
 
+def _radii(values: Sequence[float], digits: int) -> str:
+    return ', '.join(f'{value:.{digits}f}' for value in values)
+
+
 def _fields(value: dict[str, Any], indent: str = '') -> Iterator[str]:
     """Lines of `key: value`, deeper ones indented; what is not known yet is left out."""
     for key, item in value.items():
@@ -157,11 +161,7 @@ def _info(args: argparse.Namespace) -> int:
     model = timm.create_model(entry.name, pretrained=True)
     rows = [('attention layer', 'map', 'radius in cells', 'relative to the map')]
     for layer in learned_radii(model, entry.input.input_size):
-        rows.append((
-            layer.name, f'{layer.height} x {layer.width}',
-            ', '.join(f'{radius:.3f}' for radius in layer.cells),
-            ', '.join(f'{radius:.3f}' for radius in layer.relative),
-        ))
+        rows.append((layer.name, f'{layer.height} x {layer.width}', _radii(layer.cells, 3), _radii(layer.relative, 3)))
     print()
     _print_table(rows)
     return 0
@@ -354,11 +354,8 @@ def _print_layers(name: str) -> int:
     rows = [('attention layer', 'map', 'a cell in px', 'radius in cells', 'radius in px')]
     for layer in learned_radii(model, size):
         pixels = height / layer.height
-        rows.append((
-            layer.name, f'{layer.height} x {layer.width}', f'{pixels:g}',
-            ', '.join(f'{radius:.2f}' for radius in layer.cells),
-            ', '.join(f'{radius * pixels:.1f}' for radius in layer.cells),
-        ))
+        rows.append((layer.name, f'{layer.height} x {layer.width}', f'{pixels:g}', _radii(layer.cells, 2),
+                     _radii([radius * pixels for radius in layer.cells], 1)))
     if len(rows) == 1:
         raise GeoPriorError(f'The model must be a GeoPrior ResNet, got {name}, which has no attention layers. '
                             f'Choose another with --model.')

@@ -165,15 +165,6 @@ def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
         return (gr.skip(),) * 4
 
 
-def _upload(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
-    """Show an uploaded picture, and empty the field it was dropped into for the next."""
-    return None, *_open(path, name, window)
-
-
-def _pick(index: int, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
-    return _open(str(SAMPLES[index]), name, window)
-
-
 def _click(shown: _Shown, name: str, window: dict[str, bool], event: gr.SelectData) -> tuple[Any, ...]:
     """Draw the windows at another point, and the cross there."""
     try:
@@ -232,8 +223,10 @@ def build(model: str | None = None) -> gr.Blocks:
                 gr.Markdown(LEGEND, elem_id='legend')
         outputs = [shown, picture, guesses, windows]
         page.load(lambda *inputs: _open(str(SAMPLES[0]), *inputs), [tag, window], outputs, js=WINDOW_JS)
-        samples.click(_pick, [samples, tag, window], outputs, js=WINDOW_JS)
-        file.upload(_upload, [file, tag, window], [file, *outputs], js=WINDOW_JS)
+        samples.click(lambda index, *inputs: _open(str(SAMPLES[index]), *inputs), [samples, tag, window], outputs,
+                      js=WINDOW_JS)
+        # the field that a picture was dropped into is emptied for the next
+        file.upload(lambda *inputs: (None, *_open(*inputs)), [file, tag, window], [file, *outputs], js=WINDOW_JS)
         picture.select(
             _click, [shown, tag, window], [shown, picture, windows], js=WINDOW_JS,
             trigger_mode='always_last', show_progress='hidden'  # who clicks about wants no flicker, and the last one

@@ -45,13 +45,10 @@ def _hex(digits: int) -> tuple[Callable[[str], object], str]:
     return re.compile(f'[0-9a-f]{{{digits}}}').fullmatch, f'{digits} lower-case hexadecimal digits'
 
 
-def _above_0(value: float) -> bool:
-    return value > 0
-
-
 # what the values of a key must be beyond their type, wherever in the file it stands
 _RULES: dict[str, tuple[Callable[[Any], object], str]] = {
-    **dict.fromkeys(('num_classes', 'num_images', 'img_size', 'parameters', 'bytes'), (_above_0, 'above 0')),
+    **dict.fromkeys(('num_classes', 'num_images', 'img_size', 'parameters', 'bytes'),
+                    (lambda value: value > 0, 'above 0')),
     **dict.fromkeys(('epochs', 'hours', 'seed'), (lambda value: value >= 0, '0 or more')),
     'crop_pct': (lambda value: 0 < value <= 1, 'a share above 0 and up to 1'),
     'input_size': (lambda sizes: min(sizes) > 0, 'sizes above 0 (channels, height, width)'),

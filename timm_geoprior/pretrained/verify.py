@@ -67,62 +67,61 @@ def verify_tags(names: Iterable[str] = ()) -> list[Check]:
         entry for entry in manifest.tags.values() if entry.has_weights and entry.sha256]
     for entry in entries:
         require_weights(entry)
-    return [check for entry in entries for check in _checks(entry)]
+    return [Check(entry.name, *found) for entry in entries for found in _checks(entry)]
 
 
-def _checks(entry: ModelEntry) -> Iterator[Check]:
+def _checks(entry: ModelEntry) -> Iterator[tuple[str, bool | None, str]]:
+    """What of a tag is checked, and what came of it, as `Check` has it."""
     path = bundled_path(entry)
     if entry.status == 'converted' and entry.sha256 is None:
-        yield Check(entry.name, 'source', None, f'{entry.hub_id} is not pinned: the manifest has no hash of it')
+        yield 'source', None, f'{entry.hub_id} is not pinned: the manifest has no hash of it'
         return
     if entry.status == 'bundled' or path.exists():
-        yield _file_check(entry, 'bundled file', path)
+        yield 'bundled file', *_check_file(entry, path)
     if entry.hub_id:
         cached = weights_asset(entry).cached()
-        yield (_file_check(entry, 'cached file', cached) if cached
-               else Check(entry.name, 'cached file', None, 'not in the cache'))
-        yield _hub_check(entry)
+        yield 'cached file', *(_check_file(entry, cached) if cached else (None, 'not in the cache'))
+        yield 'file on the Hub', *_check_hub(entry)
     if entry.golden:
-        yield _golden_check(entry)
+        yield 'golden outputs', *_check_golden(entry)
 
 
-def _file_check(entry: ModelEntry, what: str, path: Path) -> Check:
+def _check_file(entry: ModelEntry, path: Path) -> tuple[bool, str]:
     try:
         check_file(entry, path)
     except WeightsError as error:
-        return Check(entry.name, what, False, str(error))
-    return Check(entry.name, what, True, f'{entry.bytes:,} bytes, sha256 {entry.sha256}')
+        return False, str(error)
+    return True, f'{entry.bytes:,} bytes, sha256 {entry.sha256}'
 
 
-def _hub_check(entry: ModelEntry) -> Check:
+def _check_hub(entry: ModelEntry) -> tuple[bool | None, str]:
     """What the Hub says it would send, without fetching it."""
-    what = 'file on the Hub'
     if constants.HF_HUB_OFFLINE:
-        return Check(entry.name, what, None, 'HF_HUB_OFFLINE is set')
+        return None, 'HF_HUB_OFFLINE is set'
+    place = f'{entry.hub_id} at {entry.revision}'
     try:
         found = get_hf_file_metadata(hf_hub_url(str(entry.hub_id), str(entry.file), revision=entry.revision))
     except Exception as error:
-        return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision}: {describe_hub_error(error)}.')
+        return False, f'{place}: {describe_hub_error(error)}.'
     if (found.etag, found.size) != (entry.sha256, entry.bytes):
-        return Check(entry.name, what, False, f'{entry.hub_id} at {entry.revision} must have {entry.bytes} bytes and '
-                     f'the sha256 {entry.sha256}, got {found.size} and {found.etag}.')
-    return Check(entry.name, what, True, f'{entry.hub_id} at {entry.revision}')
+        return False, (f'{place} must have {entry.bytes} bytes and the sha256 {entry.sha256}, got {found.size} and '
+                       f'{found.etag}.')
+    return True, place
 
 
-def _golden_check(entry: ModelEntry) -> Check:
+def _check_golden(entry: ModelEntry) -> tuple[bool, str]:
     """The whole way that a user goes: timm's own call, then the fixed input, on the CPU in each precision."""
     try:
         golden = load_golden(entry)
         model = timm.create_model(entry.name, pretrained=True)
     except WeightsError as problem:
-        return Check(entry.name, 'golden outputs', False, str(problem))
+        return False, str(problem)
     # each from the weights as they were loaded: float16 would round a bfloat16 made after it
     errors = {name: golden_error(copy.deepcopy(model).to(getattr(torch, name)), golden) for name in GOLDEN_TOLERANCES}
     found = ', '.join(f'{errors[name]:.1e} in {name} (tolerance {at_most:.0e})'
                       for name, at_most in GOLDEN_TOLERANCES.items())
-    return Check(
-        entry.name, 'golden outputs', all(errors[name] <= at_most for name, at_most in GOLDEN_TOLERANCES.items()),
-        f'logits differ, as shares of the largest, by {found}')
+    return (all(errors[name] <= at_most for name, at_most in GOLDEN_TOLERANCES.items()),
+            f'logits differ, as shares of the largest, by {found}')
 
 
 def doctor() -> dict[str, Any]:
@@ -160,8 +159,7 @@ def _load_report(entry: ModelEntry) -> str:
     if not entry.has_weights:
         return f'{entry.status}, no weights'
     if not bundled_path(entry).exists() and entry.hub_id and not weights_asset(entry).cached():
-        check = _hub_check(entry)
-        return f'{entry.status}, not in the cache; the file on the Hub: {check.detail}'
+        return f'{entry.status}, not in the cache; the file on the Hub: {_check_hub(entry)[1]}'
     try:
         load_verified(entry)
     except WeightsError as error:

@@ -28,19 +28,9 @@ from ..evaluation.metrics import count_correct
 from ..files import first_line, write_json
 from ..progress import Progress, handled_signals
 from ..provenance import git_commit, hardware, versions
-from . import report
+from . import parts, report
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint
 from .loaders import TrainingData, open_training_data
-from .parts import (
-    build_mixup,
-    build_model,
-    build_optimizer,
-    build_schedule,
-    build_task,
-    build_teacher,
-    check_recipe,
-    radii_in_cells,
-)
 from .recipe import Recipe, RunConfig
 from .recovery import start_from_folder
 
@@ -54,7 +44,7 @@ class Trainer:
         """Prepare it; `decoded` is what `open_training_data` takes."""
         recipe, config, note = start_from_folder(recipe, config)
         self.recipe, self.config = recipe, config
-        check_recipe(recipe)
+        parts.check_recipe(recipe)
         _check_config(config)
         self._join()
         if note and self.rank == 0:
@@ -122,7 +112,7 @@ class Trainer:
         """Batch norm has no statistics of a single value, which a single image is where the last map is one cell."""
         size = min(self.recipe.size_at(epoch) for epoch in range(self.recipe.epochs))
         with torch.device('meta'):
-            model = build_model(self.recipe, 2).train()
+            model = parts.build_model(self.recipe, 2).train()
             try:
                 model(torch.empty(1, 3, size, size))
             except ValueError as error:
@@ -147,9 +137,9 @@ class Trainer:
             self.model = convert_sync_batchnorm(self.model)
         self.ema = ModelEmaV3(
             self.model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup) if recipe.model_ema else None
-        self.optimizer = build_optimizer(recipe, self.model)
-        self.schedule = build_schedule(recipe, self.optimizer, self.updates_per_epoch)
-        self.mixup = build_mixup(recipe, classes)
+        self.optimizer = parts.build_optimizer(recipe, self.model)
+        self.schedule = parts.build_schedule(recipe, self.optimizer, self.updates_per_epoch)
+        self.mixup = parts.build_mixup(recipe, classes)
         half = recipe.amp and recipe.amp_dtype == 'float16'
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         network, self.replica = self.model, None
@@ -159,9 +149,9 @@ class Trainer:
         # sizes are few and fixed: a graph for each is faster than a dynamic one
         self.network: Any = torch.compile(network, dynamic=False) if recipe.torchcompile else network
         teacher = _load(
-            lambda: build_teacher(recipe, classes).to(self.device), f'The teacher {recipe.teacher}'
+            lambda: parts.build_teacher(recipe, classes).to(self.device), f'The teacher {recipe.teacher}'
         ) if recipe.teacher else None
-        self.task = build_task(recipe, self.network, teacher, self.device)
+        self.task = parts.build_task(recipe, self.network, teacher, self.device)
 
     def _start(self, classes: int) -> nn.Module:
         """The model with the weights that it starts from."""
@@ -172,7 +162,7 @@ class Trainer:
             if start.note and self.rank == 0:
                 self.config.tell(start.note)
         model: nn.Module = _load(
-            lambda: build_model(self.recipe, classes, finetune == 'pretrained', start),
+            lambda: parts.build_model(self.recipe, classes, finetune == 'pretrained', start),
             self.recipe.model if finetune in ('', 'pretrained') else f'--finetune {finetune}')
         return model
 
@@ -288,7 +278,7 @@ class Trainer:
             'epochs': self.epoch, 'images_per_epoch': self.updates_per_epoch * self.recipe.batch_size,
             'parameters': sum(p.numel() for p in self.model.parameters()),
             'last': self.history[-1] if self.history else {}, 'best': self.best,
-            'radii': radii_in_cells(self.model), 'hours': round(self.seconds / 3600, 3),
+            'radii': parts.radii_in_cells(self.model), 'hours': round(self.seconds / 3600, 3),
             'hardware': hardware(self.device), 'versions': versions(), 'commit': self.commit,
         }
 
@@ -419,7 +409,7 @@ class Trainer:
         row['seconds'] = round(self.seconds, 1)
         row['images_per_second'] = round(
             self.updates_per_epoch * self.recipe.batch_size / max(self.seconds - before, 1e-9), 1)
-        row.update({f'radius.{name}': value for name, value in radii_in_cells(self.model).items()})
+        row.update({f'radius.{name}': value for name, value in parts.radii_in_cells(self.model).items()})
         self.history.append(row)
         self.epoch, self.update = self.epoch + 1, 0
         self.loss_sum.zero_()

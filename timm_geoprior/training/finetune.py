@@ -3,6 +3,7 @@
 Before: the folder is looked at, images are held out where no split is there for it, sizes are chosen. After: a folder
 that `timm.create_model('local-dir:...')` loads, measured as it is loaded from there, and a confusion matrix.
 """
+import functools
 import json
 import math
 import tempfile
@@ -25,7 +26,7 @@ from ..data.reading import EXTENSIONS
 from ..data.splits import SPLITS, folders_of_split
 from ..errors import EvaluationError, GeoPriorError
 from ..evaluation.evaluate import EvalConfig, evaluate, plan
-from ..evaluation.metrics import Predictions, confused_pairs, wilson_interval
+from ..evaluation.metrics import confused_pairs, wilson_interval
 from ..evaluation.models import load_model
 from ..files import drawable, first_line, save_figure, write_atomically, write_json
 from ..progress import resuming_command
@@ -67,8 +68,8 @@ def finetune(job: Job) -> dict[str, Any]:
     Returned are the run's results, as in results.json, with the figures of the finished folder under 'measured'. On
     SIGTERM and Ctrl-C the process ends after a checkpoint.
     """
-    # what is wrong with images is found before, and again when they are read
-    job = replace(job, tell=once(job.tell), command=resuming_command())
+    # each sentence once: what is wrong with images is found before, and again when they are read
+    job = replace(job, tell=functools.cache(job.tell), command=resuming_command())
     splits = find_splits(job.data_dir)
     for name in unused_folders(job.data_dir, splits):
         job.tell(f'{job.data_dir / name} is not used: it is no split, or has no class folders.')
@@ -89,18 +90,6 @@ def finetune(job: Job) -> dict[str, Any]:
     write_json(job.output / 'results.json', results)
     _tell_disk_use(job)
     return results
-
-
-def once(tell: Callable[[str], None]) -> Callable[[str], None]:
-    """Let each sentence through a single time."""
-    told = set()
-
-    def tell_once(text: str) -> None:
-        if text not in told:
-            told.add(text)
-            tell(text)
-
-    return tell_once
 
 
 # -- before ------------------------------------------------------------------------------------------------------------
@@ -294,7 +283,8 @@ def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
     outcome = evaluate(data, loaded, todo, settings).outcome
     predictions = outcome.predictions['float32']
     counts = outcome.counts['float32']
-    matrix = confusion_matrix(predictions, len(loaded.wnids))
+    matrix = np.zeros((len(loaded.wnids),) * 2, np.int64)
+    np.add.at(matrix, (predictions.target, predictions.predicted), 1)
     plot_confusion(matrix, loaded.wnids, job.output / 'confusion.png')
     return {
         'split': 'held out of training' if held_out else split, 'num_images': counts.num_images,
@@ -303,12 +293,6 @@ def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
         'confused': [{'class': row['wnid'], 'taken_for': row['predicted_wnid'], 'count': row['count']}
                      for row in confused_pairs(predictions, loaded.wnids, (), limit=5)],
     }
-
-
-def confusion_matrix(predictions: Predictions, classes: int) -> NDArray[np.int64]:
-    """How many images of each class were taken for which, shape (classes, classes), rows the true ones."""
-    pairs = predictions.target.astype(np.int64) * classes + predictions.predicted
-    return np.bincount(pairs, minlength=classes ** 2).reshape(classes, classes)
 
 
 def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path) -> None:
