@@ -25,9 +25,9 @@ from timm_geoprior.inference.classifier import load_classifier
 from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.manifest import SOURCES, ManifestError, Metric, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import doctor, verify_tags
-from timm_geoprior.release.pin import PinError, pin_sources, write_published_results
+from timm_geoprior.release.pin import pin_sources, write_published_results
 from timm_geoprior.release.publish import record_results
-from timm_geoprior.release.staging import PublishError, stage
+from timm_geoprior.release.staging import stage
 from timm_geoprior.training.checkpoint import SavedModel
 
 LARGE, TAG, REPO = 'geoprior_resnet50', 'geoprior_resnet50.from_a1_in1k', 'timm/resnet50.a1_in1k'
@@ -364,9 +364,10 @@ def test_pins_of_all_sources(hub, manifest):
 
 
 @pytest.mark.parametrize(('names', 'error', 'message'), [
-    (['geoprior_resnet14_nano'], PinError, 'The tags to pin must be converted ones, got geoprior_resnet14_nano.r64'),
+    (['geoprior_resnet14_nano'], GeoPriorError,
+     'The tags to pin must be converted ones, got geoprior_resnet14_nano.r64'),
     ([f'{LARGE}.from_nowhere'], ManifestError, f'must be one of {LARGE}'),
-    ([LARGE], PinError, f'{TAG} could not be pinned to {REPO}: the Hub answered 40[14]')])
+    ([LARGE], GeoPriorError, f'{TAG} could not be pinned to {REPO}: the Hub answered 40[14]')])
 def test_what_cannot_be_pinned(hub, manifest, names, error, message):
     before = manifest.read_bytes()
     with pytest.raises(error, match=message):
@@ -386,15 +387,15 @@ def results(path: Path, sha256: str, **changes) -> Path:
 
 
 def test_measured_figures_are_recorded_until_the_bytes_change(published, hub, manifest, plain, tmp_path, capsys):
-    with pytest.raises(PublishError, match=f'{TAG} must be pinned before its figures are recorded'):
+    with pytest.raises(GeoPriorError, match=f'{TAG} must be pinned before its figures are recorded'):
         record_results(load_manifest().get(TAG), results(tmp_path / 'a.json', '0' * 64), manifest)
     list(pin_sources([TAG], manifest))
     entry = load_manifest().get(TAG)
-    with pytest.raises(PublishError, match=f'must have figures of the weights with sha256 {entry.sha256}'):
+    with pytest.raises(GeoPriorError, match=f'must have figures of the weights with sha256 {entry.sha256}'):
         record_results(entry, results(tmp_path / 'a.json', '0' * 64), manifest)
-    with pytest.raises(PublishError, match='crop_pct in .* must be that of .*, got 0.875'):
+    with pytest.raises(GeoPriorError, match='crop_pct in .* must be that of .*, got 0.875'):
         record_results(entry, results(tmp_path / 'a.json', entry.sha256, crop_pct=0.875), manifest)
-    with pytest.raises(PublishError, match='--results alone must be figures of a converted tag'):
+    with pytest.raises(GeoPriorError, match='--results alone must be figures of a converted tag'):
         record_results(load_manifest().get('geoprior_resnet14_nano'), tmp_path / 'a.json', manifest)
     entry = record_results(entry, results(tmp_path / 'a.json', entry.sha256), manifest)
     assert entry.metrics == (
@@ -409,7 +410,7 @@ def test_measured_figures_are_recorded_until_the_bytes_change(published, hub, ma
 
 
 def test_nothing_of_a_converted_tag_is_published(tmp_path):
-    with pytest.raises(PublishError, match="must be a tag of the manifest's own, got one that is converted"):
+    with pytest.raises(GeoPriorError, match="must be a tag of the manifest's own, got one that is converted"):
         stage(load_manifest().get(LARGE), SavedModel({}), tmp_path / 'staged')
 
 

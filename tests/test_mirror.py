@@ -6,8 +6,9 @@ import timm
 import torch
 from torch import nn
 
-from timm_geoprior.conversion.mirror import MirrorError, blocks, mirror, value_channels, value_dim
+from timm_geoprior.conversion.mirror import blocks, mirror, value_channels, value_dim
 from timm_geoprior.conversion.state_dict import convert_state_dict
+from timm_geoprior.errors import GeoPriorError
 
 BASIC = r'resnet(10t|18d?|34d?|aa34d|blur18)'
 PLAIN = [name for name in timm.list_models(module='resnet')
@@ -107,14 +108,14 @@ def test_value_channels_are_multiples_of_8(width, share, channels):
     ('geoprior_resnet50', {}, r'must be a plain ResNet, got a GeoPrior ResNet \(layer2\.0 has attention already\)'),
 ])
 def test_other_networks_are_refused_by_name(name, kwargs, message):
-    with pytest.raises(MirrorError, match=message):
+    with pytest.raises(GeoPriorError, match=message):
         mirror(on_meta(name, **kwargs), name)
 
 
 def test_a_network_with_a_part_of_its_own_is_refused():
     source = timm.create_model('resnet26', num_classes=2)
     source.layer2[0].conv1.stride = (2, 2)  # as Caffe has it
-    with pytest.raises(MirrorError, match=r'got layer2\.0\.conv1 = Conv2d.* where the mirror has Conv2d'):
+    with pytest.raises(GeoPriorError, match=r'got layer2\.0\.conv1 = Conv2d.* where the mirror has Conv2d'):
         mirror(source, 'mine')
 
 
@@ -122,5 +123,5 @@ def test_activations_are_known_by_name():
     class Squared(nn.ReLU):
         pass
 
-    with pytest.raises(MirrorError, match='must have an activation that timm knows by name, got Squared'):
+    with pytest.raises(GeoPriorError, match='must have an activation that timm knows by name, got Squared'):
         mirror(timm.create_model('resnet26', act_layer=Squared, num_classes=2), 'mine')

@@ -26,7 +26,7 @@ from timm_geoprior.pretrained.loading import load_golden, load_verified
 from timm_geoprior.pretrained.manifest import ManifestError, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import golden_error
 from timm_geoprior.release.publish import bundle, push
-from timm_geoprior.release.staging import Evidence, PublishError, export_weights, read_staged, stage
+from timm_geoprior.release.staging import Evidence, export_weights, read_staged, stage
 from timm_geoprior.training.checkpoint import SavedModel, read_weights
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_any_name_of_a_recipe_fits_into_the_file(tmp_path, recipe):
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e5])
 def test_values_that_float16_cannot_hold_are_refused(tmp_path, value):
-    with pytest.raises(PublishError, match='values of w must be finite as torch.float16'):
+    with pytest.raises(GeoPriorError, match='values of w must be finite as torch.float16'):
         export_weights({'w': torch.full((2, 2), value)}, tmp_path / 'a.safetensors', {})
     assert list(tmp_path.iterdir()) == []
 
@@ -145,7 +145,7 @@ def test_experiments_go_into_the_card(run_folder, tmp_path):
     for content, reason in ((None, 'No such file or directory'), (b'\xff\xfe', 'it is not UTF-8')):
         if content:
             found.write_bytes(content)
-        with pytest.raises(PublishError, match=rf'comparison.md cannot be read \({reason}\)\. Name a Markdown file'):
+        with pytest.raises(GeoPriorError, match=rf'comparison.md cannot be read \({reason}\)\. Name a Markdown file'):
             stage(planned(), checkpoint, tmp_path / 'nano', Evidence(run=run_folder, experiments=[found]))
         assert not (tmp_path / 'nano').exists()
     found.write_text('| variant | mean |\n| --- | ---: |\n| prior | 12.50 |\n')
@@ -181,7 +181,7 @@ def test_the_baseline_is_the_figure_of_the_same_precision(staged, run_folder, tm
 ])
 def test_a_baseline_measured_otherwise_is_refused(staged, run_folder, tmp_path, preprocessing, counts, message):
     write_baseline(tmp_path / 'plain.json', preprocessing, **counts)
-    with pytest.raises(PublishError, match=message):
+    with pytest.raises(GeoPriorError, match=message):
         stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'nano',
               Evidence(run_folder / 'val.json', tmp_path / 'plain.json', run_folder))
     assert not (tmp_path / 'nano').exists()
@@ -232,7 +232,7 @@ def test_what_cannot_be_staged_leaves_nothing(staged, run_folder, tmp_path, chan
     checkpoint = read_weights(run / 'last.pt')
     changed = change(checkpoint, run)
     (tmp_path / 'out').mkdir()
-    with pytest.raises(PublishError, match=message):
+    with pytest.raises(GeoPriorError, match=message):
         stage(planned(), changed if isinstance(changed, SavedModel) else checkpoint, tmp_path / 'out' / 'nano',
               Evidence(run / 'val.json', run=run))
     assert list((tmp_path / 'out').iterdir()) == []
@@ -240,7 +240,7 @@ def test_what_cannot_be_staged_leaves_nothing(staged, run_folder, tmp_path, chan
 
 def test_a_folder_of_something_else_is_left_alone(run_folder, tmp_path):
     (tmp_path / 'photos').mkdir()
-    with pytest.raises(PublishError, match='which is no staged folder'):
+    with pytest.raises(GeoPriorError, match='which is no staged folder'):
         stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'photos')
     assert list(tmp_path.iterdir()) == [tmp_path / 'photos']
 
@@ -255,7 +255,7 @@ def test_a_changed_folder_is_not_released(staged, tmp_path, manifest, name, cont
     folder = tmp_path / 'nano'
     shutil.copytree(staged, folder)
     (folder / name).write_bytes(content) if content else (folder / name).unlink()
-    with pytest.raises(PublishError, match=message):
+    with pytest.raises(GeoPriorError, match=message):
         bundle(folder, manifest)
     assert load_manifest(manifest).get(NANO).status == 'planned'
 
@@ -490,7 +490,7 @@ def test_a_push_that_fails(hub, staged, manifest, login, waits, caplog, capfd, s
     before = manifest.read_bytes()
     caplog.set_level(logging.DEBUG)
     hub.fault(step, action, times=1000)
-    with pytest.raises(PublishError, match=message) as caught:
+    with pytest.raises(GeoPriorError, match=message) as caught:
         push(staged, 'owner/nano', manifest_file=manifest)
     assert f'{NANO} could not be pushed to owner/nano' in str(caught.value)
     assert 'run it again' in str(caught.value)
@@ -506,17 +506,17 @@ def test_other_bytes_that_come_back(hub, staged, manifest, login):
             hub.objects[content] = hub.objects[content][:-1] + b'?'
         return False
     hub.fault('HEAD /owner/nano/resolve', spoil)
-    with pytest.raises(PublishError, match=r'curves.png of owner/nano at \w{40} came back with other'):
+    with pytest.raises(GeoPriorError, match=r'curves.png of owner/nano at \w{40} came back with other'):
         push(staged, 'owner/nano', manifest_file=manifest)
     assert load_manifest(manifest).get(NANO).status == 'planned'
 
 
 def test_a_push_needs_a_token_that_may_write(hub, staged, manifest, monkeypatch):
-    with pytest.raises(PublishError, match='No Hub token found. Run `hf auth login`'):
+    with pytest.raises(GeoPriorError, match='No Hub token found. Run `hf auth login`'):
         push(staged, 'owner/nano', manifest_file=manifest)
     assert hub.requests == []
     monkeypatch.setenv('HF_TOKEN', 'hf_readtoken')
-    with pytest.raises(PublishError, match='answered 403: the token must have write rights') as caught:
+    with pytest.raises(GeoPriorError, match='answered 403: the token must have write rights') as caught:
         push(staged, 'owner/nano', manifest_file=manifest)
     assert 'readtoken' not in str(caught.value)
     assert load_manifest(manifest).get(NANO).status == 'planned'
@@ -527,7 +527,7 @@ def test_two_pushes_at_once(hub, staged, manifest, login, forkserver):
     running = [start(forkserver, _push, staged, manifest) for _ in range(2)]
     (won, no_problem), (lost, problem) = sorted((finish(*child) for child in running), key=lambda outcome: outcome[1])
     assert (no_problem, lost) == ('', None)
-    assert 'PublishError' in problem
+    assert 'GeoPriorError' in problem
     assert 'another commit came in between. The manifest is as it was; run it again' in problem
     assert len(hub.repos['owner/nano'].commits) == 2
     entry = load_manifest(manifest).get(NANO)

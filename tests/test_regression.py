@@ -6,11 +6,12 @@ import timm
 import torch
 from torch import nn
 
-from timm_geoprior.conversion.activations import ActivationError, Activations
+from timm_geoprior.conversion.activations import Activations
 from timm_geoprior.conversion.mirror import blocks, mirror
 from timm_geoprior.conversion.regression import PARTS, RADII, activation_bytes, refine
 from timm_geoprior.conversion.ridge import PENALTIES, Moments, choose_penalty, solve
 from timm_geoprior.conversion.state_dict import attention_blocks, convert_state_dict
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.layers import GeoPriorConv2d
 
 CPU = torch.device('cpu')
@@ -119,7 +120,7 @@ class TestActivations:
     @pytest.mark.parametrize(('value', 'got'), [
         (float('nan'), 'values that are not finite'), (float('inf'), 'values that are not finite'), (1e5, '1e+05')])
     def test_values_that_float16_cannot_hold_are_told(self, value, got, tmp_path):
-        with pytest.raises(ActivationError) as raised:
+        with pytest.raises(GeoPriorError) as raised:
             Activations(1, 10, tmp_path).write(0, torch.full((1, 10, 1, 1), value), 'the output of layer2.0')
         assert str(raised.value) == (
             f'The activations at the output of layer2.0 must be finite and within ±65,504, got {got}. Check the '
@@ -249,5 +250,5 @@ def test_the_temporary_files_are_as_large_as_was_said(trained, monkeypatch):
 def test_weights_that_give_nan_are_told(trained):
     source = copy.deepcopy(trained)
     source.conv1[0].weight.data[0, 0, 0, 0] = float('nan')
-    with pytest.raises(ActivationError, match='at the input of the first attention layer must be finite'):
+    with pytest.raises(GeoPriorError, match='at the input of the first attention layer must be finite'):
         refined(source, smooth_images(40, seed=1))

@@ -8,11 +8,7 @@ from torch import Tensor
 
 from ..errors import GeoPriorError
 
-__all__ = ['ActivationError', 'Activations']
-
-
-class ActivationError(GeoPriorError):
-    """Activations that cannot be kept: not finite, or no room for them."""
+__all__ = ['Activations']
 
 
 class Activations:
@@ -31,21 +27,21 @@ class Activations:
     def write(self, batch: int, maps: Tensor, place: str) -> None:
         """Keep a batch's maps, (N, C, H, W); messages name the place in the network.
 
-        Maps that are not finite or too large for float16, or for which there is no room, raise ActivationError.
+        Maps that are not finite or too large for float16, or for which there is no room, raise GeoPriorError.
         """
         half = maps.permute(0, 2, 3, 1).to('cpu', torch.float16).contiguous()
         if not half.isfinite().all():
             got = f'{maps.abs().max():.3g}' if maps.isfinite().all() else 'values that are not finite'
-            raise ActivationError(f'The activations at {place} must be finite and within ±65,504, got {got}. '
-                                  f'Check the weights of the source, and its mean and std.')
+            raise GeoPriorError(f'The activations at {place} must be finite and within ±65,504, got {got}. '
+                                f'Check the weights of the source, and its mean and std.')
         self.shapes[batch] = tuple(half.shape)
         try:
             self.file.seek(2 * batch * self.values)
             self.file.write(half.numpy().data)
             self.file.flush()
         except OSError as error:
-            raise ActivationError(f'The temporary file must hold {2 * self.batches * self.values:,} bytes, got '
-                                  f'{error.strerror}. Make room, set TMPDIR, or lower --limit.') from None
+            raise GeoPriorError(f'The temporary file must hold {2 * self.batches * self.values:,} bytes, got '
+                                f'{error.strerror}. Make room, set TMPDIR, or lower --limit.') from None
 
     def read(self, batch: int, device: torch.device) -> Tensor:
         """A batch's maps, (N, C, H, W), float32, in channels_last format."""

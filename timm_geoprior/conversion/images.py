@@ -14,14 +14,10 @@ from ..data.batches import generator
 from ..data.dataset import Chosen, DataOptions, DataSplit, open_split
 from ..errors import EvaluationError, GeoPriorError
 
-__all__ = ['FEWEST', 'ImageSets', 'ImagesError', 'PreparedImages', 'draw_images']
+__all__ = ['FEWEST', 'ImageSets', 'PreparedImages', 'draw_images']
 
 FEWEST = 10  # images, two of which are kept out
 HELD_OUT, MOST_HELD_OUT = 1 / 5, 1000
-
-
-class ImagesError(GeoPriorError):
-    """Images that nothing can be fitted to; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,9 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
     At most `limit` images are fitted to. A fifth of the folder's images is kept out, 1,000 at most.
     """
     if limit < FEWEST:
-        raise ImagesError(f'--limit must be at least {FEWEST}, got {limit}.')
+        raise GeoPriorError(f'--limit must be at least {FEWEST}, got {limit}.')
     if not folder.exists():
-        raise ImagesError(f'--images must be a folder of images, got {folder}, which does not exist. Check its name.')
+        raise GeoPriorError(f'--images must be a folder of images, got {folder}, which does not exist. Check its name.')
     try:
         data = open_split(folder, '', options=DataOptions(labelled=False))
     except EvaluationError:  # there is none
@@ -54,9 +50,9 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
     return ImageSets(data, order[held_out:][:limit], order[:held_out])
 
 
-def _too_few(folder: Path, count: int) -> ImagesError:
-    return ImagesError(f'{folder} must hold at least {FEWEST} images, got {count}. Add some, or leave out --images for '
-                       f'the closed form.')
+def _too_few(folder: Path, count: int) -> GeoPriorError:
+    return GeoPriorError(f'{folder} must hold at least {FEWEST} images, got {count}. Add some, or leave out --images '
+                         f'for the closed form.')
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class PreparedImages:
         """Images, (N, C, H, W), and labels, (N,), of each batch; images that cannot be read are left out.
 
         Raises:
-            ImagesError: More than half of them cannot be read.
+            GeoPriorError: More than half of them cannot be read.
         """
         channels, data = self.config['input_size'][0], self.sets.data
         images = Chosen(data.dataset, self.indices, data.labels[self.indices], create_transform(**self.config),
@@ -86,7 +82,7 @@ class PreparedImages:
             unreadable += len(names)
             self.sets.unreadable.update(names)
             if 2 * unreadable > len(self.indices):
-                raise ImagesError(f'Most images must be readable, got {unreadable} of {len(self.indices)} that are '
-                                  f'not, such as {names[0]}. Check the folder.')
+                raise GeoPriorError(f'Most images must be readable, got {unreadable} of {len(self.indices)} that are '
+                                    f'not, such as {names[0]}. Check the folder.')
             if len(labels):
                 yield batch, labels

@@ -38,7 +38,7 @@ from .readme import readme
 from .regression import PARTS, LayerFit, activation_bytes, refine
 from .state_dict import attention_blocks, convert_state_dict, layer_models
 
-__all__ = ['ConvertError', 'ConvertJob', 'convert']
+__all__ = ['ConvertJob', 'convert']
 
 BATCH_SIZE = 32
 WEIGHTS = 'model.safetensors'
@@ -46,10 +46,6 @@ CHECKPOINTS = ('.pt', '.pth', '.bin', '.safetensors', '.tar', '.ckpt')
 # of a pretrained_cfg: where the source's weights are, and what is written at the root of config.json
 _LEFT_OUT = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'label_names', 'label_descriptions',
              'architecture', 'custom_load', 'tag')
-
-
-class ConvertError(GeoPriorError):
-    """A network that cannot be converted here; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def convert(job: ConvertJob) -> dict[str, Any]:
     """
     _check_output(job.output)
     if job.workers < 0:
-        raise ConvertError(f'--workers must be 0 or more, got {job.workers}.')
+        raise GeoPriorError(f'--workers must be 0 or more, got {job.workers}.')
     device, _, _ = find_device(job.device)
     sets = draw_images(job.images, job.limit) if job.images else None
     started = time.perf_counter()
@@ -105,12 +101,12 @@ def convert(job: ConvertJob) -> dict[str, Any]:
 
 def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConvertError(f'{output} must be a new folder or an empty one, got '
-                           f'{"one that holds something" if output.is_dir() else "a file"}. Name another by --output.')
+        raise GeoPriorError(f'{output} must be a new folder or an empty one, got '
+                            f'{"one that holds something" if output.is_dir() else "a file"}. Name another by --output.')
     parent = next(parent for parent in output.resolve().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConvertError(f'{output} must be a folder that can be made, got {parent} above it, which is '
-                           f'{"not writable" if parent.is_dir() else "a file"}. Name another by --output.')
+        raise GeoPriorError(f'{output} must be a folder that can be made, got {parent} above it, which is '
+                            f'{"not writable" if parent.is_dir() else "a file"}. Name another by --output.')
 
 
 def _load_source(job: ConvertJob) -> LoadedModel:
@@ -212,8 +208,8 @@ def _new_folder(output: Path) -> Iterator[Path]:
         with handled_signals(leave, signal.SIGTERM), new_folder(output) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
-        raise ConvertError(f'{output} could not be written ({first_line(error)}). Make room, or name another by '
-                           f'--output.') from error
+        raise GeoPriorError(f'{output} could not be written ({first_line(error)}). Make room, or name another by '
+                            f'--output.') from error
 
 
 def _write_model(

@@ -18,16 +18,12 @@ from ..errors import GeoPriorError
 from ..geoprior_resnet import GeoPriorBottleneck, GeoPriorResNet
 from ..layers import GeoPriorConv2d
 
-__all__ = ['Mirror', 'MirrorError', 'blocks', 'mirror', 'value_channels', 'value_dim']
+__all__ = ['Mirror', 'blocks', 'mirror', 'value_channels', 'value_dim']
 
 SHARES = (0.0, 1 / 16, 3 / 32, 7 / 64)  # of each stage's 3x3 channels: 8, 24 and 56 of 128, 256 and 512
 ARCHITECTURES = ('geoprior_resnet50', 'geoprior_resnet101', 'geoprior_resnet152', 'geoprior_resnet14_nano')
 STAGES = ('layer1', 'layer2', 'layer3', 'layer4')
 BLOCKS = (Bottleneck, GeoPriorBottleneck)
-
-
-class MirrorError(GeoPriorError):
-    """A network that no GeoPrior ResNet can stand in for; the message says which part of it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def mirror(source: nn.Module, name: str = 'The network') -> Mirror:
         What to build.
 
     Raises:
-        MirrorError: It is another kind of network; the message names the part that has no GeoPrior counterpart.
+        GeoPriorError: It is another kind of network; the message names the part that has no GeoPrior counterpart.
 
     Examples:
         >>> with torch.device('meta'):
@@ -102,16 +98,16 @@ def mirror(source: nn.Module, name: str = 'The network') -> Mirror:
 
 def _check_kind(source: nn.Module, name: str) -> None:
     if not isinstance(source, ResNet):
-        raise MirrorError(f'{name} must be a ResNet of timm, got a {type(source).__name__}. '
-                          f'Take one such as resnet50, resnet50d or wide_resnet50_2.')
+        raise GeoPriorError(f'{name} must be a ResNet of timm, got a {type(source).__name__}. '
+                            f'Take one such as resnet50, resnet50d or wide_resnet50_2.')
     for place, block in blocks(source):
         if isinstance(getattr(block, 'conv2', None), GeoPriorConv2d):
-            raise MirrorError(f'{name} must be a plain ResNet, got a GeoPrior ResNet ({place} has attention already). '
-                              f'Use it as it is.')
+            raise GeoPriorError(f'{name} must be a plain ResNet, got a GeoPrior ResNet ({place} has attention '
+                                f'already). Use it as it is.')
         reason = _obstacle(block)
         if reason:
-            raise MirrorError(f'{name} must be a ResNet of bottleneck blocks with plain 3x3 convolutions and batch '
-                              f'norms, got {reason} in {place}. Take another source, such as resnet50.')
+            raise GeoPriorError(f'{name} must be a ResNet of bottleneck blocks with plain 3x3 convolutions and batch '
+                                f'norms, got {reason} in {place}. Take another source, such as resnet50.')
 
 
 def _obstacle(block: nn.Module) -> str:
@@ -173,16 +169,16 @@ def _act_name(act: nn.Module, name: str) -> str:
                 return known
         except KeyError:
             continue
-    raise MirrorError(f'{name} must have an activation that timm knows by name, got {type(act).__name__}. '
-                      f'Take another source, such as resnet50.')
+    raise GeoPriorError(f'{name} must have an activation that timm knows by name, got {type(act).__name__}. '
+                        f'Take another source, such as resnet50.')
 
 
 def _aa_name(stages: list[Any], name: str) -> str | None:
     layers = {type(block.aa) for stage in stages for block in stage if not isinstance(block.aa, nn.Identity)}
     names = {nn.AvgPool2d: 'avg', BlurPool2d: 'blur'}
     if len(layers) > 1 or layers - names.keys():
-        raise MirrorError(f'{name} must be smoothed by average or blur pooling, got '
-                          f'{", ".join(sorted(layer.__name__ for layer in layers))}. Take another source.')
+        raise GeoPriorError(f'{name} must be smoothed by average or blur pooling, got '
+                            f'{", ".join(sorted(layer.__name__ for layer in layers))}. Take another source.')
     return names[layers.pop()] if layers else None
 
 
@@ -208,8 +204,8 @@ def _check_same(source: nn.Module, made: Mirror, name: str) -> None:
     got, expected = _leaves(source), _leaves(plain)
     for place in [*got, *expected]:
         if got.get(place) != expected.get(place):
-            raise MirrorError(f"{name} must be built as timm's ResNet builds its networks, got {place} = "
-                              f'{got.get(place)} where the mirror has {expected.get(place)}. Take another source.')
+            raise GeoPriorError(f"{name} must be built as timm's ResNet builds its networks, got {place} = "
+                                f'{got.get(place)} where the mirror has {expected.get(place)}. Take another source.')
 
 
 def _leaves(model: nn.Module) -> dict[str, str]:

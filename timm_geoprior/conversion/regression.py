@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GeoPriorError
 from ..geoprior_resnet import GeoPriorResNet
 from ..layers import GeoPriorAttn2d, GeoPriorConv2d, mix_values
-from .activations import ActivationError, Activations
+from .activations import Activations
 from .closed_form import LayerFit as ClosedFormFit
 from .closed_form import LayerModel, correct
 from .mirror import blocks
@@ -113,7 +114,7 @@ def refine(
         One entry for each attention layer, front to back.
 
     Raises:
-        ActivationError: Activations are not finite, or there is no room for the temporary files.
+        GeoPriorError: Activations are not finite, or there is no room for the temporary files.
     """
     start, attention = _first(model), {item.prefix: item for item in attention_blocks(model)}
     inputs, layers = _enter(source, model, images, count, batch_size, start), []
@@ -146,7 +147,7 @@ def _enter(
         for kept in (inputs.source, inputs.model):
             kept.write(batch, x, 'the input of the first attention layer')
     if inputs is None:
-        raise ActivationError('There must be images to fit to, got none. Name a folder that has some.')
+        raise GeoPriorError('There must be images to fit to, got none. Name a folder that has some.')
     return inputs
 
 

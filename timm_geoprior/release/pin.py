@@ -19,17 +19,13 @@ from ..pretrained.cfgs import PUBLISHED_RESULTS
 from ..pretrained.download import PATIENCE, describe_hub_error
 from ..pretrained.manifest import SOURCES, ModelEntry, load_manifest, update_converted
 
-__all__ = ['PinError', 'pin_sources', 'write_published_results']
+__all__ = ['pin_sources', 'write_published_results']
 
 HEADER = """\
 # ImageNet-1k accuracies in percent that timm has published, from results/results-imagenet.csv of its repository, by
 # python -m timm_geoprior.release.pin results-imagenet.csv
 """
 COLUMNS = ('model', 'img_size', 'crop_pct', 'top1', 'top5')
-
-
-class PinError(GeoPriorError):
-    """A source cannot be pinned."""
 
 
 def pin_sources(names: Iterable[str] = (), manifest_file: Path | None = None) -> Iterator[str]:
@@ -45,7 +41,7 @@ def pin_sources(names: Iterable[str] = (), manifest_file: Path | None = None) ->
         entry for entry in manifest.tags.values() if entry.status == 'converted']
     for entry in entries:
         if entry.status != 'converted':
-            raise PinError(f'The tags to pin must be converted ones, got {entry.name}. Leave it out.')
+            raise GeoPriorError(f'The tags to pin must be converted ones, got {entry.name}. Leave it out.')
     for entry in entries:
         yield _pin(entry, manifest_file)
 
@@ -54,10 +50,11 @@ def _pin(entry: ModelEntry, manifest_file: Path | None) -> str:
     try:
         found = get_hf_file_metadata(hf_hub_url(str(entry.hub_id), str(entry.file)), timeout=PATIENCE)
     except Exception as error:
-        raise PinError(f'{entry.name} could not be pinned to {entry.hub_id}: {describe_hub_error(error)}.') from None
+        raise GeoPriorError(
+            f'{entry.name} could not be pinned to {entry.hub_id}: {describe_hub_error(error)}.') from None
     if not (found.commit_hash and found.etag and len(found.etag) == 64 and found.size):
-        raise PinError(f'{entry.name} could not be pinned: the Hub must give a commit, a SHA-256 and a size of '
-                       f'{entry.file} in {entry.hub_id}, got {found.commit_hash}, {found.etag} and {found.size}.')
+        raise GeoPriorError(f'{entry.name} could not be pinned: the Hub must give a commit, a SHA-256 and a size of '
+                            f'{entry.file} in {entry.hub_id}, got {found.commit_hash}, {found.etag} and {found.size}.')
     metrics = entry.metrics if found.etag == entry.sha256 else ()
     update_converted(manifest_file, entry.name, revision=found.commit_hash, sha256=found.etag, bytes=found.size,
                      metrics=metrics)

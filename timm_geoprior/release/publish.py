@@ -33,7 +33,6 @@ from .staging import (
     TRAIN_LOG,
     WEIGHTS,
     Evidence,
-    PublishError,
     check_loads,
     read_metrics,
     read_staged,
@@ -91,15 +90,15 @@ def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path |
     entry = read_staged(folder, manifest)
     check_bytes_stay(manifest, entry)  # before anything is sent, and again when the manifest is written
     if get_token() is None:
-        raise PublishError('No Hub token found. Run `hf auth login` or set HF_TOKEN.')
+        raise GeoPriorError('No Hub token found. Run `hf auth login` or set HF_TOKEN.')
     try:
         repo_id, revision = _commit(entry, folder, repo_id, public)
         _read_back(entry, folder, repo_id, revision)
-    except PublishError:
+    except GeoPriorError:
         raise
     except Exception as error:
-        raise PublishError(f'{entry.name} could not be pushed to {repo_id}: {_describe_push_error(error)}. '
-                           f'The manifest is as it was; run it again to go on.') from None
+        raise GeoPriorError(f'{entry.name} could not be pushed to {repo_id}: {_describe_push_error(error)}. '
+                            f'The manifest is as it was; run it again to go on.') from None
     entry = replace(entry, status='published', hub_id=repo_id, revision=revision)
     update_manifest(manifest_file, entry)
     return entry
@@ -129,8 +128,8 @@ def _read_back(entry: ModelEntry, folder: Path, repo_id: str, revision: str) -> 
             fetched = Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache))
             root = fetched.parent if name == WEIGHTS else root
             if fetched.read_bytes() != path.read_bytes():
-                raise PublishError(f'{name} of {repo_id} at {revision} came back with other bytes than were sent. The '
-                                   f'manifest is as it was; run it again.')
+                raise GeoPriorError(f'{name} of {repo_id} at {revision} came back with other bytes than were sent. The '
+                                    f'manifest is as it was; run it again.')
         check_loads(entry, root)
 
 
@@ -148,11 +147,11 @@ def _describe_push_error(error: Exception) -> str:
 def record_results(entry: ModelEntry, results: Path, manifest_file: Path | None = None) -> ModelEntry:
     """Take what `timm-geoprior validate` measured with a converted tag into the manifest."""
     if entry.status != 'converted':
-        raise PublishError(f'--results alone must be figures of a converted tag, got those of {entry.name}. '
-                           f'Stage a checkpoint with --results and --output.')
+        raise GeoPriorError(f'--results alone must be figures of a converted tag, got those of {entry.name}. '
+                            f'Stage a checkpoint with --results and --output.')
     if entry.sha256 is None:
-        raise PublishError(f'{entry.name} must be pinned before its figures are recorded, got no pin. '
-                           f'Run timm-geoprior pin {entry.name}, and validate it again.')
+        raise GeoPriorError(f'{entry.name} must be pinned before its figures are recorded, got no pin. '
+                            f'Run timm-geoprior pin {entry.name}, and validate it again.')
     metrics = read_metrics(results, entry, entry.name)
     return update_converted(manifest_file, entry.name, metrics=metrics).tags[entry.name]
 
@@ -243,7 +242,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
         elif args.checkpoint:
             _stage(args)
         elif (staged := read_staged(args.output, load_manifest()).name) != args.tag:
-            raise PublishError(f'{args.output} must hold {args.tag}, got {staged}. Name that tag, or another folder.')
+            raise GeoPriorError(f'{args.output} must hold {args.tag}, got {staged}. Name that tag, or another folder.')
         if args.bundle:
             _report(bundle(args.output, replace_weights=args.replace))
         if args.push and args.dry_run:

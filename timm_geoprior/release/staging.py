@@ -39,7 +39,7 @@ from ..radii import learned_radii
 from ..training.checkpoint import SavedModel, take_prefix_off
 from .cards import model_card, plot_radii
 
-__all__ = ['Evidence', 'PublishError', 'check_loads', 'export_weights', 'read_metrics', 'read_staged',
+__all__ = ['Evidence', 'check_loads', 'export_weights', 'read_metrics', 'read_staged',
            'release_tensors', 'stage']
 
 WEIGHTS, RESULTS, TRAIN_LOG, CURVES = 'model.safetensors', 'results.json', 'train_log.csv', 'curves.png'
@@ -49,10 +49,6 @@ ROUNDING_TOLERANCE = 2e-2  # of the largest logit, for weights rounded to float1
 
 # what a network may be trained with and still be its architecture
 TRAINING_OPTIONS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'attn_radius', 'zero_init_last', 'num_classes'}
-
-
-class PublishError(GeoPriorError):
-    """A model cannot be staged, bundled or pushed; nothing was released."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,8 @@ def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         dtype = torch.float32 if tensor.ndim < 2 else torch.float16
         copied = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
         if not copied.isfinite().all():
-            raise PublishError(f'The values of {name} must be finite as {dtype}, got some that are not. The training '
-                               f'has diverged: take an earlier checkpoint, or train with a lower lr.')
+            raise GeoPriorError(f'The values of {name} must be finite as {dtype}, got some that are not. The training '
+                                f'has diverged: take an earlier checkpoint, or train with a lower lr.')
         released[name] = copied.contiguous().clone()
     return released
 
@@ -113,18 +109,18 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
         The entry with status 'staged', as in the folder's results.json.
 
     Raises:
-        PublishError: The tag is a converted one, the checkpoint is not of this architecture, the results are of other
+        GeoPriorError: The tag is a converted one, the checkpoint is not of this architecture, the results are of other
             weights, the baseline's of other images or otherwise prepared ones, the experiments cannot be read, or the
             folder is something else.
     """
     evidence = evidence or Evidence()
     run = evidence.run
     if entry.status == 'converted':
-        raise PublishError(f"{entry.name} must be a tag of the manifest's own, got one that is converted from "
-                           f"timm's weights. Give yours a tag in weights_manifest.json.")
+        raise GeoPriorError(f"{entry.name} must be a tag of the manifest's own, got one that is converted from "
+                            f"timm's weights. Give yours a tag in weights_manifest.json.")
     if folder.exists() and not (folder / RESULTS).exists():
-        raise PublishError(f'The output must be a new folder or one that was staged, got {folder}, which is no staged '
-                           f'folder. Name another.')
+        raise GeoPriorError(f'The output must be a new folder or one that was staged, got {folder}, which is no staged '
+                            f'folder. Name another.')
     found = '\n\n'.join(map(_read_markdown, evidence.experiments))
     model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
     tensors, _ = take_prefix_off(checkpoint.state_dict, model.state_dict().keys())
@@ -166,25 +162,25 @@ def _read_markdown(path: Path) -> str:
         return path.read_text(encoding='utf-8').strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
-        raise PublishError(f'{path} cannot be read ({reason}). Name a Markdown file.') from None
+        raise GeoPriorError(f'{path} cannot be read ({reason}). Name a Markdown file.') from None
 
 
 def _load_released(model: nn.Module, entry: ModelEntry, checkpoint: SavedModel) -> None:
     """Load the weights as they are released."""
     if checkpoint.model_name.partition('.')[0] not in ('', entry.architecture):
-        raise PublishError(f'The checkpoint for {entry.name} must be of {entry.architecture}, got one of '
-                           f'{checkpoint.model_name}. Name another checkpoint or tag.')
+        raise GeoPriorError(f'The checkpoint for {entry.name} must be of {entry.architecture}, got one of '
+                            f'{checkpoint.model_name}. Name another checkpoint or tag.')
     if options := set(checkpoint.model_kwargs) - TRAINING_OPTIONS:
-        raise PublishError(f"The checkpoint must be of {entry.architecture} as it is, since a tag's weights must fit "
-                           f'the plain name, got one trained with {", ".join(sorted(options))}. Train without.')
+        raise GeoPriorError(f"The checkpoint must be of {entry.architecture} as it is, since a tag's weights must fit "
+                            f'the plain name, got one trained with {", ".join(sorted(options))}. Train without.')
     if is_plain_resnet(checkpoint.state_dict, model):  # which loading would convert, each time
-        raise PublishError(f"The checkpoint must be of {entry.architecture}, got a plain ResNet's weights. Convert "
-                           f'them first: timm-geoprior convert CHECKPOINT --model NAME --output OUT.')
+        raise GeoPriorError(f"The checkpoint must be of {entry.architecture}, got a plain ResNet's weights. Convert "
+                            f'them first: timm-geoprior convert CHECKPOINT --model NAME --output OUT.')
     tensors = release_tensors(checkpoint.state_dict)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise PublishError(f'The checkpoint does not fit {entry.name}: {" ".join(str(error).split())}') from None
+        raise GeoPriorError(f'The checkpoint does not fit {entry.name}: {" ".join(str(error).split())}') from None
 
 
 def _write_weights(entry: ModelEntry, checkpoint: SavedModel, model: nn.Module, folder: Path) -> ModelEntry:
@@ -198,8 +194,8 @@ def _write_weights(entry: ModelEntry, checkpoint: SavedModel, model: nn.Module, 
     trained.load_state_dict(checkpoint.state_dict)
     error = golden_error(trained, tensors)
     if not error <= ROUNDING_TOLERANCE:  # nan too
-        raise PublishError(f'float16 must change the logits by at most {ROUNDING_TOLERANCE:.0e} of the largest, got '
-                           f'{error:.1e}. Train again with weight decay, or a lower lr.')
+        raise GeoPriorError(f'float16 must change the logits by at most {ROUNDING_TOLERANCE:.0e} of the largest, got '
+                            f'{error:.1e}. Train again with weight decay, or a lower lr.')
     golden = save(tensors)
     (folder / GOLDEN).parent.mkdir(exist_ok=True)
     write_atomically(folder / GOLDEN, golden)
@@ -232,13 +228,13 @@ def _recipe_text(entry: ModelEntry, checkpoint: SavedModel) -> str:
 
 
 def check_loads(entry: ModelEntry, folder: Path) -> None:
-    """Raise PublishError unless the folder, as timm opens it, gives the golden logits."""
+    """Raise GeoPriorError unless the folder, as timm opens it, gives the golden logits."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     error = golden_error(model, load_file(folder / GOLDEN))
     if not error <= GOLDEN_TOLERANCES['float32']:
-        raise PublishError(f'The logits of {entry.name} from {folder} must be within '
-                           f'{GOLDEN_TOLERANCES["float32"]:.0e} of the golden ones, as a share of the largest, got '
-                           f'{error:.1e}. Stage it again.')
+        raise GeoPriorError(f'The logits of {entry.name} from {folder} must be within '
+                            f'{GOLDEN_TOLERANCES["float32"]:.0e} of the golden ones, as a share of the largest, got '
+                            f'{error:.1e}. Stage it again.')
 
 
 def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], tuple[Metric, ...]]]:
@@ -253,8 +249,8 @@ def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], t
         if not measured or not all(metrics for _, metrics in measured):
             raise ValueError('it has no figures')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PublishError(f'{path} must be a results file of `timm-geoprior validate` '
-                           f'({type(error).__name__}: {error}). Write one with --results-file.') from None
+        raise GeoPriorError(f'{path} must be a results file of `timm-geoprior validate` '
+                            f'({type(error).__name__}: {error}). Write one with --results-file.') from None
     return measured
 
 
@@ -264,8 +260,8 @@ def read_metrics(path: Path, entry: ModelEntry, network: str = f'the staged {WEI
         if item.get('weights', {}).get('sha256') == entry.sha256:
             _check_measured(path, item, entry, metrics[0].img_size, network)
             return metrics
-    raise PublishError(f'{path} must have figures of the weights with sha256 {entry.sha256}, got none. Measure '
-                       f'{network} with `timm-geoprior validate`, then name its results.')
+    raise GeoPriorError(f'{path} must have figures of the weights with sha256 {entry.sha256}, got none. Measure '
+                        f'{network} with `timm-geoprior validate`, then name its results.')
 
 
 def _check_measured(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_size: int, network: str) -> None:
@@ -277,15 +273,15 @@ def _check_measured(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_
     if competing := item.get('classes', {}).get('competing'):
         part.append(f'{len(competing)} classes competed, not {entry.num_classes}')
     if part:
-        raise PublishError(f'{path} must be of all classes and images of the set, got a part '
-                           f'({"; ".join(part).rstrip(".")}). Measure {network} again on all of them.')
+        raise GeoPriorError(f'{path} must be of all classes and images of the set, got a part '
+                            f'({"; ".join(part).rstrip(".")}). Measure {network} again on all of them.')
     size = (entry.input.input_size[0], img_size, img_size)
     for key, value in json.loads(to_json(replace(entry.input, input_size=size))).items():
         got = item['preprocessing'].get(key)
         if got != value:
             words = ' '.join(map(str, value)) if isinstance(value, list) else value
-            raise PublishError(f'{key} in {path} must be that of {entry.name}, {words}, got {got}. Measure {network} '
-                               f'again with --{key.replace("_", "-")} {words}.')
+            raise GeoPriorError(f'{key} in {path} must be that of {entry.name}, {words}, got {got}. Measure {network} '
+                                f'again with --{key.replace("_", "-")} {words}.')
 
 
 def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
@@ -302,8 +298,8 @@ def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
                 own.split, own.num_images, own.precision):
             return Baseline(item['model'], item['parameters'], metric)
     measured = f'{own.num_images:,} images of {own.split} in {own.precision}' if own else 'any images'
-    raise PublishError(f'{path} must have a figure of {measured}, as {entry.name} has, got others. Measure the plain '
-                       f'network by the same command.')
+    raise GeoPriorError(f'{path} must have a figure of {measured}, as {entry.name} has, got others. Measure the plain '
+                        f'network by the same command.')
 
 
 def _train_log(run: Path) -> TrainLog:
@@ -311,8 +307,8 @@ def _train_log(run: Path) -> TrainLog:
         results = json.loads((run / 'results.json').read_text(encoding='utf-8'))
         return TrainLog(results['epochs'], float(results['hours']), results['hardware'], results['versions'])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PublishError(f'{run} must hold the results.json of a finished run ({type(error).__name__}: {error}). '
-                           f'Name a checkpoint in a folder that `timm-geoprior train` wrote.') from None
+        raise GeoPriorError(f'{run} must hold the results.json of a finished run ({type(error).__name__}: {error}). '
+                            f'Name a checkpoint in a folder that `timm-geoprior train` wrote.') from None
 
 
 def read_staged(folder: Path, manifest: Manifest) -> ModelEntry:
@@ -323,8 +319,8 @@ def read_staged(folder: Path, manifest: Manifest) -> ModelEntry:
         hashes = {WEIGHTS: entry.sha256, GOLDEN: entry.golden.sha256 if entry.golden else None}
         for name, wanted in hashes.items():
             if (got := file_sha256(folder / name)) != wanted:
-                raise PublishError(f'{folder / name} must have the sha256 {wanted}, got {got}. Stage it again.')
+                raise GeoPriorError(f'{folder / name} must have the sha256 {wanted}, got {got}. Stage it again.')
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PublishError(f'{folder} must be a staged folder ({type(error).__name__}: {error}). Stage a checkpoint '
-                           f'there first.') from None
+        raise GeoPriorError(f'{folder} must be a staged folder ({type(error).__name__}: {error}). Stage a checkpoint '
+                            f'there first.') from None
     return entry
