@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
 from .errors import GeoPriorError, message_of
@@ -26,15 +26,9 @@ if TYPE_CHECKING:
 __all__ = ['main']
 
 Function = Callable[[argparse.Namespace], int]
+Argument = tuple[tuple[str, ...], dict[str, Any]]  # what `add_argument` takes
 
-
-class _Command(NamedTuple):
-    function: Function
-    text: str
-    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
-
-
-_COMMANDS: dict[str, _Command] = {}
+_COMMANDS: dict[str, tuple[Function, str, tuple[Argument, ...]]] = {}  # Name -> function, what it does, its arguments
 # Commands with a parser of their own: the module whose `main` takes the arguments, and what it does
 _MODULES = {
     'train': ('training.train', 'train a model by a recipe'),
@@ -43,16 +37,14 @@ _MODULES = {
 }
 
 
-def _argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """What `add_argument` takes."""
+def _argument(*names: str, **options: Any) -> Argument:
     return names, options
 
 
-def _command(
-        name: str, text: str, *arguments: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Function], Function]:
+def _command(name: str, text: str, *arguments: Argument) -> Callable[[Function], Function]:
     """Make a function the subcommand `name`; `text` says what it does, in the list of commands and in its own help."""
     def add(function: Function) -> Function:
-        _COMMANDS[name] = _Command(function, text, arguments)
+        _COMMANDS[name] = function, text, arguments
         return function
     return add
 

@@ -134,32 +134,31 @@ def _check_real_labels(data: DataSplit, loaded: LoadedModel, config: EvalConfig)
 
 
 class _RealLabels:
-    """timm's evaluator of ReaL labels, given the scores of this process's images in their order."""
+    """timm's ReaL labels of this process's images, in their order, and how many of its answers are among them."""
 
     def __init__(self, names: list[str], file: str) -> None:
         count = len(ilsvrc_val_labels())
         try:
-            self.real: Any = RealLabelsImagenet(
-                [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(count)], file or None)
+            every: Any = RealLabelsImagenet(range(count), file or None).real_labels
         except (OSError, ValueError, AssertionError) as error:
             raise EvaluationError(f'--real-labels must be a JSON list of {count:,} lists, got {file} '
                                   f"({error or 'another number'}). Leave the name out for timm's own.") from None
-        self.real.filenames = []  # it asked for all names at first, and goes through these in order
-        self.names = iter(names)
+        # timm looks an image up by its number, which copies on the Hub write a class behind
+        self.labels = iter([every[name[:len('ILSVRC2012_val_00000001')] + '.JPEG'] for name in names])
+        self.own = [0, 0, 0]  # as `Counts`
 
     def add(self, scores: Tensor, targets: Tensor) -> None:
         """Count a batch; an image that could not be read has scores of something else."""
-        readable = targets != UNREADABLE
-        # timm looks an image up by its number, which copies on the Hub write a class behind
-        names = [next(self.names)[:len('ILSVRC2012_val_00000001')] + '.JPEG' for _ in targets]
-        self.real.filenames += [name for name, use in zip(names, readable.tolist(), strict=True) if use]
-        if readable.any():
-            self.real.add_result(scores[readable])
+        for answers, target in zip(scores.topk(5).indices.tolist(), targets.tolist(), strict=True):
+            labels = next(self.labels)
+            if labels and target != UNREADABLE:
+                self.own[0] += 1
+                self.own[1] += answers[0] in labels
+                self.own[2] += any(answer in labels for answer in answers)
 
     def counts(self, device: torch.device) -> Counts:
         """The counts of all processes."""
-        own = [len(self.real.is_correct[1]), sum(self.real.is_correct[1]), sum(self.real.is_correct[5])]
-        return Counts(*reduce_sum(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
+        return Counts(*reduce_sum(torch.tensor(self.own, dtype=torch.int64, device=device)).tolist())
 
 
 def _to_model_class(to_model: NDArray[np.int64], num_classes: int, label: int) -> int:
