@@ -7,9 +7,10 @@ import torch
 from timm.data import create_dataset, create_transform
 
 from timm_geoprior.data.batches import FolderLoader, LoaderConfig
+from timm_geoprior.data.listing import folders_of_split
 from timm_geoprior.data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
-from timm_geoprior.data.splits import folders_of_split, hold_out
 from timm_geoprior.errors import CorruptImagesError
+from timm_geoprior.training.loaders import hold_out
 
 HALF = (0.5, 0.5, 0.5)
 

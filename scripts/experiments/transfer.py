@@ -45,7 +45,6 @@ from compare import distinct, paired_interval
 from timm_geoprior.data.batches import generator, seed_everything
 from timm_geoprior.data.dataset import DataSplit, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
-from timm_geoprior.data.splits import hold_out
 from timm_geoprior.distributed import find_device
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.models import state_dict_sha256
@@ -53,7 +52,7 @@ from timm_geoprior.files import markdown_table, save_figure, write_atomically, w
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import save_checkpoint
 from timm_geoprior.training.finetune import HELD_OUT_SHARE, Job, find_splits, finetune
-from timm_geoprior.training.loaders import model_cfg
+from timm_geoprior.training.loaders import hold_out, model_cfg
 from timm_geoprior.training.recipe import load_recipe
 
 METHODS = {'knn': 'k-NN', 'linear': 'linear probe', 'finetune': 'fine-tuned'}

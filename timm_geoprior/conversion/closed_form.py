@@ -193,13 +193,7 @@ class LayerModel:
             stride: int = 1,
             kernel: str = 'gaussian',
     ) -> None:
-        """
-        Args:
-            weight: The convolution's weights, shape (C_out, C_in, 3, 3).
-            inputs: The model of its inputs.
-            map_size: Height and width of its input in cells.
-            stride: Its stride.
-            kernel: The attention's kernel, 'gaussian' or 'laplacian'.
+        """Take weights, (C_out, C_in, 3, 3), the height and width of the map, the convolution's stride, and the kernel.
         """
         self.kernels = weight.detach().cpu().double().flatten(2)
         self.inputs = inputs
@@ -244,14 +238,9 @@ class LayerModel:
         return covariance
 
     def cross_covariance(self, values: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-        """Covariance of the convolution's channels with attention channels, and of these with each other.
+        """Covariance of the convolution's channels with attention channels, (C_out, D), and of these with each other.
 
-        Args:
-            values: W_v of the attention channels, shape (D, C_in), head by head.
-            radii: A radius for each head, in cells, shape (num_heads,).
-
-        Returns:
-            The two covariances, shapes (C_out, D) and (D, D).
+        The values are W_v of D attention channels, shape (D, C_in), head by head, and each head has a radius in cells.
         """
         share = len(values) // len(radii)
         weighted = values * self.inputs.variance
@@ -331,17 +320,10 @@ def correct(
         values: Tensor,
         radii: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Regress what the activations lose on the activations of the new layer.
+    """Regress what the activations lose on the activations of the new layer: correction and constant of `LayerFit`.
 
-    Args:
-        layer: The convolution under the model of its inputs.
-        behind: What follows it.
-        channels: Output channels that are replaced, shape (value_dim,), head by head.
-        values: W_v, shape (value_dim, C_in).
-        radii: The radius of each head, shape (num_heads,).
-
-    Returns:
-        The correction and the constant of `LayerFit`.
+    The channels that are replaced, shape (value_dim,), go head by head, as their W_v, shape (value_dim, C_in), do. Each
+    head has a radius.
     """
     covariance = layer.covariance()
     cross, among = layer.cross_covariance(values, radii)

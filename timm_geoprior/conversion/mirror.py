@@ -64,20 +64,11 @@ def value_channels(width: int, share: float) -> int:
 
 
 def mirror(source: nn.Module, name: str = 'The network') -> Mirror:
-    """Find the GeoPrior ResNet that has a network's shape.
+    """Find the GeoPrior ResNet that has the shape of a ResNet of timm, which messages call `name`.
 
     The architecture is the registered one that needs the fewest options beside it. Where it needs none, the value
-    channels are its own, else as many as `value_channels` gives for the large models' shares.
-
-    Args:
-        source: A ResNet of timm, of bottleneck blocks with plain 3x3 convolutions.
-        name: What to call it in messages.
-
-    Returns:
-        What to build.
-
-    Raises:
-        GeoPriorError: It is another kind of network; the message names the part that has no GeoPrior counterpart.
+    channels are its own, else as many as `value_channels` gives for the large models' shares. GeoPriorError names the
+    part of a network that has no GeoPrior counterpart.
 
     Examples:
         >>> with torch.device('meta'):

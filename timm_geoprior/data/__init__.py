@@ -1,8 +1,7 @@
 """Images and their labels, for training, evaluation and conversion alike.
 
 - `dataset.py`: `open_split` opens a folder, an archive, WebDataset shards, or a Hugging Face data set;
-- `listing.py`: which images a folder or an archive has, and the class of each;
-- `splits.py`: names of splits, and training images that are held out;
+- `listing.py`: the folder of a split, which images a folder or an archive has, and the class of each;
 - `preflight.py`: what is wrong with it, before any time is spent;
 - `reading.py`: the one reader of images, which `classify` uses too;
 - `batches.py`: what all loaders need (seeds, signals), and training batches from files;

@@ -22,11 +22,15 @@ from timm.utils import natural_key
 from ..errors import EvaluationError
 from ..files import first_line
 from .reading import EXTENSIONS, LITTER
-from .splits import SPLITS, folders_of_split, names_of_split
 
-__all__ = ['ILSVRC_FILE', 'DataOptions', 'Listing', 'Place', 'ilsvrc_val_labels', 'list_archive', 'list_images',
-           'unpacked']
+__all__ = ['ILSVRC_FILE', 'SPLITS', 'DataOptions', 'Listing', 'Place', 'folders_of_split', 'ilsvrc_val_labels',
+           'list_archive', 'list_images', 'unpacked']
 
+SPLITS = {
+    'train': ('train', 'training'),
+    'val': ('val', 'valid', 'validation', 'dev', 'eval', 'evaluation'),
+    'test': ('test', 'testing'),
+}
 ILSVRC_FILE = re.compile(r'ILSVRC2012_val_(\d{8})(_n\d{8})?\.JPEG')
 ILSVRC_ARCHIVE = 'ILSVRC2012_img_val.tar'
 Place = str | tuple[str, int, int]  # a file, or file, offset and size of a part of one
@@ -54,6 +58,18 @@ class Listing:
     names: tuple[str, ...]
     sorted_names: bool
     notes: tuple[str, ...]
+
+
+def folders_of_split(folder: Path, split: str) -> list[str]:
+    """Find the folders that a split may mean: of that very name first, then of its other names, in any case."""
+    return names_of_split([entry.name for entry in os.scandir(folder) if entry.is_dir()], split)
+
+
+def names_of_split(names: Iterable[str], split: str) -> list[str]:
+    """Which of some folders' names a split may mean, as `folders_of_split` has it."""
+    meaning = next((words for words in SPLITS.values() if split.lower() in words), (split.lower(),))
+    return sorted((name for name in names if name.lower() in meaning), key=lambda name: (
+        name != split, name.lower() != split.lower(), meaning.index(name.lower()), name))
 
 
 @contextlib.contextmanager

@@ -126,6 +126,7 @@ def _check_golden(entry: ModelEntry) -> tuple[bool, str]:
 
 def doctor() -> dict[str, Any]:
     """What a report of a problem needs: versions, places, and which tags load. No token or password is in it."""
+    cache = Path(constants.HF_HUB_CACHE)  # if it does not exist, the nearest folder above it is what must be writable
     return {
         'platform': f'{platform.platform()}, Python {platform.python_version()}',
         'packages': {name: _version(name) for name in PACKAGES},
@@ -133,7 +134,7 @@ def doctor() -> dict[str, Any]:
         'manifest': str(manifest_path()),
         'endpoint': endpoint(),
         'cache': constants.HF_HUB_CACHE,
-        'cache_writable': os.access(_nearest_folder(Path(constants.HF_HUB_CACHE)), os.W_OK),
+        'cache_writable': os.access(next(filter(Path.exists, (cache, *cache.parents))), os.W_OK),
         'logged_in': get_token() is not None,
         'environment': {name: redact(os.environ[name]) for name in VARIABLES if name in os.environ},
         # of the converted tags those that are here: of the others each would be a question to the Hub
@@ -147,11 +148,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return 'not installed'
-
-
-def _nearest_folder(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _load_report(entry: ModelEntry) -> str:

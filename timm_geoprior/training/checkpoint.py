@@ -45,15 +45,10 @@ class SavedModel:
 
 
 def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') -> SavedModel:
-    """Read weights from a checkpoint of this package or of timm, a state dict, or safetensors.
+    """Read weights from a checkpoint of this package or of timm, a state dict, or safetensors; no pickled code is run.
 
-    Args:
-        path: The file. It is read as data: no pickled code is run.
-        weights: 'ema' for averaged weights, 'raw' for those that the optimizer left, 'auto' for averaged ones where
-            there are any. Every command takes 'auto' unless it is told otherwise.
-
-    Raises:
-        GeoPriorError: The file is missing or damaged, or has no averaged weights where they are asked for.
+    They are averaged for 'ema', those that the optimizer left for 'raw', and for 'auto' averaged ones where there are
+    any. Every command takes 'auto' unless it is told otherwise.
     """
     content = _read(path)
     averaged = next((key for key in AVERAGED if isinstance(content.get(key), Mapping)), None)

@@ -244,17 +244,10 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def fit(self, stop: Callable[[Sequence[dict[str, Any]]], bool] | None = None) -> dict[str, Any]:
-        """Train to the end.
+        """Train to the end, and return the run's results, as written to results.json.
 
-        Args:
-            stop: Gets the rows of the epochs so far before each further one; training ends where it answers True.
-
-        Returns:
-            The run's results, as written to results.json.
-
-        Raises:
-            GeoPriorError: The loss was not finite for too many steps in a row.
-            SystemExit: 128 plus the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
+        `stop` gets the rows of the epochs so far before each further one; training ends where it answers True. On
+        SIGTERM and Ctrl-C the process exits with 128 plus the signal's number, after a checkpoint.
         """
         with handled_signals(self._note_signal, signal.SIGTERM, signal.SIGINT), self._start_log() as events:
             while not (stop and self.history and stop(self.history)) and self.epoch < self.recipe.epochs:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from timm.models import save_for_hf
 
 from ..data.dataset import DataSplit, open_split
+from ..data.listing import SPLITS, folders_of_split
 from ..data.preflight import check_data
 from ..data.reading import EXTENSIONS
-from ..data.splits import SPLITS, folders_of_split
 from ..errors import EvaluationError, GeoPriorError
 from ..evaluation.evaluate import EvalConfig, evaluate, plan
 from ..evaluation.metrics import confused_pairs, wilson_interval
@@ -95,11 +95,7 @@ def finetune(job: Job) -> dict[str, Any]:
 # -- before ------------------------------------------------------------------------------------------------------------
 
 def find_splits(folder: Path) -> Splits:
-    """Find the splits of a data set's folder: `train` and the like are splits if there are class folders in them.
-
-    Raises:
-        GeoPriorError: There is no such folder, or its splits have no class folders.
-    """
+    """Find the splits of a data set's folder: `train` and the like are splits if there are class folders in them."""
     if not folder.is_dir():
         raise GeoPriorError(f'{folder} must be a folder with one folder of images for each class. Check its name.')
     train, val, test = (next((name for name in folders_of_split(folder, split) if _folders(folder / name)), '')

@@ -12,17 +12,16 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
-from ..data.batches import FolderLoader, LoaderConfig
+from ..data.batches import FolderLoader, LoaderConfig, generator
 from ..data.dataset import Chosen, DataOptions, DataSplit, Files, Images, open_split
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages
-from ..data.splits import hold_out
 from ..errors import EvaluationError, GeoPriorError
 from ..files import first_line
 from .recipe import Recipe, RunConfig
 
-__all__ = ['TrainingData', 'make_transform', 'model_cfg', 'open_images', 'open_training_data']
+__all__ = ['TrainingData', 'hold_out', 'make_transform', 'model_cfg', 'open_images', 'open_training_data']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -137,6 +136,26 @@ def _with_classes(found: DataSplit, recipe: Recipe, config: RunConfig) -> DataSp
                             f'out, got {unknown[0] if unknown else "none"}. Set holdout=0.')
     config.tell(f'The images in {config.data_dir} are used without labels.')
     return _choose(found, range(count), [0] * count, config.class_names)
+
+
+def hold_out(targets: torch.Tensor, amount: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw images of each class to hold out: ascending indices of those that stay in training, and of those held out.
+
+    The same images are drawn each time, whatever the seed of a run. The amount is a number of images of each class, 0
+    for none, or a share below 1 of them, rounded, of which at least one is held out and one stays.
+    """
+    held = torch.zeros(len(targets), dtype=torch.bool)
+    for target in targets.unique().tolist() if amount else ():
+        members = (targets == target).nonzero().flatten()
+        images = len(members)
+        wanted = int(amount) if amount >= 1 else max(min(round(amount * images), images - 1), 1)
+        if wanted >= images:
+            raise ValueError(f'Class {target} must have more than {wanted} images to hold out {wanted}, got {images}. '
+                             f'Add images, or lower the recipe key holdout.')
+        # drawn, since names are rarely in random order: the last ones may be of one breed, or one camera
+        order = torch.randperm(images, generator=generator('holdout', target))
+        held[members[order[:wanted]]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
 def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:

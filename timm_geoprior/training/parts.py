@@ -61,10 +61,7 @@ def _classifier(model: nn.Module) -> str:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Build all of a recipe without memory, before any data are read.
-
-    Raises:
-        GeoPriorError: timm can make nothing of some keys; the message names them, and the nearest known name.
+    """Build all of a recipe without memory, before any data are read; messages name keys, and the nearest known name.
     """
     with torch.device('meta'):
         model = _try(lambda: build_model(recipe, 2), 'model, model_kwargs and freeze', recipe.model, timm.list_models)
