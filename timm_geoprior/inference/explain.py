@@ -224,16 +224,7 @@ def check_output(path: Path) -> None:
 
 def save_explanation(
         classifier: Classifier, image: Image.Image, path: Path, point: tuple[float, float] | None = None) -> None:
-    """Write the figure of `draw_explanation`.
-
-    Args:
-        classifier: Its model is a `GeoPriorResNet`.
-        image: In mode 'RGB'.
-        path: The file, whose ending names the format: .png, .jpg, .pdf, .svg or another one that matplotlib writes.
-        point: As for `draw_explanation`.
-
-    Raises:
-        GeoPriorError: matplotlib writes no such file, it cannot be written there, or there is nothing to draw.
+    """Write the figure of `draw_explanation` as .png, .jpg, .pdf, .svg or in another format that matplotlib writes.
 
     Examples:
         >>> from timm_geoprior.inference.classifier import load_classifier
