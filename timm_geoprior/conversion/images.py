@@ -68,10 +68,7 @@ class PreparedImages:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, (N, C, H, W), and labels, (N,), of each batch; images that cannot be read are left out.
-
-        Raises:
-            GeoPriorError: More than half of them cannot be read.
+        """Images, (N, C, H, W), and labels, (N,), of each batch, without those that cannot be read, if those are few.
         """
         channels, data = self.config['input_size'][0], self.sets.data
         images = Chosen(data.dataset, self.indices, data.labels[self.indices], create_transform(**self.config),

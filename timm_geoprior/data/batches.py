@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .reading import CorruptImages, read_readable, tell_of_rotations
 
-__all__ = ['FolderLoader', 'LoaderConfig', 'generator', 'init_worker', 'seed_everything']
+__all__ = ['FolderLoader', 'LoaderConfig', 'generator', 'in_workers', 'init_worker', 'seed_everything']
 
 Key = tuple[int, int, int, int]  # epoch, index, repeat, size
 
@@ -70,6 +70,13 @@ def _end_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)  # at once, as torch's own handler does
+
+
+def in_workers(work: Callable[[list[int]], Any], indices: Sequence[int], batch_size: int, workers: int) -> Any:
+    """What comes of each list of so many indices, in their order, from processes that work on them."""
+    # the indices are the data set: a list of them is worked on where torch would only collate it
+    data: Any = indices
+    return DataLoader(data, batch_size, num_workers=workers, worker_init_fn=init_worker, collate_fn=work)
 
 
 class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from ..progress import Progress
-from .batches import LoaderConfig, generator, init_worker
+from .batches import LoaderConfig, generator, in_workers
 from .reading import CorruptImages, read_readable, tell_of_rotations
 
 __all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
@@ -67,13 +66,9 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     targets = torch.empty(len(dataset), dtype=torch.int64)
     turned = 0
-    # the indices are the data set: a batch of them is decoded where torch would only collate it
-    indices: Any = range(len(dataset))
-    loader: DataLoader[Any] = DataLoader(
-        indices, 500, num_workers=workers, worker_init_fn=init_worker,
-        collate_fn=functools.partial(_decode, dataset, size))
     with Progress('decoding', len(dataset)) as progress:
-        for batch, labels, bad, turned_here in loader:
+        decode = functools.partial(_decode, dataset, size)
+        for batch, labels, bad, turned_here in in_workers(decode, range(len(dataset)), 500, workers):
             corrupt.note(bad)
             place = slice(progress.done, progress.done + len(batch))
             images[place], targets[place] = batch, labels

@@ -8,13 +8,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from ..distributed import gather
 from ..errors import EvaluationError
 from ..files import first_line
 from ..progress import Progress, tell_on_stderr
-from .batches import init_worker
+from .batches import in_workers
 from .dataset import DataSplit
 from .reading import LITTER, ignores_rotation, tell_of_rotations
 
@@ -101,12 +100,9 @@ def _look_at(data: DataSplit, indices: Any, workers: int, quiet: bool) -> list[t
     """Index and reason of each image that cannot be read or is not turned; none of torchvision's, no files."""
     if not hasattr(data.dataset, 'reader'):
         return []
-    # the indices are the data set: a batch of images is looked at where torch would only collate it
-    loader: DataLoader[Any] = DataLoader(
-        indices, 64, num_workers=workers, worker_init_fn=init_worker, collate_fn=functools.partial(_faults, data))
     found: list[tuple[int, str]] = []
     with Progress('checking', len(indices), tell=None if quiet else tell_on_stderr) as progress:
-        for batch in loader:
+        for batch in in_workers(functools.partial(_faults, data), indices, 64, workers):
             found += batch
             progress.update(min(64, len(indices) - progress.done))
     return found
