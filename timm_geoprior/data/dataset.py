@@ -212,7 +212,7 @@ def _label_in_shard(sample: str, parts: Mapping[str, tuple[str, int, int]], targ
 class Files:
     """Files and parts of files, with the interface of timm's readers."""
 
-    def __init__(self, root: Path, places: Sequence[Place], labels: Sequence[int]) -> None:
+    def __init__(self, root: Path, places: Sequence[Place], labels: Sequence[int] | NDArray[np.int64]) -> None:
         self.root, self.places, self.labels = root, places, labels
 
     def __len__(self) -> int:
@@ -221,12 +221,12 @@ class Files:
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         place = self.places[index]
         if isinstance(place, str):
-            return open(place, 'rb'), self.labels[index]
+            return open(place, 'rb'), int(self.labels[index])
         path, offset, size = place
         # opened anew each time: an open file, and its position, would be shared by all workers after a fork
         with open(path, 'rb') as archive:
             archive.seek(offset)
-            return io.BytesIO(archive.read(size)), self.labels[index]
+            return io.BytesIO(archive.read(size)), int(self.labels[index])
 
     def size(self, index: int) -> int:
         """Bytes of an image's file."""

@@ -42,10 +42,10 @@ def _choose(
         found: DataSplit, indices: Sequence[int], labels: Sequence[int] | None = None,
         classes: tuple[str, ...] | None = None) -> DataSplit:
     """Some images of a split, with its own labels and classes or with others."""
-    labels = found.labels[list(indices)].tolist() if labels is None else labels
+    labelled = np.array(found.labels[list(indices)] if labels is None else labels, np.int64)
     reader, names = found.dataset.reader, tuple(found.names[index] for index in indices)
-    dataset = Images(Files(reader.root, [reader.places[index] for index in indices], labels), names)
-    return dataclasses.replace(found, dataset=dataset, labels=np.array(labels, np.int64), names=names,
+    dataset = Images(Files(reader.root, [reader.places[index] for index in indices], labelled), names)
+    return dataclasses.replace(found, dataset=dataset, labels=labelled, names=names,
                                classes=found.classes if classes is None else classes)
 
 
