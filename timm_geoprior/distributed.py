@@ -18,9 +18,16 @@ _Array = TypeVar('_Array', bound=NDArray[Any])
 
 
 def find_device(name: str) -> tuple[torch.device, int, int]:
-    """Find this process's device, its rank and the number of processes; under torchrun, join the others.
+    """Find this process's device; under torchrun, join the other processes.
 
-    `name` is a device of torch; under torchrun 'cuda' is the GPU of this process.
+    Args:
+        name: A device of torch; under torchrun, the GPU of this process for 'cuda'.
+
+    Returns:
+        The device, this process's rank, and the number of processes.
+
+    Raises:
+        EvaluationError: There is no such device.
     """
     if name.startswith('cuda') and not torch.cuda.is_available():
         raise EvaluationError(f'--device must be a device of this machine, got {name}, and torch finds no GPU. '

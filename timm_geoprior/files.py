@@ -22,8 +22,12 @@ __all__ = [
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Put content at a path whole or not at all: temporary file beside it, fsync, rename.
 
-    The content is bytes, or what writes them into the open temporary file. Where the file system refuses (a full disk,
-    say), the old file stands and the temporary one is gone.
+    Args:
+        path: Where it goes.
+        content: The bytes, or what writes them into the open temporary file.
+
+    Raises:
+        OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
     """
     temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
     # the umask takes rights away, as from every new file; tempfile's would be the owner's alone
@@ -103,10 +107,16 @@ def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
 
 
 def drawable(name: str, instead: str = '?') -> str:
-    """Make a name, such as that of a class, one that matplotlib draws as it stands, with the fonts of `save_figure`.
+    """Make a name one that matplotlib draws as it stands.
 
-    `$` starts no formula. A character that no installed font has loses its accents, or is left out; where nothing is
-    left stands `instead`. Bytes of a file name that are not UTF-8 become question marks.
+    `$` starts no formula. A character that no installed font has loses its accents, or is left out.
+
+    Args:
+        name: Any string, such as the name of a class; bytes of a file name that are not UTF-8 become question marks.
+        instead: What stands for a name of which nothing is left, such as its index.
+
+    Returns:
+        The text for `save_figure`, which chooses the fonts.
     """
     text = name.encode(errors='replace').decode()
     plain = ''.join(

@@ -57,9 +57,13 @@ class Progress:
     def __init__(
             self, title: str, total: int | None, unit: str = 'images', done: int = 0,
             tell: Callable[[str], None] | None = tell_on_stderr) -> None:
-        """Begin with so many `done` of a total, which may not be known; `unit` is what is counted, in the plural.
-
-        `tell` is called with each line of a log file; None shows nothing, on a terminal neither.
+        """
+        Args:
+            title: What is going on.
+            total: How many there are; None where that is not known.
+            unit: What is counted, in the plural.
+            done: How many were done before.
+            tell: Called with each line of a log file; None shows nothing, on a terminal neither.
         """
         self.title, self.unit, self.first, self.tell = title, unit, done, tell
         self.started = self.told = time.monotonic()

@@ -19,15 +19,26 @@ class Activations:
     """
 
     def __init__(self, batches: int, values: int, folder: Path | None = None) -> None:
-        """Make room for so many batches of at most so many values at any place, in a folder or the system's own."""
+        """
+        Args:
+            batches: Number of batches.
+            values: Largest number of values that a batch has at any place.
+            folder: Where the file goes, the system's folder for temporary files where it is None.
+        """
         self.file = tempfile.TemporaryFile(dir=folder)  # closed, and gone, with this object
         self.batches, self.values = batches, values
         self.shapes: dict[int, tuple[int, ...]] = {}
 
     def write(self, batch: int, maps: Tensor, place: str) -> None:
-        """Keep a batch's maps, (N, C, H, W); messages name the place in the network.
+        """Keep a batch's maps, (N, C, H, W).
 
-        Maps that are not finite or too large for float16, or for which there is no room, raise GeoPriorError.
+        Args:
+            batch: Which batch.
+            maps: Its maps.
+            place: Where in the network, for messages.
+
+        Raises:
+            GeoPriorError: They are not finite, too large for float16, or there is no room for them.
         """
         half = maps.permute(0, 2, 3, 1).to('cpu', torch.float16).contiguous()
         if not half.isfinite().all():

@@ -81,9 +81,15 @@ class ActivationStatistics:
 
 
 def activation_statistics(mean: Tensor, std: Tensor, activation: nn.Module) -> ActivationStatistics:
-    """Moments and Hermite series of `activation(mean + std z)` for a standard Gaussian z and channels of shape (C,).
+    """Moments and Hermite series of `activation(mean + std z)` for a standard Gaussian z.
 
-    The activation works on each element; ReLU is treated in closed form, others by quadrature.
+    Args:
+        mean: Means of the channels, shape (C,).
+        std: Standard deviations, shape (C,), at least 0.
+        activation: An activation that works on each element; ReLU is treated in closed form, others by quadrature.
+
+    Returns:
+        The statistics.
     """
     mean, std = mean.double().cpu(), std.double().cpu().clamp_min(1e-9)
     return _rectified(mean, std) if type(activation) is nn.ReLU else _by_quadrature(mean, std, activation)
@@ -131,7 +137,14 @@ class InputModel:
 
     @classmethod
     def behind_norm(cls, weight: Tensor, bias: Tensor, activation: nn.Module, rho: float = RHO) -> 'InputModel':
-        """The model behind a batch norm of this weight and bias, each of shape (C_in,), and an activation."""
+        """The model behind a batch norm and an activation.
+
+        Args:
+            weight: The norm's weight, shape (C_in,).
+            bias: The norm's bias, shape (C_in,).
+            activation: The activation.
+            rho: Correlation of two neighbouring positions.
+        """
         statistics = activation_statistics(bias, weight.abs(), activation)
         return cls(statistics.mean, statistics.variance, rho)
 
@@ -193,7 +206,13 @@ class LayerModel:
             stride: int = 1,
             kernel: str = 'gaussian',
     ) -> None:
-        """Take weights, (C_out, C_in, 3, 3), the height and width of the map, the convolution's stride, and the kernel.
+        """
+        Args:
+            weight: The convolution's weights, shape (C_out, C_in, 3, 3).
+            inputs: The model of its inputs.
+            map_size: Height and width of its input in cells.
+            stride: Its stride.
+            kernel: The attention's kernel, 'gaussian' or 'laplacian'.
         """
         self.kernels = weight.detach().cpu().double().flatten(2)
         self.inputs = inputs
@@ -238,9 +257,14 @@ class LayerModel:
         return covariance
 
     def cross_covariance(self, values: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-        """Covariance of the convolution's channels with attention channels, (C_out, D), and of these with each other.
+        """Covariance of the convolution's channels with attention channels, and of these with each other.
 
-        The values are W_v of D attention channels, shape (D, C_in), head by head, and each head has a radius in cells.
+        Args:
+            values: W_v of the attention channels, shape (D, C_in), head by head.
+            radii: A radius for each head, in cells, shape (num_heads,).
+
+        Returns:
+            The two covariances, shapes (C_out, D) and (D, D).
         """
         share = len(values) // len(radii)
         weighted = values * self.inputs.variance
@@ -279,7 +303,14 @@ class LayerFit:
 def fit_layer(layer: LayerModel, behind: FollowingLayers, value_dim: int, num_heads: int = 1) -> LayerFit:
     """Choose channels and radii, fit the values, and correct the next convolution.
 
-    Each of `num_heads` radii is for an equal share of the `value_dim` channels.
+    Args:
+        layer: The convolution under the model of its inputs.
+        behind: What follows it.
+        value_dim: Channels to replace.
+        num_heads: Radii, each for an equal share of these channels.
+
+    Returns:
+        The fit.
     """
     after = activation_statistics(behind.bias, behind.weight.abs(), behind.activation)
     scale = behind.weight.double().cpu().square() * behind.next_weight.double().cpu().square().sum(0)
@@ -320,10 +351,17 @@ def correct(
         values: Tensor,
         radii: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Regress what the activations lose on the activations of the new layer: correction and constant of `LayerFit`.
+    """Regress what the activations lose on the activations of the new layer.
 
-    The channels that are replaced, shape (value_dim,), go head by head, as their W_v, shape (value_dim, C_in), do. Each
-    head has a radius.
+    Args:
+        layer: The convolution under the model of its inputs.
+        behind: What follows it.
+        channels: Output channels that are replaced, shape (value_dim,), head by head.
+        values: W_v, shape (value_dim, C_in).
+        radii: The radius of each head, shape (num_heads,).
+
+    Returns:
+        The correction and the constant of `LayerFit`.
     """
     covariance = layer.covariance()
     cross, among = layer.cross_covariance(values, radii)

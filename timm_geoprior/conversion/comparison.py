@@ -16,7 +16,15 @@ __all__ = ['class_indices', 'compare']
 
 
 def class_indices(data: DataSplit, loaded: LoadedModel) -> Tensor:
-    """The network's class of each label of the data, by WordNet id or else by readable name, -1 where it has none."""
+    """The network's class of each label of the data, by WordNet id or else by readable name.
+
+    Args:
+        data: The data set.
+        loaded: The network.
+
+    Returns:
+        Class indices, shape (labels,), -1 for a class that the network does not have.
+    """
     try:
         match = match_classes(data.classes, loaded.wnids, loaded.names, len(loaded.wnids), subset=True)
     except ClassMismatchError:  # they have none in common

@@ -63,9 +63,16 @@ class ConvertJob:
 
 
 def convert(job: ConvertJob) -> dict[str, Any]:
-    """Convert a trained ResNet, write the folder of the GeoPrior ResNet, and return what results.json holds.
+    """Convert a trained ResNet, and write the folder of the GeoPrior ResNet.
 
-    GeoPriorError says that the source, the images or the output are not what they must be; nothing was written.
+    Args:
+        job: What is converted, and where to.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        GeoPriorError: The source, the images or the output are not what they must be; nothing was written.
     """
     _check_output(job.output)
     if job.workers < 0:

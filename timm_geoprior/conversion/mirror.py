@@ -55,20 +55,33 @@ def value_dim(block: nn.Module) -> int:
 
 
 def value_channels(width: int, share: float) -> int:
-    """Value channels of a 3x3 layer with `width` output channels.
+    """Value channels of a 3x3 layer.
 
-    They are the multiple of 8 that is nearest to the share of them, at least 8; 0 for a share of 0, and where 8 were
-    more than half.
+    Args:
+        width: The layer's output channels.
+        share: Of them that are to be value channels.
+
+    Returns:
+        The multiple of 8 that is nearest to the share, at least 8; 0 for a share of 0, and where 8 were more than half.
     """
     return max(8 * round(width * share / 8), 8) if share and width >= 16 else 0
 
 
 def mirror(source: nn.Module, name: str = 'The network') -> Mirror:
-    """Find the GeoPrior ResNet that has the shape of a ResNet of timm, which messages call `name`.
+    """Find the GeoPrior ResNet that has a network's shape.
 
     The architecture is the registered one that needs the fewest options beside it. Where it needs none, the value
-    channels are its own, else as many as `value_channels` gives for the large models' shares. GeoPriorError names the
-    part of a network that has no GeoPrior counterpart.
+    channels are its own, else as many as `value_channels` gives for the large models' shares.
+
+    Args:
+        source: A ResNet of timm, of bottleneck blocks with plain 3x3 convolutions.
+        name: What to call it in messages.
+
+    Returns:
+        What to build.
+
+    Raises:
+        GeoPriorError: It is another kind of network; the message names the part that has no GeoPrior counterpart.
 
     Examples:
         >>> with torch.device('meta'):

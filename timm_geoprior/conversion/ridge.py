@@ -16,7 +16,13 @@ class Moments:
     """
 
     def __init__(self, parts: int, inputs: int, outputs: int, device: torch.device | None = None) -> None:
-        """Sums of so many parts, input channels and output channels."""
+        """
+        Args:
+            parts: Number of parts.
+            inputs: Input channels.
+            outputs: Output channels.
+            device: Where the sums are kept.
+        """
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(parts, *shape, dtype=torch.float64, device=device)
 
@@ -46,9 +52,15 @@ class Moments:
         return self.x.sum(0) / self.count.sum(), self.y.sum(0) / self.count.sum()
 
     def covariances(self, x: Tensor, y: Tensor, part: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean products of what inputs and outputs have beyond the values x and y, over a part or all.
+        """Mean products of what the inputs and outputs have beyond some values, over a part or all.
 
-        They are those of the inputs with each other, (inputs, inputs), and of outputs with inputs, (outputs, inputs).
+        Args:
+            x: Values of the inputs, (inputs,).
+            y: Values of the outputs, (outputs,).
+            part: The part.
+
+        Returns:
+            Products of the inputs with each other, (inputs, inputs), and of outputs with inputs, (outputs, inputs).
         """
         own = self.without(None) if part is None else self
         place, count = part or 0, own.count[part or 0]
@@ -99,7 +111,11 @@ def choose_penalty(
         moments: Moments, prior: Tensor, importance: Tensor, penalties: Sequence[float] = PENALTIES) -> float:
     """The penalty whose weights, fitted without a part, predict that part best, over all parts.
 
-    Samples must be in two parts or more. Each output's squared error counts by its importance, (outputs,).
+    Args:
+        moments: Of the samples, with some in two parts or more.
+        prior: Weights to stay near, (outputs, inputs).
+        importance: Weight of each output's squared error, (outputs,).
+        penalties: To choose from.
     """
     errors = torch.zeros(len(penalties), dtype=torch.float64, device=prior.device)
     for part in moments.count.nonzero().flatten().tolist():

@@ -126,8 +126,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
         Name -> tensor on the source's device: matrices in the source's type, vectors in at least float32.
 
     Raises:
-        ConversionError: A weight of these blocks is missing, has another shape, or is not finite, or the model's blocks
-            are no longer those of a ResNet.
+        ConversionError: A weight of these blocks is missing, has another shape, or is not finite.
 
     Examples:
         >>> source = timm.create_model('resnet50', pretrained=True)
@@ -161,8 +160,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """Convert a plain ResNet's state dict while timm loads it, and leave a GeoPrior one as it is.
 
     timm's `pretrained_filter_fn`. With another number of classes timm loads what fits and says nothing of the rest, so
-    every name and shape is checked here, and ConversionError raised for another ResNet. Only the classifier and the
-    first convolution's input channels may differ, which timm adapts itself.
+    every name and shape is checked here. Only the classifier and the first convolution's input channels may differ,
+    which timm adapts itself.
+
+    Args:
+        state_dict: What timm has read.
+        model: The GeoPriorResNet that is to load it.
+
+    Returns:
+        The model's state dict.
+
+    Raises:
+        ConversionError: It is neither, or of another ResNet.
     """
     if not any(True for _ in attention_blocks(model)) or any('.conv2.attn.' in key for key in state_dict):
         return state_dict
@@ -243,10 +252,14 @@ def _fit_block(item: AttentionBlock, block: Mapping[str, Tensor]) -> LayerFit:
 
 
 def apply_fit(block: Mapping[str, Tensor], fit: LayerFit) -> dict[str, Tensor]:
-    """Put the fit of its 3x3 convolution into the weights of a plain bottleneck.
+    """Put a fit into the weights of a bottleneck.
 
-    They go by their names in it, as 'conv2.weight'. Returned are those that replace 'conv2.weight' and those that
-    change, by their names in the GeoPrior bottleneck.
+    Args:
+        block: The plain bottleneck's weights by their names in it, as 'conv2.weight'.
+        fit: The fit of its 3x3 convolution.
+
+    Returns:
+        The weights that replace 'conv2.weight' and those that change, by their names in the GeoPrior bottleneck.
     """
     conv2, conv3 = block['conv2.weight'], block['conv3.weight']
     replaced = torch.zeros(len(conv2), dtype=torch.bool).index_fill(0, fit.channels, True)

@@ -134,10 +134,14 @@ class FolderLoader:
             workers: int = 2,
             max_corrupt: int = 10,
     ) -> None:
-        """Batches of one of timm's data sets with an index; `make_transform` gives the training transform for a size.
-
-        `repeats` is how often each image of an epoch's share is augmented (repeated augmentation), 0 for once. More
-        than `max_corrupt` different unreadable images stop the run.
+        """
+        Args:
+            dataset: One of timm's `create_dataset`, with a reader that has an index.
+            make_transform: Gives the training transform for a size in pixels.
+            config: Batch size, seed, this process and its device.
+            repeats: Repeated augmentation: how often each image of an epoch's share is augmented, 0 for once.
+            workers: Processes that decode.
+            max_corrupt: Different unreadable images after which the run stops.
         """
         self.batches = _EpochBatches(len(dataset), config, repeats)
         self.device = config.device

@@ -304,11 +304,16 @@ class Stream(IterableImageDataset):
 
 
 def fingerprint(data: DataSplit, indices: NDArray[np.int64], name: str = '') -> dict[str, Any]:
-    """Numbers by which two people can tell whether they have the same images, of a data set that timm calls `name`.
+    """Numbers by which two people can tell whether they have the same data.
 
-    They are `files`, `bytes`, and `names_sha256`, the hash of the sorted names, one per line: of the images as
-    CLASS/FILE (the same from a folder and from an archive), else of the files that hold them. It is empty where neither
-    is known.
+    Args:
+        data: The data set.
+        indices: The images that are counted.
+        name: timm's name of the data set.
+
+    Returns:
+        `files`, `bytes`, and `names_sha256`, the hash of the sorted names, one per line: of the images as CLASS/FILE
+        (the same from a folder and from an archive), else of the files that hold them. Empty where neither is known.
     """
     if data.names and not data.containers:
         sizes = _sizes(data.dataset.reader, indices)

@@ -76,7 +76,14 @@ def names_of_split(names: Iterable[str], split: str) -> list[str]:
 def unpacked(path: Path) -> Iterator[Path]:
     """Unpack a compressed archive, in which images cannot be sought, for as long as the context lasts.
 
-    A folder or an uncompressed archive is given as it is, of .tar.gz, .tar.bz2, .tar.xz and .zip a temporary folder.
+    Args:
+        path: A folder or an archive: .tar, .tar.gz, .tar.bz2, .tar.xz or .zip, whatever its name.
+
+    Yields:
+        The folder or the uncompressed archive itself, else a temporary folder.
+
+    Raises:
+        EvaluationError: There is no such file, it is no archive, or it is damaged.
     """
     if not path.exists():
         raise EvaluationError(f'{path} does not exist. Name a folder or an archive with --data-dir.')

@@ -58,9 +58,19 @@ def _decode(dataset: Any, size: int, indices: list[int]) -> tuple[torch.Tensor, 
 
 
 def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 10) -> ImageTensors:
-    """Decode one of timm's data sets once, in its order; images of another size than `size` squared are resized to it.
+    """Decode a data set once.
 
-    The target of an image that cannot be read is -1. More than `max_corrupt` of them raise CorruptImagesError.
+    Args:
+        dataset: One of timm's, with a reader that has an index.
+        size: Side of the square that the images are kept at, in pixels; images of another size are resized to it.
+        workers: Processes that decode.
+        max_corrupt: Unreadable images after which this stops; up to then the target of each is -1.
+
+    Returns:
+        The images in the data set's order.
+
+    Raises:
+        CorruptImagesError: More than `max_corrupt` images could not be read.
     """
     corrupt = CorruptImages(dataset, max_corrupt)
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
@@ -125,7 +135,14 @@ class MemoryLoader:
             augment: CropFlip,
             config: LoaderConfig,
     ) -> None:
-        """Mean and standard deviation of each channel are for images from 0 to 1. Batches lie where the set does."""
+        """
+        Args:
+            data: The set.
+            mean: Mean of each channel, for images from 0 to 1.
+            std: Standard deviation of each channel.
+            augment: Crop and flip.
+            config: Batch size, seed and this process; the batches lie where the set does.
+        """
         self.data, self.augment, self.config = data, augment, config
         device = data.images.device
         self.mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
@@ -135,9 +152,15 @@ class MemoryLoader:
         return len(self.data) // (self.config.batch_size * self.config.world_size)
 
     def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images, (batch_size, 3, size, size), float32, and targets, (batch_size,), of an epoch's batches.
+        """Batches of one epoch.
 
-        A run that resumes in mid-epoch begins with `first_batch`.
+        Args:
+            epoch: Number of the epoch, from 0.
+            size: Side of the images, in pixels.
+            first_batch: Batches to leave out at the beginning, for a run that resumes in mid-epoch.
+
+        Yields:
+            Images, float32, (batch_size, 3, size, size), and targets, (batch_size,).
         """
         device, batch_size, world_size = self.data.images.device, self.config.batch_size, self.config.world_size
         # drawn for all images by every process: the same numbers, whatever the share and the batch

@@ -27,8 +27,15 @@ def check_data(
         data: DataSplit, workers: int, tell: Callable[[str], None] = print, rank: int = 0, world_size: int = 1) -> None:
     """Check a data set, whatever the model. Each process takes its share of the images.
 
-    `tell` gets each sentence that a person should read. Classes with several folders and images that cannot be read
-    raise EvaluationError, which lists them.
+    Args:
+        data: The data set.
+        workers: Processes that read.
+        tell: Called with each sentence that a person should read.
+        rank: This process.
+        world_size: Number of processes.
+
+    Raises:
+        EvaluationError: A class has several folders, or images cannot be read; the message lists them.
     """
     if data.is_stream:
         tell('The data are a stream. Images are checked as they come.')

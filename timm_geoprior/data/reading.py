@@ -132,9 +132,16 @@ class Item(NamedTuple):
 
 
 def read_item(dataset: Any, index: int, mode: str = 'RGB') -> Image.Image:
-    """Read an image of a data set, one of timm's with an index or of torchvision's, which decode by themselves.
+    """Read an image of a data set.
 
-    It raises what `read_image` does, or OSError where the file cannot be opened.
+    Args:
+        dataset: One of timm's with an index, or of torchvision, which decodes by itself.
+        index: Place of the image in it.
+        mode: As `read_image` has it.
+
+    Raises:
+        ImageError: As `read_image`.
+        OSError: The file cannot be opened.
     """
     if not hasattr(dataset, 'reader'):
         image: Image.Image = dataset[index][0]

@@ -24,11 +24,18 @@ class Counts(NamedTuple):
 
 
 def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """The place of each target (batch,) in the order of its row of scores (batch, classes), 0 for the first, int64.
+    """The place of each target in its row's order, 0 for the first.
 
     Of equal scores the lower class index stands first, on every device and in every precision (`topk` leaves the order
     of equal scores open). A NaN stands before every number, and a target whose own score is NaN behind all classes: a
     network that gives NaN is not right by chance.
+
+    Args:
+        logits: Scores, shape (batch, classes).
+        targets: Class indices, shape (batch,).
+
+    Returns:
+        int64, shape (batch,), 0 to the number of classes.
     """
     own = logits.gather(1, targets[:, None])
     # not `logits > own`: each comparison with a NaN is false, and this way a NaN counts as before the target
@@ -39,9 +46,15 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
 def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Counts:
     """Count a model's correct answers over this process's batches, summed over all processes.
 
-    Batches are images and class indices (batch,), on the model's device. The sum is right if every image is in one
-    process's batches once; processes may have different numbers of them, or none. Precision is the caller's: call it
-    under `torch.autocast` for a lower one. The model is in eval mode meanwhile.
+    The sum is right if every image is in one process's batches once; processes may have different numbers of them, or
+    none. Precision is the caller's: call it under `torch.autocast` for a lower one.
+
+    Args:
+        model: Gives logits of shape (batch, classes); evaluated in eval mode, each module left in the mode it was in.
+        batches: Pairs of images and class indices (batch,), on the model's device.
+
+    Returns:
+        The counts, the same in every process. With five classes or fewer, every image counts for the top five.
     """
     if isinstance(model, DistributedDataParallel):  # its forward waits for every process: they may have fewer batches
         model = model.module
@@ -105,7 +118,12 @@ class Calibration:
 def calibrate(predictions: Predictions, bins: int = 15) -> Calibration:
     """Expected calibration error of the first answers in bins of equal width (Guo et al., 2017, section 2).
 
-    The upper edge belongs to a bin. Predictions whose confidence is NaN are left out.
+    Args:
+        predictions: Those whose confidence is NaN are left out.
+        bins: Number of bins; the upper edge belongs to a bin.
+
+    Returns:
+        The bins and the error.
     """
     finite = ~np.isnan(predictions.confidence)
     confidence = predictions.confidence[finite].astype(np.float64)
@@ -120,9 +138,16 @@ def calibrate(predictions: Predictions, bins: int = 15) -> Calibration:
 
 
 def per_class(predictions: Predictions, wnids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Accuracy of each class that has images, in percent with its 95% interval, and its most frequent wrong answer.
+    """Accuracy of each class that has images.
 
-    `wnids` are the WordNet ids of all classes and `names` their readable names; either may be empty.
+    Args:
+        predictions: Of all images.
+        wnids: WordNet id of each class, or nothing.
+        names: Readable name of each class, or nothing.
+
+    Returns:
+        A row for each class, in class order: `class`, `wnid`, `name`, `num_images`, `top1_correct`, `top5_correct`,
+        `top1` and the ends of its 95% interval in percent, and `most_often_taken_for`, the most frequent wrong answer.
     """
     rows = []
     for index in np.unique(predictions.target):
@@ -141,9 +166,17 @@ def per_class(predictions: Predictions, wnids: Sequence[str], names: Sequence[st
 
 def confused_pairs(
         predictions: Predictions, wnids: Sequence[str], names: Sequence[str], limit: int = 100) -> list[dict[str, Any]]:
-    """The most frequent confusions of two classes, with their share of the true class's images in percent.
+    """The most frequent confusions of two classes.
 
-    `wnids` are the WordNet ids of all classes and `names` their readable names; either may be empty.
+    Args:
+        predictions: Of all images.
+        wnids: WordNet id of each class, or nothing.
+        names: Readable name of each class, or nothing.
+        limit: Rows at most.
+
+    Returns:
+        A row for each pair of true and predicted class, the most frequent first: index, `wnid` and `name` of both,
+        `count`, and `share` of the true class's images in percent.
     """
     wrong = ~predictions.correct
     pairs, counts = np.unique(

@@ -117,7 +117,12 @@ def summary_row(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def write_results(folder: Path, evaluation: Evaluation, found: Mapping[str, Any]) -> None:
-    """Write results.json with what was `found`, and of the first precision per_class.csv, confused_pairs.csv and plots.
+    """Write results.json, per_class.csv, confused_pairs.csv, reliability.png and per_class.png.
+
+    Args:
+        folder: Where to; it is made if need be.
+        evaluation: Of one model; classes and plots are the first precision's.
+        found: For results.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictions = next(iter(evaluation.outcome.predictions.values()))

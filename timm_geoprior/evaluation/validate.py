@@ -47,6 +47,10 @@ command."""
 def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     """Measure what the command line says.
 
+    Args:
+        argv: Arguments; None takes those of the process.
+        prog: Name of the command, for its help and messages.
+
     Returns:
         The exit code: 0 if everything was measured and agrees with the manifest, 1 if not, 128 plus the signal's
         number after Ctrl-C or SIGTERM.

@@ -192,9 +192,16 @@ def _switch(name: str, shown: _Shown, window: dict[str, bool]) -> tuple[Any, ...
 
 
 def build(model: str | None = None) -> gr.Blocks:
-    """Build the page, on which all bundled and published models can be chosen, and the one that is named.
+    """Build the page.
 
-    It is chosen at first, as `load_classifier` takes it, or else the default model; it must have attention layers.
+    Args:
+        model: The model that is chosen at first, as `load_classifier` takes it; the default model where it is None.
+
+    Returns:
+        The page, on which all bundled and published models can be chosen, and the one that is named.
+
+    Raises:
+        GeoPriorError: `load_classifier` cannot load the model, or it has no attention layers.
     """
     manifest = load_manifest()
     classifier = load(model or default_model(manifest).name)
@@ -250,8 +257,13 @@ def _check_port(port: int) -> None:
 def serve(model: str | None = None, port: int | None = None) -> None:
     """Serve the page until it is interrupted.
 
-    Where `port` is None it is the first free one from 7860 on; the environment variables GRADIO_SERVER_NAME and
-    GRADIO_SERVER_PORT say otherwise. A port that cannot be opened is a GeoPriorError.
+    Args:
+        model: As in `build`.
+        port: Port of this machine; where it is None the first free one from 7860 on. The environment variables
+            GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say otherwise.
+
+    Raises:
+        GeoPriorError: The port cannot be opened.
     """
     if port is not None:
         _check_port(port)
@@ -275,7 +287,13 @@ def _requirements() -> list[str]:
 def write_space(folder: Path, model: str | None = None) -> None:
     """Write the folder of a Hugging Face Space that serves the page, this package and its weights in it.
 
-    The folder must be new or empty. A model of the manifest may be named, to be chosen at first.
+    Args:
+        folder: New or empty.
+        model: A model of the manifest, the one that is chosen at first.
+
+    Raises:
+        GeoPriorError: The folder has something in it, or cannot be written.
+        ManifestError: No such model.
     """
     manifest = load_manifest()
     first = manifest.get(model) if model else default_model(manifest)

@@ -193,9 +193,16 @@ def _draw_fields(panels: Sequence[Axes], model: nn.Module, view: View, windows: 
 
 def draw_explanation(
         classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
-    """Draw what a `GeoPriorResNet` attends to in a picture in mode 'RGB', on a figure for slides of 16:9.
+    """Draw what a network attends to in a picture, on a figure for slides of 16:9.
 
-    Its windows are drawn at a point, x and y in pixels of the picture from its top left corner, or in the middle.
+    Args:
+        classifier: Its model is a `GeoPriorResNet`.
+        image: In mode 'RGB'.
+        point: Where its windows are drawn, x and y in pixels of the picture, from its top left corner; None for the
+            middle.
+
+    Raises:
+        GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
     """
     view = view_of(classifier, image.size)
     place = to_input(view, image.size, point)
@@ -224,7 +231,16 @@ def check_output(path: Path) -> None:
 
 def save_explanation(
         classifier: Classifier, image: Image.Image, path: Path, point: tuple[float, float] | None = None) -> None:
-    """Write the figure of `draw_explanation` as .png, .jpg, .pdf, .svg or in another format that matplotlib writes.
+    """Write the figure of `draw_explanation`.
+
+    Args:
+        classifier: Its model is a `GeoPriorResNet`.
+        image: In mode 'RGB'.
+        path: The file, whose ending names the format: .png, .jpg, .pdf, .svg or another one that matplotlib writes.
+        point: As for `draw_explanation`.
+
+    Raises:
+        GeoPriorError: matplotlib writes no such file, it cannot be written there, or there is nothing to draw.
 
     Examples:
         >>> from timm_geoprior.inference.classifier import load_classifier

@@ -78,9 +78,15 @@ def view_of(classifier: Classifier, size: tuple[int, int]) -> View:
 
 
 def to_input(view: View, size: tuple[int, int], point: tuple[float, float] | None) -> tuple[float, float]:
-    """A point of a picture, in pixels from its top left corner, as x and y in pixels of the network's input.
+    """A point of a picture, as x and y in pixels of the network's input.
 
-    None is the middle. `size` is the picture's width and height. The point must be in what the network sees of it.
+    Args:
+        view: What the network sees of the picture.
+        size: Width and height of the picture, in pixels.
+        point: x and y in pixels of the picture, from its top left corner; None for the middle.
+
+    Raises:
+        GeoPriorError: The point is outside the picture, or of what the network sees of it.
     """
     width, height = size
     x, y = point or (width / 2, height / 2)
@@ -219,10 +225,16 @@ def fill_windows(
 def draw_windows(
         classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None,
         columns: int = 2) -> Figure:
-    """Draw where a GeoPrior ResNet's attention layers look from a point of a picture in mode 'RGB'.
+    """Draw where the attention layers look from a point of a picture, 3.5 inches wide for each column of panels.
 
-    The point is x and y in pixels of the picture, from its top left corner, or None for the middle. There are as many
-    panels beside each other as `columns`, each 3.5 inches wide.
+    Args:
+        classifier: Its model is a GeoPrior ResNet.
+        image: In mode 'RGB'.
+        point: x and y in pixels of the picture, from its top left corner; None for the middle.
+        columns: Panels beside each other.
+
+    Raises:
+        GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
     """
     view = view_of(classifier, image.size)
     place = to_input(view, image.size, point)

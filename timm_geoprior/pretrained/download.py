@@ -104,9 +104,15 @@ def golden_asset(entry: ModelEntry) -> Asset:
 
 
 def read_asset(asset: Asset, path: Path | None = None, cache_dir: str | Path | None = None) -> memoryview:
-    """Read and verify a file, where `Asset.locate` has found it if `path` says so.
+    """Read and verify a file. A file in the cache that is not what the manifest says is fetched again, once.
 
-    A file in the cache that is not what the manifest says is fetched again, once.
+    Args:
+        asset: What to read.
+        path: Where `Asset.locate` found it; None locates it.
+        cache_dir: The cache of huggingface_hub, if not the user's own.
+
+    Raises:
+        WeightsError: The file cannot be had, or is not what the manifest says.
     """
     path = path or asset.locate(cache_dir)
     try:

@@ -433,10 +433,20 @@ def load_manifest(path: Path | None = None) -> Manifest:
 
 
 def update_manifest(path: Path | None, entry: ModelEntry, *, replace_weights: bool = False) -> Manifest:
-    """Write one entry into a manifest, the package's own where `path` is None, and return the manifest as written.
+    """Write one entry: new, or in place of the one of the same name. Writers wait for each other.
 
-    Writers wait for each other, and readers see the old file or the new one. Other bytes under a released tag's name
-    are refused but for `replace_weights`, for a tag that nobody has loaded yet.
+    The file is replaced at once (temporary file, fsync, rename), so that a reader sees the old or the new one.
+
+    Args:
+        path: The manifest, else the package's own.
+        entry: What to write.
+        replace_weights: Allow other bytes under a released tag's name; for a tag that nobody has loaded yet.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ManifestError: The file is malformed, the entry does not fit into it, or it would change a released tag's bytes.
     """
     def change(manifest: Manifest) -> Manifest:
         if not replace_weights:

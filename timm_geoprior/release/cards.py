@@ -128,8 +128,10 @@ def model_card(
 ) -> ModelCard:
     """The model card of a tag, README.md of its repository.
 
-    It quotes the recipe (YAML) and the experiments (Markdown), and names those of `train_log.csv` and `curves.png` that
-    are beside it.
+    Args:
+        recipe: The recipe as YAML, to be quoted.
+        beside: Files of the run that lie beside the card, of `train_log.csv` and `curves.png`.
+        experiments: Markdown of what else was found with this architecture, to be quoted.
     """
     data_set = manifest.label_sets[entry.label_set]
     data = ModelCardData(

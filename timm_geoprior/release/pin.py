@@ -33,8 +33,16 @@ def pin_sources(names: Iterable[str] = (), manifest_file: Path | None = None) ->
 
     From then on a converted tag loads exactly these bytes, and its figures are of them: those of other bytes go.
 
-    `names` are converted tags, or architectures for their default tags; none for all. It gives a line about each tag,
-    once it is pinned.
+    Args:
+        names: Converted tags, or architectures for their default tags; none for all.
+        manifest_file: The manifest, else the package's own.
+
+    Yields:
+        A line about each tag, once it is pinned.
+
+    Raises:
+        ManifestError: There is no such tag.
+        GeoPriorError: A tag is not converted, or the Hub does not say what its source's file is.
     """
     manifest = load_manifest(manifest_file)
     entries = [manifest.get(name) for name in names] or [

@@ -59,7 +59,14 @@ An interrupted push continues with the same command.
 def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: bool = False) -> ModelEntry:
     """Put a staged folder's weights and golden outputs into the package, and its entry into the manifest.
 
-    `replace_weights` allows other bytes under a bundled tag's name, before it is released.
+    Args:
+        folder: What `stage` made.
+        manifest_file: The manifest, else the package's own.
+        replace_weights: Allow other bytes under a bundled tag's name, before it is released.
+
+    Raises:
+        GeoPriorError: It is no staged folder.
+        ManifestError: The manifest does not take it.
     """
     manifest = load_manifest(manifest_file)
     entry = read_staged(folder, manifest)
@@ -84,7 +91,17 @@ def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path |
     """Create the repository, commit a staged folder, read the commit back, and only then write the manifest.
 
     A push that was interrupted can be run again: what is there already is not sent twice. The token is the
-    environment's (HF_TOKEN) or the login's. `public` makes a new repository public; one that exists stays as it is.
+    environment's (HF_TOKEN) or the login's.
+
+    Args:
+        folder: What `stage` made.
+        repo_id: 'owner/name'.
+        public: Make a new repository public; one that exists stays as it is.
+        manifest_file: The manifest, else the package's own.
+
+    Raises:
+        GeoPriorError: There is no token, it may not write, the network broke, or what came back is not what was sent.
+        ManifestError: The manifest does not take it.
     """
     manifest = load_manifest(manifest_file)
     entry = read_staged(folder, manifest)

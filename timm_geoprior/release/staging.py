@@ -103,11 +103,21 @@ def golden_tensors(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
 
 
 def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evidence | None = None) -> ModelEntry:
-    """Make the folder that is the Hub repository; one that was staged there before is replaced, anything else is not.
+    """Make the folder that is the Hub repository.
 
-    It returns the entry with status 'staged', as in the folder's results.json. GeoPriorError says what does not fit:
-    the tag, the checkpoint, results that are of other weights, or a baseline of other images or otherwise prepared
-    ones.
+    Args:
+        entry: The manifest's entry: input, label set, licence, terms, recipe.
+        checkpoint: The weights.
+        folder: Where to; a folder staged there before is replaced, anything else is not.
+        evidence: Figures, the run's log, experiments.
+
+    Returns:
+        The entry with status 'staged', as in the folder's results.json.
+
+    Raises:
+        GeoPriorError: The tag is a converted one, the checkpoint is not of this architecture, the results are of other
+            weights, the baseline's of other images or otherwise prepared ones, the experiments cannot be read, or the
+            folder is something else.
     """
     evidence = evidence or Evidence()
     run = evidence.run

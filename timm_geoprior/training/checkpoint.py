@@ -45,10 +45,15 @@ class SavedModel:
 
 
 def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') -> SavedModel:
-    """Read weights from a checkpoint of this package or of timm, a state dict, or safetensors; no pickled code is run.
+    """Read weights from a checkpoint of this package or of timm, a state dict, or safetensors.
 
-    They are averaged for 'ema', those that the optimizer left for 'raw', and for 'auto' averaged ones where there are
-    any. Every command takes 'auto' unless it is told otherwise.
+    Args:
+        path: The file. It is read as data: no pickled code is run.
+        weights: 'ema' for averaged weights, 'raw' for those that the optimizer left, 'auto' for averaged ones where
+            there are any. Every command takes 'auto' unless it is told otherwise.
+
+    Raises:
+        GeoPriorError: The file is missing or damaged, or has no averaged weights where they are asked for.
     """
     content = _read(path)
     averaged = next((key for key in AVERAGED if isinstance(content.get(key), Mapping)), None)
@@ -123,8 +128,12 @@ def _read(path: Path) -> dict[str, Any]:
 def take_prefix_off(state_dict: Mapping[str, Tensor], names: Collection[str]) -> tuple[dict[str, Tensor], str]:
     """Find a network's tensors below a prefix, as Lightning saves those of `self.model` below 'model.'.
 
-    Returned are the tensors below the prefix with which most names are found, and that prefix; all and '' where none
-    helps.
+    Args:
+        state_dict: Tensors by name.
+        names: Names of the network's own tensors.
+
+    Returns:
+        The tensors below the prefix with which most names are found, and that prefix; '' and all where none helps.
     """
     known = set(names)
     prefixes = {'': 0} | {name[:match.end()]: 0 for name in state_dict for match in re.finditer(r'\.', name)}

@@ -41,7 +41,12 @@ class Trainer:
     """One run of a recipe."""
 
     def __init__(self, recipe: Recipe, config: RunConfig, decoded: ImageTensors | None = None) -> None:
-        """Prepare it; `decoded` is what `open_training_data` takes."""
+        """
+        Args:
+            recipe: What is trained, and how.
+            config: Where.
+            decoded: The images of the training split, as `open_training_data` takes them.
+        """
         recipe, config, note = start_from_folder(recipe, config)
         self.recipe, self.config = recipe, config
         parts.check_recipe(recipe)
@@ -244,10 +249,17 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def fit(self, stop: Callable[[Sequence[dict[str, Any]]], bool] | None = None) -> dict[str, Any]:
-        """Train to the end, and return the run's results, as written to results.json.
+        """Train to the end.
 
-        `stop` gets the rows of the epochs so far before each further one; training ends where it answers True. On
-        SIGTERM and Ctrl-C the process exits with 128 plus the signal's number, after a checkpoint.
+        Args:
+            stop: Gets the rows of the epochs so far before each further one; training ends where it answers True.
+
+        Returns:
+            The run's results, as written to results.json.
+
+        Raises:
+            GeoPriorError: The loss was not finite for too many steps in a row.
+            SystemExit: 128 plus the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
         """
         with handled_signals(self._note_signal, signal.SIGTERM, signal.SIGINT), self._start_log() as events:
             while not (stop and self.history and stop(self.history)) and self.epoch < self.recipe.epochs:

@@ -65,8 +65,13 @@ class Job(RunConfig):
 def finetune(job: Job) -> dict[str, Any]:
     """Train, choose the best epoch, and leave a folder that timm loads.
 
-    Returned are the run's results, as in results.json, with the figures of the finished folder under 'measured'. On
-    SIGTERM and Ctrl-C the process ends after a checkpoint.
+    Returns:
+        The run's results, as in results.json, with the figures of the finished folder under 'measured'.
+
+    Raises:
+        GeoPriorError: The folder holds too little, the model cannot be loaded, the output is in the way, or whatever
+            else stops a run.
+        SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
     # each sentence once: what is wrong with images is found before, and again when they are read
     job = replace(job, tell=functools.cache(job.tell), command=resuming_command())

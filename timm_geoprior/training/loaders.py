@@ -85,9 +85,17 @@ def _open_measured(config: RunConfig, names: tuple[str, ...]) -> DataSplit:
 
 def open_training_data(
         recipe: Recipe, config: RunConfig, share: LoaderConfig, decoded: ImageTensors | None = None) -> TrainingData:
-    """Open the data of a run, of which this process takes a share.
+    """Open the data of a run.
 
-    Where a recipe holds the images of the training split in memory, they may be `decoded` before.
+    Args:
+        recipe: Says how it is read, augmented and split.
+        config: Says where it is.
+        share: What this process takes of it.
+        decoded: The images of the training split where a recipe holds them in memory; decoded anew where it is None.
+
+    Raises:
+        GeoPriorError: No images where `config` says, classes that stand twice or differ, more images held out of a
+            class than it has, more unreadable ones than `config` allows, or an augmentation that timm cannot make.
     """
     found = open_images(config, config.train_split, recipe.needs_labels or not config.class_names)
     if config.class_names:

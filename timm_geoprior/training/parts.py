@@ -28,9 +28,14 @@ __all__ = [
 
 def build_model(
         recipe: Recipe, num_classes: int, pretrained: bool = False, start: SavedModel | None = None) -> nn.Module:
-    """The recipe's model, with random weights, those of its tag (`pretrained`) or those of `start`.
+    """The recipe's model; a head for another number of classes than the weights have is drawn anew.
 
-    A head for another number of classes than the weights have is drawn anew.
+    Args:
+        pretrained: Start from the weights of the model's tag.
+        start: Start from these weights.
+
+    Raises:
+        RuntimeError: The tag has no weights, or those of `start` do not fit.
     """
     options = {'drop_rate': recipe.drop, 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
     if start is not None:

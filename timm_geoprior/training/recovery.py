@@ -20,8 +20,16 @@ PREPARATION = ('mean', 'std', 'crop_pct', 'interpolation')
 def start_from_folder(recipe: Recipe, config: RunConfig) -> tuple[Recipe, RunConfig, str]:
     """Take model, weights, classes and teacher from the folder that `--finetune` names, if it names one.
 
-    The recipe's teacher is replaced if it is 'source', its model in any case. Recipe and configuration come back with
-    what the folder says, and a sentence for people; as they are, and with '', where no folder is named.
+    Args:
+        recipe: A recipe; its teacher is replaced if it is 'source', its model in any case.
+        config: Where it is run.
+
+    Returns:
+        Both with what the folder says, and a sentence for people; as they are, and '', where no folder is named.
+
+    Raises:
+        GeoPriorError: The folder is not one of `timm-geoprior convert`, its source is no longer there, or the recipe
+            needs a folder and none is named.
     """
     folder = Path(config.finetune)
     if not config.finetune or not folder.is_dir():
