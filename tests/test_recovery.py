@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import PHOTOGRAPHS
-from test_training import SCRIPT, at_update
+from test_training import SCRIPT, TORCHRUN, at_update, environment
 
 from timm_geoprior.cli import main
 from timm_geoprior.evaluation.models import load_model
@@ -103,6 +103,27 @@ def test_a_killed_recovery_resumes_to_the_same_bits(out, flat, tmp_path):
     assert done.returncode == 0, done.stderr
     found = load_checkpoint(tmp_path / 'run' / 'last.pt')['model']
     assert all(torch.equal(value, found[name]) for name, value in whole.model.state_dict().items())
+
+
+def test_two_processes_recover_as_one(out, flat, tmp_path):
+    """With norms that do not see the batch. What all processes find is told once."""
+    norms = [name for name, module in timm.create_model('geoprior_resnet14_nano').named_modules()
+             if isinstance(module, torch.nn.BatchNorm2d)]
+    changes = ['distill_alpha=1', 'amp=false', 'lr=1e-3', f'freeze={json.dumps(norms)}']
+    options = [part for change in changes for part in ('--set', change)]
+    done = subprocess.run([*TORCHRUN, *command(out, flat, tmp_path / 'run', *options)], capture_output=True, text=True,
+                          env=environment())
+    assert done.returncode == 0, done.stderr
+    for sentence in ('which is the teacher', 'are used without labels', 'No images are held out'):
+        assert done.stderr.count(sentence) == 1
+    last = json.loads(done.stdout)['last']
+    one = in_process(out, flat, tmp_path / 'one', *changes)
+    assert last['train_loss'] == pytest.approx(one.fit()['last']['train_loss'], rel=1e-4)
+    found = load_checkpoint(tmp_path / 'run' / 'last.pt')['model']
+    start = timm.create_model(f'local-dir:{out}', pretrained=True).state_dict()
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(found[name], value)
+    assert not torch.equal(found['layer4.0.conv3.weight'], start['layer4.0.conv3.weight'])
 
 
 def test_classes_are_matched_by_name(out, photo_folder, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,11 +49,13 @@ class Trainer:
             decoded: The images of the training split, as `open_training_data` takes them.
         """
         recipe, config, note = start_from_folder(recipe, config)
-        self.recipe, self.config = recipe, config
         parts.check_recipe(recipe)
         _check_config(config)
+        self.recipe, self.config = recipe, config
         self._join()
-        if note and self.rank == 0:
+        if self.rank:  # what all processes find is told by the first
+            self.config = config = replace(config, tell=lambda text: None)
+        if note:
             config.tell(note)
         self.last = config.output / 'last.pt'
         self.commit = git_commit() or ''
@@ -164,7 +167,7 @@ class Trainer:
         start = None
         if finetune and finetune != 'pretrained':
             start = read_weights(Path(finetune))
-            if start.note and self.rank == 0:
+            if start.note:
                 self.config.tell(start.note)
         model: nn.Module = _load(
             lambda: parts.build_model(self.recipe, classes, finetune == 'pretrained', start),
@@ -305,9 +308,8 @@ class Trainer:
 
     def _leave(self, number: int) -> None:
         """End the process as a signal would, once all is saved."""
-        if self.rank == 0:
-            how = self.config.command or 'the same command and --resume'
-            self.config.tell(f'Saved {self.last}. Resume with: {how}')
+        how = self.config.command or 'the same command and --resume'
+        self.config.tell(f'Saved {self.last}. Resume with: {how}')
         raise SystemExit(128 + number)
 
     def _train_epoch(self) -> None:

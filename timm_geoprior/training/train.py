@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from timm.utils import world_info_from_env
 
 from ..errors import GeoPriorError, message_of
 from ..progress import resuming_command
@@ -93,5 +94,6 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
         return 1
     except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
         return 130
-    print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
+    if world_info_from_env()[1] == 0:  # of several processes, the first
+        print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
     return 0
