@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from timm_geoprior.conversion.activations import Activations
+from timm_geoprior.conversion.closed_form import SMALLEST_RADIUS
 from timm_geoprior.conversion.mirror import blocks, mirror
 from timm_geoprior.conversion.regression import PARTS, RADII, activation_bytes, refine
 from timm_geoprior.conversion.ridge import PENALTIES, Moments, choose_penalty, solve
@@ -232,6 +233,19 @@ def test_norms_that_let_nothing_through_keep_their_weights(trained):
     model, _ = refined(source, smooth_images(40, seed=1))
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert feature_error(source, model) < 0.3
+
+
+@pytest.mark.parametrize('name', ['bn2.weight', 'conv2.weight'])
+def test_channels_that_never_change_leave_the_weights_of_the_next_layer(trained, name):
+    """Their variance is zero, and not what rounding makes of it."""
+    source = copy.deepcopy(trained)
+    for stage in (source.layer3, source.layer4):
+        nn.init.zeros_(stage[0].get_parameter(name))
+    model, layers = refined(source, smooth_images(40, seed=1))
+    for stage in ('layer3', 'layer4'):
+        old, new = (network.get_submodule(f'{stage}.0.conv3').weight.sort(1).values for network in (source, model))
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-2 * float(old.abs().max()))
+    assert all(layer.radius >= SMALLEST_RADIUS for layer in layers)
 
 
 def test_the_temporary_files_are_as_large_as_was_said(trained, monkeypatch):

@@ -55,8 +55,8 @@ from torch import Tensor, nn
 from ..layers import attention_map
 
 __all__ = [
-    'RHO', 'ActivationStatistics', 'FollowingLayers', 'InputModel', 'LayerFit', 'LayerModel', 'activation_statistics',
-    'correct', 'fit_layer',
+    'RHO', 'SMALLEST_RADIUS', 'ActivationStatistics', 'FollowingLayers', 'InputModel', 'LayerFit', 'LayerModel',
+    'activation_statistics', 'correct', 'fit_layer',
 ]
 
 # Correlation of neighbouring positions. Of 0 to 0.75, 0.45 to 0.6 kept the features of a fully trained ResNet-50 of

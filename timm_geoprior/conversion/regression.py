@@ -26,8 +26,8 @@ from ..errors import GeoPriorError
 from ..geoprior_resnet import GeoPriorResNet
 from ..layers import GeoPriorAttn2d, GeoPriorConv2d, mix_values
 from .activations import Activations
+from .closed_form import SMALLEST_RADIUS, LayerModel, correct
 from .closed_form import LayerFit as ClosedFormFit
-from .closed_form import LayerModel, correct
 from .mirror import blocks
 from .ridge import Moments, choose_penalty, solve
 from .state_dict import AttentionBlock, apply_fit, attention_blocks, layer_models
@@ -211,7 +211,7 @@ def _candidates(
 ) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
     """Radii around the closed form's, and for each weights and constants for all channels of the 3x3 convolution."""
     center = float(item.attn.log_radius.double().mean().exp())
-    radii = [center * ratio for ratio in RADII]
+    radii = [max(center * ratio, SMALLEST_RADIUS) for ratio in RADII]
     moments = [Moments(PARTS, old.conv2.in_channels, old.conv2.out_channels, inputs.device) for _ in radii]
     for batch, x, y in inputs:
         wanted, given = _rows(old.conv2(_before(old, x))), _before(item.block, y)

@@ -12,7 +12,9 @@ PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 5))
 class Moments:
     """What a regression needs of its samples: sums and products of inputs and outputs, in parts.
 
-    Each part has images of its own, so that a part can be left out and predicted.
+    Each part has images of its own, so that a part can be left out and predicted. The sums are those of differences
+    from the first samples' means: the variance of an input that never changes is then zero, and not what rounding
+    leaves.
     """
 
     def __init__(self, parts: int, inputs: int, outputs: int, device: torch.device | None = None) -> None:
@@ -28,28 +30,34 @@ class Moments:
 
         self.count = zeros()
         self.x, self.y = zeros(inputs), zeros(outputs)
-        self.xx, self.xy, self.yy = zeros(inputs, inputs), zeros(inputs, outputs), zeros(outputs)
+        self.xx, self.xy = zeros(inputs, inputs), zeros(inputs, outputs)
+        self.x_origin, self.y_origin = (torch.zeros(size, device=device) for size in (inputs, outputs))
 
     def add(self, part: int, x: Tensor, y: Tensor) -> None:
         """Add samples: inputs (N, inputs) and outputs (N, outputs), float32."""
+        if not self.count.any():
+            self.x_origin, self.y_origin = x.mean(0), y.mean(0)
+        x, y = x - self.x_origin, y - self.y_origin
         self.count[part] += len(x)
         self.x[part] += x.sum(0, dtype=torch.float64)
         self.y[part] += y.sum(0, dtype=torch.float64)
         self.xx[part] += x.T @ x
         self.xy[part] += x.T @ y
-        self.yy[part] += y.square().sum(0, dtype=torch.float64)
 
     def without(self, part: int | None) -> 'Moments':
         """The sums of all parts, or of all but one, as one part."""
         rest = Moments(0, 0, 0)
-        for name, sums in vars(self).items():
+        rest.x_origin, rest.y_origin = self.x_origin, self.y_origin
+        for name in ('count', 'x', 'y', 'xx', 'xy'):
+            sums = getattr(self, name)
             total = sums.sum(0) if part is None else sums.sum(0) - sums[part]
             setattr(rest, name, total[None])
         return rest
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Means of the inputs, (inputs,), and of the outputs, (outputs,), over all parts."""
-        return self.x.sum(0) / self.count.sum(), self.y.sum(0) / self.count.sum()
+        count = self.count.sum()
+        return self.x_origin + self.x.sum(0) / count, self.y_origin + self.y.sum(0) / count
 
     def covariances(self, x: Tensor, y: Tensor, part: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean products of what the inputs and outputs have beyond some values, over a part or all.
@@ -64,6 +72,7 @@ class Moments:
         """
         own = self.without(None) if part is None else self
         place, count = part or 0, own.count[part or 0]
+        x, y = x - self.x_origin, y - self.y_origin
         x_sum, y_sum = own.x[place] - count * x, own.y[place]
         xx = own.xx[place] - x[:, None] * own.x[place] - x_sum[:, None] * x
         yx = own.xy[place].T - y_sum[:, None] * x - y[:, None] * x_sum
