@@ -40,6 +40,18 @@ def test_every_reader_takes_the_same_weights(tmp_path):
         assert_same(measured, others)
 
 
+@pytest.mark.parametrize(('name', 'value'), [
+    ('model_name', 5), ('model_kwargs', [1]), ('num_classes', '3'), ('class_names', 3), ('recipe', 'a1'),
+    ('versions', '1.0')])
+def test_what_another_program_means_by_a_name_is_not_taken(name, value, tmp_path):
+    path = tmp_path / 'other.pt'
+    torch.save({'model': SOURCE.state_dict(), 'model_name': NANO, 'num_classes': 3, name: value}, path)
+    saved = read_weights(path)
+    assert getattr(saved, name) == getattr(type(saved)({}), name)
+    assert saved.img_size is None
+    assert_same(load_model(NANO, path, num_classes=3).model.state_dict(), SOURCE.state_dict())
+
+
 @pytest.mark.parametrize('wrap', [
     lambda state: {'state_dict': {f'model.{name}': value for name, value in state.items()} | {
         'loss.weight': torch.ones(3)}, 'pytorch-lightning_version': '2.5.0', 'hyper_parameters': {'lr': 0.1}},

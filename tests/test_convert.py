@@ -17,6 +17,8 @@ from torch import nn
 
 from releases import planned
 from timm_geoprior.cli import main
+from timm_geoprior.conversion import job
+from timm_geoprior.conversion.closed_form import fit_layer
 from timm_geoprior.conversion.images import draw_images
 from timm_geoprior.conversion.state_dict import convert_state_dict
 from timm_geoprior.data.dataset import open_split
@@ -161,6 +163,8 @@ def test_unreadable_images_are_left_out_and_told(checkpoint, photo_folder, tmp_p
     images = shutil.copytree(photo_folder / 'train', tmp_path / 'images')
     for path in images.glob('*/03.jpg'):
         path.write_bytes(path.read_bytes()[:200])
+    (images / 'coffee' / '03.jpg').unlink()
+    (images / 'coffee' / '03.jpg').symlink_to('nowhere')
     convert(checkpoint, '-o', tmp_path / 'out', '--images', images)
     text = capsys.readouterr().out
     assert '4 of 48 images could not be read and were left out, such as astronaut/03.jpg.' in text
@@ -177,10 +181,92 @@ def test_a_network_without_a_classifier(tmp_path, photo_folder):
     assert model.num_classes == 0
 
 
+@pytest.mark.parametrize(('options', 'num_classes'), [
+    ({'global_pool': 'catavgmax'}, 4), ({'global_pool': ''}, 0), ({'in_chans': 1, 'global_pool': 'max'}, 4)])
+def test_the_folder_has_the_pooling_and_the_channels_of_the_source(options, num_classes, photo_folder, tmp_path):
+    torch.manual_seed(0)
+    options = {**options, 'channels': [16, 32, 32, 48]}
+    source = timm.create_model('resnet14t', num_classes=num_classes, zero_init_last=False, **options)
+    torch.save({'model': source.state_dict(), 'model_name': 'resnet14t', 'model_kwargs': options,
+                'num_classes': num_classes}, tmp_path / 'source.pt')
+    convert(tmp_path / 'source.pt', '-o', tmp_path / 'out', '--images', photo_folder / 'train')
+    model = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).eval()
+    assert model.global_pool.pool_type == options['global_pool']
+    channels = options.get('in_chans', 3)
+    config = timm.data.resolve_model_data_config(model)
+    assert (config['input_size'][0], len(config['mean']), len(config['std'])) == (channels, channels, channels)
+    images = torch.randn(2, channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        old, new = source.eval()(images), model(images)
+    assert old.shape == new.shape
+    assert (new - old).norm() < 0.3 * old.norm()
+    assert json.loads((tmp_path / 'out' / 'results.json').read_text())['measured']['feature_error'] < 0.3
+
+
+def test_the_closed_form_is_told_on_one_thread(checkpoint, tmp_path, monkeypatch):
+    """Two threads take many times as long for its small products."""
+    counts, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(job, 'fit_layer', lambda *args: counts.append(torch.get_num_threads()) or fit_layer(*args))
+    try:
+        torch.set_num_threads(2)
+        convert(checkpoint, '-o', tmp_path / 'out')
+    finally:
+        torch.set_num_threads(threads)
+    assert counts == [1, 1, 1]
+
+
+@pytest.mark.parametrize('output', ['dangling', 'link', 'missing/../there'])
+def test_the_output_may_be_behind_links(output, checkpoint, tmp_path):
+    (tmp_path / 'dangling').symlink_to('there')
+    (tmp_path / 'link').symlink_to('empty')
+    (tmp_path / 'empty').mkdir()
+    convert(checkpoint, '-o', tmp_path / output)
+    place = tmp_path / ('empty' if output == 'link' else 'there')
+    assert (place / 'README.md').read_text().startswith(f'# {place.name}\n')
+
+
+def test_the_current_folder_is_not_replaced(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    convert(checkpoint, '-o', '.', code=1)
+    assert '. must be a new folder or an empty one, got the current one.' in capsys.readouterr().err
+    (tmp_path / 'volume').mkdir()
+    monkeypatch.setattr('os.path.ismount', lambda place: Path(place).name == 'volume')
+    convert(checkpoint, '-o', 'volume', code=1)
+    assert 'volume must be a new folder or an empty one, got a mount point.' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('option', ['--output', '--images'])
+def test_a_path_of_a_variable_that_is_not_set(option, checkpoint, tmp_path, capsys):
+    arguments = {'--output': str(tmp_path / 'out'), option: ''}
+    with pytest.raises(SystemExit) as left:
+        main(['convert', str(checkpoint), *(part for pair in arguments.items() for part in pair)])
+    assert left.value.code == 2
+    assert 'it must be a path, got an empty one' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other file systems take no such names')
+def test_names_that_are_not_utf_8(checkpoint, photo_folder, tmp_path, capsys):
+    root = tmp_path / os.fsdecode(b'caf\xe9')
+    root.mkdir()
+    shutil.copy(checkpoint, root / os.fsdecode(b'\xff.pt'))
+    shutil.copytree(photo_folder / 'train', root / 'images')
+    (root / 'images' / os.fsdecode(b'\xfe.jpg')).write_bytes(b'no image')
+    source = root / os.fsdecode(b'\xff.pt')
+    convert(source, '-o', tmp_path / 'out', '--images', root / 'images')
+    assert 'caf\\udce9/\\udcff.pt`' in (tmp_path / 'out' / 'README.md').read_text()
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert (results['source']['checkpoint'], results['images']['unreadable']) == (str(source), ['\udcfe.jpg'])
+    convert(source, '-o', root / 'out', code=1)
+    assert 'must be a path in UTF-8, since safetensors opens no other' in capsys.readouterr().err
+    assert not (root / 'out').exists()
+
+
 OTHER_NETWORKS = {
     'basic': ('resnet18', {}), 'groups': ('resnet26', {'cardinality': 2}),
     'attention': ('resnet26', {'block_args': {'attn_layer': 'se'}}),
     'group norms': ('resnet26', {'norm_layer': 'groupnorm'}),
+    'weighted': ('resnet26', {'act_layer': 'prelu'}), 'four channels': ('resnet26', {'in_chans': 4}),
 }
 
 
@@ -215,16 +301,26 @@ def source_of_timm(tmp_path: Path) -> Path:
     ('groups', [], 'got a convolution of 2 groups in layer1.0. Take another source, such as resnet50.'),
     ('attention', [], 'got channel attention (SEModule) in layer1.0. Take another source, such as resnet50.'),
     ('group norms', [], 'got a GroupNorm in layer1.0. Take another source, such as resnet50.'),
+    ('weighted', [], 'must have activations without weights, got PReLU in layer2.0. Take another act_layer.'),
+    ('four channels', ['--images', 'photos'], '--images must be left out for a network of 4 channels, got photos'),
+    ('nano', ['--images', 'r14.safetensors'], 'r14.safetensors must hold at least 10 images, got 0.'),
+    ('nano', ['--output', '.'], '. must be a new folder or an empty one, got one that holds something. Name another'),
+    ('nano', ['--output', 'x' * 300], 'x must be a folder that can be made, got | could not be written (['),
+    ('', [], 'SOURCE must be a name that timm loads, or a checkpoint, got an empty one.'),
+    ('x' * 300, [], 'xxx cannot be made (Unknown model'),
+    ('x' * 300 + '.pt', [], 'xxx.pt does not exist. Check its path.'),
     ('nan', [], 'Weights to be converted must be finite'),
+    ('nan elsewhere', [], 'Weights to be converted must be finite, got inf or nan in layer2.0.bn1.running_var.'),
     ('infinite', ['--images', 'photos'], 'The activations at the input of the first attention layer must be finite'),
 ])
 def test_bad_input_is_one_sentence_and_nothing_is_written(
         source, options, message, checkpoint, photo_folder, source_of_timm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sources = {'r14': source_of_timm, 'nano': checkpoint}
-    for name in ('nan', 'infinite'):
+    for name in ('nan', 'nan elsewhere', 'infinite'):
         state = torch.load(checkpoint, weights_only=True)
-        key, value = {'nan': ('layer2.0.bn1.bias', float('nan')), 'infinite': ('bn1.bias', 1e6)}[name]
+        key, value = {'nan': ('layer2.0.bn1.bias', float('nan')), 'infinite': ('bn1.bias', 1e6),
+                      'nan elsewhere': ('layer2.0.bn1.running_var', float('nan'))}[name]
         state['model'][key].fill_(value)
         torch.save(state, tmp_path / f'{name}.pt')
         sources[name] = tmp_path / f'{name}.pt'

@@ -105,6 +105,8 @@ def test_value_channels_are_multiples_of_8(width, share, channels):
     ('res2net50d', {}, r'got a Bottle2neck in layer1\.0'),
     ('resnetv2_50', {}, r'resnetv2_50 must be a ResNet of timm, got a ResNetV2\. Take'),
     ('vit_tiny_patch16_224', {}, r'must be a ResNet of timm, got a VisionTransformer'),
+    ('resnet26', {'layers': (0, 1, 1, 1)}, r'resnet26 must have blocks in each of four stages, got none in layer1\. T'),
+    ('resnet26', {'channels': (8, 8, 12, 12)}, r'must have 3x3 layers of 16 channels or more .* got narrower ones\. T'),
     ('geoprior_resnet50', {}, r'must be a plain ResNet, got a GeoPrior ResNet \(layer2\.0 has attention already\)'),
 ])
 def test_other_networks_are_refused_by_name(name, kwargs, message):

@@ -68,7 +68,7 @@ def compare(source: Any, converted: Any, batches: Iterable[tuple[Tensor, Tensor]
     found: dict[str, Any] = {
         'images': images, 'feature_error': (sums['missed'] / sums['energy']) ** 0.5 if sums['energy'] else 0.0}
     if source.num_classes and images:
-        found.update(agree=int(sums['agree']), divergence=sums['divergence'] / images)
+        found.update(agree=int(sums['agree']), divergence=max(sums['divergence'], 0) / images)
         if sums['labelled']:
             found.update({key: int(sums[key]) for key in ('labelled', 'source_correct', 'correct')})
     return found

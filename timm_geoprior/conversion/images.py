@@ -1,4 +1,5 @@
 """The images that a conversion is fitted to, and those kept out to measure it by."""
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,9 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
     """
     if limit < FEWEST:
         raise GeoPriorError(f'--limit must be at least {FEWEST}, got {limit}.')
-    if not folder.exists():
-        raise GeoPriorError(f'--images must be a folder of images, got {folder}, which does not exist. Check its name.')
+    if not os.access(folder, os.R_OK):
+        fault = 'cannot be read' if os.path.exists(folder) else 'does not exist'
+        raise GeoPriorError(f'--images must be a folder of images, got {folder}, which {fault}. Check its name.')
     try:
         data = open_split(folder, '', options=DataOptions(labelled=False))
     except EvaluationError:  # there is none

@@ -36,7 +36,7 @@ from .images import ImageSets, PreparedImages, draw_images
 from .mirror import Mirror, mirror
 from .readme import readme
 from .regression import PARTS, LayerFit, activation_bytes, refine
-from .state_dict import attention_blocks, convert_state_dict, layer_models
+from .state_dict import attention_blocks, checkpoint_filter_fn, layer_models, on_one_thread
 
 __all__ = ['ConvertJob', 'convert']
 
@@ -74,7 +74,7 @@ def convert(job: ConvertJob) -> dict[str, Any]:
     Raises:
         GeoPriorError: The source, the images or the output are not what they must be; nothing was written.
     """
-    _check_output(job.output)
+    output = _check_output(job.output)
     if job.workers < 0:
         raise GeoPriorError(f'--workers must be 0 or more, got {job.workers}.')
     device, _, _ = find_device(job.device)
@@ -83,8 +83,11 @@ def convert(job: ConvertJob) -> dict[str, Any]:
     loaded = _load_source(job)
     made = mirror(loaded.model, loaded.name)
     config = _data_config(loaded)
+    if sets and made.in_chans not in (1, 3):
+        raise GeoPriorError(f'--images must be left out for a network of {made.in_chans} channels, got '
+                           f'{job.images}: images have 1 or 3.')
     model = made.create(pretrained_cfg_overlay={'input_size': config['input_size']}).eval()
-    model.load_state_dict(convert_state_dict(loaded.model.state_dict(), model))
+    model.load_state_dict(checkpoint_filter_fn(loaded.model.state_dict(), model))
     for network in (loaded.model, model):
         network.to(device).to(memory_format=torch.channels_last)
     layers = ([asdict(layer) for layer in _fit(job, sets, loaded.model, model, config)] if sets
@@ -93,33 +96,57 @@ def convert(job: ConvertJob) -> dict[str, Any]:
         'source': _origin(loaded), 'architecture': made.architecture, 'model_args': made.model_args,
         'parameters': sum(p.numel() for p in model.parameters()), 'half': job.half, 'layers': layers,
         'commit': git_commit(), 'software': versions(), 'hardware': hardware(device)}
-    with _new_folder(job.output) as folder:
+    with _new_folder(job.output, output) as folder:
         _write_model(job, loaded, made, model, config, folder)
         if sets:
             results['measured'] = _measure(job, sets, loaded, folder, config)
             results['images'] = _images(job, sets)
         results['seconds'] = round(time.perf_counter() - started, 1)
         write_json(folder / 'results.json', results)
-        (folder / 'README.md').write_text(readme(results, job.output.name), encoding='utf-8')
+        text = readme(results, output.name)
+        (folder / 'README.md').write_text(text, encoding='utf-8', errors='backslashreplace')
     return results
 
 
 # -- what comes in -----------------------------------------------------------------------------------------------------
 
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise GeoPriorError(f'{output} must be a new folder or an empty one, got '
-                            f'{"one that holds something" if output.is_dir() else "a file"}. Name another by --output.')
-    parent = next(parent for parent in output.resolve().parents if parent.exists())
+def _check_output(output: Path) -> Path:
+    """Where the folder goes: the path without links, below a folder that is there."""
+    try:
+        place = output.resolve()
+        if str(place).encode(errors='replace') != os.fsencode(place):
+            raise GeoPriorError(f'{output} must be a path in UTF-8, since safetensors opens no other, got other bytes. '
+                                f'Name another by --output.')
+        if got := _obstacle(place):
+            raise GeoPriorError(f'{output} must be a new folder or an empty one, got {got}. Name another by --output.')
+        parent = next(parent for parent in place.parents if parent.exists())
+    except OSError as error:
+        raise GeoPriorError(f'{output} must be a folder that can be made, got an error ({first_line(error)}). Name '
+                           f'another by --output.') from None
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise GeoPriorError(f'{output} must be a folder that can be made, got {parent} above it, which is '
-                            f'{"not writable" if parent.is_dir() else "a file"}. Name another by --output.')
+                           f'{"not writable" if parent.is_dir() else "a file"}. Name another by --output.')
+    return place
+
+
+def _obstacle(place: Path) -> str:
+    """What stands where the new folder is to be put, in words; '' where nothing does."""
+    if not place.exists():
+        return ''
+    if not place.is_dir():
+        return 'a file'
+    if any(place.iterdir()):
+        return 'one that holds something'
+    # neither can be replaced by another folder
+    return 'the current one' if place == Path.cwd() else 'a mount point' if os.path.ismount(place) else ''
 
 
 def _load_source(job: ConvertJob) -> LoadedModel:
+    if not job.source:
+        raise GeoPriorError('SOURCE must be a name that timm loads, or a checkpoint, got an empty one.')
     path = Path(job.source)
     named = ':' not in job.source and (path.suffix in CHECKPOINTS or len(path.parts) > 1)
-    if job.model or named or path.is_file():
+    if job.model or named or os.path.isfile(path):
         loaded = load_model(job.model, path, num_classes=_num_classes(path))
     else:
         loaded = load_model(job.source)
@@ -145,8 +172,12 @@ def _cfg(loaded: LoadedModel) -> dict[str, Any]:
 def _data_config(loaded: LoadedModel) -> dict[str, Any]:
     """How images are prepared for the source: as timm has it, at the size that a checkpoint was measured with."""
     config: dict[str, Any] = resolve_data_config(pretrained_cfg=_cfg(loaded))
-    if loaded.img_size:
-        config['input_size'] = (config['input_size'][0], loaded.img_size, loaded.img_size)
+    model: Any = loaded.model
+    size = (loaded.img_size,) * 2 if loaded.img_size else config['input_size'][1:]
+    config['input_size'] = (model.in_chans, *size)
+    for key in ('mean', 'std'):
+        if len(config[key]) not in (1, model.in_chans):  # of the colours: timm takes their average
+            config[key] = (sum(config[key]) / len(config[key]),)
     return config
 
 
@@ -181,6 +212,7 @@ def _fit(
         return refine(source, model, (batch for batch, _ in images), len(images), size, lambda _: progress.update())
 
 
+@on_one_thread
 def _closed_form_layers(source: nn.Module, model: GeoPriorResNet) -> list[dict[str, Any]]:
     """What the closed form has chosen, and what it loses under its model of the inputs."""
     layers, weights = [], source.state_dict()
@@ -206,13 +238,13 @@ def _images(job: ConvertJob, sets: ImageSets) -> dict[str, Any]:
 # -- what goes out -----------------------------------------------------------------------------------------------------
 
 @contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that takes its name only when all is in it; nothing is left of it on SIGTERM and Ctrl-C."""
+def _new_folder(output: Path, place: Path) -> Iterator[Path]:
+    """A folder that takes its place only when all is in it; nothing is left of it on SIGTERM and Ctrl-C."""
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     try:
-        with handled_signals(leave, signal.SIGTERM), new_folder(output) as folder:
+        with handled_signals(leave, signal.SIGTERM), new_folder(place) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
         raise GeoPriorError(f'{output} could not be written ({first_line(error)}). Make room, or name another by '
@@ -227,8 +259,8 @@ def _write_model(
     tag = cfg.get('tag')
     model.pretrained_cfg = {  # type: ignore[assignment]
         **{key: value for key, value in cfg.items() if key not in _LEFT_OUT},
-        'input_size': config['input_size'], 'architecture': made.architecture, 'custom_load': False,
-        'tag': f'from_{tag}' if tag else 'converted'}
+        **{key: config[key] for key in ('input_size', 'mean', 'std')}, 'architecture': made.architecture,
+        'custom_load': False, 'tag': f'from_{tag}' if tag else 'converted'}
     labels: dict[str, Any] = {'label_names': list(loaded.wnids)} if loaded.wnids else {}
     if loaded.names:
         labels['label_descriptions'] = dict(zip(loaded.wnids, loaded.names, strict=True))
@@ -239,7 +271,8 @@ def _write_model(
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it the user's own
     config_file = folder / 'config.json'
     # without what timm repeats of the root, which transformers refuses among the options
-    options = {**made.model_args, **({'in_chans': made.in_chans} if made.in_chans != 3 else {})}
+    options = {**made.model_args, **({'in_chans': made.in_chans} if made.in_chans != 3 else {}),
+               **({'global_pool': made.global_pool} if made.global_pool != 'avg' else {})}
     write_json(config_file, {**json.loads(config_file.read_text()), 'model_args': options})
 
 

@@ -97,13 +97,19 @@ def mirror(source: nn.Module, name: str = 'The network') -> Mirror:
     architecture = min(options, key=lambda key: len(options[key]))
     made = Mirror(architecture, options[architecture], **found)
     _check_same(source, made, name)
+    if not any(made.model_args.get('value_dims', SHARES)):
+        raise GeoPriorError(f'{name} must have 3x3 layers of 16 channels or more behind its first stage, got narrower '
+                          f'ones. Take another source, such as resnet50.')
     return made
 
 
 def _check_kind(source: nn.Module, name: str) -> None:
     if not isinstance(source, ResNet):
         raise GeoPriorError(f'{name} must be a ResNet of timm, got a {type(source).__name__}. '
-                            f'Take one such as resnet50, resnet50d or wide_resnet50_2.')
+                          f'Take one such as resnet50, resnet50d or wide_resnet50_2.')
+    if empty := [stage for stage in STAGES if not len(getattr(source, stage, ()))]:
+        raise GeoPriorError(f'{name} must have blocks in each of four stages, got none in {empty[0]}. '
+                          f'Take another source, such as resnet50.')
     for place, block in blocks(source):
         if isinstance(getattr(block, 'conv2', None), GeoPriorConv2d):
             raise GeoPriorError(f'{name} must be a plain ResNet, got a GeoPrior ResNet ({place} has attention '

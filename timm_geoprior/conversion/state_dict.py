@@ -16,7 +16,7 @@ from .closed_form import FollowingLayers, InputModel, LayerFit, LayerModel, fit_
 
 __all__ = [
     'AttentionBlock', 'ConversionError', 'apply_fit', 'attention_blocks', 'checkpoint_filter_fn', 'convert_state_dict',
-    'is_plain_resnet', 'layer_models',
+    'is_plain_resnet', 'layer_models', 'on_one_thread',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ _Result = TypeVar('_Result')
 _LOCK = threading.Lock()
 
 
-def _alone(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def on_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Use one thread of torch's, the CPU and no gradients, whatever the caller has set.
 
     The sums are then in the same order for any number of threads. One converts ResNet-152 in 1.5 s; two took 28 s
@@ -110,7 +110,7 @@ def _alone(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
     return alone
 
 
-@_alone
+@on_one_thread
 def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Turn the state dict of a plain ResNet into that of a GeoPrior ResNet, in closed form.
 

@@ -86,7 +86,10 @@ def open_split(
         return _open_shards(root, split, options)
     if kind == 'torch':
         return _open_torch(root, split, name, options)
-    listed = list_images(root, split, options)
+    try:
+        listed = list_images(root, split, options)
+    except OSError as error:
+        raise EvaluationError(f'{root} cannot be read ({first_line(error)}). Check --data-dir.') from None
     # 0 for an image without a class, as timm has it: a loader takes -1 for an image that cannot be read
     dataset = Images(Files(listed.root, listed.places, np.maximum(listed.labels, 0).tolist()), listed.names)
     return DataSplit(
@@ -231,7 +234,9 @@ class Files:
     def size(self, index: int) -> int:
         """Bytes of an image's file."""
         place = self.places[index]
-        return os.path.getsize(place) if isinstance(place, str) else place[2]
+        if not isinstance(place, str):
+            return place[2]
+        return os.path.getsize(place) if os.path.exists(place) else 0  # gone, or a link to nothing: unreadable too
 
 
 class Images(ImageDataset):

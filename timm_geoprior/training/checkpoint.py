@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, and read as data by one function for every command."""
 import argparse
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ __all__ = [
 # timm's names first: 'model_ema' beside 'model' is what its own loading takes before the raw weights
 AVERAGED = ('model_ema', 'state_dict_ema', 'ema')
 RAW = ('model', 'state_dict')
+# what `train` saves beside them; another program's value under such a name may be of another type
+SAID: dict[str, type | tuple[type, ...]] = {
+    'model_name': str, 'model_kwargs': dict, 'num_classes': int, 'class_names': (list, tuple), 'recipe': dict,
+    'commit': str, 'seed': int, 'versions': dict}
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,7 @@ def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') ->
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise GeoPriorError(f'{path} must hold a state dict of tensors, got the keys '
                               f'{", ".join(map(str, list(content)[:5])) or "of an empty file"}. Name a checkpoint.')
-    said = {name: content[name] for name in ('model_name', 'model_kwargs', 'num_classes', 'class_names', 'recipe',
-                                             'commit', 'seed', 'versions') if key and content.get(name) is not None}
+    said = {name: content[name] for name, kind in SAID.items() if key and isinstance(content.get(name), kind)}
     if 'class_names' in said:
         said['class_names'] = tuple(said['class_names'])
     tensors = {name: value for name, value in state_dict.items() if name != 'n_averaged'}  # torch's AveragedModel's own
@@ -103,7 +107,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """The dictionary in a file."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # also of a name that no file may have
         raise GeoPriorError(f'The checkpoint {path} does not exist. Check its path.')
     try:
         if is_lfs_pointer(path):
