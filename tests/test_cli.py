@@ -475,7 +475,9 @@ def python(code, **options):
 
 @pytest.mark.parametrize('arguments', [
     [], ['--help'], ['--version'], ['classify', '--help'], ['run', '--help'], ['lst'], ['classify', '--wrong'],
-    ['info'], ['explain', '--point', 'here'], ['download', 'folder']])
+    ['info'], ['explain', '--point', 'here'], ['download', 'folder'], ['train', '--help'], ['train', 'r64_tin200'],
+    ['train', 'nothing', '--data-dir', 'd', '--output', 'o'], ['validate', '--help'], ['validate'],
+    ['validate', '--model', 'x', '--check', '--mean', '1'], ['publish', '--help'], ['publish', 'x', '--dry-run']])
 def test_neither_torch_nor_timm_is_imported_for_help_or_a_usage_error(arguments):
     imported = python(
         'import sys\nfrom timm_geoprior.cli import main\n'

@@ -26,7 +26,7 @@ from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.manifest import SOURCES, ManifestError, Metric, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import doctor, verify_tags
 from timm_geoprior.release.pin import pin_sources, write_published_results
-from timm_geoprior.release.publish import record_results
+from timm_geoprior.release.releasing import record_results
 from timm_geoprior.release.staging import stage
 from timm_geoprior.training.checkpoint import SavedModel
 

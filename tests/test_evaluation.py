@@ -26,6 +26,7 @@ from timm_geoprior.data.preflight import check_data, empty_folders, image_fault,
 from timm_geoprior.errors import ClassMismatchError, EvaluationError, GeoPriorError
 from timm_geoprior.evaluation.classes import match_classes
 from timm_geoprior.evaluation.evaluate import EvalConfig, Forward, predict
+from timm_geoprior.evaluation.measure import find_metric
 from timm_geoprior.evaluation.metrics import (
     Counts,
     Predictions,
@@ -37,7 +38,6 @@ from timm_geoprior.evaluation.metrics import (
     wilson_interval,
 )
 from timm_geoprior.evaluation.models import load_model
-from timm_geoprior.evaluation.validate import find_metric
 from timm_geoprior.pretrained.manifest import Metric, load_manifest
 
 NAN = math.nan

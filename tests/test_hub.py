@@ -42,7 +42,7 @@ from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.loading import load_golden, load_verified
 from timm_geoprior.pretrained.manifest import load_manifest
 from timm_geoprior.pretrained.verify import golden_error
-from timm_geoprior.release.publish import bundle
+from timm_geoprior.release.releasing import bundle
 from timm_geoprior.release.staging import read_staged
 
 

@@ -25,7 +25,7 @@ from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.pretrained.loading import load_golden, load_verified
 from timm_geoprior.pretrained.manifest import ManifestError, load_manifest, manifest_path
 from timm_geoprior.pretrained.verify import golden_error
-from timm_geoprior.release.publish import bundle, push
+from timm_geoprior.release.releasing import bundle, push
 from timm_geoprior.release.staging import Evidence, export_weights, read_staged, stage
 from timm_geoprior.training.checkpoint import SavedModel, read_weights
 

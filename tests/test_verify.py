@@ -17,7 +17,7 @@ from timm_geoprior.pretrained.cfgs import bundled_path
 from timm_geoprior.pretrained.loading import load_golden, load_verified
 from timm_geoprior.pretrained.manifest import load_manifest
 from timm_geoprior.pretrained.verify import GOLDEN_TOLERANCES, doctor, golden_error, verify_tags
-from timm_geoprior.release.publish import bundle
+from timm_geoprior.release.releasing import bundle
 
 
 @pytest.fixture

@@ -11,14 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
-from .errors import GeoPriorError, message_of
+from .errors import GeoPriorError, message_of, needs_extra
 
 if TYPE_CHECKING:
     from .pretrained.manifest import ModelEntry
@@ -53,17 +52,6 @@ def _command(name: str, text: str, *arguments: Argument) -> Callable[[Function],
         _COMMANDS[name] = function, text, arguments
         return function
     return add
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Say which extra a missing package belongs to."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise GeoPriorError(
-            f"This command needs {error.name}, which is not installed. Run `pip install 'timm-geoprior[{name}]'`."
-        ) from error
 
 
 def _print_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
@@ -225,8 +213,8 @@ def _default_model(args: argparse.Namespace) -> str:
 
 
 def _device(args: argparse.Namespace) -> str:
-    import torch
-    return args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    from .distributed import default_device
+    return args.device or default_device()
 
 
 def _count(text: str) -> int:
@@ -333,7 +321,7 @@ def _explain(args: argparse.Namespace) -> int:
     from .data.reading import read_image
     from .inference.inputs import sample_image
     image = read_image(args.image) if args.image else sample_image()
-    with _extra('explain'):
+    with needs_extra('explain'):
         from .inference.explain import check_output, save_explanation
     check_output(args.output)
     from .inference.classifier import load_classifier
@@ -368,7 +356,7 @@ def _print_layers(name: str) -> int:
     _argument('--port', type=int, default=7860, help='port to serve on (default: 7860)'),
     _argument('--space', type=_path, metavar='DIR', help='write the folder of a Space instead'))
 def _demo(args: argparse.Namespace) -> int:
-    with _extra('demo'):
+    with needs_extra('demo'):
         from .inference.demo import serve, write_space
     if args.space is None:
         serve(args.model, args.port)
@@ -392,7 +380,7 @@ def _demo(args: argparse.Namespace) -> int:
     _DEVICE,
     _WORKERS)
 def _convert(args: argparse.Namespace) -> int:
-    with _extra('train'):
+    with needs_extra('train'):
         from .conversion.job import ConvertJob, convert
     from .conversion.readme import layer_rows, lines
     results = convert(ConvertJob(
@@ -420,7 +408,7 @@ def _convert(args: argparse.Namespace) -> int:
     _WORKERS,
     _argument('--resume', action='store_true', help='continue the run in --output'))
 def _finetune(args: argparse.Namespace) -> int:
-    with _extra('train'):
+    with needs_extra('train'):
         from .training.finetune import Job, finetune
     from .pretrained.manifest import default_architecture, load_manifest
     output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
@@ -510,7 +498,7 @@ def _complain(error: Exception | str) -> None:
 
 def _dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in _MODULES:
-        with _extra('train'):
+        with needs_extra('train'):
             module = import_module(f'.{_MODULES[argv[0]][0]}', __package__)
         return cast(int, module.main(argv[1:], prog=f'timm-geoprior {argv[0]}'))
     parser = _build_parser()

@@ -1,7 +1,9 @@
 """The exceptions of this package. Each message is one sentence that says what is wrong and what to do."""
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPriorError', 'ImageError', 'ProcessError',
-           'WeightsError', 'message_of']
+           'WeightsError', 'message_of', 'needs_extra']
 
 
 class GeoPriorError(RuntimeError):
@@ -35,3 +37,14 @@ class WeightsError(GeoPriorError):
 def message_of(error: GeoPriorError) -> str:
     """An error's message without the traceback that a data loader's worker has put before it."""
     return str(error).rpartition(f'{type(error).__name__}: ')[2]
+
+
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Say which extra a missing package belongs to."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise GeoPriorError(
+            f"This command needs {error.name}, which is not installed. Run `pip install 'timm-geoprior[{name}]'`."
+        ) from error

@@ -16,8 +16,9 @@ __all__ = ['register_with_timm']
 
 # what can be imported without timm; all else imports timm first, and with it the models
 _WITHOUT_TIMM = {f'{__package__}.{name}' for name in (
-    '__main__', 'cli', 'data', 'data.reading', 'errors', 'files', 'inference', 'inference.inputs', 'pretrained',
-    'pretrained.manifest')}
+    '__main__', 'cli', 'data', 'data.reading', 'errors', 'evaluation', 'evaluation.validate', 'files', 'inference',
+    'inference.inputs', 'pretrained', 'pretrained.manifest', 'progress', 'release', 'release.publish', 'training',
+    'training.recipe', 'training.train')}
 
 
 class _RegisteringLoader:

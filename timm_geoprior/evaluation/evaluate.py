@@ -22,10 +22,9 @@ from .classes import ClassMatch, match_classes
 from .metrics import Counts, Predictions, target_ranks
 from .models import LoadedModel
 
-__all__ = ['PRECISIONS', 'EvalConfig', 'Evaluation', 'Forward', 'Pass', 'Plan', 'evaluate', 'plan', 'predict',
+__all__ = ['EvalConfig', 'Evaluation', 'Forward', 'Pass', 'Plan', 'evaluate', 'plan', 'predict',
            'set_numerics']
 
-PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 SKIPPED, OUT_OF_RANGE = -1, -3  # in place of a class index, as UNREADABLE
 Batch = tuple[Tensor, Tensor]
 
@@ -36,7 +35,7 @@ class EvalConfig:
     device: torch.device = torch.device('cpu')
     rank: int = 0  # this process
     world_size: int = 1  # number of processes
-    precisions: tuple[str, ...] = ('float32',)  # of `PRECISIONS`, the reference first
+    precisions: tuple[str, ...] = ('float32',)  # float32, bfloat16 or float16; the reference first
     batch_size: int = 256  # images of a batch of one process
     workers: int = 4  # processes that decode, for each process
     channels_last: bool = False
@@ -311,7 +310,7 @@ def _scores(
         forward: Callable[[Tensor], Tensor], images: Tensor, precision: str, competing: Sequence[int] | None) -> Tensor:
     """float32 scores; a class that does not compete has minus infinity."""
     lower = precision != 'float32'
-    with torch.autocast(images.device.type, PRECISIONS[precision]) if lower else nullcontext():
+    with torch.autocast(images.device.type, getattr(torch, precision)) if lower else nullcontext():
         scores = forward(images).float()
     if competing is not None:
         kept = torch.full_like(scores, -torch.inf)

@@ -1,37 +1,21 @@
-"""The command `timm-geoprior validate`, which scripts/validate.py runs too."""
+"""The command `timm-geoprior validate`, which scripts/validate.py runs too.
+
+Nothing here imports torch or timm before it is needed, so that `--help` and a usage error come at once.
+"""
 import argparse
-import contextlib
-import datetime
-import fnmatch
-import importlib.util
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from timm.utils import ParseKwargs
-
-from ..data.dataset import DataOptions, DataSplit, fingerprint, open_split
-from ..data.listing import unpacked
-from ..data.preflight import check_data
-from ..distributed import find_device, joined
-from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
-from ..files import write_csv, write_json
-from ..pretrained.manifest import Metric, ModelEntry, load_manifest
+from ..errors import GeoPriorError, needs_extra
 from ..progress import handled_signals
-from .classes import match_classes
-from .evaluate import PRECISIONS, EvalConfig, Evaluation, Plan, evaluate, plan, set_numerics
-from .models import LoadedModel, check_source, load_model
-from .results import details, lines, summary_row, write_results
 
-__all__ = ['find_metric', 'main', 'parse_arguments']
+__all__ = ['main', 'parse_arguments']
 
 DESCRIPTION = """\
 Measure the accuracy of a model on a data set. Every image is counted exactly once, whatever the batch size and the
@@ -61,29 +45,27 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     """
     args = parse_arguments(argv, prog)
     command = shlex.join(sys.argv if argv is None else [prog, *argv])
-    joined_before = joined()
-    rank = 0
     try:
-        with handled_signals(_stop, signal.SIGINT, signal.SIGTERM):
-            _check_output(args)
-            device, rank, world_size = find_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-            run = _Run(args, _config(args, device, rank, world_size), command)
-            set_numerics(run.config.precisions)
-            _measure_all(run)
-            return 1 if run.faults else 0
+        with needs_extra('train'):
+            from ..distributed import group_of_processes, is_first, tells
+            from .measure import measure
     except GeoPriorError as error:
-        if not rank or isinstance(error, ProcessError):  # the others have met the same
-            print(f'{prog}: {error}', file=sys.stderr)
+        print(f'{prog}: {error}', file=sys.stderr)
         return 1
-    except _Stopped as stopped:
-        number = int(stopped.args[0])
-        if not rank:
-            name = signal.Signals(number).name
-            print(f'{prog}: stopped by {name}. What was not finished is not written.', file=sys.stderr)
-        return 128 + number
-    finally:
-        if joined() and not joined_before:
-            dist.destroy_process_group()
+    with group_of_processes():
+        try:
+            with handled_signals(_stop, signal.SIGINT, signal.SIGTERM):
+                return 1 if measure(args, command) else 0
+        except GeoPriorError as error:
+            if tells(error):
+                print(f'{prog}: {error}', file=sys.stderr)
+            return 1
+        except _Stopped as stopped:
+            number = int(stopped.args[0])
+            if is_first():
+                name = signal.Signals(number).name
+                print(f'{prog}: stopped by {name}. What was not finished is not written.', file=sys.stderr)
+            return 128 + number
 
 
 class _Stopped(BaseException):
@@ -97,14 +79,15 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 # -- the arguments: as far as timm's validate.py has them, with its names and meanings ---------------------------------
 
-class _ModelKwargs(ParseKwargs):
-    """timm's, where a word without an equals sign is a wrong command."""
+class _ModelKwargs(argparse.Action):
+    """timm's `ParseKwargs`, where a word without an equals sign is a wrong command."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for value in values:
             if not value.partition('=')[1]:
                 parser.error(f'{option_string} must be KEY=VALUE, got {value}')
-        super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
+        from timm.utils import ParseKwargs
+        ParseKwargs(self.option_strings, self.dest)(parser, namespace, values, option_string)
 
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> argparse.Namespace:
@@ -190,7 +173,7 @@ def _add_engine_arguments(group: Any) -> None:
         help='processes that decode images (default: 4, or the number of processors)')
     group.add_argument('--device', metavar='NAME', help='default: cuda if there is one, else cpu')
     group.add_argument(
-        '--precision', nargs='+', choices=tuple(PRECISIONS), metavar='NAME',
+        '--precision', nargs='+', choices=('float32', 'bfloat16', 'float16'), metavar='NAME',
         help='float32 (strict: no TF32), bfloat16 or float16 (autocast); several are measured in one pass and compared '
              'with the first (default: float32)')
     group.add_argument('--amp', action='store_true', help='the same as --precision with --amp-dtype')
@@ -238,203 +221,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f'--input-size must be channels, height and width of 1 or more, got {args.input_size}')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f'--crop-pct must be more than 0 and at most 1, got {args.crop_pct}')
-    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
-        known = ', '.join(torch.compiler.list_backends())
-        parser.error(f'--torchcompile must be a backend of torch ({known}), got {args.torchcompile}')
+    if args.torchcompile:
+        from torch.compiler import list_backends
+        if args.torchcompile not in list_backends(exclude_tags=()):
+            parser.error(f'--torchcompile must be a backend of torch ({", ".join(list_backends())}), got '
+                         f'{args.torchcompile}')
     args.precision = tuple(dict.fromkeys([args.amp_dtype] if args.amp else args.precision or ['float32']))
-
-
-# -- the run -----------------------------------------------------------------------------------------------------------
-
-@dataclass
-class _Run:
-    """What one command does, and what has come of it so far."""
-    args: argparse.Namespace
-    config: EvalConfig
-    command: str
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    details: list[dict[str, Any]] = field(default_factory=list)
-    faults: int = 0
-
-    def say(self, text: str) -> None:
-        """A result, on stdout."""
-        if not self.config.rank:
-            print(text, flush=True)
-
-    def fail(self, text: str) -> None:
-        """What makes the exit code 1."""
-        self.faults += 1
-        self.config.tell(text)
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    """Find out before the pass whether its results can be written."""
-    if args.output:
-        if importlib.util.find_spec('matplotlib') is None:
-            raise EvaluationError('--output needs matplotlib for its plots. Run `pip install matplotlib` '
-                                  '(the extra "train").')
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EvaluationError(
-                f'The folder {args.output} cannot be made ({error.strerror}). Check --output.') from None
-    if args.results_file and not args.results_file.absolute().parent.is_dir():
-        raise EvaluationError(f'The folder {args.results_file.parent} does not exist. Make it, or check '
-                              f'--results-file.')
-    if args.results_file and args.results_file.is_dir():
-        raise EvaluationError(f'--results-file must be a file, got the folder {args.results_file}. Name a file in it.')
-
-
-def _config(args: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> EvalConfig:
-    input_keys = ('img_size', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
-    return EvalConfig(
-        device, rank, world_size, args.precision, args.batch_size, args.workers, args.channels_last,
-        args.torchcompile, args.subset, args.real_labels, {key: getattr(args, key) for key in input_keys},
-        lambda text: None if rank else print(text, file=sys.stderr, flush=True))
-
-
-def _names(args: argparse.Namespace) -> list[str | None]:
-    """The models to measure; None is the one that the checkpoint names."""
-    if args.tag is None:
-        return [load_manifest().get(args.model).name if args.check and args.model else args.model]
-    if not _is_sweep(args):
-        return [load_manifest().get(args.tag).name]
-    tags = load_manifest().tags.values()
-    if args.tag == 'all':  # of the converted ones, those whose figure can be checked: each is a download
-        names = [entry.name for entry in tags if entry.is_released or entry.metrics]
-    else:
-        names = [entry.name for entry in tags if entry.has_weights and fnmatch.fnmatch(entry.name, args.tag)]
-    if not names:
-        raise EvaluationError(f'--tag {args.tag} must match a tag that has weights. `timm-geoprior list` shows them.')
-    return [*names]
-
-
-def _is_sweep(args: argparse.Namespace) -> bool:
-    return args.tag is not None and (args.tag == 'all' or any(sign in args.tag for sign in '*?['))
-
-
-def _measure_all(run: _Run) -> None:
-    """Open the data once, and go through the models."""
-    args = run.args
-    names = _names(args)
-    for name in names:
-        if args.checkpoint is None and name is not None:
-            check_source(name)  # before any time is spent on the images
-    in_files = args.data_dir is not None and not args.dataset
-    with unpacked(args.data_dir) if in_files else contextlib.nullcontext(args.data_dir) as root:
-        options = DataOptions(args.class_map, args.num_samples, args.input_key, args.target_key, args.dataset_download)
-        data = open_split(root, args.split, args.dataset, options)
-        check_data(data, args.workers, run.config.tell, run.config.rank, run.config.world_size)
-        for name in names:
-            try:
-                _measure(run, data, name)
-            except ClassMismatchError as error:
-                if not _is_sweep(args):
-                    raise
-                run.config.tell(f'{name} is skipped: {error}')
-            except GeoPriorError as error:
-                if not _is_sweep(args) or isinstance(error, ProcessError):
-                    raise
-                run.fail(f'{name} failed: {error}')
-    if not run.rows and not run.faults:
-        raise EvaluationError('No model was measured: none has the classes of the data. Check --data-dir.')
-
-
-def _measure(run: _Run, data: DataSplit, name: str | None) -> None:
-    args, config = run.args, run.config
-    if _is_sweep(args) and name is not None:  # before weights are fetched that are for other classes
-        labels = load_manifest().label_sets.get(load_manifest().get(name).label_set)
-        if labels is None:
-            raise ClassMismatchError(f'{name} must have a classifier, got a backbone without one.')
-        match_classes(data.classes, labels.wnids, labels.names, labels.num_classes, args.subset)
-    loaded = load_model(name, args.checkpoint, args.weights, args.num_classes,
-                        args.input_size[0] if args.input_size else 3, args.model_kwargs)
-    planned = plan(data, loaded, config)
-    for note in (*loaded.notes, *planned.match.notes):
-        config.tell(note)
-    _compare_with_figures(run, data, loaded, planned)
-    seen = {'data_dir': str(args.data_dir) if args.data_dir else None, 'dataset': args.dataset, 'split': args.split,
-            'notes': list(data.notes),
-            **(fingerprint(data, planned.indices, args.dataset) if not config.rank else {})}
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-    evaluation = evaluate(data, loaded, planned, config)
-    run.rows.append(summary_row(evaluation))
-    for line in lines(evaluation):
-        run.say(line)
-    for problem in evaluation.problems:
-        run.fail(problem)
-    if args.check:
-        _check_figures(run, evaluation)
-    if not config.rank:
-        run.details.append({**details(evaluation, config), 'data': seen, 'command': run.command, 'started': started})
-        _write(run, evaluation)
-
-
-def _write(run: _Run, evaluation: Evaluation) -> None:
-    """Write what has been measured so far: a sweep that is stopped keeps it."""
-    args, name = run.args, evaluation.loaded.name
-    if args.output:
-        write_results(args.output / name if _is_sweep(args) else args.output, evaluation, run.details[-1])
-    if args.results_file and args.results_file.suffix == '.json':
-        write_json(args.results_file, run.details[0] if len(run.details) == 1 else run.details)
-    elif args.results_file:
-        write_csv(args.results_file, run.rows)
-
-
-# -- measured against claimed ------------------------------------------------------------------------------------------
-
-def find_metric(entry: ModelEntry, precision: str, img_size: int, num_images: int | None) -> Metric:
-    """The manifest's figure that a measurement at `img_size` pixels can be held against.
-
-    Raises:
-        EvaluationError: The manifest has none for that precision, size and number of images (None is any number).
-    """
-    if not entry.metrics:
-        raise EvaluationError(f'The manifest has no figure for {entry.name}. Leave out --check, or take a tag that has '
-                              f'one.')
-    fitting = [m for m in entry.metrics if (m.precision, m.img_size) == (precision, img_size)]
-    if not fitting:
-        known = ' and '.join(sorted({f'{m.precision} at {m.img_size} px' for m in entry.metrics}))
-        raise EvaluationError(f'The manifest has no figure of {entry.name} for {precision} at {img_size} px, only for '
-                              f'{known}. Measure that.')
-    for metric in fitting:
-        if num_images in (None, metric.num_images):
-            return metric
-    known = ' or '.join(f'{m.dataset} {m.split} with {m.num_images:,} images' for m in fitting)
-    raise EvaluationError(f"The manifest's figure of {entry.name} is for {known}, got {num_images:,}. Check --data-dir "
-                          f'and --split.')
-
-
-def _compare_with_figures(run: _Run, data: DataSplit, loaded: LoadedModel, planned: Plan) -> None:
-    """Say before the pass, which may take hours, whether these images are the set that the manifest's figure is for."""
-    entry, count = loaded.entry, None if data.is_stream else len(planned.indices)
-    if run.args.check:
-        if entry is None:
-            raise EvaluationError(f'--check needs a tag of the manifest ({", ".join(load_manifest().models)}), got '
-                                  f'{loaded.name}. Leave it out.')
-        if run.args.checkpoint and loaded.weights['sha256'] != entry.sha256:
-            raise EvaluationError(f'--check needs the weights of {entry.name}, whose sha256 is {entry.sha256}, got '
-                                  f'{run.args.checkpoint} with {loaded.weights["sha256"]}. Leave one of them out.')
-        for precision in run.config.precisions:
-            find_metric(entry, precision, planned.img_size, count)
-    elif (entry is not None and loaded.weights.get('sha256') == entry.sha256 and count is not None
-          and count not in {metric.num_images for metric in entry.metrics}):
-        for metric in entry.metrics:
-            run.config.tell(f"These {count:,} images are not the set that the manifest's figure is for: "
-                              f'{metric.dataset} {metric.split}, {metric.num_images:,} images.')
-
-
-def _check_figures(run: _Run, evaluation: Evaluation) -> None:
-    """Compare what was measured with the manifest."""
-    entry, tolerance = evaluation.loaded.entry, run.args.tolerance
-    assert entry is not None
-    for precision, counts in evaluation.outcome.counts.items():
-        metric = find_metric(entry, precision, evaluation.plan.img_size, counts.num_images)
-        for name, correct, claimed in (
-                ('top-1', counts.top1_correct, metric.top1), ('top-5', counts.top5_correct, metric.top5)):
-            points = 100 * correct / counts.num_images - claimed
-            text = f"{name} in {precision} is {points:+.4f} points from the manifest's {claimed:.2f}%"
-            if abs(points) <= tolerance:
-                run.say(f'  check: {text}, within {tolerance}.')
-            else:
-                run.fail(f'The check failed: {text}. The tolerance is {tolerance}.')

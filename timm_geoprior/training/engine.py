@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.batches import LoaderConfig, seed_everything
 from ..data.memory import ImageTensors
-from ..distributed import find_device
+from ..distributed import find_device, group_of_processes
 from ..errors import GeoPriorError
 from ..evaluation.metrics import count_correct
 from ..files import first_line, write_json
@@ -508,8 +508,5 @@ def train(recipe: Recipe, config: RunConfig) -> dict[str, Any]:
     Raises:
         GeoPriorError: As `Trainer` and `Trainer.fit` have it.
     """
-    try:
+    with group_of_processes():
         return Trainer(recipe, config).fit()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""The command line of training: `scripts/train.py` and `timm-geoprior train`."""
+"""The command line of training: `scripts/train.py` and `timm-geoprior train`.
+
+Nothing here imports torch or timm before it is needed, so that `--help` and a usage error come at once.
+"""
 import argparse
 import json
 import os
@@ -6,12 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from timm.utils import world_info_from_env
-
-from ..errors import GeoPriorError, message_of
+from ..errors import GeoPriorError, message_of, needs_extra
 from ..progress import resuming_command
-from .engine import train
 from .recipe import RunConfig, load_recipe, recipe_names
 
 __all__ = ['main']
@@ -53,8 +52,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
         '--set', action='append', default=[], metavar='KEY=VALUE',
         help='override a recipe key, as in --set epochs=30; may be repeated')
     parser.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation (default: 0)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('--device', help='default: cuda if there is one, else cpu')
     parser.add_argument(
         '-j', '--workers', type=int, default=2,
         help='processes that decode images, per training process (default: 2)')
@@ -77,23 +75,33 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
         SystemExit: 130 or 143, once all is saved, after Ctrl-C or SIGTERM in a run; 2 for a wrong command line.
     """
     args = parse_arguments(argv, prog)
-    # torchrun --max-restarts runs the same command again
-    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and (args.output / 'last.pt').exists()
-    config = RunConfig(
-        args.data_dir, args.output, train_split=args.train_split, val_split=args.val_split, seed=args.seed,
-        device=args.device, workers=args.workers, finetune=args.finetune, resume=args.resume or restarted,
-        save_every=args.save_every, max_corrupt=args.max_corrupt, command=resuming_command())
     try:
         if args.model and args.finetune and Path(args.finetune).is_dir():
             raise GeoPriorError(f'--model must be left out with the folder {args.finetune}, which names its own, got '
                                 f'{args.model}.')
         recipe = load_recipe(args.recipe, args.set + ([f'model={args.model}'] if args.model else []))
-        results = train(recipe, config)
+        with needs_extra('train'):
+            from ..distributed import default_device, group_of_processes, is_first, tells
+            from .engine import Trainer
     except GeoPriorError as error:
-        print(f'{prog}: {message_of(error)}', file=sys.stderr)
+        print(f'{prog}: {error}', file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
-        return 130
-    if world_info_from_env()[1] == 0:  # of several processes, the first
-        print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
+    # torchrun --max-restarts runs the same command again
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and (args.output / 'last.pt').exists()
+    config = RunConfig(
+        args.data_dir, args.output, train_split=args.train_split, val_split=args.val_split, seed=args.seed,
+        device=args.device or default_device(), workers=args.workers, finetune=args.finetune,
+        resume=args.resume or restarted, save_every=args.save_every, max_corrupt=args.max_corrupt,
+        command=resuming_command())
+    with group_of_processes():
+        try:
+            results = Trainer(recipe, config).fit()
+        except GeoPriorError as error:
+            if tells(error):
+                print(f'{prog}: {message_of(error)}', file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+            return 130
+        if is_first():
+            print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
     return 0
