@@ -140,7 +140,8 @@ def test_classes_are_matched_by_name(out, photo_folder, tmp_path):
 def test_images_are_prepared_as_the_source_was_trained(out, checkpoint, photo_folder, tmp_path):
     folder = Path(shutil.copytree(out, tmp_path / 'out'))
     written = json.loads((folder / 'config.json').read_text())
-    written['pretrained_cfg'].update(mean=[0.5, 0.25, 0.125], crop_pct=0.5)
+    written['pretrained_cfg'].update(mean=[0.5, 0.25, 0.125], crop_pct=0.5, std=None)
+    written['model_args'] = None  # as some programs write what is empty
     (folder / 'config.json').write_text(json.dumps(written))
     trainer = in_process(folder, photo_folder, tmp_path / 'run')
     assert trainer.data.train.mean.flatten().tolist() == [127.5, 63.75, 31.875]
@@ -200,6 +201,12 @@ BAD = {
     'no weights': 'must be a folder that `timm-geoprior convert` wrote, got one without model.safetensors. Check',
     'damaged': 'must be a folder that `timm-geoprior convert` wrote, got one whose config.json or results.json cannot',
     'fine-tuned': 'got one whose results.json names no source. Check --finetune.',
+    'no results but null': 'got one whose results.json names no source. Check --finetune.',
+    'no name': 'got one whose results.json names no name. Check --finetune.',
+    'a list': 'got one whose config.json names no architecture. Check --finetune.',
+    'classes in words': 'got one whose config.json names no num_classes. Check --finetune.',
+    'unknown network': 'timm can make nothing of the recipe keys model, model_kwargs and freeze (Unknown model (nope))',
+    'grey': 'The model must take images of 3 channels to be trained, got 1. Change in_chans.',
     'no classes': 'must have a classifier to be trained, got a network without classes.',
     'teacher gone': 'does not exist. Put it back, or say where it is by --set teacher_path=FILE.',
     'teacher changed': 'must be the file from which',
@@ -225,6 +232,18 @@ def test_bad_input_is_one_sentence(case, out, photo_folder, flat, hub, tmp_path,
         (folder / 'config.json').write_text('{')
     elif case == 'fine-tuned':
         results = {'recipe': {}}
+    elif case == 'no results but null':
+        results = None
+    elif case == 'no name':
+        results['source'] = {}
+    elif case == 'a list':
+        written = [written]
+    elif case == 'classes in words':
+        written['num_classes'] = 'four'
+    elif case == 'unknown network':
+        written['architecture'] = 'nope'
+    elif case == 'grey':
+        written['model_args'] = {'in_chans': 1}
     elif case == 'no classes':
         written['num_classes'] = 0
     elif case == 'teacher gone':

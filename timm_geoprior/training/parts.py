@@ -73,6 +73,8 @@ def check_recipe(recipe: Recipe) -> None:
         optimizer = _try(lambda: build_optimizer(recipe, model), 'opt and opt_kwargs', recipe.opt, list_optimizers)
         if recipe.teacher not in ('', SOURCE) and not timm.is_model(recipe.teacher.split('.')[0]):
             _try(lambda: timm.create_model(recipe.teacher), 'teacher', recipe.teacher, timm.list_models)
+    if (channels := getattr(model, 'in_chans', 3)) != 3:
+        raise GeoPriorError(f'The model must take images of 3 channels to be trained, got {channels}. Change in_chans.')
     _try(lambda: build_schedule(recipe, optimizer, 100), 'lr_cycle_mul, lr_cycle_decay and lr_cycle_limit')
 
 

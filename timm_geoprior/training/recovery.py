@@ -43,7 +43,7 @@ def start_from_folder(recipe: Recipe, config: RunConfig) -> tuple[Recipe, RunCon
     recipe = replace(recipe, model=model, model_kwargs={**recipe.model_kwargs, **model_kwargs})
     told = f'{folder}: {model}, converted from {source["name"]}'
     if recipe.teacher == SOURCE:
-        path = recipe.teacher_path or source.get('checkpoint', '')
+        path = recipe.teacher_path or source.get('checkpoint') or ''
         if path:
             _check_teacher(Path(path), folder, source)
         recipe = replace(recipe, teacher=source['name'], teacher_path=path)
@@ -62,14 +62,20 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise _other_folder(folder, f'one whose config.json or results.json cannot be read ({first_line(error)})'
                             ) from None
-    for key, content in (('architecture', written), ('num_classes', written), ('source', results)):
-        if key not in content:
-            name = 'results.json' if content is results else 'config.json'
-            raise _other_folder(folder, f'one whose {name} names no {key}')
-    if not written['num_classes']:
+    _check(folder, 'config.json', written, architecture=str, num_classes=int)
+    _check(folder, 'results.json', results, source=dict)
+    _check(folder, 'results.json', results['source'], name=str)
+    if written['num_classes'] < 1:
         raise GeoPriorError(f'{folder} must have a classifier to be trained, got a network without classes. '
                             f'Convert one that has some.')
     return written, results['source']
+
+
+def _check(folder: Path, name: str, content: Any, /, **kinds: type) -> None:
+    """Refuse a file in which something is missing or of another type."""
+    for key, kind in kinds.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind) or content[key] == '':
+            raise _other_folder(folder, f'one whose {name} names no {key}')
 
 
 def _other_folder(folder: Path, got: str) -> GeoPriorError:
@@ -78,12 +84,12 @@ def _other_folder(folder: Path, got: str) -> GeoPriorError:
 
 def _model(written: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name and options of the network; among them how its images are prepared, where its name does not say so."""
-    cfg, name, options = written.get('pretrained_cfg', {}), written['architecture'], written.get('model_args', {})
+    cfg, name, options = written.get('pretrained_cfg') or {}, written['architecture'], written.get('model_args') or {}
     tagged = f'{name}.{cfg.get("tag")}'
     if not options and tagged in get_arch_pretrained_cfgs(name):
         name = tagged
     known = json.loads(json.dumps(model_cfg(name)))  # lists in place of tuples
-    other = {key: cfg[key] for key in PREPARATION if cfg.get(key, known[key]) != known[key]}
+    other = {key: cfg[key] for key in PREPARATION if cfg.get(key) not in (None, known.get(key))}
     return name, {**options, **({'pretrained_cfg_overlay': other} if other else {})}
 
 
