@@ -395,6 +395,11 @@ def test_measured_figures_are_recorded_until_the_bytes_change(published, hub, ma
         record_results(entry, results(tmp_path / 'a.json', '0' * 64), manifest)
     with pytest.raises(GeoPriorError, match='crop_pct in .* must be that of .*, got 0.875'):
         record_results(entry, results(tmp_path / 'a.json', entry.sha256, crop_pct=0.875), manifest)
+    for change in ({'weights': None}, {'classes': 3}, {'preprocessing': {'input_size': []}}, {'data': None}):
+        spoilt = tmp_path / 'spoilt.json'
+        spoilt.write_text(json.dumps({**json.loads((tmp_path / 'a.json').read_text()), **change}))
+        with pytest.raises(GeoPriorError, match=r'spoilt\.json must be a results file of `timm-geoprior validate` \('):
+            record_results(entry, spoilt, manifest)
     with pytest.raises(GeoPriorError, match='--results alone must be figures of a converted tag'):
         record_results(load_manifest().get('geoprior_resnet14_nano'), tmp_path / 'a.json', manifest)
     entry = record_results(entry, results(tmp_path / 'a.json', entry.sha256), manifest)

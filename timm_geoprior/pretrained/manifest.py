@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from ..errors import GeoPriorError
-from ..files import write_atomically
+from ..files import first_line, write_atomically
 
 __all__ = [
     'SOURCES', 'Baseline', 'ConvertedEntry', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric',
@@ -468,12 +468,16 @@ def update_converted(path: Path | None, name: str, **changes: Any) -> Manifest:
 def _rewrite(path: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
     from filelock import FileLock  # of torch's dependencies; not needed to read
 
-    with FileLock(path.with_name(f'.{path.name}.lock')):
-        text = change(parse_manifest(path.read_text(encoding='utf-8'), str(path))).to_json()
-        updated = parse_manifest(text, str(path))
-        for left in path.parent.glob(f'.{path.name}.*.tmp'):  # by a writer that was killed
-            left.unlink()
-        write_atomically(path, text.encode('utf-8'))
+    try:
+        with FileLock(path.with_name(f'.{path.name}.lock')):
+            text = change(parse_manifest(path.read_text(encoding='utf-8'), str(path))).to_json()
+            updated = parse_manifest(text, str(path))
+            for left in path.parent.glob(f'.{path.name}.*.tmp'):  # by a writer that was killed
+                left.unlink()
+            write_atomically(path, text.encode('utf-8'))
+    except OSError as error:
+        raise ManifestError(f'{path} could not be written ({first_line(error)}) and is as it was. Make room, or run '
+                            f'this in a checkout of your own.') from None
     _load.cache_clear()
     return updated
 

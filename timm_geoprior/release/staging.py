@@ -254,7 +254,9 @@ def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], t
             for row in item['results'])) for item in (data if isinstance(data, list) else [data])]
         if not measured or not all(metrics for _, metrics in measured):
             raise ValueError('it has no figures')
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(item.get(key, {}), dict) for item, _ in measured for key in ('weights', 'classes')):
+            raise ValueError('its weights or classes are not described')
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise GeoPriorError(f'{path} must be a results file of `timm-geoprior validate` '
                             f'({type(error).__name__}: {error}). Write one with --results-file.') from None
     return measured
