@@ -172,6 +172,18 @@ def test_unreadable_images_are_left_out_and_told(checkpoint, photo_folder, tmp_p
     assert results['images']['unreadable'] == [f'{name}/03.jpg' for name in PHOTOGRAPHS]
 
 
+def test_a_batch_of_unreadable_images_only(checkpoint, photo_folder, tmp_path):
+    """Of eleven images, nine are fitted to, each a batch."""
+    images = shutil.copytree(photo_folder / 'train' / 'astronaut', tmp_path / 'images')
+    (images / '11.jpg').unlink()
+    for number in range(3):
+        (images / f'{number:02}.jpg').write_bytes(b'no image')
+    convert(checkpoint, '-o', tmp_path / 'out', '--images', images)
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert results['images']['unreadable'] == ['00.jpg', '01.jpg', '02.jpg']
+    assert results['measured']['feature_error'] < 0.5
+
+
 def test_a_network_without_a_classifier(tmp_path, photo_folder):
     torch.manual_seed(0)
     source = timm.create_model('resnet14t', num_classes=0, zero_init_last=False)

@@ -55,12 +55,12 @@ class _Inputs:
     """The inputs of the block at hand for the same images, in the source and in the model."""
 
     def __init__(self, device: torch.device, batches: int, values: int) -> None:
-        self.device, self.batches = device, batches
+        self.device = device
         self.source, self.model = Activations(batches, values), Activations(batches, values)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Number, inputs in the source and inputs in the model, (N, C, H, W), of each batch."""
-        for batch in range(self.batches):
+        for batch in list(self.source.shapes):  # fewer than was said where all images of one cannot be read
             yield batch, self.source.read(batch, self.device), self.model.read(batch, self.device)
 
     def advance(self, name: str, source: nn.Module, model: nn.Module) -> float:
