@@ -1,49 +1,69 @@
 r"""From a trained ResNet to a GeoPrior ResNet in closed form, without an image.
 
-A bottleneck computes `conv3(act(norm2(conv2(act(norm1(...))))))`. In a GeoPrior ResNet some output channels of conv2
-come from an attention whose map is a Gaussian of radius r. This module chooses which channels of a trained conv2 are to
-be replaced, r, the values' projection `W_v`, the running means of norm2, and corrects conv3 for what is lost.
+A bottleneck computes `conv3(act(norm2(conv2(act(norm1(...))))))`. In a GeoPrior ResNet some output channels of the 3x3
+convolution conv2 are those of an attention instead: `W_v` mixes the input channels, and each output position takes an
+average over the map, with weights that are a Gaussian of radius r around it. Given the weights of a trained bottleneck
+and the size of its map, this module chooses which channels of conv2 are replaced, finds r, `W_v` and the running means
+of norm2 that stand in for them best, and corrects conv3 for what is lost.
 
-**Inputs.** Channel i of conv2's input is `x_i = act(z_i)`, z_i Gaussian with norm1's bias as its mean and the modulus
-of norm1's weight as its standard deviation. Its mean m_i and variance v_i are those of a rectified Gaussian. Channels
-are uncorrelated, and two positions of a channel have the correlation `rho^(|dy| + |dx|)`.
+**Symbols.** Input channels of conv2 are i, its output channels c and d, those of conv3 e; t and u are the nine taps of
+a kernel, q the output positions. K_ci is the kernel from i to c, K_cit its weight at tap t. A vector has an entry for
+each position of the input map: k_qt is one at the position that tap t of output q falls on, and zero elsewhere, or zero
+throughout where it falls on the padding; a_q has the attention's weights for q, which sum to one. The prime transposes.
 
-**Averages over a map.** Let k_q be the 3x3 convolution's taps at output position q and a_q the attention's weights,
-both as vectors over all input positions; taps in the padding are left out, and each a_q sums to one. With R the matrix
-of correlations,
+**Inputs.** Channel i of conv2's input is `x_i = act(z_i)`. z_i is Gaussian: its mean is norm1's bias, its standard
+deviation the modulus of norm1's weight. So x_i has the mean m_i and the variance v_i of a rectified Gaussian (of other
+activations by quadrature). Channels are uncorrelated. Two positions of a channel that are dy rows and dx columns apart
+have the correlation `rho^(|dy| + |dx|)`; R is the matrix of these correlations over all positions.
 
-    <K, K> = mean_q sum_tu K_t K_u k_qt' R k_qu     <K, G> = mean_q sum_t K_t k_qt' R a_q     <G, G> = mean_q a_q' R a_q
+**Products of kernels.** For kernels K and L, and G for the attention, let
 
-Kernel, correlation and map are separable, so each is a product of two such means along one axis. They hold for the
-map's own size and stride, with its borders: on a map of 7x7 cells half of the positions see the padding.
+    <K, L> = sum_tu K_t L_u mean_q(k_qt' R k_qu)
+    <K, G> = sum_t K_t mean_q(k_qt' R a_q)
+    <G, G> = mean_q(a_q' R a_q)
 
-**Values.** Under this model the least squares fit of `u_c = sum_i K_ci * x_i` by `sum_i W_ci (G * x_i)` is
+`sum_i v_i <K_ci, K_di>` is then the covariance of conv2's channels c and d, averaged over the map. R, k and a are
+separable, so each mean over q is that of the rows times that of the columns. The means are those of the layer's own map
+and stride, with its borders: on a map of 7x7 cells half of the positions see the padding.
+
+**Values.** The least squares fit of channel c, `u_c = sum_i K_ci * x_i`, by `sum_i W_ci (G * x_i)` is
 
     W_ci = <K_ci, G> / <G, G>        error_c = sum_i v_i (<K_ci, K_ci> - <K_ci, G>^2 / <G, G>)
 
-W would be the same if the channels were correlated with each other (a covariance that is a product of one over channels
-and R): the normal equations separate.
+The W_ci of the replaced channels are `W_v`. They would be the same for channels that are correlated, if the covariance
+is a product of one over channels and R: the normal equations separate.
 
-**Means.** The fit shifts the mean of u_c by `sum_i m_i (W_ci - sum_t f_t K_cit)`, with f_t the share of output
-positions at which tap t sees the map and not the padding. The shift goes into norm2's running mean.
+**Means.** The fit raises the mean of u_c by `sum_i m_i (W_ci - sum_t f_t K_cit)`, where f_t is the share of output
+positions whose tap t falls on the map. The running mean of norm2 is raised by as much.
 
-**Choice.** The cost of a channel is its error as a share of its variance `sum_i v_i <K_ci, K_ci>`, times norm2's
-squared weight (the variance of the channel behind the norm), the mean squared slope of the activation (for ReLU, the
-share of positions where the channel is active), and the sum of conv3's squared weights, each scaled by norm3. The layer
-takes the r at which its cheapest channels cost least. Several heads choose one after the other, each among the channels
-left.
+**Choice.** What it costs to replace channel c is the product of
 
-**Correction.** What is lost, `act(y_c) - act(y'_c)` of each replaced channel behind norm2, is regressed on the
-activations of all channels of the new layer, y'. Both are functions of jointly Gaussian variables, whose covariances
-follow from the kernels and the model of the inputs. With `act(mean + std z) = sum_n a_n he_n(z)` in orthonormal Hermite
-polynomials,
+- its error as a share of its variance, `error_c / sum_i v_i <K_ci, K_ci>`,
+- the square of norm2's weight, which is the channel's variance behind the norm,
+- the mean squared slope of the activation, which for ReLU is the share of positions where the channel is active,
+- `sum_e (s_e W3_ec)^2`, with conv3's weights W3 and norm3's factors s_e.
+
+For each radius the channels that cost least are taken, as many as the attention has; the layer gets the radius at which
+they cost least together. Several heads choose one after the other, each among the channels that are left.
+
+**Correction.** Let y_c be channel c behind norm2, and y'_c the same channel in the new layer. Both are Gaussian with
+norm2's bias as their mean. The standard deviation of y_c is the modulus of norm2's weight; that of y'_c is smaller, as
+the new channel's is before the norm. Their correlations follow from the products of kernels. Of each replaced channel
+c, what is lost, `act(y_c) - act(y'_c)`, is regressed on `act(y'_d)` of all channels d, with a small ridge. With the
+expansion `act(mean + std z) = sum_n a_n he_n(z)` in orthonormal Hermite polynomials, Mehler's formula gives the
+covariances that this takes:
 
     cov(act(y_c), act(y'_d)) = sum_(n >= 1) a_cn a'_dn corr(y_c, y'_d)^n
 
-The coefficients B are added to conv3's weights, `W3_d += sum_c W3_c B_cd`, the constants go into norm3's running mean.
+The coefficients B_cd are added to conv3's weights, `W3_ed += sum_c W3_ec B_cd`, and the constants b_c go into the
+running mean of norm3, which is lowered by `sum_c W3_ec b_c`.
 
 All sums are in float64 on the CPU, by one thread (`convert_state_dict` sees to it): the same weights give the same bits
 again on the same machine.
+
+Sources: moments of activations from the norm before them as in Nagel et al., 2019, arXiv 1906.04721; channels chosen,
+and the next layer refitted, by what that layer loses as in He et al., 2017, arXiv 1707.06168, there with images. The
+stand-in by an attention is this package's own.
 """
 import functools
 import math
