@@ -14,9 +14,14 @@ from types import FrameType
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'handled_signals', 'resuming_command', 'tell_on_stderr']
+__all__ = ['Progress', 'handled_signals', 'resuming_command', 'tell', 'tell_on_stderr']
 
 LOG_SECONDS = 60  # between two lines in a log file
+
+
+def tell(text: str) -> None:
+    """Print a sentence at once, in a log file too."""
+    print(text, flush=True)
 
 
 def tell_on_stderr(text: str) -> None:

@@ -196,7 +196,8 @@ def compare(
             raise ComparisonError(f'{path.parent} was trained on {results["measured"]["images"]["files"]:,} other '
                                   f'images than the {images["files"]:,} in {config.data_dir}: check --data-dir, or '
                                   f'compare in another --output.')
-    decoded = decode_images(data.dataset, recipes[todo[0][1]].memory_size, config.workers, config.max_corrupt)
+    decoded = decode_images(data.dataset, recipes[todo[0][1]].memory_size, config.workers, config.max_corrupt,
+                            config.tell)
     for seed, name in todo:
         place = replace(config, output=config.output / 'runs' / name / str(seed), seed=seed)
         row = run(name, recipes[name], place, decoded, images)

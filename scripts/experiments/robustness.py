@@ -163,7 +163,8 @@ def run(args: argparse.Namespace) -> str:
     """Measure all pairs and write the report."""
     config = RunConfig(args.data_dir, args.output, device=args.device, workers=args.workers)
     found = open_images(config, args.split)
-    images = decode_images(found.dataset, args.memory_size, args.workers).readable().to(torch.device(args.device))
+    images = decode_images(found.dataset, args.memory_size, args.workers, tell=config.tell).readable()
+    images = images.to(torch.device(args.device))
     measured, seeds = [], []
     for pair in args.pair:
         (prior, facts), (plain, others) = (measure(path, images, found.classes, images.images.device) for path in pair)

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, end: float) -> None:
     config = RunConfig(
         args.data_dir, args.output, seed=args.seed, device=args.device, workers=args.workers, resume=resume)
     images = open_images(config, config.train_split)
-    decoded = decode_images(images.dataset, recipe.memory_size, config.workers, config.max_corrupt)
+    decoded = decode_images(images.dataset, recipe.memory_size, config.workers, config.max_corrupt, config.tell)
     if not resume:
         recipe = fit_to_time(recipe, config, decoded, end)
     signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGTERM))

@@ -26,7 +26,7 @@ from ..errors import GeoPriorError
 from ..evaluation.models import LoadedModel, load_model
 from ..files import file_sha256, first_line, new_folder, write_json
 from ..geoprior_resnet import GeoPriorResNet
-from ..progress import Progress, handled_signals
+from ..progress import Progress, handled_signals, tell
 from ..provenance import git_commit, hardware, versions
 from ..release.staging import release_tensors
 from ..training.checkpoint import read_weights
@@ -59,7 +59,7 @@ class ConvertJob:
     half: bool = False  # write float16 weights; vectors stay float32
     device: str = 'cpu'  # where the networks run
     workers: int = 2  # processes that decode images
-    tell: Callable[[str], None] = print  # called with each sentence that a person should read
+    tell: Callable[[str], None] = tell  # called with each sentence that a person should read
 
 
 def convert(job: ConvertJob) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .reading import CorruptImages, read_readable, tell_of_rotations
+from ..distributed import reduce_sum
+from .reading import CorruptImages, Tell, read_readable, tell_of_rotations
 
 __all__ = ['FolderLoader', 'LoaderConfig', 'generator', 'in_workers', 'init_worker', 'seed_everything']
 
@@ -95,7 +97,7 @@ class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
             self.transforms[size] = self.make_transform(size)
         item = read_readable(self.dataset, index)
         seed_everything(self.seed, 'augment', epoch, index, repeat)
-        return self.transforms[size](item.image), item.target, item.replaced, item.turned
+        return self.transforms[size](item.image), item.target, item.replaced, item.turned and not repeat
 
 
 class _EpochBatches(Sampler[list[Key]]):
@@ -122,7 +124,7 @@ class _EpochBatches(Sampler[list[Key]]):
 class FolderLoader:
     """Shuffled, augmented, normalised batches of a timm data set, in the order of `MemoryLoader`.
 
-    An image that cannot be read is named in a warning and its nearest readable neighbour stands in for it.
+    An image that cannot be read is told and its nearest readable neighbour stands in for it.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class FolderLoader:
             repeats: int = 0,
             workers: int = 2,
             max_corrupt: int = 10,
+            tell: Tell = warnings.warn,
     ) -> None:
         """
         Args:
@@ -142,13 +145,14 @@ class FolderLoader:
             repeats: Repeated augmentation: how often each image of an epoch's share is augmented, 0 for once.
             workers: Processes that decode.
             max_corrupt: Different unreadable images after which the run stops.
+            tell: Called with each sentence that a person should read.
         """
         self.batches = _EpochBatches(len(dataset), config, repeats)
-        self.device = config.device
+        self.device, self.rank, self.tell = config.device, config.rank, tell
         self.loader = DataLoader(
             _SeededImages(dataset, make_transform, config.seed), batch_sampler=self.batches, num_workers=workers,
             worker_init_fn=init_worker, persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
-        self.corrupt = CorruptImages(dataset, max_corrupt)
+        self.corrupt = CorruptImages(dataset, max_corrupt, tell)
         self.rotations_told = False
 
     def __len__(self) -> int:
@@ -158,10 +162,11 @@ class FolderLoader:
         """Batches of one epoch, as `MemoryLoader.epoch` gives them."""
         self.batches.epoch, self.batches.size, self.batches.first_batch = epoch, size, first_batch
         turned = 0
-        for images, targets, bad, turned_here in self.loader:
+        for number, (images, targets, bad, turned_here) in enumerate(self.loader, 1):
             self.corrupt.note(bad.tolist())
             turned += int(turned_here.sum())
+            if number == len(self) and not self.rotations_told:  # of a whole epoch; no one may ask for more than that
+                self.rotations_told = True
+                total = int(reduce_sum(torch.tensor(turned, device=self.device)))
+                tell_of_rotations(0 if self.rank else total, self.tell)
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-        if not self.rotations_told:
-            self.rotations_told = True
-            tell_of_rotations(turned)

@@ -5,6 +5,7 @@ and resize are one sampling of the batch here (`torch.nn.functional.grid_sample`
 """
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..progress import Progress
+from ..progress import Progress, tell_on_stderr
 from .batches import LoaderConfig, generator, in_workers
-from .reading import CorruptImages, read_readable, tell_of_rotations
+from .reading import CorruptImages, Tell, read_readable, tell_of_rotations
 
 __all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
 
@@ -57,7 +58,9 @@ def _decode(dataset: Any, size: int, indices: list[int]) -> tuple[torch.Tensor, 
             [item.replaced for item in items], sum(item.turned for item in items))
 
 
-def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 10) -> ImageTensors:
+def decode_images(
+        dataset: Any, size: int, workers: int = 2, max_corrupt: int = 10,
+        tell: Tell | None = warnings.warn) -> ImageTensors:
     """Decode a data set once.
 
     Args:
@@ -65,6 +68,7 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
         size: Side of the square that the images are kept at, in pixels; images of another size are resized to it.
         workers: Processes that decode.
         max_corrupt: Unreadable images after which this stops; up to then the target of each is -1.
+        tell: Called with each sentence that a person should read; None also shows no progress.
 
     Returns:
         The images in the data set's order.
@@ -72,11 +76,11 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
     Raises:
         CorruptImagesError: More than `max_corrupt` images could not be read.
     """
-    corrupt = CorruptImages(dataset, max_corrupt)
+    corrupt = CorruptImages(dataset, max_corrupt, tell or str)
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     targets = torch.empty(len(dataset), dtype=torch.int64)
     turned = 0
-    with Progress('decoding', len(dataset)) as progress:
+    with Progress('decoding', len(dataset), tell=tell and tell_on_stderr) as progress:
         decode = functools.partial(_decode, dataset, size)
         for batch, labels, bad, turned_here in in_workers(decode, range(len(dataset)), 500, workers):
             corrupt.note(bad)
@@ -84,7 +88,7 @@ def decode_images(dataset: Any, size: int, workers: int = 2, max_corrupt: int = 
             images[place], targets[place] = batch, labels
             turned += turned_here
             progress.update(len(batch))
-    tell_of_rotations(turned)
+    tell_of_rotations(turned, tell or str)
     return ImageTensors(images, targets)
 
 

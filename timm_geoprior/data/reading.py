@@ -15,6 +15,7 @@ from ..files import first_line
 __all__ = ['EXTENSIONS', 'LITTER', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'CorruptImages', 'Item',
            'ignores_rotation', 'read_image', 'read_item', 'read_readable', 'tell_of_rotations']
 
+Tell = Callable[[str], object]  # gets a sentence that a person should read
 MAX_PIXELS = 178_956_970  # half a GiB of RGB, where Pillow itself refuses too
 MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner image would not fit into memory
 EXTENSIONS = ('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.ppm', '.tga',
@@ -165,23 +166,23 @@ def read_readable(dataset: Any, index: int) -> Item:
 
 
 class CorruptImages:
-    """The unreadable images of a data set, each named once in a warning, up to a limit."""
+    """The unreadable images of a data set, each told once, up to a limit."""
 
-    def __init__(self, dataset: Any, limit: int) -> None:
-        self.dataset, self.limit = dataset, limit
+    def __init__(self, dataset: Any, limit: int, tell: Tell = warnings.warn) -> None:
+        self.dataset, self.limit, self.tell = dataset, limit, tell
         self.indices: set[int] = set()
 
     def note(self, indices: list[int]) -> None:
         """Take note of `Item.replaced` of some images, -1 for no fault; more than the limit are CorruptImagesError."""
         for index in set(indices) - self.indices - {-1}:
             self.indices.add(index)
-            warnings.warn(f'{self.dataset.filename(index)} cannot be read as an image and is skipped.', stacklevel=3)
+            self.tell(f'{self.dataset.filename(index)} cannot be read as an image and is skipped.')
         if len(self.indices) > self.limit:
             raise CorruptImagesError(f'The number of unreadable images must be at most {self.limit}, got '
                                      f'{len(self.indices)}. Repair the data set, or raise --max-corrupt.')
 
 
-def tell_of_rotations(count: int, tell: Callable[[str], object] = warnings.warn) -> None:
+def tell_of_rotations(count: int, tell: Tell = warnings.warn) -> None:
     """Tell how many files state a rotation that was left out, if any do."""
     if count:
         tell(f"{count:,} of ILSVRC's files state a rotation (EXIF), which is ignored as in published accuracies.")

@@ -54,9 +54,9 @@ class Trainer:
         self.recipe, self.config = recipe, config
         self._join()
         if self.rank:  # what all processes find is told by the first
-            self.config = config = replace(config, tell=lambda text: None)
+            self.config = replace(config, tell=lambda text: None)
         if note:
-            config.tell(note)
+            self.config.tell(note)
         self.last = config.output / 'last.pt'
         self.commit = git_commit() or ''
         if self.rank == 0:

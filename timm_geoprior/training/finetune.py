@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from timm.models import save_for_hf
 
+from ..data.batches import FolderLoader
 from ..data.dataset import DataSplit, open_split
 from ..data.listing import SPLITS, folders_of_split
 from ..data.preflight import check_data
@@ -29,7 +30,7 @@ from ..evaluation.evaluate import EvalConfig, evaluate, plan
 from ..evaluation.metrics import confused_pairs, wilson_interval
 from ..evaluation.models import load_model
 from ..files import drawable, first_line, save_figure, write_atomically, write_json
-from ..progress import resuming_command
+from ..progress import resuming_command, tell
 from .checkpoint import read_weights
 from .engine import Trainer
 from .loaders import model_cfg
@@ -59,7 +60,7 @@ class Job(RunConfig):
     overrides: tuple[str, ...] = ()  # 'key=value' strings for the recipe
     patience: int = 5  # epochs without a better accuracy after which training ends
     finetune: str = 'pretrained'  # '' starts from random weights, for a comparison
-    tell: Callable[[str], None] = print
+    tell: Callable[[str], None] = tell
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -85,6 +86,8 @@ def finetune(job: Job) -> dict[str, Any]:
         _check_images(job, splits)
     trainer = Trainer(recipe, replace(
         job, train_split=splits.train, val_split=splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE))
+    if isinstance(trainer.data.train, FolderLoader):
+        trainer.data.train.rotations_told = True  # when the images were checked
     results = trainer.fit(lambda history: _gets_no_better(job, history))
     try:
         export(trainer, job.output)

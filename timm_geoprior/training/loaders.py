@@ -1,8 +1,7 @@
 """The data of a run: training batches, and held-out ones to choose by."""
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +44,7 @@ def _choose(
     labelled = np.array(found.labels[list(indices)] if labels is None else labels, np.int64)
     reader, names = found.dataset.reader, tuple(found.names[index] for index in indices)
     dataset = Images(Files(reader.root, [reader.places[index] for index in indices], labelled), names)
-    return dataclasses.replace(found, dataset=dataset, labels=labelled, names=names,
+    return replace(found, dataset=dataset, labels=labelled, names=names,
                                classes=found.classes if classes is None else classes)
 
 
@@ -89,7 +88,7 @@ def open_training_data(
 
     Args:
         recipe: Says how it is read, augmented and split.
-        config: Says where it is.
+        config: Says where it is. What all processes find is told by the first; each tells of its own images.
         share: What this process takes of it.
         decoded: The images of the training split where a recipe holds them in memory; decoded anew where it is None.
 
@@ -97,6 +96,9 @@ def open_training_data(
         GeoPriorError: No images where `config` says, classes that stand twice or differ, more images held out of a
             class than it has, more unreadable ones than `config` allows, or an augmentation that timm cannot make.
     """
+    tell = config.tell
+    if share.rank:
+        config = replace(config, tell=lambda text: None)
     found = open_images(config, config.train_split, recipe.needs_labels or not config.class_names)
     if config.class_names:
         found = _with_classes(found, recipe, config)
@@ -108,21 +110,24 @@ def open_training_data(
     train: MemoryLoader | FolderLoader
     held_out: Callable[[], Batches] | None = None
     if recipe.in_memory:
-        images = _decode(found, recipe, config) if decoded is None else decoded
+        decode = partial(decode_images, size=recipe.memory_size, workers=config.workers, max_corrupt=config.max_corrupt,
+                         tell=None if share.rank else tell)
+        images = decode(found.dataset) if decoded is None else decoded
         images = images.to(share.device)
         train = MemoryLoader(images.readable(stay if len(held) else None), norms['mean'], norms['std'],
                              CropFlip(recipe.scale, recipe.ratio, recipe.hflip), share)
         if val is not None:
-            held_out = partial(train.in_order, _decode(val, recipe, config).to(share.device).readable(), size)
+            held_out = partial(train.in_order, decode(val.dataset).to(share.device).readable(), size)
         elif len(held):
             held_out = partial(train.in_order, images.readable(held), size)
     else:
         trained_on = _choose(found, stay.tolist()).dataset
         train = FolderLoader(trained_on, make_transform(recipe, norms), share, recipe.aug_repeats, config.workers,
-                             config.max_corrupt)
+                             config.max_corrupt, tell)
         if len(held) or val is not None:
             transform = create_transform(**{**norms, 'input_size': (3, size, size)})
-            held_out = _from_files(_choose(found, held.tolist()) if val is None else val, transform, config, share)
+            held_out = _from_files(
+                _choose(found, held.tolist()) if val is None else val, transform, replace(config, tell=tell), share)
     names = '\n'.join(found.names[index] for index in stay.tolist())
     return TrainingData(
         train, held_out, found.classes, held, tuple(found.names[index] for index in held.tolist()),
@@ -175,15 +180,11 @@ def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.
         raise GeoPriorError(str(error)) from None
 
 
-def _decode(data: DataSplit, recipe: Recipe, config: RunConfig) -> ImageTensors:
-    return decode_images(data.dataset, recipe.memory_size, config.workers, config.max_corrupt)
-
-
 def _from_files(
         data: DataSplit, transform: Callable[..., torch.Tensor], config: RunConfig, share: LoaderConfig,
 ) -> Callable[[], Batches]:
     """This process's share of the held-out images, in batches."""
-    corrupt = CorruptImages(data.dataset, config.max_corrupt)
+    corrupt = CorruptImages(data.dataset, config.max_corrupt, config.tell)
     own = range(share.rank, len(data.labels), share.world_size)
     images = Chosen(data.dataset, own, data.labels[own], transform)
 
