@@ -1,7 +1,7 @@
 """scripts/experiments/benchmark.py and what it is made of. How fast anything is, is no matter here."""
 import csv
 import json
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from benchmark import (
     summarize,
     usable_models,
 )
+from programs import Program, run
 from timm_geoprior import GeoPriorConv2d
 
 NANO = 'geoprior_resnet14_nano'
@@ -30,10 +31,6 @@ SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'benchmark.py'
 
 def setting(**changes):
     return Workload(**{'img_size': 32, 'batch_size': 2, 'model_kwargs': TINY, **changes})
-
-
-def run(*arguments, **options):
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, **options)
 
 
 @pytest.mark.parametrize('engine', ENGINES)
@@ -125,8 +122,8 @@ def test_another_gpu_is_torchs_current_device(monkeypatch):
 
 
 def test_the_script(tmp_path):
-    done = run(NANO, 'resnet10t', 'nonesuch', '--img-size', '32', '--batch-size', '2', '--repeats', '2',
-               '--min-seconds', '0.01', '--threads', '1', '--output', str(tmp_path / 'out'), check=True)
+    done = run([SCRIPT, NANO, 'resnet10t', 'nonesuch', '--img-size', '32', '--batch-size', '2', '--repeats', '2',
+                '--min-seconds', '0.01', '--threads', '1', '--output', tmp_path / 'out'], check=True)
     assert 'ratio to resnet10t: ' in done.stdout
     assert 'benchmark.py: nonesuch is left out' in done.stderr
     rows = list(csv.DictReader((tmp_path / 'out' / 'speed.csv').open()))
@@ -140,17 +137,17 @@ def test_the_script(tmp_path):
 
 
 def test_a_killed_benchmark_keeps_its_rows(tmp_path):
-    arguments = [NANO, '--img-size', '32', '--batch-size', '2', '--repeats', '1000000', '--min-seconds', '0.001',
-                 '--threads', '1', '--output', str(tmp_path)]
-    with subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stderr=subprocess.DEVNULL) as process:
+    arguments = [SCRIPT, NANO, '--img-size', '32', '--batch-size', '2', '--repeats', '1000000', '--min-seconds',
+                 '0.001', '--threads', '1', '--output', tmp_path]
+    with Program(arguments) as process:
         while not (tmp_path / 'speed.csv').exists() or (tmp_path / 'speed.csv').read_text().count('\n') < 4:
             assert process.poll() is None
-        process.kill()
+        process.send_signal(signal.SIGKILL)
     assert len(list(csv.DictReader((tmp_path / 'speed.csv').open()))) >= 3
 
 
 def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
-    done = run('nonesuch', '--output', str(tmp_path / 'out'))
+    done = run([SCRIPT, 'nonesuch', '--output', tmp_path / 'out'])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith('benchmark.py: nonesuch is left out')
     assert not (tmp_path / 'out').exists()
@@ -160,7 +157,7 @@ def test_the_layer_alone(tmp_path):
     script = SCRIPT.with_name('benchmark_layer.py')
     arguments = ['--output', str(tmp_path), '--sizes', '4', '12', '--dim', '8', '--value-dim', '2', '--repeats', '1',
                  '--min-seconds', '0.001', '--max-gigabytes', '0.00001']
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True)
+    done = run([script, *arguments], check=True)
     rows = list(csv.DictReader((tmp_path / 'layer.csv').open()))
     assert [(row['layer'], row['size'], row['map_bytes']) for row in rows] == [
         ('GeoPriorAttn2d', '4', '128'), ('dense map', '4', '1024'), ('scaled_dot_product_attention', '4', ''),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_geoprior
+from programs import Program, run
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import main
 from timm_geoprior.data.reading import read_image
@@ -34,7 +36,7 @@ from timm_geoprior.pretrained.manifest import (
 MODELS, TAGS = load_manifest().models, load_manifest().tags
 WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']
 PLANNED = [name for name, entry in MODELS.items() if entry.status == 'planned']
-COMMAND = [sys.executable, '-m', 'timm_geoprior']
+COMMAND = ['-m', 'timm_geoprior']
 
 
 @pytest.fixture
@@ -42,6 +44,9 @@ def photo(tmp_path):
     path = tmp_path / 'coffee.png'
     sample_image().save(path)
     return str(path)
+
+
+real = partial(subprocess.run, capture_output=True, text=True)
 
 
 def output(capsys, *arguments, code=0):
@@ -270,8 +275,7 @@ def test_results_come_one_by_one_and_a_bar_shows_how_far_it_is(album):
     """The bar is on the terminal only, here a real one; the lines go to a pipe."""
     terminal, end = os.openpty()
     termios.tcsetwinsize(end, (24, 80))
-    with subprocess.Popen([*COMMAND, 'classify', '--compact', str(album)], stdout=subprocess.PIPE, stderr=end,
-                          text=True) as process:
+    with Program([*COMMAND, 'classify', '--compact', album], stderr=end) as process:
         os.close(end)
         lines = process.stdout.readlines()
         shown = b''
@@ -280,7 +284,7 @@ def test_results_come_one_by_one_and_a_bar_shows_how_far_it_is(album):
     assert len(lines) == 70
     assert process.returncode == 0
     assert b'/70 [' in shown
-    plain = run(*COMMAND, 'classify', '--compact', str(album))
+    plain = run([*COMMAND, 'classify', '--compact', album])
     assert plain.stdout.splitlines() == [line.rstrip('\n') for line in lines]
     assert 'image/s' not in plain.stderr
 
@@ -358,7 +362,7 @@ def test_damaged_weights_are_told(tmp_path):
     shutil.copy(manifest_path(), tmp_path)
     weights = copy / 'pretrained' / 'weights' / f'{default_model(load_manifest()).name}.safetensors'
     weights.write_bytes(weights.read_bytes()[:-1])
-    told = run(*COMMAND, 'classify', cwd=tmp_path)  # `python -m` takes the package of the folder it runs in
+    told = run([*COMMAND, 'classify'], cwd=tmp_path)  # `python -m` takes the package of the folder it runs in
     assert told.returncode == 1
     assert told.stdout == ''
     assert told.stderr.count('\n') == 1
@@ -383,13 +387,9 @@ def script(tmp_path):
     return tmp_path / 'scripts' / 'train.py'
 
 
-def run(*arguments, **options):
-    return subprocess.run(arguments, capture_output=True, text=True, **options)
-
-
 def test_run_cures_unknown_model(script, tmp_path):
     arguments = ['-m', 'x', '--', '--help', '--json']
-    cured = run(*COMMAND, 'run', str(script), *arguments, cwd=tmp_path)
+    cured = run([*COMMAND, 'run', script, *arguments], cwd=tmp_path)
     assert cured.returncode == 7
     assert cured.stdout.splitlines() == [
         f'__main__ {[str(script), *arguments]} GeoPriorResNet', 'found what lies beside the script']
@@ -427,7 +427,7 @@ def test_a_malformed_manifest_is_one_sentence(tmp_path):
     shutil.copytree(Path(timm_geoprior.__file__).parent, package)
     text = manifest_path().read_text().replace('"status": "planned"', '"status": "wished for"')
     (package / 'weights_manifest.json').write_text(text)
-    listing = run(sys.executable, '-m', 'timm_geoprior', 'list', cwd=tmp_path)
+    listing = run([*COMMAND, 'list'], cwd=tmp_path)
     assert listing.returncode == 1
     assert listing.stdout == ''
     assert re.fullmatch(r"timm-geoprior: .* must be one of .*, got 'wished for'\. Restore .*, or install.* again\.\n",
@@ -437,7 +437,7 @@ def test_a_malformed_manifest_is_one_sentence(tmp_path):
 def test_a_closed_pipe_is_quiet():
     reader, writer = os.pipe()
     os.close(reader)
-    listing = subprocess.run([*COMMAND, 'list'], stdout=writer, stderr=subprocess.PIPE, text=True)
+    listing = run([*COMMAND, 'list'], stdout=writer)
     os.close(writer)
     assert listing.stderr == ''
     assert listing.returncode == 128 + signal.SIGPIPE
@@ -447,12 +447,10 @@ def test_ctrl_c(tmp_path):
     (tmp_path / 'wait.py').write_text(  # a shell's background jobs ignore SIGINT, and their children inherit that
         'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n'
         'print("ready", flush=True); signal.pause()')
-    with subprocess.Popen([*COMMAND, 'run', str(tmp_path / 'wait.py')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
+    with Program([*COMMAND, 'run', tmp_path / 'wait.py']) as process:
         assert process.stdout.readline() == 'ready\n'
         process.send_signal(signal.SIGINT)
-        assert process.communicate()[1] == ''
-    assert process.returncode == 130
+    assert (process.returncode, process.errors) == (130, '')
 
 
 def test_the_examples_in_docstrings_run():
@@ -467,10 +465,8 @@ def test_the_examples_in_docstrings_run():
 # -- the start: what is imported when ----------------------------------------------------------------------------------
 
 def python(code, **options):
-    """Run code in a process of its own; its stdout."""
-    done = run(sys.executable, '-c', code, **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run code in a process of its own that has imported nothing before; its stdout."""
+    return real([sys.executable, '-c', code], check=True, **options).stdout
 
 
 @pytest.mark.parametrize('arguments', [
@@ -531,16 +527,6 @@ def test_wrong_usage_shows_the_commands_own_usage(capsys, arguments):
 CREATE = "print(type(timm.create_model('geoprior_resnet14_nano')).__name__)"
 
 
-IMPORTS = """
-import os, sys
-import torchvision  # once for all: the children, forked, import timm alone
-for imports in {imports}:
-    if not os.fork():
-        exec(imports + {end!r})
-    assert os.wait()[1] == 0, imports
-"""
-
-
 def test_the_models_are_registered_however_the_two_are_imported():
     imports = [
         'import timm_geoprior; import timm',
@@ -562,22 +548,23 @@ def test_the_models_are_registered_however_the_two_are_imported():
     # a class that was imported before is the one that the model is made of
     same = ("conv2 = timm.create_model('geoprior_resnet14_nano').layer2[0].conv2;"
             "assert isinstance(conv2, globals().get('GeoPriorConv2d', object))")
-    end = f'; {CREATE}; {same}; sys.stdout.flush(); os._exit(0)'
-    assert python(IMPORTS.format(imports=imports, end=end)) == 'GeoPriorResNet\n' * len(imports)
+    for statements in imports:
+        assert run(['-c', f'import sys; {statements}; {CREATE}; {same}']).stdout == 'GeoPriorResNet\n', statements
 
 
 def test_timm_is_as_if_nothing_had_found_it():
     """The module's loader, source and resources, and the list of finders."""
     look = ('import inspect, sys; print(timm.__loader__ is timm.__spec__.loader, type(timm.__loader__),'
             'inspect.getsource(timm)[:99], [str(finder).split(" at ")[0] for finder in sys.meta_path])')
-    assert python(f'import timm_geoprior, timm; {look}') == python(f'import timm; {look}')
+    assert (run(['-c', f'import timm_geoprior, timm; {look}'], check=True).stdout
+            == run(['-c', f'import timm; {look}'], check=True).stdout)
 
 
 def test_the_package_has_its_names_before_they_are_imported():
-    names = python('import timm_geoprior; print(sorted({*timm_geoprior.__all__, "layers"} - set(dir(timm_geoprior))),'
-                   'timm_geoprior.layers.attention_map.__name__, timm_geoprior.GeoPriorResNet.__module__,'
-                   'hasattr(timm_geoprior, "nothing"))')
-    assert names == '[] attention_map timm_geoprior.geoprior_resnet False\n'
+    code = ('import timm_geoprior; print(sorted({*timm_geoprior.__all__, "layers"} - set(dir(timm_geoprior))),'
+            'timm_geoprior.layers.attention_map.__name__, timm_geoprior.GeoPriorResNet.__module__,'
+            'hasattr(timm_geoprior, "nothing"))')
+    assert run(['-c', code]).stdout == '[] attention_map timm_geoprior.geoprior_resnet False\n'
 
 
 def test_a_timm_that_cannot_be_imported_fails_alike_each_time(tmp_path):
@@ -635,7 +622,7 @@ else:
     ('torchrun', ['parent.py'])])
 def test_run_reaches_child_processes(tmp_path, kind, target):
     (tmp_path / 'parent.py').write_text(CHILDREN[kind])
-    done = run(*COMMAND, 'run', *target, cwd=tmp_path)
+    done = run([*COMMAND, 'run', *target], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, 'GeoPriorResNet\n'), done.stderr
 
 
@@ -657,8 +644,8 @@ def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
     (tmp_path / 'parent.py').write_text('import subprocess, sys; subprocess.run([sys.executable, "child.py"])')
     inherited = os.pathsep.join([str(tmp_path / 'site'), os.environ.get('PYTHONPATH', ''), ''])  # '': where it runs
     options = {'cwd': tmp_path, 'env': {**os.environ, 'PYTHONPATH': inherited}}
-    plain = run(sys.executable, 'parent.py', **options)
-    ours = run(*COMMAND, 'run', 'parent.py', **options)
+    plain = real([sys.executable, 'parent.py'], **options)
+    ours = real([sys.executable, *COMMAND, 'run', 'parent.py'], **options)
     assert ours.stderr == plain.stderr
     *before, expected = plain.stdout.splitlines()
     *told, got = ours.stdout.splitlines()
@@ -672,13 +659,13 @@ def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
 
 @pytest.mark.parametrize('module', ['pretrained.cfgs', 'pretrained.download', 'conversion.state_dict', 'layers'])
 def test_a_module_that_is_imported_before_timm_is_loaded_once(module):
-    told = python(
+    told = run(['-c', (
         f'import timm_geoprior.{module} as first, inspect, sys\n'
         'modules = [module for name, module in sys.modules.items() if name.startswith("timm_geoprior")]\n'
         f'users = [value for module in modules for value in vars(module).values()\n'
         f'         if getattr(value, "__module__", "") == first.__name__ and hasattr(value, "__code__")]\n'
         'same = all(inspect.unwrap(value).__globals__ is vars(first) for value in users)\n'
-        'print(len(users), same, sys.modules[first.__name__] is first)')
+        'print(len(users), same, sys.modules[first.__name__] is first)')]).stdout
     count, *same = told.split()
     assert int(count) > 0
     assert same == ['True', 'True']

@@ -1,6 +1,4 @@
 """The networks in other people's libraries: built, trained on real photographs, saved and loaded again."""
-import subprocess
-import sys
 from collections import OrderedDict
 
 import pytest
@@ -15,6 +13,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.transforms.functional import normalize, to_tensor
 
 import timm_geoprior  # noqa: F401  registers the models
+from programs import run
 from timm_geoprior.pretrained.download import download_tag
 
 NANO, LARGE = 'geoprior_resnet14_nano', 'geoprior_resnet50'
@@ -245,10 +244,9 @@ def test_the_cure_of_an_unknown_model(transformers, folder, tmp_path):
     """A script that does not import the package is told to upgrade timm; under `timm-geoprior run` it works."""
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT)
-    plain = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
+    plain = run([script, folder])
     assert plain.returncode == 1
     assert 'geoprior_resnet14_nano' in plain.stderr
     assert 'pip install -U timm' in plain.stderr
-    cured = subprocess.run(
-        [sys.executable, '-m', 'timm_geoprior', 'run', script, folder], capture_output=True, text=True, check=True)
+    cured = run(['-m', 'timm_geoprior', 'run', script, folder], check=True)
     assert cured.stdout.split()[-1] == '200'

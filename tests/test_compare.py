@@ -1,10 +1,8 @@
 """scripts/experiments/compare.py and what it is made of, on real photographs."""
 import csv
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from scipy.stats import ttest_rel
 
 import compare as comparison
 from compare import ComparisonError, compare, differences, load_variants, paired_interval, write_comparison
+from programs import run
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.training.checkpoint import load_checkpoint
 from timm_geoprior.training.engine import train
@@ -78,8 +77,7 @@ def test_killed_and_gone_on(plan, photo_folder, tmp_path, script, capsys):
     """Seed by seed; what was finished stays as it is, what was begun is not begun again; each run is train.py's."""
     output = tmp_path / 'out'
     given = (plan, photo_folder, output, '--seeds', 0, 1)
-    killed = [sys.executable, '-c', KILLED, *arguments(*given)[1:]]
-    assert subprocess.run(killed, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode == 9
+    assert run(['-c', KILLED, *arguments(*given)[1:]]).returncode == 9
     assert [(row['variant'], row['seed']) for row in rows_of(output)] == [('prior', '0'), ('plain', '0')]
     first = output / 'runs' / 'prior' / '0' / 'results.json'
     before = first.stat().st_mtime_ns

@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from programs import Program, run
 from releases import planned
 from timm_geoprior.cli import main
 from timm_geoprior.conversion import job
@@ -26,7 +26,7 @@ from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.release.staging import stage
 from timm_geoprior.training.checkpoint import read_weights
 
-COMMAND = [sys.executable, '-m', 'timm_geoprior', 'convert']
+COMMAND = ['-m', 'timm_geoprior', 'convert']
 
 
 def convert(*arguments: object, code: int = 0) -> None:
@@ -361,15 +361,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 @pytest.mark.skipif(os.name != 'posix', reason='signals and limits of POSIX')
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_leaves_nothing(number, checkpoint, photo_folder, tmp_path):
-    process = subprocess.Popen(
-        [*COMMAND, str(checkpoint), '-o', 'out', '--images', str(photo_folder / 'train'), '-j', '0'], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'TMPDIR': str(tmp_path)})
-    while 'Fitting' not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    with Program([*COMMAND, checkpoint, '-o', 'out', '--images', photo_folder / 'train', '-j', '0'], cwd=tmp_path,
+                 env={**os.environ, 'TMPDIR': str(tmp_path)}) as process:
+        while 'Fitting' not in (line := process.stdout.readline()):
+            assert line, process.errors
+        process.send_signal(number)
     assert process.returncode in (-number, 128 + number, 130)
-    assert 'Traceback' not in error
+    assert 'Traceback' not in process.errors
     assert not list(tmp_path.iterdir())
 
 
@@ -387,7 +385,7 @@ def test_a_run_that_is_killed_while_it_writes_leaves_nothing(number, checkpoint,
         f'    os.kill(os.getpid(), {int(number)})\n'
         'job._write_model = interrupted\n'
         f'raise SystemExit(main(["convert", {str(checkpoint)!r}, "-o", "out", "--device", "cpu"]))\n')
-    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True)
+    done = run(['-c', program], cwd=tmp_path)
     assert done.returncode == 128 + number
     assert done.stdout.splitlines()[-1] == "['config.json', 'model.safetensors']"
     assert 'Traceback' not in done.stderr
@@ -400,9 +398,13 @@ def test_a_run_that_is_killed_while_it_writes_leaves_nothing(number, checkpoint,
     (3000, 'out could not be written'),
 ])
 def test_a_full_disk_is_one_sentence(kilobytes, message, checkpoint, photo_folder, tmp_path):
-    command = ' '.join([*COMMAND, str(checkpoint), '-o', 'out', '--images', str(photo_folder / 'train'), '-j', '0'])
-    done = subprocess.run(['bash', '-c', f'ulimit -f {kilobytes}; exec {command}'], cwd=tmp_path, capture_output=True,
-                          text=True)
+    program = (
+        'import resource, sys\n'
+        f'resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * {kilobytes}, resource.RLIM_INFINITY))\n'
+        'from timm_geoprior.cli import main\n'
+        'sys.exit(main(sys.argv[1:]))')
+    done = run(['-c', program, 'convert', checkpoint, '-o', 'out', '--images', photo_folder / 'train', '-j', '0'],
+               cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())

@@ -1,16 +1,12 @@
 """scripts/experiments/cost.py, against figures reckoned by hand."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from programs import run
+
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'cost.py'
-
-
-def run(folder):
-    return subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -24,8 +20,7 @@ def measured(tmp_path):
 
 
 def test_the_table(measured):
-    done = run(measured)
-    assert done.returncode == 0, done.stderr
+    done = run([SCRIPT, measured], check=True)
     rows = {cells[1]: cells for line in done.stdout.splitlines()[4:] if (cells := [c.strip() for c in line.split('|')])}
     assert set(rows) == {'paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2', 'warm_in1k'}
     _, _, model, epochs, batch, one, eight, many, *speeds, sent, network, disk, _ = rows['sgd100']
@@ -45,7 +40,7 @@ def test_the_table(measured):
 
 def test_speed_of_inference_is_refused(measured):
     (measured / 'results.json').write_text((measured / 'results.json').read_text().replace('true', 'false'))
-    done = run(measured)
+    done = run([SCRIPT, measured])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f'cost.py: {measured} must hold training speeds, got')
-    assert run(measured / 'nowhere').returncode == 1
+    assert run([SCRIPT, measured / 'nowhere']).returncode == 1

@@ -167,7 +167,21 @@ def test_a_rotation_that_is_ignored_is_told(tmp_path):
         decode_images(data.dataset, 32, workers=0)
     loader = FolderLoader(data.dataset, lambda size: lambda image: torch.zeros(1), LoaderConfig(3), workers=0)
     with pytest.warns(UserWarning, match="3 of ILSVRC's files state a rotation"):
-        list(loader.epoch(0, 32))
+        list(zip(range(len(loader)), loader.epoch(0, 32), strict=False))  # a training run asks for no more
+
+
+@pytest.mark.parametrize(('rank', 'count'), [(0, 1), (1, 0)])
+def test_the_first_process_tells_it_once_and_of_all_images(tmp_path, rank, count):
+    told: list[str] = []
+    files = {f'n01440764_{number}.JPEG': encoded(picture(), 'JPEG', 6) for number in range(4)}
+    data = opened('folder', tmp_path, files)
+    loader = FolderLoader(data.dataset, lambda size: lambda image: torch.zeros(1), LoaderConfig(
+        1, rank=rank, world_size=2), workers=0, tell=told.append)
+    list(loader.epoch(0, 32, first_batch=1))
+    assert told == []
+    list(loader.epoch(0, 32))
+    list(loader.epoch(1, 32))
+    assert len(told) == count
 
 
 JPEG = encoded(picture(), 'JPEG')

@@ -3,6 +3,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import timm
 from PIL import Image
 
+from programs import Program
 from timm_geoprior.cli import main
 from timm_geoprior.data.reading import read_image
 from timm_geoprior.inference.classifier import load_classifier
@@ -49,14 +51,13 @@ def names(picture, model=NANO):
 @contextmanager
 def running(command, log, **options):
     """A process that serves the page; its address."""
-    with open(log, 'w') as stderr, subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=stderr, text=True, **options) as process:
+    with open(log, 'w') as stderr, Program(command, stderr=stderr.fileno(), **options) as process:
         try:
             line = process.stdout.readline()
             assert line.startswith('Open http://127.0.0.1:'), log.read_text()
             yield line.split()[1]
         finally:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture

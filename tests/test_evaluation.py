@@ -6,7 +6,6 @@ import lzma
 import math
 import pickle
 import shutil
-import subprocess
 import sys
 import tarfile
 from dataclasses import replace
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from programs import run
 from timm_geoprior.data.dataset import open_split
 from timm_geoprior.data.listing import ilsvrc_val_labels, unpacked
 from timm_geoprior.data.preflight import check_data, empty_folders, image_fault, repeated_classes
@@ -322,8 +322,7 @@ except EvaluationError as error:
 @pytest.mark.skipif(sys.platform != 'linux', reason="the limit on memory is Linux's")
 def test_the_batch_is_halved_when_memory_runs_out():
     # in a process of its own: torch maps its libraries to tell where it failed, and threads of other tests map more
-    done = subprocess.run([sys.executable, '-c', HUNGRY], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run(['-c', HUNGRY], check=True)
     told = done.stdout.splitlines()
     assert told[:2] == ['Not enough memory for 30 images at a time: going on with 15.',
                         'Not enough memory for 15 images at a time: going on with 8.']

@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import yaml
 from conftest import PHOTOGRAPHS
 from PIL import Image
 
+from programs import run
 from timm_geoprior.cli import main
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.pretrained.manifest import load_manifest
@@ -116,15 +116,15 @@ def test_curves_of_several_runs(finished, tmp_path):
     for place in ('photos/pretrained/0', 'photos/random/0', 'photos/random/1', 'others/pretrained/0'):
         shutil.copytree(finished, tmp_path / 'runs' / place, ignore=shutil.ignore_patterns('*.pt', 'tensorboard'))
     (tmp_path / 'runs' / 'photos' / 'random' / '2').mkdir()  # one that is not finished
-    command = [sys.executable, script, tmp_path / 'runs', '--output', tmp_path / 'curves.png']
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[2:]
+    command = [script, tmp_path / 'runs', '--output', tmp_path / 'curves.png']
+    printed = run(command, check=True).stdout.splitlines()[2:]
     measured = json.loads((finished / 'results.json').read_text())['measured']
     assert [line.split(' | ')[:2] for line in printed] == [
         ['| others', 'pretrained'], ['| photos', 'pretrained'], ['| photos', 'random'], ['| photos', 'random']]
     assert f'| {measured["top1_correct"]} of 20 | {measured["top1"]:.2f} | ' in printed[0]
     assert Image.open(tmp_path / 'curves.png').width > 900  # two panels
-    command[2] = tmp_path / 'nothing'
-    refused = subprocess.run(command, capture_output=True, text=True)
+    command[1] = tmp_path / 'nothing'
+    refused = run(command)
     assert refused.returncode == 1
     assert 'must hold finished runs' in refused.stderr
 
@@ -172,19 +172,24 @@ def test_it_ends_when_it_gets_no_better(photos, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
-    """Ctrl-C after the first epoch, then the same command with --resume; what stands is not overwritten without."""
+    """Ctrl-C after the first epoch, which a log file shows, then the same command with --resume.
+
+    Without it, what stands is not overwritten.
+    """
     program = (
         'import os, signal, sys\n'
         'from timm_geoprior.training import finetune\n'
         'from timm_geoprior.cli import main\n'
         'decide = finetune._gets_no_better\n'
         'def stop(job, history):\n'
+        '    assert "epoch 1: " in open("log.txt").read()\n'
         '    os.kill(os.getpid(), signal.SIGINT)\n'
         '    return decide(job, history)\n'
         'finetune._gets_no_better = stop\n'
         'sys.exit(main(sys.argv[1:]))\n')
     arguments = [str(photo_folder), '--output', str(tmp_path / 'run'), *FAST]
-    stopped = subprocess.run([sys.executable, '-c', program, 'finetune', *arguments], capture_output=True, text=True)
+    with (tmp_path / 'log.txt').open('w') as log:
+        stopped = run(['-c', program, 'finetune', *arguments], stdout=log.fileno(), cwd=tmp_path)
     assert stopped.returncode == 130, stopped.stderr
     assert not (tmp_path / 'run' / 'model.safetensors').exists()
     assert main(['finetune', *arguments]) == 1

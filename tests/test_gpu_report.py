@@ -1,23 +1,18 @@
 """scripts/experiments/gpu_report.py, rehearsed on the CPU: what it measures, and that it tells what it does not."""
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from programs import run
+
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'gpu_report.py'
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize('minutes', [0, 0.9])
 def test_what_there_is_no_time_for_is_told(tmp_path, minutes):
-    done = run('--rehearse', '--minutes', minutes, '--output', tmp_path / 'out')
-    assert done.returncode == 0, done.stderr
+    done = run([SCRIPT, '--rehearse', '--minutes', str(minutes), '--output', tmp_path / 'out'], check=True)
     report = (tmp_path / 'out' / 'report.md').read_text()
     assert report in done.stdout
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
@@ -34,7 +29,7 @@ def test_what_there_is_no_time_for_is_told(tmp_path, minutes):
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path):
-    done = run('--output', tmp_path / 'out', '--device', 'cuda:99')
+    done = run([SCRIPT, '--output', tmp_path / 'out', '--device', 'cuda:99'])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith('gpu_report.py: device is cuda:99, this machine has')
     assert not (tmp_path / 'out').exists()

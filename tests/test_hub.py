@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from hub_server import SIGNATURE, broken_after, status, together
+from programs import run
 from releases import (
     NANO,
     as_mere_mortal,
@@ -581,6 +582,6 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
 
 def test_loading_benchmark_runs():
     script = Path(__file__).parent.parent / 'scripts' / 'experiments' / 'benchmark_loading.py'
-    done = subprocess.run([sys.executable, script, NANO, '--repeats', '1'], capture_output=True, text=True, check=True)
+    done = run([script, NANO, '--repeats', '1'], check=True)
     assert [line.split(':')[0] for line in done.stdout.splitlines()] == ['verified', 'unchecked', 'ratio']
     assert 'of 1 pairs, 2,244,' in done.stdout

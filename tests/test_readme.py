@@ -13,6 +13,7 @@ import timm
 from conftest import HUB
 from safetensors.torch import save
 
+from programs import run
 from timm_geoprior.cli import _MODULES, main
 from timm_geoprior.inference.inputs import sample_image
 
@@ -86,8 +87,7 @@ def test_every_command_is_there(capsys):
 @functools.cache
 def help_of(command):
     command = ['-m', 'timm_geoprior', command[14:]] if command.startswith('timm-geoprior ') else [command]
-    return subprocess.run(
-        [sys.executable, *command, '--help'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return run([*command, '--help'], cwd=ROOT, check=True).stdout
 
 
 @pytest.mark.parametrize('line', COMMANDS)

@@ -3,8 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +10,9 @@ import pytest
 import timm
 import torch
 from conftest import PHOTOGRAPHS
-from test_training import SCRIPT, TORCHRUN, at_update, environment
+from test_training import SCRIPT, at_update
 
+from programs import run, run_ranks
 from timm_geoprior.cli import main
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.training.checkpoint import load_checkpoint
@@ -47,17 +46,13 @@ def command(out: Path, data: Path, run: Path, *more: str) -> list[str]:
             '--device', 'cpu', '-j', '0', *OPTIONS, *more]
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-
-
 def in_process(out: Path, data: Path, run: Path, *overrides: str, **options: object) -> Trainer:
     config = RunConfig(data, run, finetune=str(out), workers=0, tell=lambda text: None)
     return Trainer(load_recipe('warm_tin200', [*SMALL, *overrides]), replace(config, **options))
 
 
 def test_it_starts_from_the_folder_and_is_taught_by_its_source(out, checkpoint, photo_folder, tmp_path):
-    done = run_script(*command(out, photo_folder, tmp_path / 'run', '--val-split', 'val'))
+    done = run(command(out, photo_folder, tmp_path / 'run', '--val-split', 'val'))
     assert done.returncode == 0, done.stderr
     assert (f'{out}: geoprior_resnet14_nano, converted from geoprior_resnet14_nano, which is the teacher '
             f'({checkpoint}).') in done.stderr.splitlines()
@@ -77,7 +72,7 @@ def test_it_starts_from_the_folder_and_is_taught_by_its_source(out, checkpoint, 
 
 def test_without_labels_the_teacher_alone_teaches_the_same(out, photo_folder, flat, tmp_path):
     """The same images give the same bits with and without class folders, also where they are other classes."""
-    done = run_script(*command(out, flat, tmp_path / 'flat', '--set', 'distill_alpha=1'))
+    done = run(command(out, flat, tmp_path / 'flat', '--set', 'distill_alpha=1'))
     assert done.returncode == 0, done.stderr
     assert f'The images in {flat} are used without labels.' in done.stderr
     found = load_checkpoint(tmp_path / 'flat' / 'last.pt')
@@ -97,9 +92,9 @@ def test_a_killed_recovery_resumes_to_the_same_bits(out, flat, tmp_path):
     whole = in_process(out, flat, tmp_path / 'whole', 'distill_alpha=1')
     whole.fit()
     arguments = command(out, flat, tmp_path / 'run', '--set', 'distill_alpha=1', '--save-every', '1')
-    killed = run_script('-c', at_update('self.epoch == 1 and self.update == 2', signal.SIGKILL), *arguments)
+    killed = run(['-c', at_update('self.epoch == 1 and self.update == 2', signal.SIGKILL), *arguments])
     assert killed.returncode == -signal.SIGKILL
-    done = run_script(*arguments, '--resume')
+    done = run([*arguments, '--resume'])
     assert done.returncode == 0, done.stderr
     found = load_checkpoint(tmp_path / 'run' / 'last.pt')['model']
     assert all(torch.equal(value, found[name]) for name, value in whole.model.state_dict().items())
@@ -111,12 +106,12 @@ def test_two_processes_recover_as_one(out, flat, tmp_path):
              if isinstance(module, torch.nn.BatchNorm2d)]
     changes = ['distill_alpha=1', 'amp=false', 'lr=1e-3', f'freeze={json.dumps(norms)}']
     options = [part for change in changes for part in ('--set', change)]
-    done = subprocess.run([*TORCHRUN, *command(out, flat, tmp_path / 'run', *options)], capture_output=True, text=True,
-                          env=environment())
-    assert done.returncode == 0, done.stderr
+    first, second = run_ranks(2, command(out, flat, tmp_path / 'run', *options))
+    assert (first.returncode, second.returncode) == (0, 0), (first.stderr, second.stderr)
     for sentence in ('which is the teacher', 'are used without labels', 'No images are held out'):
-        assert done.stderr.count(sentence) == 1
-    last = json.loads(done.stdout)['last']
+        assert first.stderr.count(sentence) == 1
+    assert (second.stdout, second.stderr) == ('', '')
+    last = json.loads(first.stdout)['last']
     one = in_process(out, flat, tmp_path / 'one', *changes)
     assert last['train_loss'] == pytest.approx(one.fit()['last']['train_loss'], rel=1e-4)
     found = load_checkpoint(tmp_path / 'run' / 'last.pt')['model']

@@ -1,4 +1,5 @@
 """Runs of scripts/train.py and of the engine behind it, on real photographs."""
+import contextlib
 import csv
 import functools
 import io
@@ -21,10 +22,12 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from programs import Program, run, run_ranks
 from timm_geoprior import progress
 from timm_geoprior.errors import CorruptImagesError, EvaluationError, GeoPriorError
 from timm_geoprior.training import engine
@@ -34,7 +37,7 @@ from timm_geoprior.training.recipe import RunConfig, load_recipe, make_recipe
 
 TIMES = ('seconds', 'images_per_second')
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'train.py'
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
+TORCHRUN = ['-m', 'torch.distributed.run']
 TINY = {
     'name': 'tiny', 'model': 'geoprior_resnet14_nano', 'epochs': 3, 'batch_size': 8, 'lr': 0.05, 'img_size': 32,
     'model_kwargs': {'channels': [8, 16, 16, 16], 'value_dims': [0, 8, 8, 8], 'stem_width': 8},
@@ -54,7 +57,17 @@ def config(folder, output, **changes):
 
 
 def command(folder: Path, output: Path, recipe: Path, *more: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), str(recipe), '--data-dir', str(folder), '--output', str(output), *more]
+    return [str(SCRIPT), str(recipe), '--data-dir', str(folder), '--output', str(output), *more]
+
+
+def turned(path: Path) -> Path:
+    """Let an image's file state a rotation."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
+    return path
 
 
 def counted(function, calls, name):
@@ -62,10 +75,6 @@ def counted(function, calls, name):
         calls.append(name)
         return function(*args, **options)
     return call
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, 'OMP_NUM_THREADS': '1', **more}
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -110,7 +119,7 @@ def recipe_file(tmp_path_factory) -> Path:
 def whole_run(photo_folder, recipe_file, tmp_path_factory) -> Path:
     """A run from beginning to end, on files, with workers."""
     output = tmp_path_factory.mktemp('whole') / 'run'
-    subprocess.run(command(photo_folder, output, recipe_file, '-j', '2'), env=environment(), check=True)
+    run(command(photo_folder, output, recipe_file, '-j', '2'), check=True)
     return output
 
 
@@ -124,11 +133,22 @@ def ddp_recipe(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def two_processes(photo_folder, ddp_recipe, tmp_path_factory):
+def ddp_folder(photo_folder, tmp_path_factory):
+    """Photographs that there is something to say about."""
+    folder = Path(shutil.copytree(photo_folder, tmp_path_factory.mktemp('ddp') / 'photos'))
+    (folder / 'train' / 'coffee' / 'notes.txt').write_text('of the journey')
+    (folder / 'train' / 'rocket' / '07.jpg').write_bytes(b'no photograph')
+    shutil.copy(turned(folder / 'train' / 'rocket' / '08.jpg'), folder / 'train' / 'rocket' / 'n00000001_1.jpg')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def two_processes(ddp_folder, ddp_recipe, tmp_path_factory):
+    """The folder of a run, and what its two processes have printed."""
     output = tmp_path_factory.mktemp('two') / 'run'
-    arguments = command(photo_folder, output, ddp_recipe)[1:]
-    subprocess.run([*TORCHRUN, *arguments], env=environment(), check=True)
-    return output
+    done = run_ranks(2, command(ddp_folder, output, ddp_recipe))
+    assert [process.returncode for process in done] == [0, 0], done
+    return output, done
 
 
 @pytest.fixture(scope='module')
@@ -273,11 +293,11 @@ class TestResume:
         killer = at_update(f'self.epoch * self.updates_per_epoch + self.update == {updates}', signal.SIGKILL)
         output = tmp_path / 'run'
         arguments = command(photo_folder, output, recipe_file, '-j', '2', '--save-every', '2')
-        killed = subprocess.run([sys.executable, '-c', killer, *arguments[1:]], env=environment())
+        killed = run(['-c', killer, *arguments])
         assert killed.returncode == -signal.SIGKILL
         assert (output / 'recipe.yaml').read_text() == (whole_run / 'recipe.yaml').read_text()
         more = ['--resume'] if (output / 'last.pt').exists() else []
-        subprocess.run([*arguments, *more], env=environment(), check=True)
+        run([*arguments, *more], check=True)
         assert_same_run(whole_run, output)
 
     @pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -286,8 +306,7 @@ class TestResume:
         output = tmp_path / 'run'
         arguments = command(photo_folder, output, recipe_file, '-j', '2')
         stopper = at_update('self.update == 2', number).replace('os.kill(os.getpid(), ', 'os.killpg(os.getpgrp(), ')
-        stopped = subprocess.run([sys.executable, '-c', stopper, *arguments[1:]], env=environment(),
-                                 start_new_session=True, capture_output=True, text=True)
+        stopped = run(['-c', stopper, *arguments], start_new_session=True)
         assert stopped.returncode == code
         assert 'Traceback' not in stopped.stderr
         at_once, _, at_the_end = stopped.stderr.partition(
@@ -298,7 +317,7 @@ class TestResume:
         assert load_checkpoint(output / 'last.pt')['update'] == 3
         program, *words = shlex.split(resume)
         assert (program, words[-1]) == ('python', '--resume')
-        subprocess.run([sys.executable, *words], env=environment(), check=True)
+        run(words, check=True)
         assert_same_run(whole_run, output)
 
     @pytest.mark.parametrize('name', ['train', 'compare', 'transfer'])
@@ -316,9 +335,7 @@ class TestResume:
         source = 'geoprior_resnet14_nano' if name == 'transfer' else 'r64_tin200'
         more = {'train': [], 'compare': ['--set', 'holdout=2', '--variant', 'a: {}', '--variant', 'b: {lr: 0.1}'],
                 'transfer': []}[name]
-        stopped = subprocess.run(
-            [sys.executable, '-c', stopper, source, '--data-dir', str(photo_folder), '--output', str(tmp_path / 'out'),
-             *more], env=environment(), capture_output=True, text=True)
+        stopped = run(['-c', stopper, source, '--data-dir', photo_folder, '--output', tmp_path / 'out', *more])
         assert stopped.returncode == 130, stopped.stderr
         assert 'Traceback' not in stopped.stderr
 
@@ -382,26 +399,39 @@ class TestResume:
 
 
 class TestProcesses:
-    def test_two_processes_train_as_one(self, photo_folder, ddp_recipe, two_processes, tmp_path):
+    def test_two_processes_train_as_one(self, ddp_folder, ddp_recipe, two_processes, tmp_path):
         """The same global batches give the same loss curve, to 1e-4, with a norm that does not see the batch."""
-        train(load_recipe(ddp_recipe), config(photo_folder, tmp_path / 'one'))
+        train(load_recipe(ddp_recipe), config(ddp_folder, tmp_path / 'one'))
         losses = [[float(row['train_loss']) for row in csv.DictReader((output / 'summary.csv').open())]
-                  for output in (tmp_path / 'one', two_processes)]
+                  for output in (tmp_path / 'one', two_processes[0])]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
-    def test_a_killed_process_comes_back(self, photo_folder, ddp_recipe, two_processes, tmp_path):
+    def test_one_of_two_processes_speaks(self, two_processes):
+        first, second = two_processes[1]
+        assert json.loads(first.stdout).keys() == {'last', 'best', 'hours'}
+        for words in ('without an image extension: .txt', '07.jpg cannot be read',
+                      "1 of ILSVRC's files state a rotation", 'No images are held out'):
+            assert first.stderr.count(words) == 1, first.stderr
+        assert (second.stdout, second.stderr) == ('', '')
+
+    def test_one_of_two_processes_tells_their_common_fault(self, photo_folder, ddp_recipe, tmp_path):
+        first, second = run_ranks(2, command(photo_folder, tmp_path / 'run', ddp_recipe, '--set', 'batch_size=7'))
+        assert (first.returncode, second.returncode) == (1, 1)
+        assert first.stderr.startswith('train.py: batch_size must be a multiple of 2 processes')
+        assert (first.stderr.count('\n'), second.stderr) == (1, '')
+
+    def test_a_killed_process_comes_back(self, ddp_folder, ddp_recipe, two_processes, tmp_path):
         """The second process is killed in the second epoch; `torchrun --max-restarts` brings both back."""
         mark, output, script = tmp_path / 'was_killed', tmp_path / 'run', tmp_path / 'killed.py'
         script.write_text(at_update(
             'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.epoch == 1'
             f' and open({str(mark)!r}, "w")', signal.SIGKILL))
-        arguments = command(photo_folder, output, ddp_recipe, '--save-every', '2')[1:]
-        done = subprocess.run(
-            [*TORCHRUN, '--max-restarts=1', str(script), *arguments], capture_output=True, text=True,
-            env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'))
+        arguments = command(ddp_folder, output, ddp_recipe, '--save-every', '2')
+        done = run([*TORCHRUN, '--standalone', '--nproc-per-node=2', '--max-restarts=1', str(script), *arguments],
+                   env={**os.environ, 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
         assert done.returncode == 0, done.stderr
         assert mark.exists()
-        assert_same_run(two_processes, output)
+        assert_same_run(two_processes[0], output)
 
     def test_a_signal_to_one_process_stops_both_at_the_same_step(self, photo_folder, ddp_recipe, tmp_path):
         """With norms that see the batch: what each process measured by is what the first one saves."""
@@ -417,28 +447,27 @@ def saving(self):
 engine.Trainer._measure = saving
 sys.argv =""", 1).replace('import os', 'import torch, os', 1))
         arguments = command(photo_folder, output, ddp_recipe, '--val-split', 'val', '--set', 'model_kwargs='
-                            + json.dumps(TINY['model_kwargs']))[1:]
-        done = subprocess.run([*TORCHRUN, str(script), *arguments], capture_output=True, text=True, env=environment())
-        assert done.returncode == 1
-        # torchrun ends the other once one is gone: with 143, or by the signal where it had finished
-        assert 'exitcode  : 143' in done.stderr, done.stderr
+                            + json.dumps(TINY['model_kwargs']))
+        done = run_ranks(2, [str(script), *arguments])
+        assert [process.returncode for process in done] == [143, 143], done
         assert load_checkpoint(output / 'last.pt')['update'] == 4
         first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first if 'running' in name)
         assert any('running' in name for name in first)
 
-    def test_two_machines_train_as_one(self, photo_folder, ddp_recipe, two_processes, tmp_path):
+    def test_two_machines_train_as_one(self, ddp_folder, ddp_recipe, two_processes, tmp_path):
         """Two torchruns that meet on the loopback; only the first process's machine sees the run's folder."""
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
-        machines = [subprocess.Popen(
-            [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--rdzv-backend=c10d',
-             f'--rdzv-endpoint=127.0.0.1:{port}', '--local-addr=127.0.0.1',
-             *command(photo_folder, tmp_path / str(number), ddp_recipe)[1:]], env=environment()) for number in (0, 1)]
-        assert [machine.wait() for machine in machines] == [0, 0]
+        with contextlib.ExitStack() as stack:
+            machines = [stack.enter_context(Program(
+                [*TORCHRUN, '--nnodes=2', '--nproc-per-node=1', '--rdzv-backend=c10d',
+                 f'--rdzv-endpoint=127.0.0.1:{port}', '--local-addr=127.0.0.1',
+                 *command(ddp_folder, tmp_path / str(number), ddp_recipe)])) for number in (0, 1)]
+            assert [machine.wait() for machine in machines] == [0, 0]
         written, = (tmp_path / number for number in '01' if (tmp_path / number).exists())
-        assert_same_run(two_processes, written)
+        assert_same_run(two_processes[0], written)
 
     def test_a_batch_that_does_not_divide(self, photo_folder, tmp_path):
         with pytest.raises(GeoPriorError, match='must be a multiple of 1 processes times 3 accumulation steps, got 8'):
@@ -576,13 +605,16 @@ class TestData:
         shutil.copytree(photo_folder, tmp_path / 'data')
         for name in ('train/coffee/01.jpg', 'val/rocket/04.jpg'):
             (tmp_path / 'data' / name).write_bytes(b'no photograph')
-        with pytest.warns(UserWarning, match='cannot be read'):
-            data = Trainer(tiny(holdout=0, in_memory=True),
-                           config(tmp_path / 'data', tmp_path / 'run', val_split='val')).data
+        said = []
+        data = Trainer(tiny(holdout=0, in_memory=True),
+                       config(tmp_path / 'data', tmp_path / 'run', val_split='val', tell=said.append)).data
+        assert said == [f'{name} cannot be read as an image and is skipped.'
+                        for name in ('coffee/01.jpg', 'rocket/04.jpg')]
         assert data.train.data.targets.bincount().tolist() == [12, 12, 11, 12]
         assert torch.cat([targets for _, targets in data.held_out()]).bincount().tolist() == [5, 5, 5, 4]
-        with pytest.warns(UserWarning, match='cannot be read'):
-            data = Trainer(tiny(holdout=3, in_memory=True), config(tmp_path / 'data', tmp_path / 'again')).data
+        data = Trainer(tiny(holdout=3, in_memory=True),
+                       config(tmp_path / 'data', tmp_path / 'again', tell=said.append)).data
+        assert said[2:] == said[:1]
         trained, measured = data.train.data.targets, torch.cat([targets for _, targets in data.held_out()])
         assert (torch.cat([trained, measured]).bincount().tolist()) == [12, 12, 11, 12]
 
@@ -590,13 +622,14 @@ class TestData:
         shutil.copytree(photo_folder, tmp_path / 'data')
         for name in ('coffee/01.jpg', 'rocket/04.jpg'):
             (tmp_path / 'data/val' / name).write_bytes(b'no photograph')
-        options = {'folder': tmp_path / 'data', 'output': tmp_path / 'run', 'val_split': 'val'}
+        said = []
+        options = {'folder': tmp_path / 'data', 'output': tmp_path / 'run', 'val_split': 'val', 'tell': said.append}
         held_out = Trainer(tiny(holdout=0), config(**options)).data.held_out
-        with pytest.warns(UserWarning, match=r'coffee/01\.jpg cannot be read'):
-            (images, targets), = held_out()
+        (images, targets), = held_out()
+        assert sorted(said) == [f'{name} cannot be read as an image and is skipped.'
+                                for name in ('coffee/01.jpg', 'rocket/04.jpg')]
         assert (len(images), targets.bincount().tolist()) == (18, [5, 5, 4, 4])
-        with (pytest.warns(UserWarning, match='cannot be read'),
-              pytest.raises(CorruptImagesError, match='The number of unreadable images must be at most 1, got 2')):
+        with pytest.raises(CorruptImagesError, match='The number of unreadable images must be at most 1, got 2'):
             list(Trainer(tiny(holdout=0), config(**options, max_corrupt=1)).data.held_out())
 
     def test_more_held_out_than_there_is(self, photo_folder, tmp_path):
@@ -667,14 +700,13 @@ class TestFaults:
         fill = at_update('(self.epoch, self.update) == (1, 2)', signal.SIGTERM).replace(
             f'os.kill(os.getpid(), {int(signal.SIGTERM)})',
             'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))')
-        filled = subprocess.run(
-            [sys.executable, '-c', fill, *arguments[1:]], env=environment(), capture_output=True, text=True)
+        filled = run(['-c', fill, *arguments])
         assert filled.returncode == 1, filled.stderr
         assert re.fullmatch(
             r'train\.py: The checkpoint \S*(best|last)\.pt could not be written \(File too large\); the one before it '
             r'is untouched\. Free some space and run again with --resume\.', filled.stderr.splitlines()[-1])
         assert load_checkpoint(output / 'last.pt')['epoch'] == 1
-        subprocess.run([*arguments, '--resume'], env=environment(), check=True)
+        run([*arguments, '--resume'], check=True)
         assert_same_run(whole_run, output)
 
     def test_a_full_disk_leaves_the_old_checkpoint(self, tmp_path):
@@ -713,9 +745,7 @@ class TestFaults:
             load_checkpoint(path)
 
     def test_the_script_says_what_is_wrong_in_one_line(self, photo_folder, tmp_path):
-        done = subprocess.run(
-            command(photo_folder, tmp_path / 'run', tmp_path / 'no.yaml'), env=environment(), capture_output=True,
-            text=True)
+        done = run(command(photo_folder, tmp_path / 'run', tmp_path / 'no.yaml'))
         assert done.returncode == 1
         assert done.stderr.startswith('train.py: The recipe must be a YAML file or one of a1, ')
         assert done.stderr.count('\n') == 1
@@ -724,6 +754,6 @@ class TestFaults:
     def test_a_missing_extra_names_its_cure(self):
         program = (f'import runpy, sys; sys.modules["yaml"] = None\nsys.argv = [{str(SCRIPT)!r}, "--help"]\n'
                    'runpy.run_path(sys.argv[0], run_name="__main__")')
-        done = subprocess.run([sys.executable, '-c', program], env=environment(), capture_output=True, text=True)
+        done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stderr == "train.py: yaml is not installed. Run `pip install -e '.[train]'`.\n"

@@ -1,10 +1,8 @@
 """scripts/experiments/transfer.py and what it is made of, on real photographs."""
 import csv
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from PIL import Image
 
 import transfer as module
+from programs import run
 from timm_geoprior.data.dataset import open_split
 from timm_geoprior.errors import EvaluationError
 from transfer import Transfer, TransferError, choose_penalty, draw_labels, fit_linear, knn, transfer, write_transfer
@@ -57,8 +56,7 @@ KILLED = (
 
 def test_killed_and_gone_on(photo_folder, tmp_path, script, capsys, monkeypatch):
     given = (photo_folder, tmp_path, '--per-class', 6)
-    killed = [sys.executable, '-c', KILLED, *arguments(*given)[1:]]
-    assert subprocess.run(killed, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode == 9
+    assert run(['-c', KILLED, *arguments(*given)[1:]]).returncode == 9
     folder = tmp_path / photo_folder.name
     features = {path.name: path.stat().st_mtime_ns for path in folder.glob('features/*')}
     assert set(features) == {'train-pretrained.pt', 'train-random0.pt', 'test-pretrained.pt', 'test-random0.pt'}

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from timm.data import ImageNetInfo, create_transform
 from torch import nn
 from tqdm import tqdm
 
+from programs import Program, run_ranks
 from releases import planned, put_on, using_manifest
 from timm_geoprior import progress
 from timm_geoprior.evaluation.validate import main, parse_arguments
@@ -231,15 +231,15 @@ def test_several_processes_count_every_image_once(processes, data, parquet, chec
         '-b', str(batch_size), '-j', '1' if batch_size == 64 else '0', '--device', 'cpu',
         '--results-file', str(tmp_path / f'{name}.json')] for name, batch_size in runs.items()]
     (tmp_path / 'commands.json').write_text(json.dumps(commands))
-    (tmp_path / 'driver.py').write_text(DRIVER % str(SCRIPT))
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
-         str(tmp_path / 'driver.py'), str(tmp_path / 'commands.json')], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_ranks(processes, ['-c', DRIVER % str(SCRIPT), tmp_path / 'commands.json'])
+    assert not any(process.returncode for process in done), done
     found = {name: json.loads((tmp_path / f'{name}.json').read_text()) for name in runs}
     assert {name: counts_of(result['results'][0]) for name, result in found.items()} == dict.fromkeys(runs, expected)
     assert {result['engine']['processes'] for result in found.values()} == {processes}
-    assert done.stdout.count('top-1') == len(runs)  # one process speaks
+    assert done[0].stdout.count('top-1') == len(runs)
+    for process in done[1:]:  # one process speaks
+        assert (process.stdout, f'{COUNT} images in 10 classes' in process.stderr) == ('', False)
+    assert done[0].stderr.count(f'{COUNT} images in 10 classes') == len(runs) - 1  # a stream tells nothing before
     calibration = {result['results'][0]['calibration_error'] for result in found.values()}
     assert max(calibration) - min(calibration) < 0.01
 
@@ -557,18 +557,17 @@ def test_a_signal_to_the_group_ends_it_with_one_sentence(number, data, checkpoin
     for path in (first, second):
         path.unlink()
         os.mkfifo(path)
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, '--checkpoint', checkpoint, '--data-dir', tmp_path / 'set', '-j', '2', '--device',
-         'cpu', '--results-file', tmp_path / 'found.json'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ, 'PYTHONPATH': str(SCRIPT.parents[1])})
-    with first.open('wb'), second.open('wb'):  # both workers wait for these images
-        os.killpg(process.pid, number)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert errors.splitlines()[-1] == (
+    with Program(
+            [SCRIPT, '--checkpoint', checkpoint, '--data-dir', tmp_path / 'set', '-j', '2', '--device', 'cpu',
+             '--results-file', tmp_path / 'found.json'], start_new_session=True) as process:
+        with first.open('wb'), second.open('wb'):  # both workers wait for these images
+            os.killpg(process.pid, number)
+        done = process.finish()
+    assert done.returncode == 128 + number
+    assert done.stderr.splitlines()[-1] == (
         f'validate.py: stopped by {number.name}. What was not finished is not written.')
-    assert 'Traceback' not in errors
-    assert (out, (tmp_path / 'found.json').exists()) == ('', False)
+    assert 'Traceback' not in done.stderr
+    assert (done.stdout, (tmp_path / 'found.json').exists()) == ('', False)
 
 
 def test_a_model_without_weights_is_refused_before_any_image_is_looked_at(data, capsys):
