@@ -30,6 +30,7 @@ from timm_geoprior.conversion.state_dict import (
     checkpoint_filter_fn,
     convert_state_dict,
 )
+from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.layers import attention_map
 
 CHANNELS = (8, 16, 24, 32)
@@ -408,6 +409,18 @@ def test_a_geoprior_state_dict_is_not_touched(expected, caplog):
     assert checkpoint_filter_fn(plain_one.state_dict(), plain_one)
     plain_one.load_state_dict(plain_one.state_dict())
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(('value_dims', 'name'), [
+    ((0, 0, 0, 0), 'layer2.0.conv2.weight'), ((0, 8, 16, 0), 'layer4.0.conv2.weight'),
+    ((8, 8, 16, 24), 'layer1.0.conv2.conv.weight')])
+def test_weights_of_other_3x3_layers_are_refused(expected, value_dims, name):
+    """timm would leave the layers random, and load the rest, with another number of classes."""
+    message = f'must have the 3x3 layers of the network, got none for {name}. Build it with the options of the weights'
+    for options in ({'pretrained_cfg_overlay': {'state_dict': expected}}, {}):
+        with pytest.raises(GeoPriorError, match=re.escape(message)) as raised:
+            timm.create_model(NANO, pretrained=True, num_classes=7, value_dims=value_dims, **options)
+    assert str(raised.value).startswith('The weights of geoprior_resnet14_nano.r64_tin200 cannot be loaded: Weights ')
 
 
 def without(state, name):

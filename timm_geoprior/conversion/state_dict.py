@@ -160,8 +160,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """Convert a plain ResNet's state dict while timm loads it, and leave a GeoPrior one as it is.
 
     timm's `pretrained_filter_fn`. With another number of classes timm loads what fits and says nothing of the rest, so
-    every name and shape is checked here. Only the classifier and the first convolution's input channels may differ,
-    which timm adapts itself.
+    every name and shape is checked here, of a GeoPrior ResNet's those of the 3x3 layers. Only the classifier and the
+    first convolution's input channels may differ, which timm adapts itself.
 
     Args:
         state_dict: What timm has read.
@@ -174,6 +174,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         ConversionError: It is neither, or of another ResNet.
     """
     if not any(True for _ in attention_blocks(model)) or any('.conv2.attn.' in key for key in state_dict):
+        if missing := [key for key in model.state_dict() if '.conv2.' in key and key not in state_dict]:
+            raise ConversionError(f'Weights must have the 3x3 layers of the network, got none for {missing[0]}. Build '
+                                  f'it with the options of the weights, such as value_dims.')
         return state_dict
     classifier = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'fc'
     shapes = {**_plain_shapes(model), f'{classifier}.weight': (None, None), f'{classifier}.bias': (None,)}

@@ -63,7 +63,8 @@ def build_with_verified_weights(
             except WeightsError:
                 raise
             except GeoPriorError as error:
-                raise WeightsError(f'{asset.title} cannot be made of {asset.hub_id}: {error}') from error
+                source = f'made of {asset.hub_id}' if asset.hub_id else 'loaded'
+                raise WeightsError(f'{asset.title} cannot be {source}: {error}') from error
 
         # timm deep-copies its cfg, so the tensors cannot go that way: a placeholder keeps it from looking for a file
         overlay = {**(kwargs.pop('pretrained_cfg_overlay', None) or {}), 'state_dict': {'verified': True}}
