@@ -170,6 +170,9 @@ def test_unreadable_images_are_left_out_and_told(checkpoint, photo_folder, tmp_p
     assert '4 of 48 images could not be read and were left out, such as astronaut/03.jpg.' in text
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert results['images']['unreadable'] == [f'{name}/03.jpg' for name in PHOTOGRAPHS]
+    fit, held_out = (results['images'][name]['images'] for name in ('fit', 'held_out'))
+    assert (fit + held_out, held_out) == (44, results['measured']['images'])
+    assert f'least squares on {fit} images' in (tmp_path / 'out' / 'README.md').read_text()
 
 
 def test_a_batch_of_unreadable_images_only(checkpoint, photo_folder, tmp_path):

@@ -230,8 +230,10 @@ def _images(job: ConvertJob, sets: ImageSets) -> dict[str, Any]:
     if sets.unreadable:
         job.tell(f'{len(sets.unreadable)} of {len(sets.fit) + len(sets.held_out):,} images could not be read and were '
                  f'left out, such as {min(sets.unreadable)}.')
-    found: dict[str, Any] = {name: {'images': len(indices), **fingerprint(sets.data, indices)}
-                             for name, indices in (('fit', sets.fit), ('held_out', sets.held_out))}
+    found: dict[str, Any] = {}
+    for name, indices in (('fit', sets.fit), ('held_out', sets.held_out)):
+        read = sum(sets.data.name_of(index) not in sets.unreadable for index in indices.tolist())
+        found[name] = {'images': read, **fingerprint(sets.data, indices)}
     return {**found, 'unreadable': sorted(sets.unreadable)}
 
 
