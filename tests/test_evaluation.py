@@ -5,6 +5,7 @@ import io
 import lzma
 import math
 import pickle
+import re
 import shutil
 import sys
 import tarfile
@@ -211,6 +212,35 @@ def tar_of(content: bytes) -> bytes:
     with tarfile.open(fileobj=made, mode='w') as archive:
         archive.addfile(info, io.BytesIO(content))
     return made.getvalue()
+
+
+@pytest.fixture(params=[True, False], ids=['new', 'old'])
+def tar_filters(request, monkeypatch):
+    """Python's filters of archives, and their absence: before 3.10.12 and 3.11.4 there are none."""
+    if not request.param:
+        monkeypatch.delattr(tarfile, 'data_filter', raising=False)
+        extractall = tarfile.TarFile.extractall
+        monkeypatch.setattr(tarfile.TarFile, 'extractall', lambda self, path: extractall(self, path))
+
+
+@pytest.mark.usefixtures('tar_filters')
+@pytest.mark.parametrize(('name', 'kind'), [('../out.jpg', tarfile.REGTYPE), ('a/1.jpg', tarfile.SYMTYPE)])
+def test_an_archive_unpacks_into_its_own_folder(name, kind, tmp_path):
+    content = encoded('JPEG')
+    with tarfile.open(tmp_path / 'set.tar.gz', 'w:gz') as archive:
+        for place, type_ in (('a/0.jpg', tarfile.REGTYPE), (name, kind)):
+            info = tarfile.TarInfo(place)
+            info.size, info.type, info.linkname = len(content) * (type_ == tarfile.REGTYPE), type_, '/etc/passwd'
+            archive.addfile(info, io.BytesIO(content))
+    with (pytest.raises(EvaluationError, match=f'cannot be unpacked .*{re.escape(name)}'),
+          unpacked(tmp_path / 'set.tar.gz')):
+        pass
+    with tarfile.open(tmp_path / 'good.tar.gz', 'w:gz') as archive:
+        info = tarfile.TarInfo('a/0.jpg')
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    with unpacked(tmp_path / 'good.tar.gz') as root:
+        assert (root / 'a' / '0.jpg').read_bytes() == content
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [

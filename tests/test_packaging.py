@@ -69,7 +69,7 @@ def wheel(sdist, tmp_path_factory):
     """The wheel that is built from the source archive, as an index' users without a wheel would."""
     folder = tmp_path_factory.mktemp('wheel')
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter='data')
+        archive.extractall(folder, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
     (source,) = folder.iterdir()
     run(sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', folder, cwd=source)
     (built,) = folder.glob('*.whl')

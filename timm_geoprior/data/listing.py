@@ -97,11 +97,22 @@ def unpacked(path: Path) -> Iterator[Path]:
                     packed.extractall(folder)
             else:
                 with tarfile.open(path) as archive:
-                    archive.extractall(folder, filter='data')
+                    _unpack_tar(archive, Path(folder).resolve())
         except (EOFError, OSError, RuntimeError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
             raise EvaluationError(f'{path} cannot be unpacked ({first_line(error)}). It is no tar or zip archive, it '
                                   f'is damaged or cut off, or {tempfile.gettempdir()} is full.') from None
         yield Path(folder)
+
+
+def _unpack_tar(archive: tarfile.TarFile, folder: Path) -> None:
+    """Unpack an archive, of which nothing may land outside the folder."""
+    if hasattr(tarfile, 'data_filter'):
+        archive.extractall(folder, filter='data')
+        return
+    for member in archive.getmembers():  # Python before 3.10.12 and 3.11.4
+        if not (member.isfile() or member.isdir()) or not (folder / member.name).resolve().is_relative_to(folder):
+            raise tarfile.TarError(f'{member.name!r} is a link or a device, or lies outside the archive')
+    archive.extractall(folder)
 
 
 def _is_plain_tar(path: Path) -> bool:
