@@ -1,17 +1,20 @@
 """Signals and the processes that read images: a group's go to the parent, the parent's own end them."""
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-PROGRAM = """
-import os, signal, sys
+from programs import Program
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere Python does not tell who has sent a signal')
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+READING = """
+import signal, sys
 import torch
 from torch.utils.data import DataLoader
-from timm_geoprior.data.batches import init_worker
+from timm_geoprior.data.batches import begin, init_worker
 
 def stop(number, frame):
     raise SystemExit(128 + number)
@@ -25,29 +28,56 @@ class Numbers(torch.utils.data.Dataset):
             open(f'{sys.argv[1]}{index}').read()
         return index
 
-if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    loader = DataLoader(Numbers(), 2, num_workers=2, collate_fn=list,
-                        worker_init_fn=init_worker, persistent_workers=True)
-    numbers = list(loader)
-    print(numbers)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+loader = DataLoader(Numbers(), 2, num_workers=2, collate_fn=list, worker_init_fn=init_worker, persistent_workers=True)
+print(list(begin(loader)))
 """
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere Python does not tell who has sent a signal')
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, None])
+@pytest.mark.parametrize('number', [*SIGNALS, None])
 def test_a_signal_to_the_group_reaches_the_parent_only(number, tmp_path):
     """And a loader whose workers are still there does not keep the program from ending."""
     for index in (4, 6):
         os.mkfifo(tmp_path / f'pipe{index}')
-    (tmp_path / 'program.py').write_text(PROGRAM)
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / 'program.py', tmp_path / 'pipe'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])})
-    with open(tmp_path / 'pipe4', 'w'), open(tmp_path / 'pipe6', 'w'):  # from here on both workers read
-        if number is not None:
-            os.killpg(process.pid, number)
-    out, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (0 if number is None else 128 + number, '')
-    assert out == ('' if number is not None else '[[0, 1], [2, 3], [4, 5], [6, 7]]\n')
+    with Program(['-c', READING, tmp_path / 'pipe'], start_new_session=True) as program:
+        with open(tmp_path / 'pipe4', 'w'), open(tmp_path / 'pipe6', 'w'):  # from here on both workers read
+            if number is not None:
+                os.killpg(program.pid, number)
+        done = program.finish()
+    assert (done.returncode, done.stderr) == (0 if number is None else 128 + number, '')
+    assert done.stdout == ('' if number is not None else '[[0, 1], [2, 3], [4, 5], [6, 7]]\n')
+
+
+STARTING = """
+import os, signal, sys
+from torch.utils.data._utils import worker
+from timm_geoprior.data.batches import in_workers
+
+def slow(*arguments):  # a process that has not come to its first line yet
+    open(sys.argv[1]).read()
+    loop(*arguments)
+
+def note(number, frame):  # forked, a worker has this handler too
+    global noted
+    noted = number
+    os.write(2, b'noted')
+
+loop, worker._worker_loop = worker._worker_loop, slow
+signal.signal(signal.SIGTERM, note)
+signal.signal(signal.SIGINT, note)
+numbers = list(in_workers(list, range(8), 2, workers=1))
+print(numbers)
+sys.exit(128 + noted)
+"""
+
+
+@pytest.mark.parametrize('number', SIGNALS)
+def test_a_signal_while_workers_start_reaches_the_parent_only(number, tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with Program(['-c', STARTING, tmp_path / 'pipe'], start_new_session=True) as program:
+        with open(tmp_path / 'pipe', 'w'):  # from here on the worker is there
+            os.killpg(program.pid, number)
+        done = program.finish()
+    assert (done.returncode, done.stderr) == (128 + number, 'noted')
+    assert done.stdout == '[[0, 1], [2, 3], [4, 5], [6, 7]]\n'

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from compare import distinct, paired_interval
-from timm_geoprior.data.batches import generator, seed_everything
+from timm_geoprior.data.batches import begin, generator, init_worker, seed_everything
 from timm_geoprior.data.dataset import DataSplit, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
 from timm_geoprior.distributed import find_device
@@ -300,12 +300,13 @@ def _frozen(job: Transfer, start: str, seed: int, train: DataSplit) -> nn.Module
     return network
 
 
-def _loader(job: Transfer, data: DataSplit, wanted: Tensor, drop_last: bool = False) -> DataLoader[Any]:
+def _loader(job: Transfer, data: DataSplit, wanted: Tensor, drop_last: bool = False) -> Any:
     cfg = resolve_data_config(pretrained_cfg=model_cfg(job.model))
     size = (3, job.img_size, job.img_size) if job.img_size else cfg['input_size']
     data.dataset.transform = create_transform(**{**cfg, 'input_size': size})
     images = Subset(data.dataset, wanted.tolist())
-    return DataLoader(images, BATCH_SIZE, num_workers=job.workers, drop_last=drop_last)
+    return begin(DataLoader(
+        images, BATCH_SIZE, num_workers=job.workers, drop_last=drop_last, worker_init_fn=init_worker))
 
 
 def _features(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..distributed import reduce_sum
 from .reading import CorruptImages, Tell, read_readable, tell_of_rotations
 
-__all__ = ['FolderLoader', 'LoaderConfig', 'generator', 'in_workers', 'init_worker', 'seed_everything']
+__all__ = ['FolderLoader', 'LoaderConfig', 'begin', 'generator', 'in_workers', 'init_worker', 'seed_everything']
 
 Key = tuple[int, int, int, int]  # epoch, index, repeat, size
 
@@ -66,6 +66,8 @@ def init_worker(worker: object) -> None:
     if sys.platform == 'linux':  # elsewhere Python does not tell who has sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in all threads that start from here on
         threading.Thread(target=_end_with_parent, daemon=True).start()
+    elif sys.platform != 'win32':  # or the parent could not end it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _end_with_parent() -> None:
@@ -74,11 +76,25 @@ def _end_with_parent() -> None:
     os._exit(0)  # at once, as torch's own handler does
 
 
+def begin(loader: DataLoader[Any]) -> Any:
+    """What iterates over a loader with `init_worker`.
+
+    Ctrl-C and SIGTERM wait while its workers start: they are not ready for them yet, and inherit that they are blocked.
+    """
+    if sys.platform == 'win32':
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def in_workers(work: Callable[[list[int]], Any], indices: Sequence[int], batch_size: int, workers: int) -> Any:
     """What comes of each list of so many indices, in their order, from processes that work on them."""
     # the indices are the data set: a list of them is worked on where torch would only collate it
     data: Any = indices
-    return DataLoader(data, batch_size, num_workers=workers, worker_init_fn=init_worker, collate_fn=work)
+    return begin(DataLoader(data, batch_size, num_workers=workers, worker_init_fn=init_worker, collate_fn=work))
 
 
 class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
@@ -162,7 +178,7 @@ class FolderLoader:
         """Batches of one epoch, as `MemoryLoader.epoch` gives them."""
         self.batches.epoch, self.batches.size, self.batches.first_batch = epoch, size, first_batch
         turned = 0
-        for number, (images, targets, bad, turned_here) in enumerate(self.loader, 1):
+        for number, (images, targets, bad, turned_here) in enumerate(begin(self.loader), 1):
             self.corrupt.note(bad.tolist())
             turned += int(turned_here.sum())
             if number == len(self) and not self.rotations_told:  # of a whole epoch; no one may ask for more than that

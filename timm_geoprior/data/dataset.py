@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import EvaluationError, ImageError
 from ..files import first_line
-from .batches import init_worker
+from .batches import begin, init_worker
 from .listing import DataOptions, Place, list_archive, list_images
 from .reading import EXTENSIONS, LITTER, read_image, read_item
 
@@ -282,7 +282,8 @@ class Chosen(Dataset[tuple[Any, int]]):
     def batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """Images and targets of what can be read, and indices in the data set of what cannot, batch by batch."""
         done = 0
-        for images, targets in DataLoader(self, batch_size, num_workers=workers, worker_init_fn=init_worker):
+        for images, targets in begin(
+                DataLoader(self, batch_size, num_workers=workers, worker_init_fn=init_worker)):
             readable = targets != UNREADABLE
             unreadable = [int(self.indices[done + place]) for place in (~readable).nonzero()[:, 0].tolist()]
             done += len(targets)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_loader, resolve_data_config
 from torch import Tensor, nn
 
-from ..data.batches import init_worker
+from ..data.batches import begin, init_worker
 from ..data.dataset import UNREADABLE, Chosen, DataSplit
 from ..data.listing import ILSVRC_FILE, ilsvrc_val_labels
 from ..distributed import gather, reduce_sum
@@ -179,12 +179,13 @@ def _make_loader(dataset: Any, plan: Plan, config: EvalConfig) -> Iterable[Batch
     """Batches as timm's validation makes them: its transform, its collation, its normalisation on the device."""
     if isinstance(dataset, Chosen) and not len(dataset):  # torch refuses a loader of nothing
         return ()
-    loader: Iterable[Batch] = create_loader(
+    loader: Any = create_loader(
         dataset, batch_size=config.batch_size, num_workers=config.workers, device=config.device,
         pin_memory=config.device.type == 'cuda', worker_seeding=_seed_worker,  # type: ignore[arg-type]
         persistent_workers=config.workers > 0,  # the time of their end is not the pass's
         **plan.config)
-    return loader
+    loader.loader = begin(loader.loader)  # torch's, which is gone through once
+    return cast(Iterable[Batch], loader)
 
 
 @dataclass
