@@ -202,7 +202,8 @@ def test_pictures_of_other_kinds_are_read_and_the_rest_is_counted(tmp_path):
 
 LITTER = ['@eaDir/a/1.jpg', 'a/@eaDir/1.jpg/SYNOFILE_THUMB_M.jpg', '__MACOSX/a/._1.jpg', 'a/._1.jpg', '.DS_Store',
           'a/Thumbs.db', 'a/.ipynb_checkpoints/1-checkpoint.jpg', '.ipynb_checkpoints/x.jpg', 'a/desktop.ini',
-          '#recycle/a/9.jpg', '$RECYCLE.BIN/8.jpg', 'lost+found/7.jpg', '.Trashes/6.jpg']
+          '#recycle/a/9.jpg', '$RECYCLE.BIN/8.jpg', 'lost+found/7.jpg', '.Trashes/6.jpg', 'a/.@__thumb/s100a.jpg',
+          '@Recycle/a/5.jpg', '#snapshot/a/4.jpg', '.stversions/a/3.jpg', 'a/.picasaoriginals/1.jpg']
 
 
 @pytest.mark.parametrize('packed', [False, True])
@@ -263,8 +264,9 @@ def test_a_zip_is_unpacked(tmp_path):
 # -- class maps --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('content', [
-    b'dog\ncat\n', b'\xef\xbb\xbfdog\ncat\n', b'dog\r\ncat\r\n', b'dog\ncat\n\n\n', b' dog \ncat'],
-    ids=['plain', 'byte order mark', 'Windows', 'blank lines at the end', 'spaces'])
+    b'dog\ncat\n', b'\xef\xbb\xbfdog\ncat\n', b'dog\r\ncat\r\n', b'dog\ncat\n\n\n', b' dog \ncat',
+    'dog\r\ncat\r\n'.encode('utf-16')],
+    ids=['plain', 'byte order mark', 'Windows', 'blank lines at the end', 'spaces', 'PowerShell'])
 def test_a_class_map_of_any_editor(content, tmp_path):
     (tmp_path / 'map.txt').write_bytes(content)
     root = write(tmp_path / 'set', {f'{name}/{name}.jpg': JPEG for name in ('cat', 'dog')})

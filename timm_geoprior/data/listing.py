@@ -1,4 +1,5 @@
 """Which images are in a folder or an archive, and which class each of them has."""
+import codecs
 import contextlib
 import functools
 import lzma
@@ -249,8 +250,10 @@ def _read_class_map(file: str, root: Path) -> list[str]:
     path = next((path for path in (Path(file), root / file) if path.is_file()), None)
     if path is None:
         raise EvaluationError(f'--class-map {file} does not exist. Check its path.')
-    # a byte order mark is Windows' own; bytes that are no UTF-8 may still be a folder's name
-    lines = path.read_text(encoding='utf-8-sig', errors='surrogateescape').rstrip().splitlines()
+    content = path.read_bytes()
+    # byte order marks are Windows' own, UTF-16 PowerShell's; bytes that are no UTF-8 may still be a folder's name
+    encoding = 'utf-16' if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else 'utf-8-sig'
+    lines = content.decode(encoding, errors='surrogateescape').rstrip().splitlines()
     classes = [line.strip() for line in lines]
     if '' in classes:
         raise EvaluationError(f'--class-map {file} must have one name per line, got a blank line '

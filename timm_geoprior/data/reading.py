@@ -20,9 +20,12 @@ MAX_PIXELS = 178_956_970  # half a GiB of RGB, where Pillow itself refuses too
 MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner image would not fit into memory
 EXTENSIONS = ('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.ppm', '.tga',
               '.tif', '.tiff', '.webp')
-# what network drives, macOS, Windows and Jupyter put beside people's files
-LITTER = re.compile(r'@eaDir|#recycle|\$RECYCLE\.BIN|lost\+found|__MACOSX|\._.*|\.AppleDouble|\.DS_Store|\.Trash.*|'
-                    r'\.ipynb_checkpoints|Thumbs\.db|desktop\.ini')
+# what network drives, macOS, Windows, Jupyter and programs that copy or show photographs put beside people's files
+LITTER = re.compile(
+    r'@eaDir|#recycle|#snapshot|\.@__thumb|\.@upload_cache|@Recycle|@Recently-Snapshot|\$RECYCLE\.BIN|lost\+found|'
+    r'System Volume Information|__MACOSX|\._.*|\.AppleDouble|\.DS_Store|\.Spotlight-V100|\.fseventsd|\.TemporaryItems|'
+    r'\.Trash.*|Thumbs\.db|desktop\.ini|\.ipynb_checkpoints|__pycache__|\.git|\.dropbox\.cache|\.stversions|'
+    r'\.picasaoriginals')
 # as in the official archives, and with the class at the end as in copies on the Hugging Face Hub
 _ILSVRC = re.compile(r'(ILSVRC2012_(val|test)_\d{8}|n\d{8}_\d+)(_n\d{8})?\.jpe?g', re.IGNORECASE)
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
