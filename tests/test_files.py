@@ -8,7 +8,7 @@ import pytest
 
 from timm_geoprior.files import drawable, save_figure, write_csv, write_json
 
-NAMES = ['$_$', 'a$^$b', r'back\$slash$', '猫', 'قطة', '😀', '한국어', 'caf\udce9', '𓃠', 'naïve']
+NAMES = ['$_$', 'a$^$b', r'back\$slash$', '猫', 'قطة', '😀', '한국어', 'caf\udce9', '𓃠', 'naïve', 'a\tb\nc\x07']
 
 
 @pytest.mark.parametrize('ending', ['.png', '.svg', '.pdf'])

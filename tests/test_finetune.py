@@ -217,7 +217,8 @@ def test_splits_are_found(tmp_path, folders, expected):
     assert find_splits(tmp_path) == expected
 
 
-@pytest.mark.parametrize('folders', [['train', 'test'], ['Train', 'VAL', 'test'], ['val', 'test']])
+@pytest.mark.parametrize('folders', [
+    ['train', 'test'], ['Train', 'VAL', 'test'], ['val', 'test'], ['train', 'test', 'annotations']])
 def test_splits_without_class_folders_are_no_classes(tmp_path, folders):
     for folder in folders:
         (tmp_path / folder).mkdir()

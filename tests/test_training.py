@@ -393,6 +393,12 @@ class TestResume:
             with pytest.raises(GeoPriorError, match=r'last\.pt was trained on other images than those in'):
                 Trainer(recipe, config(data, whole_run, resume=True))
 
+    def test_an_output_whose_name_is_not_utf_8(self, photo_folder, tmp_path):
+        output = tmp_path / os.fsdecode(b'caf\xe9')
+        with pytest.raises(GeoPriorError, match='must be UTF-8, since TensorBoard writes into no other'):
+            Trainer(tiny(), config(photo_folder, output))
+        assert not list(tmp_path.iterdir())
+
     def test_nothing_to_resume(self, photo_folder, tmp_path):
         with pytest.raises(GeoPriorError, match='There is no checkpoint'):
             Trainer(tiny(), config(photo_folder, tmp_path, resume=True))

@@ -570,6 +570,12 @@ def test_a_signal_to_the_group_ends_it_with_one_sentence(number, data, checkpoin
     assert (done.stdout, (tmp_path / 'found.json').exists()) == ('', False)
 
 
+def test_a_missing_checkpoint_is_told_before_any_image_is_looked_at(data, tmp_path, capsys):
+    assert validate('--checkpoint', tmp_path / 'no.pt', '--data-dir', data / 'folder', '-j', 0) == 1
+    error, = capsys.readouterr().err.splitlines()
+    assert error == f'validate.py: The checkpoint {tmp_path}/no.pt does not exist. Check its path.'
+
+
 def test_a_model_without_weights_is_refused_before_any_image_is_looked_at(data, capsys):
     assert validate('--model', 'geoprior_resnet101.paper_in1k', '--data-dir', data / 'folder', '-j', 0) == 1
     error, = capsys.readouterr().err.splitlines()

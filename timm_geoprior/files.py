@@ -120,8 +120,9 @@ def drawable(name: str, instead: str = '?') -> str:
     """
     text = name.encode(errors='replace').decode()
     plain = ''.join(
-        character if character.isspace() or _family_of(character) is not None
-        else unicodedata.normalize('NFKD', character).encode('ascii', 'ignore').decode() for character in text)
+        ' ' if character.isspace() else character if _family_of(character) is not None
+        else unicodedata.normalize('NFKD', character).encode('ascii', 'ignore').decode() for character in text
+        if character.isprintable() or character.isspace())
     return (plain.strip() or instead).replace('$', r'\$')
 
 
@@ -148,7 +149,7 @@ def first_line(error: BaseException) -> str:
     Of safetensors' words for a file that is none of its own, this names the usual cause.
     """
     lines = str(error).splitlines()
-    line = lines[0].rstrip('.') if lines and lines[0] else type(error).__name__
+    line = lines[0].rstrip('.:') if lines and lines[0] else type(error).__name__
     if 'header too large' in line:  # what the first bytes of a Git LFS pointer look like
         line += '; if the file is a Git LFS pointer, run `git lfs pull`'
     return line

@@ -17,6 +17,7 @@ from ..distributed import default_device, find_device
 from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
 from ..files import write_csv, write_json
 from ..pretrained.manifest import Metric, ModelEntry, load_manifest
+from ..training.checkpoint import check_exists
 from .classes import match_classes
 from .evaluate import EvalConfig, Evaluation, Plan, evaluate, plan, set_numerics
 from .models import LoadedModel, check_source, load_model
@@ -105,9 +106,11 @@ def _measure_all(run: _Run) -> None:
     """Open the data once, and go through the models."""
     args = run.args
     names = _names(args)
-    for name in names:
-        if args.checkpoint is None and name is not None:
-            check_source(name)  # before any time is spent on the images
+    for name in names:  # before any time is spent on the images
+        if args.checkpoint is not None:
+            check_exists(args.checkpoint)
+        elif name is not None:
+            check_source(name)
     in_files = args.data_dir is not None and not args.dataset
     with unpacked(args.data_dir) if in_files else contextlib.nullcontext(args.data_dir) as root:
         options = DataOptions(args.class_map, args.num_samples, args.input_key, args.target_key, args.dataset_download)

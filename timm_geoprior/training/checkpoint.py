@@ -16,7 +16,7 @@ from ..errors import GeoPriorError
 from ..files import first_line, is_lfs_pointer, write_atomically
 
 __all__ = [
-    'SavedModel', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
+    'SavedModel', 'check_exists', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
 ]
 
 # timm's names first: 'model_ema' beside 'model' is what its own loading takes before the raw weights
@@ -105,10 +105,15 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
                               f'untouched. Free some space and run again with --resume.') from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The dictionary in a file."""
+def check_exists(path: Path) -> None:
+    """Refuse a checkpoint that is not there."""
     if not os.path.isfile(path):  # also of a name that no file may have
         raise GeoPriorError(f'The checkpoint {path} does not exist. Check its path.')
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The dictionary in a file."""
+    check_exists(path)
     try:
         if is_lfs_pointer(path):
             raise GeoPriorError(f'{path} must hold weights, got a Git LFS pointer to them. Run `git lfs pull`.')

@@ -95,6 +95,11 @@ class Trainer:
         if not self.config.resume and self.last.exists():
             raise GeoPriorError(f'{self.config.output} already holds a run. Add --resume, or name another folder.')
         try:
+            str(self.config.output).encode()
+        except UnicodeEncodeError:
+            raise GeoPriorError(f'The name of the folder {self.config.output} must be UTF-8, since TensorBoard writes '
+                                f'into no other. Name another one with --output.') from None
+        try:
             self.config.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise GeoPriorError(f'The folder {self.config.output} cannot be made ({error.strerror}). Check --output.'

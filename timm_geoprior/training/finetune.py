@@ -110,9 +110,8 @@ def find_splits(folder: Path) -> Splits:
                         for split in SPLITS)
     if train:
         return Splits(train, val, test)
-    names = _folders(folder)
     meant = [name for split in SPLITS for name in folders_of_split(folder, split)]
-    if len(meant) > 1 and len(meant) == len(names):
+    if sum(bool(folders_of_split(folder, split)) for split in SPLITS) > 1:
         raise GeoPriorError(f'The splits {", ".join(sorted(meant))} of {folder} must have one folder of images for '
                             f'each class, got none. Sort the images into class folders.')
     return Splits()
