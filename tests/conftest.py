@@ -76,7 +76,7 @@ def hub(weights_dir: Path) -> HubServer:
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """A context whose processes start at once: one server has imported all that they need."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['pytest', 'timm_geoprior.release.releasing'])
+    context.set_forkserver_preload(['pytest', 'timm_geoprior.release.releasing', 'timm_geoprior.training.report'])
     return context
 
 

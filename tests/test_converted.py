@@ -165,6 +165,8 @@ def test_a_bare_name_loads_its_source_converted(hub, plain_name, tmp_path, caplo
     assert caplog.messages[0].startswith('Converted the weights of a plain ResNet')
     assert same(model, convert_state_dict(state, model))
     assert hub.count('GET /objects/') == 1
+    if plain_name != 'resnet50':  # the same again for each
+        return
     hub.stop()
     try:
         again = timm.create_model(f'geoprior_{plain_name}', pretrained=True, cache_dir=tmp_path)

@@ -528,7 +528,7 @@ class TestGraphs:
 
     def test_compile_with_dynamic_sizes(self):
         """One graph for all sizes, and its backward pass. Generating code for it would take minutes."""
-        model = small(value_dims=(0, 0, 8, 8))
+        model = small(value_dims=(0, 0, 0, 8))
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='aot_eager')
 
         def check(inputs):
@@ -552,7 +552,7 @@ class TestGraphs:
 
     def test_export_and_onnx(self, graph_nano, images, tmp_path, capsys):
         """One exported program, and one ONNX file, for any batch, height and width."""
-        nano = graph_nano
+        nano, opsets = graph_nano, (18, 21) if isinstance(graph_nano.layer2[0].bn2, nn.BatchNorm2d) else (21,)
         runtime = pytest.importorskip('onnxruntime')
         pytest.importorskip('onnxscript')
         program = torch.export.export(nano, (images,), dynamic_shapes=(UNNAMED,))
@@ -562,7 +562,7 @@ class TestGraphs:
         inputs = (images, *others)
         for batch in inputs:
             torch.testing.assert_close(program.module()(batch), nano(batch), rtol=1e-4, atol=1e-4)
-        for opset in (18, 21):
+        for opset in opsets:
             path = tmp_path / f'nano{opset}.onnx'
             torch.onnx.export(program, (images,), path, opset_version=opset, dynamo=True, verbose=False)
             session = runtime.InferenceSession(path)

@@ -80,7 +80,7 @@ def wheel(sdist, tmp_path_factory):
 def environment(tmp_path):
     """Python of a new environment that sees this one's packages, but not where this one's editable installs point."""
     folder = tmp_path / 'environment'
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     python = folder / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
     (packages,) = folder.rglob('site-packages')
     (packages / 'outer.pth').write_text('\n'.join(site.getsitepackages()))
@@ -122,7 +122,7 @@ def test_the_wheel_is_whole(wheel):
 
 
 def test_the_wheel_works_without_the_checkout(wheel, environment, tmp_path):
-    run(environment, '-m', 'pip', 'install', '--no-deps', '--no-index', wheel)
+    run(sys.executable, '-m', 'pip', '--python', environment, 'install', '--no-deps', '--no-index', wheel)
     seen = probe(environment, tmp_path)
     assert Path(seen['package']).is_relative_to(environment.parent.parent)
     assert Path(seen['manifest']).parent == Path(seen['package'])
@@ -130,7 +130,8 @@ def test_the_wheel_works_without_the_checkout(wheel, environment, tmp_path):
 
 
 def test_an_editable_install_reads_the_checkout(environment, tmp_path):
-    run(environment, '-m', 'pip', 'install', '--no-deps', '--no-index', '--no-build-isolation', '-e', ROOT)
+    run(sys.executable, '-m', 'pip', '--python', environment, 'install', '--no-deps', '--no-index',
+        '--no-build-isolation', '-e', ROOT)
     seen = probe(environment, tmp_path)
     assert Path(seen['package']) == PACKAGE
     assert Path(seen['manifest']) == ROOT / 'weights_manifest.json'
