@@ -91,10 +91,14 @@ class Program:
         self._connection.close()
 
 
-def run(arguments, check=False, **options):
+def run(arguments, check=False, stdout=None, **options):
     """As `subprocess.run` of `python` with these arguments, which captures text."""
-    with Program(arguments, **options) as program:
-        done = program.finish()
+    # a file, since processes that a killed one has left keep a pipe open
+    with tempfile.TemporaryFile('w+') as out:
+        with Program(arguments, stdout=out.fileno() if stdout is None else stdout, **options) as program:
+            program.wait()
+        out.seek(0)
+        done = subprocess.CompletedProcess(arguments, program.returncode, out.read(), program.errors)
     if check:
         assert done.returncode == 0, done.stderr
     return done

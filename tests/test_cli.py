@@ -177,19 +177,20 @@ def test_a_bad_image_does_not_keep_the_others_from_being_classified(capsys, tmp_
     assert ['predictions' in result for result in results] == [False, True, False, False, False]
 
 
-@pytest.fixture
-def album(tmp_path):
-    """70 crops of the photograph below a folder, more than two batches, and what is no image."""
+@pytest.fixture(scope='module')
+def album(tmp_path_factory):
+    """70 crops of the photograph below a folder, more than two batches, and what is no image. Not to be changed."""
+    root = tmp_path_factory.mktemp('album')
     for number in range(70):
-        folder = tmp_path / 'album' / f'part {number % 3}'
+        folder = root / 'album' / f'part {number % 3}'
         folder.mkdir(parents=True, exist_ok=True)
         ending = ('jpg', 'PNG', 'webp')[number % 3]
         sample_image().crop((number, 0, number + 400, 400)).resize((96, 96)).save(folder / f'{number:02}.{ending}')
-    (tmp_path / 'album' / '@eaDir').mkdir()
+    (root / 'album' / '@eaDir').mkdir()
     for litter in ('@eaDir/00.jpg', '._01.jpg', '.DS_Store'):
-        (tmp_path / 'album' / litter).write_text('litter')
-    (tmp_path / 'album' / 'notes.txt').write_text('of the journey')
-    return tmp_path / 'album'
+        (root / 'album' / litter).write_text('litter')
+    (root / 'album' / 'notes.txt').write_text('of the journey')
+    return root / 'album'
 
 
 def test_a_folder_is_classified_in_batches(capsys, album):

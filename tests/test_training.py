@@ -197,7 +197,7 @@ class TestRun:
 
     @pytest.mark.parametrize(('changes', 'tolerance'), [
         ({'channels_last': True}, 1e-4), ({'amp': True}, 0.03), ({'amp': True, 'amp_dtype': 'float16'}, 0.03),
-        ({'torchcompile': True}, 0)])
+        ({'torchcompile': True, 'model': 'test_resnet', 'model_kwargs': {}}, 0)])
     def test_every_engine_has_the_loss_of_plain_float32(self, changes, tolerance, photo_folder, tmp_path, monkeypatch):
         if 'torchcompile' in changes:  # traced, without the minute that writing kernels takes
             monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
@@ -205,8 +205,9 @@ class TestRun:
         def note(module, inputs, output):
             seen.append((output.dtype, inputs[0].is_contiguous(memory_format=torch.channels_last)))
         losses, weights = [], []
-        for number, recipe in enumerate((PLAIN, {**PLAIN, **changes})):
-            trainer = Trainer(tiny(**recipe), config(photo_folder, tmp_path / str(number), val_split='val'))
+        network = {key: value for key, value in changes.items() if key.startswith('model')}
+        for number, recipe in enumerate((network, changes)):
+            trainer = Trainer(tiny(**PLAIN, **recipe), config(photo_folder, tmp_path / str(number), val_split='val'))
             trainer.model.layer2.register_forward_hook(note)
             losses.append(trainer.fit()['last']['train_loss'])
             weights.append(torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]))
