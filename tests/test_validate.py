@@ -391,6 +391,10 @@ def test_real_labels(pictures, classifier, large_checkpoint, tmp_path, capsys):
     told = capsys.readouterr()
     assert 'of 10 labelled so' in told.out
     assert '1 of 12 images could not be decoded and were left out: ILSVRC2012_val_00000002.JPEG' in told.err
+    (tmp_path / 'real.json').write_text(json.dumps([[]] * 50_000))
+    assert validate(*arguments, '--real-labels', tmp_path / 'real.json') == 1
+    assert 'ReaL         no figure   of 0 labelled so' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'found.json').read_text())['real_labels']['top1'] is None
 
 
 def break_pixels(content: bytes) -> bytes:

@@ -65,7 +65,9 @@ def lines(evaluation: Evaluation) -> list[str]:
         if row['not_finite']:
             text.append(f'{"":<12} {row["not_finite"]:,} images have scores that are not finite')
     if evaluation.real is not None:
-        text.append(f'{_line("ReaL", _accuracies(evaluation.real))}   of {evaluation.real.num_images:,} labelled so')
+        count = evaluation.real.num_images
+        figures = _line('ReaL', _accuracies(evaluation.real)) if count else f'  {"ReaL":<10}   no figure'
+        text.append(f'{figures}   of {count:,} labelled so')
     return text
 
 
