@@ -67,8 +67,9 @@ def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hub(weights_dir: Path) -> HubServer:
-    """The Hub, empty, and a package without weights."""
+    """The Hub, empty, with an empty cache, and a package without weights."""
     HUB.reset()
+    shutil.rmtree(Path(HF_HOME, 'hub'), ignore_errors=True)
     return HUB
 
 
