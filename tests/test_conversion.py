@@ -106,6 +106,29 @@ def test_series_give_the_covariance_of_correlated_activations():
             assert abs(found[row, column] - expected) < 0.02
 
 
+def input_model(rho: float = 0.5) -> InputModel:
+    root = draw(3, 3, seed=1)
+    return InputModel(draw(3).abs(), root @ root.T + 0.1 * torch.eye(3, dtype=torch.float64), rho)
+
+
+def test_the_inputs_are_those_behind_a_convolution_of_white_noise():
+    weight, bias, previous = draw(6), draw(6, seed=1), draw(6, 4, 1, 1, seed=2)
+    found = InputModel.behind_norm(weight, bias, nn.ReLU(), previous)
+    samples = draw(1_000_000, 4, seed=3) @ previous.flatten(1).T
+    samples = (samples / samples.std(0) * weight + bias).relu()
+    torch.testing.assert_close(found.mean, samples.mean(0), rtol=0, atol=1e-2)
+    torch.testing.assert_close(found.covariance, samples.T.cov(), rtol=0, atol=2e-2)
+    assert (found.covariance - found.covariance.diagonal().diag()).abs().max() > 0.2
+
+
+def test_channels_that_are_always_zero_do_no_harm():
+    weight, bias, previous = draw(6), torch.full((6,), -50.0), draw(6, 4)
+    weight[3:], previous[4:] = 0, 0
+    layer = LayerModel(draw(4, 6, 3, 3), InputModel.behind_norm(weight, bias, nn.ReLU(), previous), (7, 7))
+    assert layer.errors(torch.ones(1, dtype=torch.float64)).isfinite().all()
+    assert layer.covariance().isfinite().all()
+
+
 def dense_model(weight, inputs, size, stride, radius, kernel):
     """Convolution, attention and covariance of the inputs as matrices over all positions of a map."""
     (height, width), cells = size, size[0] * size[1]
@@ -124,7 +147,7 @@ def dense_model(weight, inputs, size, stride, radius, kernel):
 @pytest.mark.parametrize('size', [(5, 6), (7, 4), (1, 3)])
 def test_sums_are_those_of_dense_matrices(size, stride, kernel):
     weight, radius = draw(4, 3, 3, 3), 0.9
-    inputs = InputModel(draw(3).abs(), draw(3, seed=1).abs() + 0.1, rho=0.4)
+    inputs = input_model(rho=0.4)
     layer = LayerModel(weight, inputs, size, stride, kernel)
     convolution, attention, correlation = dense_model(weight, inputs, size, stride, radius, kernel)
     both = torch.einsum('oiqk,kl,ql->oi', convolution, correlation, attention)
@@ -132,8 +155,8 @@ def test_sums_are_those_of_dense_matrices(size, stride, kernel):
     values = layer.values(torch.arange(4), radius)
     torch.testing.assert_close(values, both / norm)
     left = convolution - values[:, :, None, None] * attention
-    missed = torch.einsum('oiqk,kl,oiql,i->o', left, correlation, left, inputs.variance)
-    covariance = torch.einsum('oiqk,kl,piql,i->op', convolution, correlation, convolution, inputs.variance)
+    missed = torch.einsum('oiqk,kl,ojql,ij->o', left, correlation, left, inputs.covariance)
+    covariance = torch.einsum('oiqk,kl,pjql,ij->op', convolution, correlation, convolution, inputs.covariance)
     errors = layer.errors(torch.tensor([radius], dtype=torch.float64))
     torch.testing.assert_close(errors[0], missed / covariance.diagonal())
     means = torch.einsum('oiqk,i->oq', left, inputs.mean).mean(1)
@@ -143,19 +166,19 @@ def test_sums_are_those_of_dense_matrices(size, stride, kernel):
 
 def test_covariance_with_the_attention_of_two_heads():
     weight, values, radii = draw(4, 3, 3, 3), draw(4, 3, seed=2), torch.tensor([0.7, 2.0], dtype=torch.float64)
-    inputs = InputModel(draw(3).abs(), draw(3, seed=1).abs() + 0.1)
+    inputs = input_model()
     cross, among = LayerModel(weight, inputs, (5, 6)).cross_covariance(values, radii)
     parts = [dense_model(weight, inputs, (5, 6), 1, radius, 'gaussian') for radius in radii.tolist()]
     convolution, _, correlation = parts[0]
     attention = torch.stack([parts[0][1], parts[0][1], parts[1][1], parts[1][1]])
-    mixed = torch.einsum('oiqk,kl,dql,di,i->od', convolution, correlation, attention, values, inputs.variance)
+    mixed = torch.einsum('oiqk,kl,dql,dj,ij->od', convolution, correlation, attention, values, inputs.covariance)
     torch.testing.assert_close(cross, mixed / 30)
-    own = torch.einsum('cqk,kl,dql,ci,di,i->cd', attention, correlation, attention, values, values, inputs.variance)
+    own = torch.einsum('cqk,kl,dql,ci,dj,ij->cd', attention, correlation, attention, values, values, inputs.covariance)
     torch.testing.assert_close(among, own / 30)
 
 
 def test_the_middle_of_a_large_map_is_counted_once():
-    weight, inputs = draw(4, 3, 3, 3), InputModel(draw(3).abs(), draw(3, seed=1).abs() + 0.1)
+    weight, inputs = draw(4, 3, 3, 3), input_model()
     whole = closed_form._Axis(302, 2, 0.5, 'gaussian')
     closed_form.LARGEST_MAP, kept = 1000, closed_form.LARGEST_MAP
     try:
@@ -172,7 +195,7 @@ def test_the_middle_of_a_large_map_is_counted_once():
 
 def fitted(num_heads: int = 1, activation: nn.Module | None = None):
     weight, bias = draw(16, 8, 3, 3), 0.3 * draw(16, seed=4).abs()
-    inputs = InputModel.behind_norm(draw(8, seed=1), draw(8, seed=2), nn.ReLU())
+    inputs = InputModel.behind_norm(draw(8, seed=1), draw(8, seed=2), nn.ReLU(), draw(8, 6, seed=7))
     layer = LayerModel(weight, inputs, (7, 7))
     behind = FollowingLayers(draw(16, seed=3), bias, activation or nn.ReLU(), draw(32, 16, seed=5))
     return layer, behind, fit_layer(layer, behind, 4, num_heads)
@@ -185,7 +208,8 @@ def test_the_correction_is_a_regression_of_what_is_lost():
     fit = fit_layer(layer, behind, 4)
     distance = (torch.arange(7)[:, None] - torch.arange(7)).abs().double()
     root = torch.linalg.cholesky(torch.kron(layer.inputs.rho ** distance, layer.inputs.rho ** distance))
-    maps = (draw(40_000, 8, 49, seed=6) @ root.T * layer.inputs.variance.sqrt()[:, None]).view(-1, 8, 7, 7)
+    maps = (draw(40_000, 8, 49, seed=6) @ root.T).view(-1, 8, 7, 7)
+    maps = torch.einsum('ij,njhw->nihw', torch.linalg.cholesky(layer.inputs.covariance), maps)
     old = maps[:, :, 2:5, 2:5].flatten(1) @ layer.kernels.flatten(1).T
     weights = attention_map(torch.tensor(fit.radii).double().log(), 7)[0][3]
     attended = torch.einsum('nihw,h,w,ci->nc', maps, weights, weights, fit.values)

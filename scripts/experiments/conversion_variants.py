@@ -167,8 +167,11 @@ def variant(source: Any, value_dims: Sequence[int], side: int, with_correction: 
     return model
 
 
-def _fit(block: Any, size: tuple[int, int], value_dim: int, rho: float = RHO, fit: Fit = fit_layer) -> LayerFit:
-    inputs = InputModel.behind_norm(block.bn1.weight, block.bn1.bias, block.act1, rho)
+def _fit(
+        block: Any, size: tuple[int, int], value_dim: int, rho: float = RHO, correlated: bool = True, fit: Fit = fit_layer,
+) -> LayerFit:
+    previous = block.conv1.weight if correlated else torch.eye(block.conv1.out_channels)
+    inputs = InputModel.behind_norm(block.bn1.weight, block.bn1.bias, block.act1, previous, rho)
     layer = LayerModel(block.conv2.weight, inputs, size, block.conv2.stride[0])
     scale = block.bn3.weight / (block.bn3.running_var + block.bn3.eps).sqrt()
     next_weight = block.conv3.weight.flatten(1).double() * scale.double()[:, None]
@@ -178,6 +181,7 @@ def _fit(block: Any, size: tuple[int, int], value_dim: int, rho: float = RHO, fi
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f'rho {rho}': {'rho': rho} for rho in (0.0, 0.15, 0.3, 0.45, 0.5, 0.6, 0.75)},
     **{f'{heads} radii per layer': {'fit': lambda *args, heads=heads: fit_layer(*args, heads)} for heads in (2, 4)},
+    'channels of the inputs uncorrelated': {'correlated': False},
     'next convolution not corrected': {'with_correction': False},
     'channels left out, corrected': {'fit': removal},
     'channels left out, not corrected': {'fit': removal, 'with_correction': False},

@@ -12,9 +12,11 @@ each position of the input map: k_qt is one at the position that tap t of output
 throughout where it falls on the padding; a_q has the attention's weights for q, which sum to one. The prime transposes.
 
 **Inputs.** Channel i of conv2's input is `x_i = act(z_i)`. z_i is Gaussian: its mean is norm1's bias, its standard
-deviation the modulus of norm1's weight. So x_i has the mean m_i and the variance v_i of a rectified Gaussian (of other
-activations by quadrature). Channels are uncorrelated. Two positions of a channel that are dy rows and dx columns apart
-have the correlation `rho^(|dy| + |dx|)`; R is the matrix of these correlations over all positions.
+deviation the modulus of norm1's weight. So x_i has the mean m_i and the variance of a rectified Gaussian (of other
+activations by quadrature). The block's own input is taken as white: then z_i and z_j have the correlation of two rows
+of conv1, their cosine, with the signs of norm1's weights. Of x_i and x_j that makes the covariance C_ij (see
+Correction). Two positions that are dy rows and dx columns apart have the correlation `rho^(|dy| + |dx|)`; R is the matrix
+of these correlations over all positions, and the covariance of the whole input is the product of C and R.
 
 **Products of kernels.** For kernels K and L, and G for the attention, let
 
@@ -22,23 +24,22 @@ have the correlation `rho^(|dy| + |dx|)`; R is the matrix of these correlations 
     <K, G> = sum_t K_t mean_q(k_qt' R a_q)
     <G, G> = mean_q(a_q' R a_q)
 
-`sum_i v_i <K_ci, K_di>` is then the covariance of conv2's channels c and d, averaged over the map. R, k and a are
+`sum_ij C_ij <K_ci, K_dj>` is then the covariance of conv2's channels c and d, averaged over the map. R, k and a are
 separable, so each mean over q is that of the rows times that of the columns. The means are those of the layer's own map
 and stride, with its borders: on a map of 7x7 cells half of the positions see the padding.
 
 **Values.** The least squares fit of channel c, `u_c = sum_i K_ci * x_i`, by `sum_i W_ci (G * x_i)` is
 
-    W_ci = <K_ci, G> / <G, G>        error_c = sum_i v_i (<K_ci, K_ci> - <K_ci, G>^2 / <G, G>)
+    W_ci = <K_ci, G> / <G, G>        error_c = sum_ij C_ij (<K_ci, K_cj> - <K_ci, G> <K_cj, G> / <G, G>)
 
-The W_ci of the replaced channels are `W_v`. They would be the same for channels that are correlated, if the covariance
-is a product of one over channels and R: the normal equations separate.
+The W_ci of the replaced channels are `W_v`. C is not in them: the normal equations separate.
 
 **Means.** The fit raises the mean of u_c by `sum_i m_i (W_ci - sum_t f_t K_cit)`, where f_t is the share of output
 positions whose tap t falls on the map. The running mean of norm2 is raised by as much.
 
 **Choice.** What it costs to replace channel c is the product of
 
-- its error as a share of its variance, `error_c / sum_i v_i <K_ci, K_ci>`,
+- its error as a share of its variance, `error_c / sum_ij C_ij <K_ci, K_cj>`,
 - the square of norm2's weight, which is the channel's variance behind the norm,
 - the mean squared slope of the activation, which for ReLU is the share of positions where the channel is active,
 - `sum_e (s_e W3_ec)^2`, with conv3's weights W3 and norm3's factors s_e.
@@ -55,7 +56,7 @@ covariances that this takes:
 
     cov(act(y_c), act(y'_d)) = sum_(n >= 1) a_cn a'_dn corr(y_c, y'_d)^n
 
-The coefficients B_cd are added to conv3's weights, `W3_ed += sum_c W3_ec B_cd`, and the constants b_c go into the
+C is made in the same way, from the correlations of z. The coefficients B_cd are added to conv3's weights, `W3_ed += sum_c W3_ec B_cd`, and the constants b_c go into the
 running mean of norm3, which is lowered by `sum_c W3_ec b_c`.
 
 All sums are in float64 on the CPU, by one thread (`convert_state_dict` sees to it): the same weights give the same bits
@@ -70,6 +71,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import attention_map
@@ -79,13 +81,13 @@ __all__ = [
     'activation_statistics', 'correct', 'fit_layer',
 ]
 
-# Correlation of neighbouring positions. Of 0 to 0.75, 0.45 to 0.6 kept the features of a fully trained ResNet-50 of
-# half the width best (scripts/experiments/conversion_variants.py); a value for each stage, or for each layer by its
-# running variances, was no better.
+# Correlation of neighbouring positions. Of 0 to 0.75, 0.4 to 0.6 kept the features and answers of fully trained networks
+# best (docs/experiments.md); a value for each stage, or for each layer by its running variances, was no better.
 RHO = 0.5
 TERMS = 12  # of the Hermite series, which then lacks 0.3% of the variance of a rectified Gaussian of mean zero
 NODES = 96  # of the quadrature for activations other than ReLU
 RIDGE = 1e-3  # of the mean variance of the activations, so that dead channels do no harm
+JITTER = 1e-9  # of the mean variance of the inputs, so that theirs do none
 LARGEST_MAP = 129  # queries along an axis; those in the middle of a larger map are alike
 SMALLEST_RADIUS = 0.3  # cells: below it the attention is nearly the identity, and no gradient moves the radius
 ZOOMS = (65, 33, 33, 33, 33)  # radii tried between the neighbours of the best so far; the last are 1e-6 apart
@@ -150,23 +152,30 @@ def _hermite(points: Tensor, terms: int = TERMS) -> Tensor:
 
 @dataclass(frozen=True)
 class InputModel:
-    """The model of a 3x3 convolution's inputs: uncorrelated channels, each correlated over its positions."""
+    """The model of a 3x3 convolution's inputs: a covariance of the channels, times a correlation of the positions."""
     mean: Tensor  # mean of each channel, shape (C_in,), float64
-    variance: Tensor  # variance of each channel, shape (C_in,), float64
+    covariance: Tensor  # covariance of the channels at one position, shape (C_in, C_in), float64
     rho: float = RHO  # correlation of two neighbouring positions; at a distance of (dy, dx) it is `rho^(|dy| + |dx|)`
 
     @classmethod
-    def behind_norm(cls, weight: Tensor, bias: Tensor, activation: nn.Module, rho: float = RHO) -> 'InputModel':
-        """The model behind a batch norm and an activation.
+    def behind_norm(
+            cls, weight: Tensor, bias: Tensor, activation: nn.Module, previous: Tensor, rho: float = RHO,
+    ) -> 'InputModel':
+        """The model behind a 1x1 convolution of a white input, a batch norm and an activation.
 
         Args:
             weight: The norm's weight, shape (C_in,).
             bias: The norm's bias, shape (C_in,).
             activation: The activation.
+            previous: The convolution's weight, shape (C_in, C) or (C_in, C, 1, 1).
             rho: Correlation of two neighbouring positions.
         """
         statistics = activation_statistics(bias, weight.abs(), activation)
-        return cls(statistics.mean, statistics.variance, rho)
+        rows = previous.detach().cpu().double().flatten(1) * weight.detach().cpu().double().sign()[:, None]
+        rows = F.normalize(rows, eps=1e-300)
+        covariance = _series_covariance(statistics.series, statistics.series, rows @ rows.T)
+        covariance.diagonal().copy_(statistics.variance)  # which the moments have more exactly
+        return cls(statistics.mean, covariance, rho)
 
 
 class _Axis:
@@ -238,8 +247,11 @@ class LayerModel:
         self.inputs = inputs
         self._axes = [_axis(size, stride, inputs.rho, kernel) for size in map_size]
         self._pairs = torch.kron(self._axes[0].pairs, self._axes[1].pairs)
-        weighted = self.kernels * inputs.variance[:, None]
-        self._gram = weighted.transpose(1, 2) @ self.kernels
+        jitter = (JITTER * inputs.covariance.diagonal().mean()).clamp_min(1e-300)
+        root = torch.linalg.cholesky(inputs.covariance + jitter * torch.eye(len(inputs.mean), dtype=torch.float64))
+        # kernels for inputs whose channels are uncorrelated, of variance one
+        self._whitened = torch.tensordot(self.kernels, root, dims=([1], [0])).transpose(1, 2)
+        self._gram = self._whitened.transpose(1, 2) @ self._whitened
         self.variance = (self._gram * self._pairs).sum((1, 2))
 
     @property
@@ -270,9 +282,8 @@ class LayerModel:
 
     def covariance(self) -> Tensor:
         """Covariance of the convolution's output channels, shape (C_out, C_out)."""
-        scaled = self.kernels * self.inputs.variance[:, None].sqrt()
         root = torch.linalg.cholesky(self._pairs + 1e-12 * torch.eye(9, dtype=torch.float64))
-        flat = (scaled @ root).flatten(1)
+        flat = (self._whitened @ root).flatten(1)
         covariance: Tensor = flat @ flat.T
         return covariance
 
@@ -287,7 +298,7 @@ class LayerModel:
             The two covariances, shapes (C_out, D) and (D, D).
         """
         share = len(values) // len(radii)
-        weighted = values * self.inputs.variance
+        weighted = values @ self.inputs.covariance
         cross = [(self.kernels @ taps) @ part.T
                  for taps, part in zip(self._windows(radii)[0], weighted.split(share), strict=True)]
         overlaps = self._axes[0].overlaps(radii) * self._axes[1].overlaps(radii)

@@ -25,7 +25,7 @@ IMAGE_SIZE = (3, 224, 224)  # of a model without a pretrained_cfg
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # what is read of a block; the rest stays as it is
 _NORMS = ('bn2.weight', 'bn2.bias', 'bn2.running_mean', 'bn2.running_var')
-_READ = ('bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'conv3.weight', 'bn3.weight', 'bn3.running_mean',
+_READ = ('conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'conv3.weight', 'bn3.weight', 'bn3.running_mean',
          'bn3.running_var')
 
 
@@ -242,7 +242,7 @@ def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int
 
 def layer_models(item: AttentionBlock, block: Mapping[str, Tensor]) -> tuple[LayerModel, FollowingLayers]:
     """What the closed form knows of a plain bottleneck, whose weights go by their names in it, as 'conv2.weight'."""
-    inputs = InputModel.behind_norm(block['bn1.weight'], block['bn1.bias'], item.block.act1)
+    inputs = InputModel.behind_norm(block['bn1.weight'], block['bn1.bias'], item.block.act1, block['conv1.weight'])
     layer = LayerModel(block['conv2.weight'], inputs, item.map_size, item.stride, item.attn.kernel)
     scale = block['bn3.weight'].double().cpu() / (block['bn3.running_var'].double().cpu() + item.block.bn3.eps).sqrt()
     next_weight = block['conv3.weight'].flatten(1).double().cpu() * scale[:, None]
