@@ -2,9 +2,10 @@
 import json
 import sys
 
-import conversion_accuracy as script
 import torch
 from safetensors.torch import load_file
+
+import conversion_accuracy as script
 
 
 def test_conversions_stand_beside_their_control(checkpoint, photo_folder, tmp_path, monkeypatch, capsys):

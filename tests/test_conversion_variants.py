@@ -1,5 +1,5 @@
-"""scripts/experiments/conversion_variants.py: it converts as the package does, and reads Caffe's files."""
-import struct
+"""scripts/experiments/conversion_variants.py: it converts as the package does, and reads Keras' network."""
+import json
 
 import pytest
 import timm
@@ -42,24 +42,45 @@ def test_each_variant_runs(source, name):
     assert not torch.equal(answers, source(images))
 
 
-def varint(number):
-    parts = []
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
+def test_a_network_of_tensorflow_js_is_read(tmp_path):
+    values = torch.arange(10, dtype=torch.float32).numpy().tobytes()
+    (tmp_path / 'one').write_bytes(values[:24])
+    (tmp_path / 'two').write_bytes(values[24:])
+    weights = [{'name': 'a', 'shape': [2, 3]}, {'name': 'b', 'shape': [4]}]
+    manifest = [{'paths': ['one', 'two'], 'weights': weights}]
+    (tmp_path / 'model.json').write_text(json.dumps({'weightsManifest': manifest}))
+    found = script.read_tfjs(tmp_path)
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {'a': [[0, 1, 2], [3, 4, 5]], 'b': [6, 7, 8, 9]}
 
 
-def field(number, content):
-    return varint(number << 3 | 2) + varint(len(content)) + content
+@torch.no_grad()
+def test_keras_network_gives_keras_answers(tmp_path, monkeypatch):
+    """As Keras computes it: blue first, a bias in every convolution, 1e-3 in its norms."""
+    model = script.stride_first(timm.create_model('resnet50')).eval()
+    assert [layer.stride for layer in (model.layer2[0].conv1, model.layer2[0].conv2)] == [(2, 2), (1, 1)]
+    draw, weights = torch.Generator().manual_seed(0), {}
 
+    def keep(conv, norm, place, norm_place):
+        conv.bias = nn.Parameter(torch.rand(conv.out_channels, generator=draw))
+        norm.eps = 1e-3
+        parts = {'gamma': norm.weight, 'beta': norm.bias, 'moving_mean': norm.running_mean,
+                 'moving_variance': norm.running_var}
+        for name, tensor in parts.items():
+            tensor.copy_(torch.rand(len(tensor), generator=draw) + (name == 'moving_variance'))
+            weights[f'{norm_place}/{name}'] = tensor
+        weights.update({f'{place}/kernel': conv.weight.permute(2, 3, 1, 0), f'{place}/bias': conv.bias})
 
-def test_a_caffemodel_is_read(tmp_path):
-    values = [[1.5, -2.0], list(range(100))]
-    packed = [field(5, struct.pack(f'<{len(part)}f', *part)) for part in values]
-    blobs = b''.join(field(7, content + field(7, b'\x08\x02')) for content in packed)
-    layer = field(1, b'conv_1') + field(2, b'Convolution') + varint(10 << 3) + varint(300) + blobs
-    (tmp_path / 'a.caffemodel').write_bytes(field(1, b'a network') + field(100, layer))
-    (name, found), = script.read_caffemodel(tmp_path / 'a.caffemodel').items()
-    assert name == 'conv_1'
-    assert [part.tolist() for part in found] == values
+    keep(model.conv1, model.bn1, 'conv1', 'bn_conv1')
+    for stage, letters in ((1, 'abc'), (2, 'abcd'), (3, 'abcdef'), (4, 'abc')):
+        for letter, block in zip(letters, getattr(model, f'layer{stage}'), strict=True):
+            for part, number in zip('abc', (1, 2, 3), strict=True):
+                name = f'{stage + 1}{letter}_branch2{part}'
+                keep(getattr(block, f'conv{number}'), getattr(block, f'bn{number}'), f'res{name}', f'bn{name}')
+            if block.downsample is not None:
+                name = f'{stage + 1}{letter}_branch1'
+                keep(*block.downsample[:2], f'res{name}', f'bn{name}')
+    weights.update({'fc1000/kernel': model.fc.weight.T, 'fc1000/bias': model.fc.bias})
+    monkeypatch.setattr(script, 'read_tfjs', lambda folder: weights)
+    images = torch.randn(2, 3, 64, 64, generator=draw)
+    found, expected = script.keras_resnet50(tmp_path)(images), model(images.flip(1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

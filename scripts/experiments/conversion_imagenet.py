@@ -13,7 +13,6 @@ after it is built, in the source and in its GeoPrior counterpart.
 is the share of its images that a network has right, beside the source's.
 """
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,82 +24,20 @@ import numpy as np
 import timm
 import torch
 from timm.data import ImageNetInfo
-from torch import Tensor, nn
+from torch import nn
 
-import timm_geoprior  # noqa: F401  registers the models
 from conversion_accuracy import leave_out, leave_out_of_block, table
+from conversion_variants import KERAS_CONFIG, keras_resnet50, stride_first
 from timm_geoprior.conversion import regression, state_dict
 from timm_geoprior.conversion.comparison import compare
 from timm_geoprior.conversion.images import ImageSets, PreparedImages
 from timm_geoprior.data.batches import generator
 from timm_geoprior.data.dataset import DataOptions, open_split
 from timm_geoprior.files import write_json
-from timm_geoprior.layers import GeoPriorConv2d
 from timm_geoprior.provenance import git_commit, hardware, versions
 
-# Keras' pixels: 0 to 255 without the mean
-CONFIG = {'input_size': (3, 224, 224), 'mean': (123.68 / 255, 116.779 / 255, 103.939 / 255), 'std': (1 / 255,) * 3,
-          'crop_pct': 224 / 256, 'interpolation': 'bilinear'}
-EPS = 1e-3  # of Keras' batch norms
 BATCH_SIZE = 32
 
-
-# -- the source --------------------------------------------------------------------------------------------------------
-
-def read_tfjs(folder: Path) -> dict[str, Tensor]:
-    """Weights of a network as TensorFlow.js stores it: names, shapes and the files that hold the float32 values."""
-    tensors = {}
-    for group in json.loads((folder / 'model.json').read_text())['weightsManifest']:
-        values = torch.frombuffer(bytearray(b''.join((folder / name).read_bytes() for name in group['paths'])),
-                                  dtype=torch.float32)
-        start = 0
-        for weight in group['weights']:
-            count = int(np.prod(weight['shape']))
-            tensors[weight['name']] = values[start:start + count].reshape(weight['shape'])
-            start += count
-    return tensors
-
-
-def stride_first(model: Any) -> Any:
-    """Let the first 1x1 convolution of each stage stride in place of its 3x3 layer."""
-    for stage in (model.layer2, model.layer3, model.layer4):
-        block = stage[0]
-        layers = (block.conv2.conv, block.conv2.attn) if isinstance(block.conv2, GeoPriorConv2d) else (block.conv2,)
-        block.conv1.stride = (2, 2)
-        for layer in layers:
-            layer.stride = 1 if isinstance(layer.stride, int) else (1, 1)
-    return model
-
-
-def keras_resnet50(folder: Path) -> Any:
-    """timm's resnet50 with Keras' weights."""
-    model = timm.create_model('resnet50').eval()
-    weights, state = read_tfjs(folder), {}
-
-    def put(conv: str, norm: str, name: str, norm_name: str) -> None:
-        state[f'{conv}.weight'] = weights[f'{name}/kernel'].permute(3, 2, 0, 1)
-        for key, value in (('weight', 'gamma'), ('bias', 'beta')):
-            state[f'{norm}.{key}'] = weights[f'{norm_name}/{value}']
-        state[f'{norm}.running_mean'] = weights[f'{norm_name}/moving_mean'] - weights[f'{name}/bias']
-        # timm's norms add 1e-5
-        state[f'{norm}.running_var'] = weights[f'{norm_name}/moving_variance'] + EPS - 1e-5
-
-    put('conv1', 'bn1', 'conv1', 'bn_conv1')
-    state['conv1.weight'] = state['conv1.weight'].flip(1)  # Keras takes blue first
-    for stage in range(1, 5):
-        for index, block in enumerate(getattr(model, f'layer{stage}')):
-            place, name = f'layer{stage}.{index}', f'{stage + 1}{chr(ord("a") + index)}_branch'
-            for number, branch in enumerate('abc', 1):
-                put(f'{place}.conv{number}', f'{place}.bn{number}', f'res{name}2{branch}', f'bn{name}2{branch}')
-            if block.downsample is not None:
-                put(f'{place}.downsample.0', f'{place}.downsample.1', f'res{name}1', f'bn{name}1')
-    state['fc.weight'], state['fc.bias'] = weights['fc1000/kernel'].T, weights['fc1000/bias']
-    counters = {name: value for name, value in model.state_dict().items() if name.endswith('num_batches_tracked')}
-    model.load_state_dict({**state, **counters})
-    return stride_first(model)
-
-
-# -- conversions -------------------------------------------------------------------------------------------------------
 
 def attention_blocks(model: nn.Module) -> Iterator[state_dict.AttentionBlock]:
     """The package's, with the maps and strides of this network."""
@@ -154,7 +91,7 @@ def main() -> None:
     rows = []
 
     def measure(network: str, fitted_to: int | None, model: Any, layers: list[regression.LayerFit]) -> None:
-        images = PreparedImages(ImageSets(data, every[:0], every), every, CONFIG, BATCH_SIZE)
+        images = PreparedImages(ImageSets(data, every[:0], every), every, KERAS_CONFIG, BATCH_SIZE)
         rows.append({'network': network, 'fitted_to': fitted_to, **compare(source, model, images, answers),
                      'layers': [vars(layer) for layer in layers]})
         print(table(rows[-1:]).splitlines()[-1], flush=True)
@@ -163,7 +100,7 @@ def main() -> None:
     for limit in (0, *args.limit):
         for kind, title in (('converted', 'converted'), ('left_out', 'channels left out')):
             sets = ImageSets(pool, order[:limit], order[:0])
-            images = PreparedImages(sets, sets.fit, CONFIG, BATCH_SIZE) if limit else None
+            images = PreparedImages(sets, sets.fit, KERAS_CONFIG, BATCH_SIZE) if limit else None
             measure(title, limit, *make(source, kind, images))
     args.output.mkdir(parents=True, exist_ok=True)
     write_json(args.output / 'imagenet.json', {

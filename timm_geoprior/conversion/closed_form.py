@@ -15,8 +15,8 @@ throughout where it falls on the padding; a_q has the attention's weights for q,
 deviation the modulus of norm1's weight. So x_i has the mean m_i and the variance of a rectified Gaussian (of other
 activations by quadrature). The block's own input is taken as white: then z_i and z_j have the correlation of two rows
 of conv1, their cosine, with the signs of norm1's weights. Of x_i and x_j that makes the covariance C_ij (see
-Correction). Two positions that are dy rows and dx columns apart have the correlation `rho^(|dy| + |dx|)`; R is the matrix
-of these correlations over all positions, and the covariance of the whole input is the product of C and R.
+Correction). Two positions that are dy rows and dx columns apart have the correlation `rho^(|dy| + |dx|)`; R is the
+matrix of these correlations over all positions, and the covariance of the whole input is the product of C and R.
 
 **Products of kernels.** For kernels K and L, and G for the attention, let
 
@@ -56,8 +56,9 @@ covariances that this takes:
 
     cov(act(y_c), act(y'_d)) = sum_(n >= 1) a_cn a'_dn corr(y_c, y'_d)^n
 
-C is made in the same way, from the correlations of z. The coefficients B_cd are added to conv3's weights, `W3_ed += sum_c W3_ec B_cd`, and the constants b_c go into the
-running mean of norm3, which is lowered by `sum_c W3_ec b_c`.
+C is made in the same way, from the correlations of z. The coefficients B_cd are added to conv3's weights,
+`W3_ed += sum_c W3_ec B_cd`, and the constants b_c go into the running mean of norm3, which is lowered by
+`sum_c W3_ec b_c`.
 
 All sums are in float64 on the CPU, by one thread (`convert_state_dict` sees to it): the same weights give the same bits
 again on the same machine.
@@ -81,8 +82,8 @@ __all__ = [
     'activation_statistics', 'correct', 'fit_layer',
 ]
 
-# Correlation of neighbouring positions. Of 0 to 0.75, 0.4 to 0.6 kept the features and answers of fully trained networks
-# best (docs/experiments.md); a value for each stage, or for each layer by its running variances, was no better.
+# Correlation of neighbouring positions. Of 0 to 0.75, 0.4 to 0.6 kept the features of fully trained networks best
+# (docs/experiments.md); a value for each stage, or for each layer by its running variances, was no better.
 RHO = 0.5
 TERMS = 12  # of the Hermite series, which then lacks 0.3% of the variance of a rectified Gaussian of mean zero
 NODES = 96  # of the quadrature for activations other than ReLU
@@ -268,7 +269,8 @@ class LayerModel:
         """The share of each channel's variance that the best values of N radii miss, shape (N, C_out), from 0 to 1."""
         taps, norms = self._windows(radii)
         explained = (taps[:, :, None] * taps[:, None]).flatten(1) @ self._gram.flatten(1).T / norms[:, None]
-        return (1 - explained / self.variance.clamp_min(1e-300)).clamp(0, 1)
+        shares: Tensor = explained / self.variance.clamp_min(1e-300)
+        return (1 - shares).clamp(0, 1)
 
     def values(self, channels: Tensor, radius: float) -> Tensor:
         """W_v of the channels for a radius, shape (len(channels), C_in)."""

@@ -25,8 +25,8 @@ IMAGE_SIZE = (3, 224, 224)  # of a model without a pretrained_cfg
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # what is read of a block; the rest stays as it is
 _NORMS = ('bn2.weight', 'bn2.bias', 'bn2.running_mean', 'bn2.running_var')
-_READ = ('conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'conv3.weight', 'bn3.weight', 'bn3.running_mean',
-         'bn3.running_var')
+_READ = ('conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'conv3.weight', 'bn3.weight',
+         'bn3.running_mean', 'bn3.running_var')
 
 
 _ADVICE = 'Take weights of the ResNet of the same depth and options.'

@@ -1,0 +1,56 @@
+"""scripts/experiments/conversion_imagenet.py: conversions of a network that strides first, beside its source."""
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from timm.data import ImageNetInfo
+from torch import nn
+
+import conversion_imagenet as script
+from conversion_variants import KERAS_CONFIG, stride_first
+
+
+@pytest.fixture(scope='module')
+def source():
+    torch.manual_seed(0)
+    model = timm.create_model('resnet50')
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 0.4)
+    return stride_first(model).eval()
+
+
+def test_maps_and_strides_are_those_of_the_network(source):
+    """Of the attention layers as they run."""
+    model, seen = stride_first(timm.create_model('geoprior_resnet50', num_classes=1000).eval()), []
+    blocks = list(script.attention_blocks(model))
+    for item in blocks:
+        item.attn.register_forward_hook(lambda module, args, output: seen.append(
+            (tuple(args[0].shape[2:]), args[0].shape[2] // output.shape[2])))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    assert [(item.map_size, item.stride) for item in blocks] == seen
+
+
+def test_the_table(source, photo_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(KERAS_CONFIG, 'input_size', (3, 32, 32))
+    monkeypatch.setattr(script, 'keras_resnet50', lambda folder: source)
+    wnids = ImageNetInfo().label_names()
+    data = tmp_path / 'data'
+    for name, wnid in zip(('coffee', 'rocket'), (wnids[967], wnids[657]), strict=True):
+        (data / wnid).mkdir(parents=True)
+        for path in (photo_folder / 'val' / name).iterdir():
+            (data / wnid / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(sys, 'argv', [
+        'conversion_imagenet.py', str(tmp_path), '--images', str(photo_folder / 'train'), '--data-dir', str(data),
+        '--limit', '16', '--output', str(tmp_path / 'out')])
+    script.main()
+    rows = json.loads((tmp_path / 'out' / 'imagenet.json').read_text())['rows']
+    assert [(row['network'], row['fitted_to']) for row in rows] == [
+        ('source', None), ('converted', 0), ('channels left out', 0), ('converted', 16), ('channels left out', 16)]
+    assert {row['labelled'] for row in rows} == {10}
+    assert all(row['feature_error'] > 0 for row in rows[1:])
+    assert [len(row['layers']) for row in rows] == [0, 0, 0, 13, 13]
+    assert (tmp_path / 'out' / 'imagenet.md').read_text().splitlines()[-1] in capsys.readouterr().out
