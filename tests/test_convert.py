@@ -411,3 +411,17 @@ def test_a_full_disk_is_one_sentence(kilobytes, message, checkpoint, photo_folde
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_one_sentence(checkpoint, photo_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job, 'refine', lambda *arguments: torch.empty(2 ** 60, dtype=torch.uint8))
+    convert(checkpoint, '-o', tmp_path / 'out', '--images', photo_folder / 'train', code=1)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        'timm-geoprior: There is not enough memory. Use smaller images, a smaller batch, or another device.')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_other_errors_are_shown_whole(checkpoint, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, 'refine', lambda *arguments: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match='inconsistent tensor size'):
+        convert(checkpoint, '-o', tmp_path / 'out', '--images', photo_folder / 'train', code=1)

@@ -219,6 +219,15 @@ def test_litter_is_no_class_and_is_told(packed, tmp_path):
     assert not any('Folders without images' in line for line in told)
 
 
+@pytest.mark.parametrize('target', ['.', '..', '../..'])
+def test_a_link_to_a_folder_above_it_adds_no_images(target, tmp_path):
+    root = write(tmp_path / 'above' / 'set', dict.fromkeys(('a/1.jpg', 'b/2.jpg'), JPEG))
+    write(tmp_path / 'elsewhere', {'3.jpg': JPEG})
+    (root / 'a' / 'again').symlink_to(target)
+    (root / 'c').symlink_to(tmp_path / 'elsewhere')
+    assert open_split(root).names == ('a/1.jpg', 'b/2.jpg', 'c/3.jpg')
+
+
 @pytest.mark.parametrize(('names', 'message'), [
     (['cat/1.jpg', 'cat/crops/2.jpg', 'dog/3.jpg'], 'cat has images, and so has .*cat/crops inside of it'),
     (['cat/1.jpg', 'cat/more/crops/2.jpg'], 'cat has images, and so has .*cat/more/crops'),

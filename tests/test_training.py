@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from programs import Program, run, run_ranks
 from timm_geoprior import progress
+from timm_geoprior.cli import main
 from timm_geoprior.errors import CorruptImagesError, EvaluationError, GeoPriorError
 from timm_geoprior.training import engine
 from timm_geoprior.training.checkpoint import load_checkpoint, save_checkpoint
@@ -670,6 +671,13 @@ class TestFaults:
         trainer._step(trainer.data.train.epoch(0, 32))
         assert order == ['backward', 'asked', 'backward', 'answered']
         assert not buffers & set(clones)
+
+    def test_too_little_memory_is_one_sentence(self, photo_folder, recipe_file, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(Trainer, '_step', lambda self, data: torch.empty(2 ** 60, dtype=torch.uint8))
+        arguments = command(photo_folder, tmp_path / 'run', recipe_file)
+        assert main(['train', *arguments[1:]]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(
+            'timm-geoprior train: There is not enough memory. Use a smaller batch_size')
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, photo_folder, tmp_path):
         recipe = tiny(lr=1e30, warmup_epochs=0, max_skipped_steps=3, epochs=20, in_memory=True)

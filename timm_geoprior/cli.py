@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
-from .errors import GeoPriorError, message_of, needs_extra
+from .errors import GeoPriorError, message_of, needs_extra, out_of_memory
 
 if TYPE_CHECKING:
     from .pretrained.manifest import ModelEntry
@@ -522,6 +522,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a closed pipe shows here, where it is dealt with, not at the interpreter's end
     except GeoPriorError as error:
         _complain(message_of(error))
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        _complain('There is not enough memory. Use smaller images, a smaller batch, or another device.')
         return 1
     except KeyboardInterrupt:
         return 130

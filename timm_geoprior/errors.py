@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPriorError', 'ImageError', 'ProcessError',
-           'WeightsError', 'message_of', 'needs_extra']
+           'WeightsError', 'message_of', 'needs_extra', 'out_of_memory']
 
 
 class GeoPriorError(RuntimeError):
@@ -37,6 +37,12 @@ class WeightsError(GeoPriorError):
 def message_of(error: GeoPriorError) -> str:
     """An error's message without the traceback that a data loader's worker has put before it."""
     return str(error).rpartition(f'{type(error).__name__}: ')[2]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out; of the CPU's, torch says so in a plain RuntimeError."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
+            or 'DefaultCPUAllocator' in str(error))
 
 
 @contextmanager

@@ -154,7 +154,11 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
 
 
 def _list_folder(root: Path) -> Iterator[_Found]:
-    for folder, _, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True):
+        here = os.path.join(os.path.realpath(folder), '')
+        # a link to a folder above it would show every file again, forty times over
+        folders[:] = [name for name in folders if not os.path.islink(path := os.path.join(folder, name))
+                      or not here.startswith(os.path.join(os.path.realpath(path), ''))]
         below = os.path.relpath(folder, root).replace(os.sep, '/')
         for file in files:
             yield posixpath.normpath(f'{below}/{file}'), os.path.join(folder, file)

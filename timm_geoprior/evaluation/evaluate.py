@@ -16,7 +16,7 @@ from ..data.batches import begin, init_worker
 from ..data.dataset import UNREADABLE, Chosen, DataSplit
 from ..data.listing import ILSVRC_FILE, ilsvrc_val_labels
 from ..distributed import gather, reduce_sum
-from ..errors import EvaluationError, ProcessError
+from ..errors import EvaluationError, ProcessError, out_of_memory
 from ..progress import Progress, tell_on_stderr
 from .classes import ClassMatch, match_classes
 from .metrics import Counts, Predictions, target_ranks
@@ -201,8 +201,7 @@ class Forward:
             try:
                 return torch.cat([self.model(part) for part in torch.split(images, size)])
             except RuntimeError as error:
-                # on the CPU, torch raises a plain RuntimeError
-                if not isinstance(error, torch.OutOfMemoryError) and 'DefaultCPUAllocator' not in str(error):
+                if not out_of_memory(error):
                     raise
                 if size == 1:
                     raise ProcessError('There is not enough memory for one image. Use a smaller --img-size, a lower '
