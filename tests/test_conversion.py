@@ -121,6 +121,26 @@ def test_the_inputs_are_those_behind_a_convolution_of_white_noise():
     assert (found.covariance - found.covariance.diagonal().diag()).abs().max() > 0.2
 
 
+def test_nothing_depends_on_how_neighbours_share_a_scale():
+    """A norm's weight and bias times a factor, the weights behind it divided by it: the same network."""
+    def fit(first: torch.Tensor, second: torch.Tensor):
+        inputs = InputModel.behind_norm(draw(8, seed=1) * first, draw(8, seed=2) * first, nn.ReLU(), draw(8, 6, seed=3))
+        layer = LayerModel(draw(16, 8, 3, 3) / first[:, None, None], inputs, (7, 7))
+        behind = FollowingLayers(draw(16, seed=4) * second, draw(16, seed=5) * second, nn.ReLU(),
+                                 draw(32, 16, seed=6) / second)
+        return fit_layer(layer, behind, 4)
+
+    one = fit(torch.ones(8).double(), torch.ones(16).double())
+    first, second = 10 ** draw(8, seed=7), 10 ** draw(16, seed=8)
+    other = fit(first, second)
+    torch.testing.assert_close(other.channels, one.channels)
+    torch.testing.assert_close(other.radii, one.radii)
+    torch.testing.assert_close(other.values * first, one.values)
+    scales = second[one.channels]
+    torch.testing.assert_close(other.correction / scales[:, None] * second, one.correction, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(other.constant / scales, one.constant, rtol=1e-6, atol=1e-9)
+
+
 def test_channels_that_are_always_zero_do_no_harm():
     weight, bias, previous = draw(6), torch.full((6,), -50.0), draw(6, 4)
     weight[3:], previous[4:] = 0, 0

@@ -87,8 +87,11 @@ __all__ = [
 RHO = 0.5
 TERMS = 12  # of the Hermite series, which then lacks 0.3% of the variance of a rectified Gaussian of mean zero
 NODES = 96  # of the quadrature for activations other than ReLU
-RIDGE = 1e-3  # of the mean variance of the activations, so that dead channels do no harm
-JITTER = 1e-9  # of the mean variance of the inputs, so that theirs do none
+# Shares of each channel's own variance, so that nothing depends on how a norm and the layer behind it share a scale
+RIDGE = 1e-3  # of the activations, plus ACTIVE of what they were without the activation: rare ones are not relied on
+ACTIVE = 1e-6
+JITTER = 1e-9  # of the inputs
+SMALLEST = 1e-300  # a variance that divides
 LARGEST_MAP = 129  # queries along an axis; those in the middle of a larger map are alike
 SMALLEST_RADIUS = 0.3  # cells: below it the attention is nearly the identity, and no gradient moves the radius
 ZOOMS = (65, 33, 33, 33, 33)  # radii tried between the neighbours of the best so far; the last are 1e-6 apart
@@ -248,8 +251,8 @@ class LayerModel:
         self.inputs = inputs
         self._axes = [_axis(size, stride, inputs.rho, kernel) for size in map_size]
         self._pairs = torch.kron(self._axes[0].pairs, self._axes[1].pairs)
-        jitter = (JITTER * inputs.covariance.diagonal().mean()).clamp_min(1e-300)
-        root = torch.linalg.cholesky(inputs.covariance + jitter * torch.eye(len(inputs.mean), dtype=torch.float64))
+        jitter = (JITTER * inputs.covariance.diagonal()).clamp_min(SMALLEST)
+        root = torch.linalg.cholesky(inputs.covariance + jitter.diag())
         # kernels for inputs whose channels are uncorrelated, of variance one
         self._whitened = torch.tensordot(self.kernels, root, dims=([1], [0])).transpose(1, 2)
         self._gram = self._whitened.transpose(1, 2) @ self._whitened
@@ -269,7 +272,7 @@ class LayerModel:
         """The share of each channel's variance that the best values of N radii miss, shape (N, C_out), from 0 to 1."""
         taps, norms = self._windows(radii)
         explained = (taps[:, :, None] * taps[:, None]).flatten(1) @ self._gram.flatten(1).T / norms[:, None]
-        shares: Tensor = explained / self.variance.clamp_min(1e-300)
+        shares: Tensor = explained / self.variance.clamp_min(SMALLEST)
         return (1 - shares).clamp(0, 1)
 
     def values(self, channels: Tensor, radius: float) -> Tensor:
@@ -398,24 +401,26 @@ def correct(
     """
     covariance = layer.covariance()
     cross, among = layer.cross_covariance(values, radii)
-    old_std = covariance.diagonal().clamp_min(1e-300).sqrt()
+    old_std = covariance.diagonal().clamp_min(SMALLEST).sqrt()
     mixed = covariance.clone()  # of the old channels with the new ones
     mixed[:, channels] = cross
     new = mixed.clone()
     new[channels] = cross.T
     new[channels[:, None], channels] = among
-    new_std = new.diagonal().clamp_min(1e-300).sqrt()
+    new_std = new.diagonal().clamp_min(SMALLEST).sqrt()
     sign = behind.weight.double().sign().cpu()
     mixed = (mixed * (sign / old_std)[:, None] * (sign / new_std)).clamp(-1, 1)
     new = (new * (sign / new_std)[:, None] * (sign / new_std)).clamp(-1, 1)
     std = behind.weight.double().abs().cpu()
     old = activation_statistics(behind.bias, std, behind.activation)
-    kept = activation_statistics(behind.bias, std * new_std / old_std, behind.activation)
+    kept_std = std * new_std / old_std
+    kept = activation_statistics(behind.bias, kept_std, behind.activation)
     lost = _series_covariance(old.series[:, channels], kept.series, mixed[channels])
     lost -= _series_covariance(kept.series[:, channels], kept.series, new[channels])
     among = _series_covariance(kept.series, kept.series, new)
     # the series of a variance converges slowest, and the moments have it
-    among.diagonal().copy_(kept.variance + RIDGE * kept.variance.mean().clamp_min(1e-300))
+    ridge = RIDGE * kept.variance + ACTIVE * kept_std.square()
+    among.diagonal().copy_(kept.variance + ridge.clamp_min(SMALLEST))
     correction = torch.linalg.solve(among, lost.T).T
     return correction, (old.mean - kept.mean)[channels] - correction @ kept.mean
 
