@@ -33,6 +33,7 @@ class TestRefusals:
         ({'epochs': 0}, "The recipe key 'epochs' must be at least 1, got 0."),
         ({'lr': -1}, "The recipe key 'lr' must be more than 0, got -1.0."),
         ({'lr': 'fast'}, "The recipe key 'lr' must be of type float, got 'fast'."),
+        ({'name': 'a\ud800'}, "The recipe key 'name' must be text that can be written in UTF-8, got 'a\\ud800'."),
         ({'smoothing': 1.5}, "The recipe key 'smoothing' must be from 0 to 1, got 1.5."),
         ({'scale': [0.5]}, "The recipe key 'scale' must be of type tuple[float, float], got [0.5]."),
         ({'scale': [0.9, 0.5]}, "The recipe key 'scale' must be two shares of the area"),

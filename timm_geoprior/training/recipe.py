@@ -105,6 +105,8 @@ class Recipe:
     max_skipped_steps: int = 10  # steps in a row with a loss that is not finite before the run stops
 
     def __post_init__(self) -> None:
+        _require(self.name.encode(errors='ignore').decode() == self.name, 'name', self.name,
+                 'text that can be written in UTF-8')
         for key in ('epochs', 'batch_size', 'img_size', 'grad_accum_steps', 'memory_size', 'max_skipped_steps',
                     'lr_cycle_limit'):
             _require(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
