@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 import doctest
+import errno
 import json
 import os
 import re
@@ -20,9 +21,10 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_geoprior
 from programs import Program, run
-from timm_geoprior import GeoPriorAttn2d
+from timm_geoprior import GeoPriorAttn2d, cli
 from timm_geoprior.cli import main
 from timm_geoprior.data.reading import read_image
+from timm_geoprior.errors import out_of_memory
 from timm_geoprior.inference.classifier import load_classifier
 from timm_geoprior.inference.inputs import sample_image
 from timm_geoprior.pretrained.manifest import (
@@ -670,3 +672,22 @@ def test_a_module_that_is_imported_before_timm_is_loaded_once(module):
     count, *same = told.split()
     assert int(count) > 0
     assert same == ['True', 'True']
+
+
+@pytest.mark.parametrize(('error', 'expected'), [
+    (MemoryError(), True), (torch.OutOfMemoryError('CUDA out of memory.'), True),
+    (OSError(errno.ENOMEM, 'Cannot allocate memory'), True),
+    (RuntimeError('CUDA error: out of memory'), True), (RuntimeError('std::bad_alloc'), True),
+    (RuntimeError('Caught MemoryError in DataLoader worker process 0.'), True),
+    (RuntimeError('shapes cannot be multiplied'), False), (OSError(errno.ENOENT, 'out of memory.jpg'), False),
+    (ValueError('out of memory'), False),
+])
+def test_which_errors_mean_too_little_memory(error, expected):
+    assert out_of_memory(error) == expected
+
+
+def test_arrays_of_numpy_that_do_not_fit_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(cli, '_dispatch', lambda argv: np.ones(2 ** 60))
+    assert main(['list']) == 1
+    assert capsys.readouterr().err == (
+        'timm-geoprior: There is not enough memory. Use smaller images, a smaller batch, or another device.\n')

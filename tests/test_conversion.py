@@ -149,6 +149,28 @@ def test_channels_that_are_always_zero_do_no_harm():
     assert layer.covariance().isfinite().all()
 
 
+@pytest.mark.parametrize('activation', [nn.ReLU(), nn.SiLU(), nn.GELU()])
+@pytest.mark.parametrize(('weight', 'bias', 'row'), [
+    (1e-9, 1, 1), (1e-20, 1, 1), (1, 1e10, 1), (1, 1e20, 1), (1, 1, 1e-170)])
+def test_channels_of_any_size_are_fitted(weight, bias, row, activation):
+    """Also beside usual ones, and where rows of the convolution before are nearly the same."""
+    size = torch.ones(8, dtype=torch.float64)
+    size[::2] = weight
+    previous = torch.stack([torch.ones(6, dtype=torch.float64)] * 8) + 1e-3 * draw(8, 6)
+    previous[::2] *= row
+    inputs = InputModel.behind_norm(draw(8, seed=1) * size, draw(8, seed=2) * bias, activation, previous)
+    layer = LayerModel(draw(16, 8, 3, 3), inputs, (7, 7))
+    behind = FollowingLayers(draw(16, seed=4), draw(16, seed=5) * bias, activation, draw(32, 16, seed=6))
+    fit = fit_layer(layer, behind, 4)
+    for found in (fit.values, fit.mean_shift, fit.errors, fit.correction, fit.constant):
+        assert found.isfinite().all()
+
+
+def test_the_variance_of_a_channel_that_is_always_active():
+    found = activation_statistics(torch.tensor([0.3, 1e10]), torch.tensor([1e-9, 2.0]), nn.ReLU())
+    torch.testing.assert_close(found.variance, torch.tensor([1e-18, 4.0], dtype=torch.float64), rtol=1e-3, atol=0)
+
+
 def dense_model(weight, inputs, size, stride, radius, kernel):
     """Convolution, attention and covariance of the inputs as matrices over all positions of a map."""
     (height, width), cells = size, size[0] * size[1]

@@ -225,7 +225,21 @@ def test_a_link_to_a_folder_above_it_adds_no_images(target, tmp_path):
     write(tmp_path / 'elsewhere', {'3.jpg': JPEG})
     (root / 'a' / 'again').symlink_to(target)
     (root / 'c').symlink_to(tmp_path / 'elsewhere')
+    (root / 'self').symlink_to('self')
     assert open_split(root).names == ('a/1.jpg', 'b/2.jpg', 'c/3.jpg')
+
+
+def test_links_from_one_folder_to_another_end(tmp_path):
+    root = write(tmp_path / 'set', dict.fromkeys(('a/1.jpg', 'b/2.jpg', 'c/3.jpg'), JPEG))
+    for one in 'abc':
+        for other in 'abc':
+            (root / one / f'to_{other}').symlink_to(f'../{other}')
+    options = DataOptions(labelled=False)
+    assert len(open_split(root, options=options).names) == 15  # each from every way that does not go back
+    (tmp_path / 'below').mkdir()
+    (tmp_path / 'below' / 'up').symlink_to('..')
+    assert {name.split('/')[-1] for name in open_split(tmp_path / 'below', options=options).names} == {
+        '1.jpg', '2.jpg', '3.jpg'}
 
 
 @pytest.mark.parametrize(('names', 'message'), [

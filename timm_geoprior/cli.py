@@ -523,13 +523,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GeoPriorError as error:
         _complain(message_of(error))
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        _complain('There is not enough memory. Use smaller images, a smaller batch, or another device.')
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 141
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        _complain('There is not enough memory. Use smaller images, a smaller batch, or another device.')
+        return 1

@@ -1,4 +1,5 @@
 """The exceptions of this package. Each message is one sentence that says what is wrong and what to do."""
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,10 +40,14 @@ def message_of(error: GeoPriorError) -> str:
     return str(error).rpartition(f'{type(error).__name__}: ')[2]
 
 
+# in what libraries say of it in an error of another kind: torch's allocators, cuBLAS, and torch's data loaders
+_OUT_OF_MEMORY = ('DefaultCPUAllocator', 'out of memory', 'bad_alloc', 'ALLOC_FAILED', 'Caught MemoryError')
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out; of the CPU's, torch says so in a plain RuntimeError."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
-            or 'DefaultCPUAllocator' in str(error))
+    """Whether memory has run out, of which each library says so in its own way."""
+    return (isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
+            or isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY))
 
 
 @contextmanager

@@ -105,6 +105,11 @@ class ActivationStatistics:
     slope: Tensor  # means of the squared derivative, shape (C,); for ReLU the share of positions that are active
     series: Tensor  # coefficients of the orthonormal Hermite polynomials from the first order on, shape (TERMS, C)
 
+    @property
+    def series_variance(self) -> Tensor:
+        """The variances, shape (C,), at least what the series has of them, so that covariances beside them fit."""
+        return torch.maximum(self.variance, self.series.square().sum(0))
+
 
 def activation_statistics(mean: Tensor, std: Tensor, activation: nn.Module) -> ActivationStatistics:
     """Moments and Hermite series of `activation(mean + std z)` for a standard Gaussian z.
@@ -122,11 +127,12 @@ def activation_statistics(mean: Tensor, std: Tensor, activation: nn.Module) -> A
 
 
 def _rectified(mean: Tensor, std: Tensor) -> ActivationStatistics:
-    offset = (mean / std).clamp(-40, 40)  # beyond, a channel is constant in float64
+    offset = (mean / std).clamp(-40, 40)  # beyond, a channel is constant in float64, or always active
     density = torch.exp(-offset.square() / 2) / math.sqrt(2 * math.pi)
     active = torch.erfc(-offset / math.sqrt(2)) / 2
     first = mean * active + std * density
-    variance = ((mean.square() + std.square()) * active + mean * std * density - first.square()).clamp_min(0)
+    variance = (offset.square() + 1) * active + offset * density - (offset * active + density).square()
+    variance = std.square() * variance.clamp_min(0)
     polynomials = _hermite(-offset)
     # E[relu(z + t) He_n(z)] = density(t) He_(n-2)(-t) from n = 2 on
     higher = [polynomials[n - 2] * density / math.sqrt(n * (n - 1)) for n in range(2, TERMS + 1)]
@@ -176,9 +182,9 @@ class InputModel:
         """
         statistics = activation_statistics(bias, weight.abs(), activation)
         rows = previous.detach().cpu().double().flatten(1) * weight.detach().cpu().double().sign()[:, None]
-        rows = F.normalize(rows, eps=1e-300)
+        rows = F.normalize(F.normalize(rows, p=math.inf, eps=SMALLEST), eps=SMALLEST)  # squares of 1e-170 are zero
         covariance = _series_covariance(statistics.series, statistics.series, rows @ rows.T)
-        covariance.diagonal().copy_(statistics.variance)  # which the moments have more exactly
+        covariance.diagonal().copy_(statistics.series_variance)
         return cls(statistics.mean, covariance, rho)
 
 
@@ -419,8 +425,8 @@ def correct(
     lost -= _series_covariance(kept.series[:, channels], kept.series, new[channels])
     among = _series_covariance(kept.series, kept.series, new)
     # the series of a variance converges slowest, and the moments have it
-    ridge = RIDGE * kept.variance + ACTIVE * kept_std.square()
-    among.diagonal().copy_(kept.variance + ridge.clamp_min(SMALLEST))
+    ridge = RIDGE * kept.series_variance + ACTIVE * kept_std.square()
+    among.diagonal().copy_(kept.series_variance + ridge.clamp_min(SMALLEST))
     correction = torch.linalg.solve(among, lost.T).T
     return correction, (old.mean - kept.mean)[channels] - correction @ kept.mean
 

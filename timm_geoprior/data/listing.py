@@ -63,7 +63,7 @@ class Listing:
 
 def folders_of_split(folder: Path, split: str) -> list[str]:
     """Find the folders that a split may mean: of that very name first, then of its other names, in any case."""
-    return names_of_split([entry.name for entry in os.scandir(folder) if entry.is_dir()], split)
+    return names_of_split([path.name for path in folder.iterdir() if path.is_dir()], split)
 
 
 def names_of_split(names: Iterable[str], split: str) -> list[str]:
@@ -154,11 +154,15 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
 
 
 def _list_folder(root: Path) -> Iterator[_Found]:
+    ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # the folders on the way to each
     for folder, folders, files in os.walk(root, followlinks=True):
-        here = os.path.join(os.path.realpath(folder), '')
-        # a link to a folder above it would show every file again, forty times over
-        folders[:] = [name for name in folders if not os.path.islink(path := os.path.join(folder, name))
-                      or not here.startswith(os.path.join(os.path.realpath(path), ''))]
+        way = ways.pop(folder)
+        for name in list(folders):
+            place = os.path.join(folder, name)
+            if (real := os.path.realpath(place)) in way:  # a link back, by which every file would be found again
+                folders.remove(name)
+            else:
+                ways[place] = (*way, real)
         below = os.path.relpath(folder, root).replace(os.sep, '/')
         for file in files:
             yield posixpath.normpath(f'{below}/{file}'), os.path.join(folder, file)

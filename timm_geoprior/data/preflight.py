@@ -4,6 +4,7 @@ import os
 import posixpath
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -127,8 +128,8 @@ def empty_folders(data: DataSplit) -> list[str]:
     if root is None:
         return []
     filled = {name.split('/', 1)[0] for name in data.names}
-    return sorted(entry.name for entry in os.scandir(root)
-                  if entry.is_dir() and entry.name not in filled and not LITTER.fullmatch(entry.name))
+    return sorted(path.name for path in Path(root).iterdir()
+                  if path.is_dir() and path.name not in filled and not LITTER.fullmatch(path.name))
 
 
 def repeated_classes(data: DataSplit) -> list[tuple[str, list[str]]]:

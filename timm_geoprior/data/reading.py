@@ -86,6 +86,8 @@ def _fault(source: object, error: Exception) -> str:
         return 'is not an image that Pillow can read, such as JPEG, PNG, WebP, GIF, TIFF or BMP. Convert it.'
     if isinstance(error, Image.DecompressionBombError):
         return f'must have at most {MAX_PIXELS:,} pixels, got more. Scale it down.'
+    if isinstance(error, MemoryError):
+        return 'takes more memory than there is, or is damaged. Free some memory, or get it again.'
     return f'cannot be decoded ({first_line(error)}): it is truncated or damaged. Get it again.'
 
 

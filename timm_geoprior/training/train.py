@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
             if tells(error):
                 print(f'{prog}: {message_of(error)}', file=sys.stderr)
             return 1
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if not out_of_memory(error):
                 raise
             print(f'{prog}: There is not enough memory. Use a smaller batch_size with more grad_accum_steps, smaller '
