@@ -687,7 +687,7 @@ def test_which_errors_mean_too_little_memory(error, expected):
 
 
 def test_arrays_of_numpy_that_do_not_fit_are_told(monkeypatch, capsys):
-    monkeypatch.setattr(cli, '_dispatch', lambda argv: np.ones(2 ** 60))
+    monkeypatch.setattr(cli, '_dispatch', lambda argv: np.ones(2 ** 55))
     assert main(['list']) == 1
     assert capsys.readouterr().err == (
         'timm-geoprior: There is not enough memory. Use smaller images, a smaller batch, or another device.\n')
