@@ -1,5 +1,6 @@
 """scripts/experiments/conversion_imagenet.py: conversions of a network that strides first, beside its source."""
 import json
+import re
 import sys
 
 import pytest
@@ -52,5 +53,22 @@ def test_the_table(source, photo_folder, tmp_path, monkeypatch, capsys):
         ('source', None), ('converted', 0), ('channels left out', 0), ('converted', 16), ('channels left out', 16)]
     assert {row['labelled'] for row in rows} == {10}
     assert all(row['feature_error'] > 0 for row in rows[1:])
-    assert [len(row['layers']) for row in rows] == [0, 0, 0, 13, 13]
+    assert [len(row['radii']) for row in rows] == [0, 13, 13, 13, 13]
     assert (tmp_path / 'out' / 'imagenet.md').read_text().splitlines()[-1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('data', 'limit', 'message'), [
+    ('val', '16', "--data-dir must have folders named by ImageNet's WordNet ids, got astronaut. Rename it."),
+    ('wnid', '1000', '--images must hold 1,000 images, got 48. Lower --limit.'),
+])
+def test_bad_input_is_one_sentence(data, limit, message, source, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, 'keras_resnet50', lambda folder: source)
+    folder = photo_folder / 'val' / 'coffee'
+    (tmp_path / 'wnid').mkdir()
+    (tmp_path / 'wnid' / ImageNetInfo().label_names()[967]).symlink_to(folder)
+    data_dir = tmp_path / 'wnid' if data == 'wnid' else photo_folder / 'val'
+    monkeypatch.setattr(sys, 'argv', ['conversion_imagenet.py', str(tmp_path), '--images', str(photo_folder / 'train'),
+                                      '--data-dir', str(data_dir), '--limit', limit, '--output', str(tmp_path / 'out')])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        script.main()
+    assert not (tmp_path / 'out').exists()

@@ -682,3 +682,10 @@ def test_what_cannot_be_done_is_one_sentence(arguments, message, data, parquet, 
     assert message in told.err.splitlines()[-1]
     assert told.err.splitlines()[-1].startswith('validate.py: ')
     assert told.out == ''
+
+
+def test_too_little_memory_is_one_sentence(photo_folder, monkeypatch, capsys):
+    monkeypatch.setattr('timm_geoprior.evaluation.measure.open_split', lambda *args, **kwargs: np.ones(2 ** 55))
+    assert main(['--model', 'geoprior_resnet14_nano', '--data-dir', str(photo_folder), '--split', 'val']) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        'validate.py: There is not enough memory. Use a smaller --batch-size, fewer --workers, or another device.')

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
-from .errors import GeoPriorError, message_of, needs_extra, out_of_memory
+from .errors import GeoPriorError, enough_memory, message_of, needs_extra
 
 if TYPE_CHECKING:
     from .pretrained.manifest import ModelEntry
@@ -517,7 +517,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cast(TextIOWrapper, stream).reconfigure(errors='backslashreplace')
     try:
         try:
-            return _dispatch(sys.argv[1:] if argv is None else argv)
+            with enough_memory('Use smaller images, a smaller batch, or another device.'):
+                return _dispatch(sys.argv[1:] if argv is None else argv)
         finally:
             sys.stdout.flush()  # a closed pipe shows here, where it is dealt with, not at the interpreter's end
     except GeoPriorError as error:
@@ -528,8 +529,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 141
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not out_of_memory(error):
-            raise
-        _complain('There is not enough memory. Use smaller images, a smaller batch, or another device.')
-        return 1

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPriorError', 'ImageError', 'ProcessError',
-           'WeightsError', 'message_of', 'needs_extra', 'out_of_memory']
+           'WeightsError', 'enough_memory', 'message_of', 'needs_extra', 'out_of_memory']
 
 
 class GeoPriorError(RuntimeError):
@@ -45,9 +45,22 @@ _OUT_OF_MEMORY = ('DefaultCPUAllocator', 'out of memory', 'bad_alloc', 'ALLOC_FA
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, of which each library says so in its own way."""
+    """Whether memory has run out, which each library says in its own way."""
+    if isinstance(error, GeoPriorError):  # whose sentence may name a file of such a name
+        return False
     return (isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
             or isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY))
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turn any library's error of too little memory into a ProcessError, since one process may meet it alone."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ProcessError(f'There is not enough memory. {advice}') from error
 
 
 @contextmanager

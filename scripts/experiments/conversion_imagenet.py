@@ -5,7 +5,7 @@
     python scripts/experiments/conversion_imagenet.py package/ResNet50 --images photos --data-dir unseen \\
         --output runs/imagenet
 
-The source is Keras' ResNet50 (74.9% on ILSVRC-2012 by its authors) as that package has it. It is a ResNet of the first
+The source is Keras' ResNet50 (74.9% on ILSVRC-2012, by the package's README). It is a ResNet of the first
 version: the first 1x1 convolution of a stage strides, not its 3x3. timm has no such network, so the strides are changed
 after it is built, in the source and in its GeoPrior counterpart.
 
@@ -14,6 +14,7 @@ are the source, its conversion in closed form and by each --limit of images, and
 conversion_accuracy.py, in which the channels are left out. --output gets imagenet.md and imagenet.json, row by row.
 """
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +34,7 @@ from timm_geoprior.conversion import regression, state_dict
 from timm_geoprior.conversion.comparison import compare
 from timm_geoprior.conversion.images import ImageSets, PreparedImages
 from timm_geoprior.data.batches import generator
-from timm_geoprior.data.dataset import DataOptions, open_split
+from timm_geoprior.data.dataset import DataOptions, fingerprint, open_split
 from timm_geoprior.files import write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
 
@@ -62,14 +63,14 @@ def this_network(kind: str) -> Iterator[None]:
             yield
 
 
-def make(source: nn.Module, kind: str, images: PreparedImages | None) -> tuple[Any, list[regression.LayerFit]]:
+def make(source: nn.Module, kind: str, images: PreparedImages | None) -> Any:
     model = stride_first(timm.create_model('geoprior_resnet50', num_classes=1000).eval())
     with this_network(kind):
         model.load_state_dict(state_dict.checkpoint_filter_fn(source.state_dict(), model))
         model.to(memory_format=torch.channels_last)
-        layers = regression.refine(
-            source, model, (batch for batch, _ in images), len(images), images.batch_size) if images else []
-    return model, layers
+        if images:
+            regression.refine(source, model, (batch for batch, _ in images), len(images), images.batch_size)
+    return model
 
 
 def main() -> None:
@@ -77,36 +78,42 @@ def main() -> None:
     parser.add_argument('source', type=Path, help='folder of the package that holds model.json')
     parser.add_argument('--images', type=Path, required=True, help='folder of images to fit to, without labels')
     parser.add_argument('--data-dir', type=Path, required=True, help='class folders to measure on')
-    parser.add_argument('--limit', type=int, nargs='*', default=[100, 300, 1000],
-                        help='numbers of images to fit to (default: 100 300 1000)')
+    parser.add_argument('--limit', type=int, nargs='*', default=[100, 1000],
+                        help='numbers of images to fit to (default: 100 1000)')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
     args = parser.parse_args()
     source = keras_resnet50(args.source).to(memory_format=torch.channels_last)
     data = open_split(args.data_dir, '')
     wnids = ImageNetInfo().label_names()
+    if unknown := sorted(set(data.classes) - set(wnids)):
+        sys.exit(f"--data-dir must have folders named by ImageNet's WordNet ids, got {unknown[0]}. Rename it.")
     answers = torch.tensor([wnids.index(name) for name in data.classes])
     every = np.arange(len(data.labels))
     pool = open_split(args.images, '', options=DataOptions(labelled=False))
+    if len(pool.labels) < max(args.limit, default=0):
+        sys.exit(f'--images must hold {max(args.limit):,} images, got {len(pool.labels):,}. Lower --limit.')
     order = torch.randperm(len(pool.labels), generator=generator(0, 'conversion')).numpy()
 
     args.output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
 
-    def measure(network: str, fitted_to: int | None, model: Any, layers: list[regression.LayerFit]) -> None:
+    def measure(network: str, fitted_to: int | None, model: Any) -> None:
         images = PreparedImages(ImageSets(data, every[:0], every), every, KERAS_CONFIG, BATCH_SIZE)
+        radii = [float(value.exp()) for name, value in model.state_dict().items() if 'log_radius' in name]
         rows.append({'network': network, 'fitted_to': fitted_to, **compare(source, model, images, answers),
-                     'layers': [vars(layer) for layer in layers]})
+                     'radii': radii})
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         write_json(args.output / 'imagenet.json', {
-            'rows': rows, 'commit': git_commit(), 'software': versions(), 'hardware': hardware(torch.device('cpu'))})
+            'rows': rows, 'images': fingerprint(data, every), 'commit': git_commit(), 'software': versions(),
+            'hardware': hardware(torch.device('cpu'))})
         (args.output / 'imagenet.md').write_text(table(rows), encoding='utf-8')
 
-    measure('source', None, source, [])
+    measure('source', None, source)
     for limit in (0, *args.limit):
         for kind, title in (('converted', 'converted'), ('left_out', 'channels left out')):
             sets = ImageSets(pool, order[:limit], order[:0])
             images = PreparedImages(sets, sets.fit, KERAS_CONFIG, BATCH_SIZE) if limit else None
-            measure(title, limit, *make(source, kind, images))
+            measure(title, limit, make(source, kind, images))
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..errors import GeoPriorError, needs_extra
+from ..errors import GeoPriorError, enough_memory, needs_extra
 from ..progress import handled_signals
 
 __all__ = ['main', 'parse_arguments']
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
         return 1
     with group_of_processes():
         try:
-            with handled_signals(_stop, signal.SIGINT, signal.SIGTERM):
+            with (handled_signals(_stop, signal.SIGINT, signal.SIGTERM),
+                  enough_memory('Use a smaller --batch-size, fewer --workers, or another device.')):
                 return 1 if measure(args, command) else 0
         except GeoPriorError as error:
             if tells(error):

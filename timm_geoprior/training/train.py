@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import GeoPriorError, message_of, needs_extra, out_of_memory
+from ..errors import GeoPriorError, enough_memory, message_of, needs_extra
 from ..progress import resuming_command
 from .recipe import RunConfig, load_recipe, recipe_names
 
@@ -95,16 +95,11 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
         command=resuming_command())
     with group_of_processes():
         try:
-            results = Trainer(recipe, config).fit()
+            with enough_memory('Use a smaller batch_size with more grad_accum_steps, or another device.'):
+                results = Trainer(recipe, config).fit()
         except GeoPriorError as error:
             if tells(error):
                 print(f'{prog}: {message_of(error)}', file=sys.stderr)
-            return 1
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not out_of_memory(error):
-                raise
-            print(f'{prog}: There is not enough memory. Use a smaller batch_size with more grad_accum_steps, smaller '
-                  f'images, or another device.', file=sys.stderr)
             return 1
         except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
             return 130
