@@ -12,6 +12,9 @@ after it is built, in the source and in its GeoPrior counterpart.
 --images are fitted to, without labels. --data-dir holds what is measured: class folders named by WordNet ids. The rows
 are the source, its conversion in closed form and by each --limit of images, and beside each conversion the control of
 conversion_accuracy.py, in which the channels are left out. --output gets imagenet.md and imagenet.json, row by row.
+
+--recover then trains the network that was fitted to most images, and its control, by the recipe warm_in1k on another
+folder of images without labels, and measures both. The control's attention, which does nothing, is frozen.
 """
 import argparse
 import sys
@@ -25,7 +28,9 @@ from unittest.mock import patch
 import numpy as np
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.data import ImageNetInfo
+from timm.models import register_model
 from torch import nn
 
 from conversion_accuracy import leave_out, leave_out_of_block, table
@@ -35,10 +40,31 @@ from timm_geoprior.conversion.comparison import compare
 from timm_geoprior.conversion.images import ImageSets, PreparedImages
 from timm_geoprior.data.batches import generator
 from timm_geoprior.data.dataset import DataOptions, fingerprint, open_split
+from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.files import write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
+from timm_geoprior.training.engine import Trainer
+from timm_geoprior.training.recipe import RunConfig, load_recipe
 
 BATCH_SIZE = 32
+PREPARATION = ('mean', 'std')
+
+
+def _stride_first(name: str, pretrained_cfg_overlay: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    overlay = {**{key: KERAS_CONFIG[key] for key in PREPARATION}, **(pretrained_cfg_overlay or {})}
+    return stride_first(timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs))
+
+
+@register_model
+def resnet50_stride_first(**kwargs: Any) -> Any:
+    """The source's shape, by a name that recipes can have."""
+    return _stride_first('resnet50', **kwargs)
+
+
+@register_model
+def geoprior_resnet50_stride_first(**kwargs: Any) -> Any:
+    """Its counterpart's."""
+    return _stride_first('geoprior_resnet50', **kwargs)
 
 
 def attention_blocks(model: nn.Module) -> Iterator[state_dict.AttentionBlock]:
@@ -73,6 +99,25 @@ def make(source: nn.Module, kind: str, images: PreparedImages | None) -> Any:
     return model
 
 
+def recover(model: nn.Module, source: nn.Module, title: str, args: argparse.Namespace) -> Any:
+    """The network after training by the recipe warm_in1k, with the source as its teacher."""
+    folder = args.output / title.replace(' ', '_')
+    folder.mkdir(exist_ok=True)
+    teacher, start = folder / 'source.safetensors', folder / 'start.safetensors'
+    for path, network in ((teacher, source), (start, model)):
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    recipe = load_recipe('warm_in1k', args.set)
+    recipe = replace(
+        recipe, model='geoprior_resnet50_stride_first', teacher='resnet50_stride_first', teacher_path=str(teacher),
+        model_kwargs={'pretrained_cfg_overlay': {key: KERAS_CONFIG[key] for key in PREPARATION}},
+        freeze=recipe.freeze if title == 'converted' else (*recipe.freeze, '*.attn'))
+    last = folder / 'run' / 'last.pt'
+    Trainer(recipe, RunConfig(
+        args.recover, folder / 'run', train_split='', finetune=str(start), resume=last.exists(),
+        class_names=tuple(ImageNetInfo().label_names()))).fit()
+    return load_model(None, last).model.to(memory_format=torch.channels_last)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', type=Path, help='folder of the package that holds model.json')
@@ -80,6 +125,8 @@ def main() -> None:
     parser.add_argument('--data-dir', type=Path, required=True, help='class folders to measure on')
     parser.add_argument('--limit', type=int, nargs='*', default=[100, 1000],
                         help='numbers of images to fit to (default: 100 1000)')
+    parser.add_argument('--recover', type=Path, help='folder of images to train on by warm_in1k, without labels')
+    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='override a key of warm_in1k')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
     args = parser.parse_args()
     source = keras_resnet50(args.source).to(memory_format=torch.channels_last)
@@ -109,11 +156,15 @@ def main() -> None:
         (args.output / 'imagenet.md').write_text(table(rows), encoding='utf-8')
 
     measure('source', None, source)
+    made: dict[str, Any] = {}
     for limit in (0, *args.limit):
         for kind, title in (('converted', 'converted'), ('left_out', 'channels left out')):
             sets = ImageSets(pool, order[:limit], order[:0])
             images = PreparedImages(sets, sets.fit, KERAS_CONFIG, BATCH_SIZE) if limit else None
-            measure(title, limit, make(source, kind, images))
+            made[title] = make(source, kind, images)
+            measure(title, limit, made[title])
+    for title, model in made.items() if args.recover else ():
+        measure(f'{title}, recovered', args.limit[-1] if args.limit else 0, recover(model, source, title, args))
 
 
 if __name__ == '__main__':

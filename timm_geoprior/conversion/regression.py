@@ -63,14 +63,19 @@ class _Inputs:
         for batch in list(self.source.shapes):  # fewer than was said where all images of one cannot be read
             yield batch, self.source.read(batch, self.device), self.model.read(batch, self.device)
 
-    def advance(self, name: str, source: nn.Module, model: nn.Module) -> float:
-        """Put the outputs of a block in place of its inputs; the share of their energy that is not the source's."""
+    def advance(self, name: str, source: nn.Module | None, model: nn.Module) -> float:
+        """Put the outputs of a block in place of its inputs; the share of their energy that is not the source's.
+
+        `source` is None where the source's outputs are in their place already.
+        """
         missed = energy = 0.0
         for batch, x, y in self:
-            x, y = source(x), model(y)
+            if source is not None:
+                x = source(x)
+                self.source.write(batch, x, f'the output of {name}')
+            y = model(y)
             missed += float((x - y).square().sum(dtype=torch.float64))
             energy += float(x.square().sum(dtype=torch.float64))
-            self.source.write(batch, x, f'the output of {name}')
             self.model.write(batch, y, f'the output of {name}, converted,')
         return missed / energy if energy else 0.0
 
@@ -122,8 +127,8 @@ def refine(
         item = attention.get(f'{name}.')
         if item:
             radius, lost = _fit_attention(inputs, old, item)
-            _fit_next(inputs, old, new)
-        output = inputs.advance(name, old, new)
+            _fit_next(inputs, name, old, new)
+        output = inputs.advance(name, None if item else old, new)
         if item:
             layers.append(LayerFit(name, item.value_dim, radius, lost, output))
             advanced(layers[-1])
@@ -243,12 +248,16 @@ def _errors(
     return errors, energy
 
 
-def _fit_next(inputs: _Inputs, old: Block, new: Block) -> None:
-    """Fit the 1x1 convolution behind the 3x3 layer to what the source's block has beyond the new block's shortcut."""
+def _fit_next(inputs: _Inputs, name: str, old: Block, new: Block) -> None:
+    """Fit the 1x1 convolution behind the 3x3 layer to what the source's block has beyond the new block's shortcut.
+
+    The source's outputs, which are known then, take the place of its inputs.
+    """
     sums = Moments(PARTS, new.conv3.in_channels, new.conv3.out_channels, inputs.device)
     for batch, x, y in inputs:
-        wanted = old.bn3(old.conv3(_after(old, x))) + _shortcut(old, x) - _shortcut(new, y)
-        sums.add(batch % PARTS, _rows(_after(new, y)), _rows(wanted))
+        whole = old.bn3(old.conv3(_after(old, x))) + _shortcut(old, x)
+        sums.add(batch % PARTS, _rows(_after(new, y)), _rows(whole - _shortcut(new, y)))
+        inputs.source.write(batch, old.act3(whole), f'the output of {name}')
     scale, _ = _affine(old.bn3)
     prior = new.conv3.weight.double().flatten(1) * scale[:, None]
     penalty = choose_penalty(sums, prior, torch.ones_like(scale))

@@ -1,5 +1,6 @@
 """What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
 import difflib
+import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,22 @@ def build_model(
     for cfg in (model.pretrained_cfg, model.default_cfg):
         cfg.pop('state_dict', None)  # timm would keep a second copy of the weights there
     if recipe.freeze:
-        freeze(model, list(recipe.freeze))
+        freeze(model, _modules(model, recipe.freeze))
     network: nn.Module = model
     return network
+
+
+def _modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the modules that patterns of a shell match.
+
+    Raises:
+        ValueError: A pattern matches none.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found = [fnmatch.filter(names, pattern) for pattern in patterns]
+    if not all(found):
+        raise ValueError(f'the model has no module {patterns[found.index([])]}')
+    return sorted({name for matched in found for name in matched})
 
 
 def _overlay(name: str, num_classes: int, start: SavedModel, **model_kwargs: Any) -> dict[str, Any]:
@@ -92,8 +106,10 @@ def build_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {}
     if recipe.teacher_path:
         start = read_weights(Path(recipe.teacher_path))
-        options = {**start.model_kwargs, 'pretrained_cfg_overlay': _overlay(
-            recipe.teacher, num_classes, start, **start.model_kwargs)}
+        # timm's task prepares the images anew where the teacher's mean or deviation differ from the student's
+        options = {**start.model_kwargs, 'pretrained_cfg_overlay': {
+            **start.model_kwargs.get('pretrained_cfg_overlay', {}),
+            **_overlay(recipe.teacher, num_classes, start, **start.model_kwargs)}}
     teacher: Any = timm.create_model(recipe.teacher, pretrained=True, num_classes=num_classes, **options)
     known = teacher.pretrained_cfg.get('num_classes')
     if known != num_classes:  # timm has drawn a new head, which teaches noise
