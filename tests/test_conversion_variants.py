@@ -82,5 +82,5 @@ def test_keras_network_gives_keras_answers(tmp_path, monkeypatch):
     weights.update({'fc1000/kernel': model.fc.weight.T, 'fc1000/bias': model.fc.bias})
     monkeypatch.setattr(script, 'read_tfjs', lambda folder: weights)
     images = torch.randn(2, 3, 64, 64, generator=draw)
-    found, expected = script.keras_resnet50(tmp_path)(images), model(images.flip(1))
+    found, expected = script.keras_resnet50(tmp_path)(images / script.KERAS_SCALE), model(images.flip(1))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -56,7 +56,7 @@ class TestRefusals:
     @pytest.mark.parametrize(('changes', 'message'), [
         ({'model': 'geoprior_resnet5'}, r"model, model_kwargs and freeze \(Unknown model.*did you mean 'geoprior_"),
         ({'model_kwargs': {'fo': 1}}, r"unexpected keyword argument 'fo'\): change one, in the recipe or by --set"),
-        ({'freeze': ['layr1']}, 'the model has no module layr1'),
+        ({'freeze': ['layr1']}, 'has no attribute `layr1`'),
         ({'opt': 'sgdd'}, r"opt and opt_kwargs \(.*sgdd.*did you mean 'sgd'\?"),
         ({'opt_kwargs': {'nesterv': True}}, "unexpected keyword argument 'nesterv'"),
         ({'teacher': 'resnet5'}, r"teacher \(Unknown model.*did you mean 'resnet50'\?"),
@@ -297,6 +297,19 @@ class TestParts:
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert not [name for name in changed if name.startswith(('conv1', 'bn1', 'layer1'))]
         assert 'fc.weight' in changed
+
+    def test_frozen_norms_stay(self):
+        model = build_model(make_recipe({**LEAST, 'freeze_norms': True}), 10)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer = build_optimizer(make_recipe(LEAST), model)
+        model.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+        optimizer.step()
+        plain = timm.create_model('geoprior_resnet14_nano')
+        norms = [name for name, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        stayed = {name.rpartition('.')[0] for name, value in model.state_dict().items()
+                  if torch.equal(value, before[name]) and name.endswith('running_mean')}
+        assert stayed == set(norms)
+        assert not torch.equal(model.state_dict()['fc.weight'], before['fc.weight'])
 
     def test_radii_by_layer(self):
         model = build_model(make_recipe({**LEAST, 'model_kwargs': {'attn_radius': 2.0, 'attn_heads': 2}}), 10)

@@ -17,6 +17,7 @@ from timm_geoprior.cli import main
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.training.checkpoint import load_checkpoint
 from timm_geoprior.training.engine import Trainer, train
+from timm_geoprior.training.parts import build_teacher
 from timm_geoprior.training.recipe import RunConfig, load_recipe
 from timm_geoprior.training.recovery import start_from_folder
 
@@ -102,9 +103,7 @@ def test_a_killed_recovery_resumes_to_the_same_bits(out, flat, tmp_path):
 
 def test_two_processes_recover_as_one(out, flat, tmp_path):
     """With norms that do not see the batch. What all processes find is told once."""
-    norms = [name for name, module in timm.create_model('geoprior_resnet14_nano').named_modules()
-             if isinstance(module, torch.nn.BatchNorm2d)]
-    changes = ['distill_alpha=1', 'amp=false', 'lr=1e-3', f'freeze={json.dumps(norms)}']
+    changes = ['distill_alpha=1', 'amp=false', 'lr=1e-3', 'freeze_norms=true']
     options = [part for change in changes for part in ('--set', change)]
     first, second = run_ranks(2, command(out, flat, tmp_path / 'run', *options))
     assert (first.returncode, second.returncode) == (0, 0), (first.stderr, second.stderr)
@@ -119,6 +118,8 @@ def test_two_processes_recover_as_one(out, flat, tmp_path):
     for name, value in one.model.state_dict().items():
         torch.testing.assert_close(found[name], value)
     assert not torch.equal(found['layer4.0.conv3.weight'], start['layer4.0.conv3.weight'])
+    recovered = load_model(None, tmp_path / 'run' / 'last.pt').model.state_dict()
+    assert all(torch.equal(recovered[name], start[name]) for name in start if name.endswith('running_var'))
 
 
 def test_classes_are_matched_by_name(out, photo_folder, tmp_path):
@@ -141,8 +142,10 @@ def test_images_are_prepared_as_the_source_was_trained(out, checkpoint, photo_fo
     trainer = in_process(folder, photo_folder, tmp_path / 'run')
     assert trainer.data.train.mean.flatten().tolist() == [127.5, 63.75, 31.875]
     trainer.fit()
-    cfg = load_model(None, tmp_path / 'run' / 'last.pt').model.pretrained_cfg
-    assert (list(cfg['mean']), cfg['crop_pct']) == ([0.5, 0.25, 0.125], 0.5)
+    last = tmp_path / 'run' / 'last.pt'
+    again = replace(trainer.recipe, teacher=trainer.recipe.model, teacher_path=str(last))
+    for model in (load_model(None, last).model, build_teacher(again, 4)):
+        assert (list(model.pretrained_cfg['mean']), model.pretrained_cfg['crop_pct']) == ([0.5, 0.25, 0.125], 0.5)
     # the teacher gets them as it has learned to see them
     pixels = torch.rand(2, 3, 64, 64)
     cfgs = trainer.model.pretrained_cfg, load_model(None, checkpoint).model.pretrained_cfg

@@ -110,7 +110,8 @@ def recover(model: nn.Module, source: nn.Module, title: str, args: argparse.Name
     recipe = replace(
         recipe, model='geoprior_resnet50_stride_first', teacher='resnet50_stride_first', teacher_path=str(teacher),
         model_kwargs={'pretrained_cfg_overlay': {key: KERAS_CONFIG[key] for key in PREPARATION}},
-        freeze=recipe.freeze if title == 'converted' else (*recipe.freeze, '*.attn'))
+        freeze=() if title == 'converted' else tuple(
+            name for name, _ in model.named_modules() if name.endswith('.attn')))
     last = folder / 'run' / 'last.pt'
     Trainer(recipe, RunConfig(
         args.recover, folder / 'run', train_split='', finetune=str(start), resume=last.exists(),

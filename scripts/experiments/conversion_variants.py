@@ -39,9 +39,11 @@ from timm_geoprior.layers import GeoPriorConv2d, mix_values
 
 Fit = Callable[[LayerModel, FollowingLayers, int], LayerFit]
 
-# Keras' pixels: 0 to 255 without the mean
+# Keras' pixels are 0 to 255 without the mean. They are 64 times smaller here and the first weights 64 times larger,
+# since the steps of a training grow with the square of the inputs.
+KERAS_SCALE = 64
 KERAS_CONFIG = {'input_size': (3, 224, 224), 'mean': (123.68 / 255, 116.779 / 255, 103.939 / 255),
-                'std': (1 / 255,) * 3, 'crop_pct': 224 / 256, 'interpolation': 'bilinear'}
+                'std': (KERAS_SCALE / 255,) * 3, 'crop_pct': 224 / 256, 'interpolation': 'bilinear'}
 KERAS_EPS = 1e-3  # of its batch norms
 
 
@@ -86,7 +88,7 @@ def keras_resnet50(folder: Path) -> Any:
         state[f'{norm}.running_var'] = weights[f'{norm_name}/moving_variance'] + KERAS_EPS - 1e-5
 
     put('conv1', 'bn1', 'conv1', 'bn_conv1')
-    state['conv1.weight'] = state['conv1.weight'].flip(1)  # Keras takes blue first
+    state['conv1.weight'] = KERAS_SCALE * state['conv1.weight'].flip(1)  # Keras takes blue first
     for stage in range(1, 5):
         for index, block in enumerate(getattr(model, f'layer{stage}')):
             place, name = f'layer{stage}.{index}', f'{stage + 1}{chr(ord("a") + index)}_branch'

@@ -1,6 +1,5 @@
 """What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
 import difflib
-import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import Mixup
+from timm.layers import freeze_batch_norm_2d
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -47,22 +47,11 @@ def build_model(
     for cfg in (model.pretrained_cfg, model.default_cfg):
         cfg.pop('state_dict', None)  # timm would keep a second copy of the weights there
     if recipe.freeze:
-        freeze(model, _modules(model, recipe.freeze))
+        freeze(model, list(recipe.freeze))
+    if recipe.freeze_norms:
+        model = freeze_batch_norm_2d(model)
     network: nn.Module = model
     return network
-
-
-def _modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of the modules that patterns of a shell match.
-
-    Raises:
-        ValueError: A pattern matches none.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    found = [fnmatch.filter(names, pattern) for pattern in patterns]
-    if not all(found):
-        raise ValueError(f'the model has no module {patterns[found.index([])]}')
-    return sorted({name for matched in found for name in matched})
 
 
 def _overlay(name: str, num_classes: int, start: SavedModel, **model_kwargs: Any) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Recipe:
     drop: float = 0.0
     drop_path: float = 0.0
     sync_bn: bool = False
-    # modules that stay as they are, norms' statistics included, by names or patterns such as '*.attn'
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()  # modules that stay as they are, norms' statistics included
+    freeze_norms: bool = False  # all batch norms stay as they are, statistics included
     # timm model whose logits are distilled, with the weights that its name has; SOURCE for what --finetune's
     # folder was converted from
     teacher: str = ''
