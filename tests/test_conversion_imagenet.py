@@ -11,6 +11,9 @@ from torch import nn
 
 import conversion_imagenet as script
 from conversion_variants import KERAS_CONFIG, stride_first
+from timm_geoprior.training import parts
+from timm_geoprior.training.checkpoint import load_checkpoint
+from timm_geoprior.training.recipe import make_recipe
 
 
 @pytest.fixture(scope='module')
@@ -46,14 +49,26 @@ def test_the_table(source, photo_folder, tmp_path, monkeypatch, capsys):
             (data / wnid / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(sys, 'argv', [
         'conversion_imagenet.py', str(tmp_path), '--images', str(photo_folder / 'train'), '--data-dir', str(data),
-        '--limit', '16', '--output', str(tmp_path / 'out')])
+        '--limit', '16', '--recover', str(photo_folder / 'train'), '--set', 'img_size=32', '--set', 'batch_size=16',
+        '--set', 'epochs=1', '--set', 'freeze_norms=false', '--output', str(tmp_path / 'out')])
     script.main()
     rows = json.loads((tmp_path / 'out' / 'imagenet.json').read_text())['rows']
     assert [(row['network'], row['fitted_to']) for row in rows] == [
-        ('source', None), ('converted', 0), ('channels left out', 0), ('converted', 16), ('channels left out', 16)]
+        ('source', None), ('converted', 0), ('channels left out', 0), ('converted', 16), ('channels left out', 16),
+        ('converted, recovered', 16), ('channels left out, recovered', 16)]
     assert {row['labelled'] for row in rows} == {10}
     assert all(row['feature_error'] > 0 for row in rows[1:])
-    assert [len(row['radii']) for row in rows] == [0, 13, 13, 13, 13]
+    assert [len(row['radii']) for row in rows] == [0] + 6 * [13]
+    assert rows[5]['radii'] != rows[3]['radii']
+    assert rows[6]['radii'] == rows[4]['radii']  # frozen
+    assert rows[5]['divergence'] != rows[3]['divergence']
+    # source and network see the same pixels
+    saved = load_checkpoint(tmp_path / 'out' / 'converted' / 'run' / 'last.pt')
+    again = parts.build_teacher(make_recipe({**saved['recipe']}), 1000)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(images), source(images))
+    assert again.pretrained_cfg['std'] == KERAS_CONFIG['std']
     assert (tmp_path / 'out' / 'imagenet.md').read_text().splitlines()[-1] in capsys.readouterr().out
 
 
