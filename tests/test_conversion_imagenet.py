@@ -72,18 +72,21 @@ def test_the_table(source, photo_folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'out' / 'imagenet.md').read_text().splitlines()[-1] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(('data', 'limit', 'message'), [
-    ('val', '16', "--data-dir must have folders named by ImageNet's WordNet ids, got astronaut. Rename it."),
-    ('wnid', '1000', '--images must hold 1,000 images, got 48. Lower --limit.'),
+@pytest.mark.parametrize(('data', 'changed', 'message'), [
+    ('val', [], "--data-dir must have folders named by ImageNet's WordNet ids, got astronaut. Rename it."),
+    ('wnid', ['--limit', '1000'], '--images must hold 1,000 images, got 48. Lower --limit.'),
+    ('wnid', ['--recover', 'nowhere'], 'nowhere'),
+    ('wnid', ['--set', 'epoch=1'], "Unknown key 'epoch' in the recipe: did you mean 'epochs'?"),
 ])
-def test_bad_input_is_one_sentence(data, limit, message, source, photo_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, 'keras_resnet50', lambda folder: source)
-    folder = photo_folder / 'val' / 'coffee'
+def test_bad_input_is_one_sentence(data, changed, message, photo_folder, tmp_path, monkeypatch):
+    """Before anything is measured."""
     (tmp_path / 'wnid').mkdir()
-    (tmp_path / 'wnid' / ImageNetInfo().label_names()[967]).symlink_to(folder)
+    (tmp_path / 'wnid' / ImageNetInfo().label_names()[967]).symlink_to(photo_folder / 'val' / 'coffee')
     data_dir = tmp_path / 'wnid' if data == 'wnid' else photo_folder / 'val'
     monkeypatch.setattr(sys, 'argv', ['conversion_imagenet.py', str(tmp_path), '--images', str(photo_folder / 'train'),
-                                      '--data-dir', str(data_dir), '--limit', limit, '--output', str(tmp_path / 'out')])
-    with pytest.raises(SystemExit, match=re.escape(message)):
+                                      '--data-dir', str(data_dir), '--limit', '16', *changed,
+                                      '--output', str(tmp_path / 'out')])
+    with pytest.raises(SystemExit, match=re.escape(message)) as caught:
         script.main()
+    assert str(caught.value).startswith('conversion_imagenet.py: ')
     assert not (tmp_path / 'out').exists()

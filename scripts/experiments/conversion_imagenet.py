@@ -40,11 +40,12 @@ from timm_geoprior.conversion.comparison import compare
 from timm_geoprior.conversion.images import ImageSets, PreparedImages
 from timm_geoprior.data.batches import generator
 from timm_geoprior.data.dataset import DataOptions, fingerprint, open_split
+from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.files import write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.engine import Trainer
-from timm_geoprior.training.recipe import RunConfig, load_recipe
+from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe
 
 BATCH_SIZE = 32
 PREPARATION = ('mean', 'std')
@@ -99,14 +100,13 @@ def make(source: nn.Module, kind: str, images: PreparedImages | None) -> Any:
     return model
 
 
-def recover(model: nn.Module, source: nn.Module, title: str, args: argparse.Namespace) -> Any:
+def recover(model: nn.Module, source: nn.Module, title: str, recipe: Recipe, args: argparse.Namespace) -> Any:
     """The network after training by the recipe warm_in1k, with the source as its teacher."""
     folder = args.output / title.replace(' ', '_')
     folder.mkdir(exist_ok=True)
     teacher, start = folder / 'source.safetensors', folder / 'start.safetensors'
     for path, network in ((teacher, source), (start, model)):
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
-    recipe = load_recipe('warm_in1k', args.set)
     recipe = replace(
         recipe, model='geoprior_resnet50_stride_first', teacher='resnet50_stride_first', teacher_path=str(teacher),
         model_kwargs={'pretrained_cfg_overlay': {key: KERAS_CONFIG[key] for key in PREPARATION}},
@@ -130,16 +130,30 @@ def main() -> None:
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='override a key of warm_in1k')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
     args = parser.parse_args()
-    source = keras_resnet50(args.source).to(memory_format=torch.channels_last)
+    try:
+        run(args)
+    except GeoPriorError as error:
+        sys.exit(f'conversion_imagenet.py: {message_of(error)}')
+
+
+def run(args: argparse.Namespace) -> None:
     data = open_split(args.data_dir, '')
     wnids = ImageNetInfo().label_names()
     if unknown := sorted(set(data.classes) - set(wnids)):
-        sys.exit(f"--data-dir must have folders named by ImageNet's WordNet ids, got {unknown[0]}. Rename it.")
+        raise GeoPriorError(
+            f"--data-dir must have folders named by ImageNet's WordNet ids, got {unknown[0]}. Rename it.")
     answers = torch.tensor([wnids.index(name) for name in data.classes])
     every = np.arange(len(data.labels))
     pool = open_split(args.images, '', options=DataOptions(labelled=False))
     if len(pool.labels) < max(args.limit, default=0):
-        sys.exit(f'--images must hold {max(args.limit):,} images, got {len(pool.labels):,}. Lower --limit.')
+        raise GeoPriorError(
+            f'--images must hold {max(args.limit):,} images, got {len(pool.labels):,}. Lower --limit.')
+    recipe = load_recipe('warm_in1k', args.set)
+    if args.recover:
+        open_split(args.recover, '', options=DataOptions(labelled=False))
+    if not (args.source / 'model.json').is_file():
+        raise GeoPriorError(f'SOURCE must be a folder that holds model.json, got {args.source}. Unpack the package.')
+    source = keras_resnet50(args.source).to(memory_format=torch.channels_last)
     order = torch.randperm(len(pool.labels), generator=generator(0, 'conversion')).numpy()
 
     args.output.mkdir(parents=True, exist_ok=True)
@@ -165,7 +179,7 @@ def main() -> None:
             made[title] = make(source, kind, images)
             measure(title, limit, made[title])
     for title, model in made.items() if args.recover else ():
-        measure(f'{title}, recovered', args.limit[-1] if args.limit else 0, recover(model, source, title, args))
+        measure(f'{title}, recovered', args.limit[-1] if args.limit else 0, recover(model, source, title, recipe, args))
 
 
 if __name__ == '__main__':
