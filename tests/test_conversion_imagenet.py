@@ -43,6 +43,7 @@ def test_the_table(source, photo_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, 'keras_resnet50', lambda folder: source)
     wnids = ImageNetInfo().label_names()
     data = tmp_path / 'data'
+    (tmp_path / 'model.json').touch()
     for name, wnid in zip(('coffee', 'rocket'), (wnids[967], wnids[657]), strict=True):
         (data / wnid).mkdir(parents=True)
         for path in (photo_folder / 'val' / name).iterdir():
@@ -76,7 +77,8 @@ def test_the_table(source, photo_folder, tmp_path, monkeypatch, capsys):
     ('val', [], "--data-dir must have folders named by ImageNet's WordNet ids, got astronaut. Rename it."),
     ('wnid', ['--limit', '1000'], '--images must hold 1,000 images, got 48. Lower --limit.'),
     ('wnid', ['--recover', 'nowhere'], 'nowhere'),
-    ('wnid', ['--set', 'epoch=1'], "Unknown key 'epoch' in the recipe: did you mean 'epochs'?"),
+    ('wnid', ['--set', 'epoch=1'], "Unknown key 'epoch' in recipe warm_in1k: did you mean 'epochs'?"),
+    ('wnid', [], 'SOURCE must be a folder that holds model.json, got'),
 ])
 def test_bad_input_is_one_sentence(data, changed, message, photo_folder, tmp_path, monkeypatch):
     """Before anything is measured."""
