@@ -56,6 +56,7 @@ class TestRefusals:
     @pytest.mark.parametrize(('changes', 'message'), [
         ({'model': 'geoprior_resnet5'}, r"model, model_kwargs and freeze \(Unknown model.*did you mean 'geoprior_"),
         ({'model_kwargs': {'fo': 1}}, r"unexpected keyword argument 'fo'\): change one, in the recipe or by --set"),
+        ({'model': 'convnext_atto', 'freeze_norms': True}, 'must be false for a model without batch norms'),
         ({'freeze': ['layr1']}, 'has no attribute `layr1`'),
         ({'opt': 'sgdd'}, r"opt and opt_kwargs \(.*sgdd.*did you mean 'sgd'\?"),
         ({'opt_kwargs': {'nesterv': True}}, "unexpected keyword argument 'nesterv'"),

@@ -49,6 +49,8 @@ def build_model(
     if recipe.freeze:
         freeze(model, list(recipe.freeze))
     if recipe.freeze_norms:
+        if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+            raise ValueError('freeze_norms must be false for a model without batch norms')
         model = freeze_batch_norm_2d(model)
     network: nn.Module = model
     return network
