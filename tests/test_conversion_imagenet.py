@@ -81,6 +81,8 @@ def test_the_table(source, photo_folder, tmp_path, monkeypatch, capsys):
     ('wnid', ['--limit', '1000'], '--images must hold 1,000 images, got 48. Lower --limit.'),
     ('wnid', ['--recover', 'nowhere'], 'nowhere'),
     ('wnid', ['--set', 'epoch=1'], "Unknown key 'epoch' in recipe warm_in1k: did you mean 'epochs'?"),
+    ('wnid', ['--set', 'opt=sgdd'], "did you mean 'sgd'?"),
+    ('wnid', ['--recover', 'DATA'], '--recover must hold 256 images, one batch, got'),
     ('wnid', [], 'SOURCE must be a folder that holds model.json, got'),
 ])
 def test_bad_input_is_one_sentence(data, changed, message, photo_folder, tmp_path, monkeypatch):
@@ -89,7 +91,8 @@ def test_bad_input_is_one_sentence(data, changed, message, photo_folder, tmp_pat
     (tmp_path / 'wnid' / ImageNetInfo().label_names()[967]).symlink_to(photo_folder / 'val' / 'coffee')
     data_dir = tmp_path / 'wnid' if data == 'wnid' else photo_folder / 'val'
     monkeypatch.setattr(sys, 'argv', ['conversion_imagenet.py', str(tmp_path), '--images', str(photo_folder / 'train'),
-                                      '--data-dir', str(data_dir), '--limit', '16', *changed,
+                                      '--data-dir', str(data_dir), '--limit', '16',
+                                      *(str(data_dir) if part == 'DATA' else part for part in changed),
                                       '--output', str(tmp_path / 'out')])
     with pytest.raises(SystemExit, match=re.escape(message)) as caught:
         script.main()

@@ -56,7 +56,8 @@ class TestRefusals:
     @pytest.mark.parametrize(('changes', 'message'), [
         ({'model': 'geoprior_resnet5'}, r"model, model_kwargs and freeze \(Unknown model.*did you mean 'geoprior_"),
         ({'model_kwargs': {'fo': 1}}, r"unexpected keyword argument 'fo'\): change one, in the recipe or by --set"),
-        ({'model': 'convnext_atto', 'freeze_norms': True}, 'must be false for a model without batch norms'),
+        ({'model': 'convnext_atto', 'freeze_norms': True}, 'unless the batch norms of the model are BatchNorm2d'),
+        ({'model': 'levit_128', 'freeze_norms': True}, 'unless the batch norms of the model are BatchNorm2d'),
         ({'freeze': ['layr1']}, 'has no attribute `layr1`'),
         ({'opt': 'sgdd'}, r"opt and opt_kwargs \(.*sgdd.*did you mean 'sgd'\?"),
         ({'opt_kwargs': {'nesterv': True}}, "unexpected keyword argument 'nesterv'"),
@@ -300,7 +301,8 @@ class TestParts:
         assert 'fc.weight' in changed
 
     def test_frozen_norms_stay(self):
-        model = build_model(make_recipe({**LEAST, 'freeze_norms': True}), 10)
+        model = build_model(make_recipe({
+            **LEAST, 'freeze_norms': True, 'freeze': ['bn1'], 'model_kwargs': {'pretrained_cfg_overlay': None}}), 10)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = build_optimizer(make_recipe(LEAST), model)
         model.train()(torch.randn(4, 3, 32, 32)).sum().backward()

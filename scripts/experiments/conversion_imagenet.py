@@ -45,6 +45,7 @@ from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.files import write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.engine import Trainer
+from timm_geoprior.training.parts import check_recipe
 from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe
 
 BATCH_SIZE = 32
@@ -153,8 +154,12 @@ def run(args: argparse.Namespace) -> None:
         raise GeoPriorError(
             f'--images must hold {max(args.limit):,} images, got {len(pool.labels):,}. Lower --limit.')
     recipe = load_recipe('warm_in1k', args.set)
+    check_recipe(recipe)
     if args.recover:
-        open_split(args.recover, '', options=DataOptions(labelled=False))
+        count = len(open_split(args.recover, '', options=DataOptions(labelled=False)).labels)
+        if count < recipe.batch_size:
+            raise GeoPriorError(f'--recover must hold {recipe.batch_size} images, one batch, got {count}. Lower '
+                                f'batch_size by --set.')
         register_networks()
     if not (args.source / 'model.json').is_file():
         raise GeoPriorError(f'SOURCE must be a folder that holds model.json, got {args.source}. Unpack the package.')

@@ -105,7 +105,7 @@ def open_training_data(
     stay, held = _divide(found, recipe, config)
     val = _open_measured(config, found.classes) if config.val_split and not len(held) else None
     norms = resolve_data_config(pretrained_cfg={
-        **model_cfg(recipe.model), **recipe.model_kwargs.get('pretrained_cfg_overlay', {})})
+        **model_cfg(recipe.model), **(recipe.model_kwargs.get('pretrained_cfg_overlay') or {})})
     size = recipe.eval_size or recipe.img_size
     train: MemoryLoader | FolderLoader
     held_out: Callable[[], Batches] | None = None

@@ -40,18 +40,19 @@ def build_model(
     """
     options = {'drop_rate': recipe.drop, 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
     if start is not None:
-        options['pretrained_cfg_overlay'] = {**recipe.model_kwargs.get('pretrained_cfg_overlay', {}),
+        options['pretrained_cfg_overlay'] = {**(recipe.model_kwargs.get('pretrained_cfg_overlay') or {}),
             **_overlay(recipe.model, num_classes, start, **recipe.model_kwargs)}
     model: Any = timm.create_model(
         recipe.model, pretrained=pretrained or start is not None, num_classes=num_classes, **options)
     for cfg in (model.pretrained_cfg, model.default_cfg):
         cfg.pop('state_dict', None)  # timm would keep a second copy of the weights there
+    if recipe.freeze_norms:
+        kinds = [kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d) if any(isinstance(m, kind) for m in model.modules())]
+        if kinds != [nn.BatchNorm2d]:
+            raise ValueError('freeze_norms must be false unless the batch norms of the model are BatchNorm2d')
+        model = freeze_batch_norm_2d(model)
     if recipe.freeze:
         freeze(model, list(recipe.freeze))
-    if recipe.freeze_norms:
-        if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-            raise ValueError('freeze_norms must be false for a model without batch norms')
-        model = freeze_batch_norm_2d(model)
     network: nn.Module = model
     return network
 
@@ -99,7 +100,7 @@ def build_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
         start = read_weights(Path(recipe.teacher_path))
         # timm's task prepares the images anew where the teacher's mean or deviation differ from the student's
         options = {**start.model_kwargs, 'pretrained_cfg_overlay': {
-            **start.model_kwargs.get('pretrained_cfg_overlay', {}),
+            **(start.model_kwargs.get('pretrained_cfg_overlay') or {}),
             **_overlay(recipe.teacher, num_classes, start, **start.model_kwargs)}}
     teacher: Any = timm.create_model(recipe.teacher, pretrained=True, num_classes=num_classes, **options)
     known = teacher.pretrained_cfg.get('num_classes')
