@@ -32,7 +32,8 @@ def arguments(folder, output, recipe, **changes):
     path = output.parent / 'tiny.yaml'
     path.write_text(yaml.safe_dump({**TINY, **recipe}))
     return Namespace(**{
-        'recipe': str(path), 'data_dir': folder, 'output': output, 'set': [], 'seed': 0, 'device': 'cpu', 'workers': 0,
+        'recipe': str(path), 'data_dir': folder, 'output': output, 'model': [], 'set': [], 'seed': 0, 'device': 'cpu',
+        'workers': 0,
         **changes})
 
 
@@ -60,31 +61,32 @@ def test_an_epoch_at_each_size_has_its_time():
 class TestRun:
     def test_it_is_late_saves_and_resumes_to_the_end(self, photo_folder, tmp_path, monkeypatch):
         args = arguments(photo_folder, tmp_path / 'run', {})
+        run = args.output / TINY['model']
         planned = []
 
-        def too_many(recipe, config, decoded, end):
-            speed = script.measure(recipe, config, decoded)
+        def too_many(recipes, config, decoded, end):
+            speed = script.measure(recipes[0], config, decoded)
             assert set(speed.update) == {32, 40, 48}
             assert min(speed.update.values()) > 0
-            planned.append(script.scale(recipe, 1000))
-            return planned[0]
+            planned.extend(script.scale(recipe, 1000) for recipe in recipes)
+            return planned
 
         monkeypatch.setattr(script, 'fit_to_time', too_many)
         previous = signal.getsignal(signal.SIGALRM)
         with pytest.raises(SystemExit) as left:
             script.run(args, time.monotonic() + script.RESERVE)
         assert left.value.code == 143
-        state = load_checkpoint(args.output / 'last.pt')
+        state = load_checkpoint(run / 'last.pt')
         assert 0 < state['epoch'] < planned[0].epochs
 
         state.update(epoch=planned[0].epochs - 1, update=0)  # there is one epoch left
-        torch.save(state, args.output / 'last.pt')
+        torch.save(state, run / 'last.pt')
         script.run(args, time.monotonic() + 600)
         assert len(planned) == 1  # what resumes is timed by nothing
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
         signal.signal(signal.SIGALRM, previous)
 
-        last, release = args.output / 'last.pt', args.output / 'release.pt'
+        last, release = run / 'last.pt', run / 'release.pt'
         assert load_checkpoint(last)['epoch'] == planned[0].epochs
         expected = release_tensors(load_checkpoint(last)['model_ema'])
         found = read_weights(release)
@@ -94,17 +96,44 @@ class TestRun:
             key: value.dtype for key, value in expected.items()}
         assert all(torch.equal(found.state_dict[key], value) for key, value in expected.items())
 
-    def test_more_time_is_more_epochs(self, photo_folder, tmp_path):
+    def test_more_time_is_more_epochs(self, photo_folder, tmp_path, capsys):
         config = RunConfig(photo_folder, tmp_path / 'run', workers=0)
         decoded = decode_images(open_images(config, 'train').dataset, 64, 0)
-        found = script.fit_to_time(tiny(), config, decoded, time.monotonic() + 3600)
-        assert found.epochs > 14
-        assert found.progressive[0] == (0, 32)
+        # at a rate as high as this one no probe would be finite
+        found = script.fit_to_time([tiny(lr=1e4)], config, decoded, time.monotonic() + 3600)
+        assert found[0].epochs > 14
+        assert found[0].progressive[0] == (0, 32)
+        assert found[0].lr == 1e4
+        assert f'Epochs: {found[0].epochs} instead of 14' in capsys.readouterr().out
         with pytest.raises(GeoPriorError, match=r'One epoch at each size takes \d+ s, and 0 s are left\. Raise --min'):
-            script.fit_to_time(tiny(), config, decoded, time.monotonic())
+            script.fit_to_time([tiny()], config, decoded, time.monotonic())
         assert not config.output.exists()
+
+    def test_a_control_has_the_same_epochs_also_when_it_resumes(self, photo_folder, tmp_path, monkeypatch):
+        models = ['geoprior_resnet14_nano', 'resnet10t']
+        args = arguments(photo_folder, tmp_path / 'run', {'model_kwargs': {}, 'model_ema': False}, model=models)
+        timed = []
+
+        def three(recipes, config, decoded, end):
+            timed.append([recipe.model for recipe in recipes])
+            return [script.scale(recipe, 0.01) for recipe in recipes]
+
+        monkeypatch.setattr(script, 'fit_to_time', three)
+        script.run(args, time.monotonic() + 600)
+        (args.output / 'resnet10t' / 'last.pt').unlink()
+        script.run(args, time.monotonic() + 600)
+        assert timed == [models]
+        for model in models:
+            found = read_weights(args.output / model / 'release.pt')
+            assert found.model_name == model
+            assert found.recipe['epochs'] == 3
 
     @pytest.mark.parametrize('changes', [{'in_memory': False}, {'holdout': 2}])
     def test_what_it_cannot_scale_is_refused(self, changes, photo_folder, tmp_path):
         with pytest.raises(GeoPriorError, match='must have in_memory = true and holdout = 0, got'):
             script.run(arguments(photo_folder, tmp_path / 'run', changes), time.monotonic() + 60)
+
+    def test_a_model_named_twice_is_refused(self, photo_folder, tmp_path):
+        args = arguments(photo_folder, tmp_path / 'run', {}, model=['resnet10t', 'resnet10t'])
+        with pytest.raises(GeoPriorError, match='--model must name each model once, got resnet10t, resnet10t'):
+            script.run(args, time.monotonic() + 60)

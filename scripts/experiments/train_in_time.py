@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Train by a recipe in a given time, by scaling the number of epochs to the speed of the device.
 
-    python scripts/experiments/train_in_time.py r128_tin200 --data-dir tiny-imagenet-200 --output runs/r50 --minutes 9
+    python scripts/experiments/train_in_time.py r128_tin200 --data-dir tiny-imagenet-200 --output runs --minutes 9 \\
+        --model geoprior_resnet50 --model resnet50
 
-Use it for a GPU that is available for a few minutes only. The script decodes the images once, times some updates at
-each image size of the recipe, and multiplies the epochs at each size by one factor, so that the learning rate schedule
-ends in time. A run that is late saves a checkpoint and exits with code 143; the same command resumes it.
+Use it for a GPU that is available for a few minutes only. The script decodes the images once, times some updates of
+each model at each image size of the recipe, and multiplies the epochs at each size by one factor, so that the last
+learning rate schedule ends in time. The models have the same number of epochs, and are trained one after the other,
+each in a folder of its name in --output. A run that is late saves a checkpoint and exits with code 143; the same
+command resumes it.
 
-At the end --output has release.pt, a sixth as large as last.pt: the averaged weights in float16, with all that
-scripts/publish.py and scripts/validate.py read from a checkpoint. If you can only send files of 64 MB and receive files
-of 16 MB, transfer parts:
+At the end each folder has release.pt, at most a quarter as large as last.pt: the weights in float16, averaged if the
+recipe says so, with all that scripts/publish.py and scripts/validate.py read from a checkpoint. If you can only send
+files of 64 MB and receive files of 16 MB, transfer parts:
 
     tar cz tiny-imagenet-200/train | split -b 60M - shards/              and there: cat shards/* | tar xz
-    split -b 15M runs/r50/release.pt release.                            and here: cat release.* > release.pt
+    split -b 15M runs/resnet50/release.pt release.                       and here: cat release.* > release.pt
 """
 import argparse
 import signal
@@ -36,7 +39,7 @@ from timm_geoprior.training.loaders import open_images
 from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe
 
 TIMED_UPDATES = 20
-RESERVE = 15  # seconds for what comes after the last epoch
+RESERVE = 10  # seconds for what comes after a model's last epoch
 MARGIN = 0.97  # share of the remaining time that is planned for
 
 
@@ -65,12 +68,12 @@ def measure(recipe: Recipe, config: RunConfig, decoded: ImageTensors) -> Speed:
     sizes = list(dict.fromkeys(recipe.size_at(epoch) for epoch in range(recipe.epochs)))
     probe = replace(
         recipe, epochs=2 * len(sizes), progressive=tuple((2 * i, size) for i, size in enumerate(sizes)),
-        warmup_epochs=0, mixup_off_epoch=0)
-    first = torch.arange(len(decoded)) < TIMED_UPDATES * recipe.batch_size
+        warmup_epochs=0, mixup_off_epoch=0, lr=1e-6, min_lr=0, warmup_lr=0)  # the recipe's rate needs a warm-up
+    first = torch.arange(len(decoded), device=decoded.targets.device) < TIMED_UPDATES * recipe.batch_size
     # images with target -1 are left out, like unreadable ones
     some = ImageTensors(decoded.images, decoded.targets.where(first, -1))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(probe, replace(config, output=Path(folder) / 'probe'), some)
+        trainer = Trainer(probe, replace(config, output=Path(folder) / 'probe', tell=lambda text: None), some)
         marks = [time.perf_counter()]
 
         def note(history: Sequence[dict[str, Any]]) -> bool:
@@ -99,23 +102,31 @@ def scale(recipe: Recipe, factor: float) -> Recipe:
         mixup_off_epoch=round(share * recipe.mixup_off_epoch))
 
 
-def fit_to_time(recipe: Recipe, config: RunConfig, decoded: ImageTensors, end: float) -> Recipe:
-    """The recipe with as many epochs as there is time for.
+def fit_to_time(recipes: Sequence[Recipe], config: RunConfig, decoded: ImageTensors, end: float) -> list[Recipe]:
+    """The recipes with as many epochs as there is time for, the same number in each.
 
     Raises:
-        GeoPriorError: There is none for one epoch at each size.
+        GeoPriorError: There is no time for one epoch at each size.
     """
-    speed = measure(recipe, config, decoded)
-    updates = int((decoded.targets >= 0).sum()) // recipe.batch_size
-    left = MARGIN * (end - time.monotonic() - RESERVE - speed.once)
-    found = scale(recipe, left / speed.of(recipe, updates))
-    needed = speed.of(found, updates)
-    rates = ', '.join(f'{recipe.batch_size / seconds:.0f} at {size} px' for size, seconds in speed.update.items())
-    print(f'Images/s: {rates}. Epochs: {found.epochs} instead of {recipe.epochs}, {list(found.progressive)}, '
-          f'{needed:.0f} s of {left:.0f} s.', flush=True)
-    if needed > left:
-        raise GeoPriorError(f'One epoch at each size takes {needed:.0f} s, and {max(left, 0):.0f} s are left. Raise '
-                            f'--minutes.')
+    speeds = [measure(recipe, config, decoded) for recipe in recipes]
+    updates = int((decoded.targets >= 0).sum()) // recipes[0].batch_size
+    # what the first updates cost comes again for what is compiled again
+    once = sum(speed.once for recipe, speed in zip(recipes, speeds, strict=True) if recipe.torchcompile)
+    left = MARGIN * (end - time.monotonic() - RESERVE * len(recipes) - once)
+
+    def seconds(of: Sequence[Recipe]) -> float:
+        return sum(speed.of(recipe, updates) for recipe, speed in zip(of, speeds, strict=True))
+
+    factor = left / seconds(recipes)
+    found = [scale(recipe, factor) for recipe in recipes]
+    for recipe, speed in zip(found, speeds, strict=True):
+        rates = ', '.join(f'{recipe.batch_size / took:.0f} at {size} px' for size, took in speed.update.items())
+        print(f'{recipe.model}: {rates} images/s, and {speed.epoch:.2f} s more per epoch.')
+    print(f'Epochs: {found[0].epochs} instead of {recipes[0].epochs}, {list(found[0].progressive)}, '
+          f'{seconds(found):.0f} s of {left:.0f} s.', flush=True)
+    if seconds(found) > left:
+        raise GeoPriorError(f'One epoch at each size takes {seconds(found):.0f} s, and {max(left, 0):.0f} s are left. '
+                            f'Raise --minutes.')
     return found
 
 
@@ -129,24 +140,39 @@ def write_release(output: Path) -> None:
         output / 'release.pt')
 
 
-def run(args: argparse.Namespace, end: float) -> None:
-    """Train to the end, or until the time is over."""
-    resume = (args.output / 'last.pt').exists()
-    recipe = load_recipe(args.output / 'recipe.yaml') if resume else load_recipe(args.recipe, args.set)
+def plan(args: argparse.Namespace) -> tuple[list[Recipe], list[Path]]:
+    """The recipe of each model, and the folder of its run. Where a run has begun, all go on with its epochs."""
+    recipe = load_recipe(args.recipe, args.set)
+    models = args.model or [recipe.model]
+    if len(set(models)) < len(models):
+        raise GeoPriorError(f'--model must name each model once, got {", ".join(models)}.')
+    folders = [args.output / model for model in models]
+    begun = [folder / 'recipe.yaml' for folder in folders if (folder / 'last.pt').exists()]
+    if begun:
+        recipe = load_recipe(begun[0])
     if not recipe.in_memory or recipe.holdout:
         raise GeoPriorError(f'The recipe must have in_memory = true and holdout = 0, got {recipe.in_memory} and '
-                          f'{recipe.holdout}. Set them.')
-    config = RunConfig(
-        args.data_dir, args.output, seed=args.seed, device=args.device, workers=args.workers, resume=resume)
+                            f'{recipe.holdout}. Set them.')
+    return [replace(recipe, model=model) for model in models], folders
+
+
+def run(args: argparse.Namespace, end: float) -> None:
+    """Train each model to the end, or until the time is over."""
+    recipes, folders = plan(args)
+    config = RunConfig(args.data_dir, args.output, seed=args.seed, device=args.device, workers=args.workers)
     images = open_images(config, config.train_split)
-    decoded = decode_images(images.dataset, recipe.memory_size, config.workers, config.max_corrupt, config.tell)
-    if not resume:
-        recipe = fit_to_time(recipe, config, decoded, end)
+    decoded = decode_images(
+        images.dataset, recipes[0].memory_size, config.workers, config.max_corrupt, config.tell
+    ).to(torch.device(args.device))
+    if not any((folder / 'last.pt').exists() for folder in folders):
+        recipes = fit_to_time(recipes, config, decoded, end)
     signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     signal.setitimer(signal.ITIMER_REAL, max(end - time.monotonic() - RESERVE / 3, 1))
-    Trainer(recipe, config, decoded).fit()
+    for recipe, folder in zip(recipes, folders, strict=True):
+        resume = (folder / 'last.pt').exists()
+        Trainer(recipe, replace(config, output=folder, resume=resume), decoded).fit()
+        write_release(folder)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    write_release(args.output)
 
 
 def parse_args() -> argparse.Namespace:
@@ -156,6 +182,9 @@ def parse_args() -> argparse.Namespace:
         '--data-dir', type=Path, required=True, help='folder with train/, which has one folder per class')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
     parser.add_argument('--minutes', type=float, required=True, help='time for the whole command')
+    parser.add_argument(
+        '--model', action='append', default=[], metavar='NAME',
+        help="timm model to train instead of the recipe's; may be repeated")
     parser.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE', help='override a recipe key')
     parser.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation (default: 0)')

@@ -171,9 +171,9 @@ class MemoryLoader:
         order = torch.randperm(len(self.data), generator=generator(self.config.seed, 'order', epoch))
         draws = torch.rand(len(self.data), CropFlip.num_draws, generator=generator(self.config.seed, 'augment', epoch))
         share = order[:len(self) * batch_size * world_size][self.config.rank::world_size]
-        for batch in share.split(batch_size)[first_batch:]:
-            rows = draws[batch].to(device)
-            batch = batch.to(device)
+        # all at once: a copy to the device in each batch would wait for what the device still has to do
+        batches = share.to(device).split(batch_size), draws[share].to(device).split(batch_size)
+        for batch, rows in list(zip(*batches, strict=True))[first_batch:]:
             images = (self.data.images[batch].float() - self.mean) / self.std
             yield self.augment(images, rows, size), self.data.targets[batch]
 
