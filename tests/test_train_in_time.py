@@ -32,8 +32,8 @@ def arguments(folder, output, recipe, **changes):
     path = output.parent / 'tiny.yaml'
     path.write_text(yaml.safe_dump({**TINY, **recipe}))
     return Namespace(**{
-        'recipe': str(path), 'data_dir': folder, 'output': output, 'model': [], 'set': [], 'seed': 0, 'device': 'cpu',
-        'workers': 0,
+        'recipe': str(path), 'data_dir': folder, 'output': output, 'minutes': 1, 'model': [], 'set': [], 'seed': 0,
+        'device': 'cpu', 'workers': 0,
         **changes})
 
 

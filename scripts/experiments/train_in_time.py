@@ -34,7 +34,7 @@ from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
-from timm_geoprior.training.engine import Trainer
+from timm_geoprior.training.engine import Statistics, Trainer
 from timm_geoprior.training.loaders import open_images
 from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe
 
@@ -63,29 +63,61 @@ class Speed:
         return sum(updates_per_epoch * self.update[size] + self.epoch for size in sizes)
 
 
+class GraphedTrainer(Trainer):
+    """A Trainer that runs the network by CUDA graphs, one for each image size, and saves every tenth epoch.
+
+    At small sizes, starting the kernels of a ResNet-50 one by one takes longer than the kernels themselves. Where there
+    is no CUDA, only the saving is another.
+    """
+
+    graphed_size = 0
+
+    def _train_epoch(self) -> None:
+        size = self.recipe.size_at(self.epoch)
+        if self.device.type == 'cuda' and size != self.graphed_size:
+            self._capture(size)
+        super()._train_epoch()
+
+    def _capture(self, size: int) -> None:
+        self.model.__dict__.pop('forward', None)  # the graphs of another size
+        self.model.train()
+        images = torch.zeros(self._batch_share(), 3, size, size, device=self.device)
+        statistics = Statistics(self.model)
+        with torch.autocast('cuda', getattr(torch, self.recipe.amp_dtype), self.recipe.amp, cache_enabled=False):
+            torch.cuda.make_graphed_callables(self.model, (images.contiguous(memory_format=self.memory_format),))
+        statistics.restore()  # of the passes that come before a capture
+        self.graphed_size = size
+
+    def save(self, path: Path, whole: bool = True) -> None:
+        if self.stop_signal or self.epoch % 10 == 0 or self.epoch == self.recipe.epochs:
+            super().save(path, whole)
+
+
 def measure(recipe: Recipe, config: RunConfig, decoded: ImageTensors) -> Speed:
     """Time some updates at each size, two epochs each, of which the first warms up."""
     sizes = list(dict.fromkeys(recipe.size_at(epoch) for epoch in range(recipe.epochs)))
     probe = replace(
         recipe, epochs=2 * len(sizes), progressive=tuple((2 * i, size) for i, size in enumerate(sizes)),
         warmup_epochs=0, mixup_off_epoch=0, lr=1e-6, min_lr=0, warmup_lr=0)  # the recipe's rate needs a warm-up
-    first = torch.arange(len(decoded), device=decoded.targets.device) < TIMED_UPDATES * recipe.batch_size
+    used = torch.arange(len(decoded), device=decoded.targets.device) < TIMED_UPDATES * recipe.batch_size
     # images with target -1 are left out, like unreadable ones
-    some = ImageTensors(decoded.images, decoded.targets.where(first, -1))
+    some = ImageTensors(decoded.images, decoded.targets.where(used, -1))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(probe, replace(config, output=Path(folder) / 'probe', tell=lambda text: None), some)
-        marks = [time.perf_counter()]
+        trainer = GraphedTrainer(
+            probe, replace(config, output=Path(folder) / 'probe', tell=lambda text: None), some)
+        marks = [(time.perf_counter(), 0.0)]
 
         def note(history: Sequence[dict[str, Any]]) -> bool:
-            marks.append(time.perf_counter())
+            marks.append((time.perf_counter(), trainer.seconds))
             return False
 
         trainer.fit(stop=note)
-    seconds = [end - begin for begin, end in zip(marks, marks[1:], strict=False)]
-    epoch = (marks[-1] - marks[0] - trainer.seconds) / len(seconds)
-    update = {size: (seconds[2 * i + 1] - epoch) / trainer.updates_per_epoch for i, size in enumerate(sizes)}
-    once = sum(max(seconds[i] - seconds[i + 1], 0) for i in range(0, len(seconds), 2))
-    return Speed(update, epoch, once)
+    spans = [(after[0] - before[0], after[1] - before[1]) for before, after in zip(marks, marks[1:], strict=False)]
+    first, second = spans[::2], spans[1::2]
+    return Speed(
+        {size: trained / trainer.updates_per_epoch for size, (_, trained) in zip(sizes, second, strict=True)},
+        epoch=sum(wall - trained for wall, trained in second) / len(sizes),
+        once=sum(max(one[0] - other[0], 0) for one, other in zip(first, second, strict=True)))
 
 
 def scale(recipe: Recipe, factor: float) -> Recipe:
@@ -110,8 +142,7 @@ def fit_to_time(recipes: Sequence[Recipe], config: RunConfig, decoded: ImageTens
     """
     speeds = [measure(recipe, config, decoded) for recipe in recipes]
     updates = int((decoded.targets >= 0).sum()) // recipes[0].batch_size
-    # what the first updates cost comes again for what is compiled again
-    once = sum(speed.once for recipe, speed in zip(recipes, speeds, strict=True) if recipe.torchcompile)
+    once = sum(speed.once for speed in speeds)
     left = MARGIN * (end - time.monotonic() - RESERVE * len(recipes) - once)
 
     def seconds(of: Sequence[Recipe]) -> float:
@@ -164,13 +195,14 @@ def run(args: argparse.Namespace, end: float) -> None:
     decoded = decode_images(
         images.dataset, recipes[0].memory_size, config.workers, config.max_corrupt, config.tell
     ).to(torch.device(args.device))
-    if not any((folder / 'last.pt').exists() for folder in folders):
+    if args.minutes and not any((folder / 'last.pt').exists() for folder in folders):
         recipes = fit_to_time(recipes, config, decoded, end)
-    signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGTERM))
-    signal.setitimer(signal.ITIMER_REAL, max(end - time.monotonic() - RESERVE / 3, 1))
+    if args.minutes:
+        signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, max(end - time.monotonic() - RESERVE / 3, 1))
     for recipe, folder in zip(recipes, folders, strict=True):
         resume = (folder / 'last.pt').exists()
-        Trainer(recipe, replace(config, output=folder, resume=resume), decoded).fit()
+        GraphedTrainer(recipe, replace(config, output=folder, resume=resume), decoded).fit()
         write_release(folder)
     signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -181,7 +213,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--data-dir', type=Path, required=True, help='folder with train/, which has one folder per class')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
-    parser.add_argument('--minutes', type=float, required=True, help='time for the whole command')
+    parser.add_argument(
+        '--minutes', type=float, default=0, help="time for the whole command; without it, the recipe's epochs stay")
     parser.add_argument(
         '--model', action='append', default=[], metavar='NAME',
         help="timm model to train instead of the recipe's; may be repeated")

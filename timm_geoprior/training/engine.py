@@ -35,7 +35,7 @@ from .loaders import TrainingData, open_training_data
 from .recipe import Recipe, RunConfig
 from .recovery import start_from_folder
 
-__all__ = ['Trainer', 'train']
+__all__ = ['Statistics', 'Trainer', 'train']
 
 
 class Trainer:
@@ -346,7 +346,7 @@ class Trainer:
         recipe = self.recipe
         done = self.epoch * self.updates_per_epoch + self.update
         self.schedule.step_update(done)
-        statistics = _Statistics(self.model)
+        statistics = Statistics(self.model)
         total = torch.zeros_like(self.loss_sum)
         for micro_step in range(recipe.grad_accum_steps):
             images, targets = next(batches)
@@ -465,7 +465,7 @@ class _Answer:
         return math.isfinite(loss), int(number)
 
 
-class _Statistics:
+class Statistics:
     """A network's buffers before an update, one flat copy for each type of number."""
 
     def __init__(self, model: nn.Module) -> None:
