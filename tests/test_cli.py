@@ -353,9 +353,9 @@ def test_the_default_model_is_the_best_of_those_at_hand(tmp_path):
     assert scratch == ['geoprior_resnet14_nano', 'geoprior_resnet101', 'geoprior_resnet14_nano']  # the smallest at last
     both = {'geoprior_resnet50': 'bundled', 'geoprior_resnet14_nano': 'bundled'}
     assert default(**both) == 'geoprior_resnet14_nano'  # 49.19%, and 47.15%
-    data['models']['geoprior_resnet50.r96_tin200']['metrics'][0].update(top1_correct=5000)
+    data['models']['geoprior_resnet50.r128_tin200']['metrics'][0].update(top1_correct=5000)
     assert default(**both) == 'geoprior_resnet50'
-    data['models']['geoprior_resnet50.r96_tin200']['metrics'] = []
+    data['models']['geoprior_resnet50.r128_tin200']['metrics'] = []
     assert default(**both) == 'geoprior_resnet14_nano'
 
 

@@ -117,3 +117,23 @@ def test_what_is_no_pair_is_refused(pairs, photo_folder, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='must be trained on the 3 classes of the images, got 4 others'):
         call(monkeypatch, other.parent, tmp_path / 'out', pairs[0])
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_control_sees_the_images_of_its_pair(photo_folder, tmp_path, monkeypatch):
+    """timm resizes for resnet10t by another interpolation than this package for its networks."""
+    saved = []
+    for model in ('geoprior_resnet14_nano', 'resnet10t'):
+        recipe = make_recipe({**TINY, 'model': model, 'model_ema': False, 'epochs': 1})
+        train(recipe, RunConfig(photo_folder, tmp_path / model, workers=0))
+        saved.append(str(tmp_path / model / 'last.pt'))
+    asked = []
+    conditions = robustness.conditions
+    monkeypatch.setattr(robustness, 'conditions', lambda *given: asked.append(given) or conditions(*given))
+    monkeypatch.setattr(robustness, 'SIZES', ())
+    named = ['--pair', *saved, '--amp']
+    monkeypatch.setattr(sys, 'argv', [
+        'robustness.py', '--data-dir', str(photo_folder), '--output', str(tmp_path), '-j', '0', '--device', 'cpu',
+        *named])
+    robustness.main()
+    assert asked == [(48, 'bilinear')] * 2
+    assert ' in bfloat16, ' in (tmp_path / 'robustness.md').read_text()

@@ -5,7 +5,7 @@
         --pair runs/prior/0/last.pt runs/plain/0/last.pt --pair runs/prior/1/last.pt runs/plain/1/last.pt
 
 Each --pair names two checkpoints, the network with the prior and the plain one; averaged weights are used if there are
-any. Both are measured in float32 on images enlarged or reduced to 0.5 to 2 times their evaluation size, moved by an
+any. Both are measured on the same images, enlarged or reduced to 0.5 to 2 times their evaluation size, moved by an
 eighth and a quarter of their side (image i in direction i % 4), and with a square of a sixteenth and a quarter of their
 area covered. Shifted-in and covered areas get the mean colour. The calibration error is that of the unchanged images.
 
@@ -91,12 +91,16 @@ def conditions(size: int, interpolation: str) -> dict[str, Change]:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, images: ImageTensors, norms: tuple[Tensor, Tensor], change: Change) -> Predictions:
+def predict(
+        network: nn.Module, images: ImageTensors, norms: tuple[Tensor, Tensor], change: Change, amp: bool,
+) -> Predictions:
     """The network's answers to images changed in one way."""
     answers: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, len(images), BATCH):
         part = images.subset(torch.arange(first, min(first + BATCH, len(images))))
-        logits = network(change((part.images.float() - norms[0]) / norms[1], first)).float()
+        changed = change((part.images.float() - norms[0]) / norms[1], first)
+        with torch.autocast(changed.device.type, torch.bfloat16, amp):
+            logits = network(changed.contiguous(memory_format=torch.channels_last)).float()
         best = logits.softmax(1).max(1)
         answers.append((target_ranks(logits, part.targets), best.indices, best.values))
     joined = [torch.cat(values).cpu().numpy() for values in zip(*answers, strict=True)]
@@ -117,16 +121,18 @@ def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int | N
     return build_model(recipe, len(classes), start=saved).eval(), recipe, saved.seed
 
 
-def measure(path: Path, images: ImageTensors, classes: Sequence[str], device: torch.device) -> tuple[
-        dict[str, Predictions], dict[str, Any]]:
+def measure(
+        path: Path, images: ImageTensors, classes: Sequence[str], interpolation: str, amp: bool,
+) -> tuple[dict[str, Predictions], dict[str, Any]]:
     """A checkpoint's answers by condition, and what it is."""
     network, recipe, seed = load(path, classes)
+    device = images.images.device
     data = resolve_data_config(pretrained_cfg=model_cfg(recipe.model))
     mean, std = (255 * torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ('mean', 'std'))
     network = network.to(device, memory_format=torch.channels_last)
     size = recipe.eval_size or recipe.img_size
-    changes = conditions(size, data['interpolation'])
-    found = {name: predict(network, images, (mean, std), change) for name, change in changes.items()}
+    changes = conditions(size, interpolation)
+    found = {name: predict(network, images, (mean, std), change, amp) for name, change in changes.items()}
     facts = {'recipe': {**recipe.to_dict(), 'model': '', 'model_kwargs': {}}, 'seed': seed, 'size': size}
     return found, facts
 
@@ -167,7 +173,10 @@ def run(args: argparse.Namespace) -> str:
     images = images.to(torch.device(args.device))
     measured, seeds = [], []
     for pair in args.pair:
-        (prior, facts), (plain, others) = (measure(path, images, found.classes, images.images.device) for path in pair)
+        # timm gives its plain networks another one, and a pair sees the same images
+        interpolation = resolve_data_config(pretrained_cfg=model_cfg(read_weights(pair[0]).model_name))['interpolation']
+        (prior, facts), (plain, others) = (
+            measure(path, images, found.classes, interpolation, args.amp) for path in pair)
         if facts != others:
             raise RobustnessError(f'{pair[0]} and {pair[1]} must have one recipe, but for the network, and one seed. '
                                   f'Name two runs that were trained side by side.')
@@ -185,8 +194,9 @@ def run(args: argparse.Namespace) -> str:
                  for seed, (prior, plain) in zip(seeds, figures.tolist(), strict=True)]
     table = markdown_table(
         ['images', 'prior', 'plain', 'difference', '95% over images', '± over seeds'], lines)
-    head = (f'{len(images):,} images of {args.split} at {facts["size"]} px unless said otherwise, top-1 in percent, '
-            f'means of {len(seeds)} pairs (seeds {", ".join(map(str, seeds))}). A lower calibration error is better.')
+    head = (f'{len(images):,} images of {args.split} at {facts["size"]} px unless said otherwise, in '
+            f'{"bfloat16" if args.amp else "float32"}, top-1 in percent, means of {len(seeds)} pairs (seeds '
+            f'{", ".join(map(str, seeds))}). A lower calibration error is better.')
     text = f'`{shlex.join(["python", *sys.argv])}`\n\n{head}\n\n{table}\n'
     args.output.mkdir(parents=True, exist_ok=True)
     write_csv(args.output / 'robustness.csv', rows)
@@ -207,6 +217,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
+    parser.add_argument('--amp', action='store_true', help='compute in bfloat16, by autocast (default: float32)')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')
     return parser.parse_args()
 
