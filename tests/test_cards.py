@@ -144,7 +144,7 @@ def test_card_text(entry, staged):
         'Citation']
     assert '54.32% (5,432)' in text
     assert 'gives the plain `resnet14` (1,180,000 parameters; ' in text
-    assert '2 epochs in 2.0 hours on a CPU' in text
+    assert '2 epochs in 2.0 h on a CPU' in text
     assert f'python scripts/validate.py --check --data-dir DIR \\\n    --model {NANO} --precision float32\n' in text
     assert 'non-commercial' in text
     assert recipe in text

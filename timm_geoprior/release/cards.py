@@ -83,8 +83,12 @@ def runs_table(manifest: Manifest) -> str:
         command = f'python scripts/train.py {entry.recipe} --data-dir DIR --output OUT --seed {entry.seed}'
         torch = f', torch {log.software["torch"]}' if 'torch' in log.software else ''
         rows.append((f'`{entry.name}`', f'`{command}`', f'`{(entry.recipe_commit or "")[:7]}`',
-                     f'{log.hours:.1f} h, {log.epochs} epochs', f'{log.hardware}{torch}'))
+                     f'{_duration(log.hours)}, {log.epochs} epochs', f'{log.hardware}{torch}'))
     return markdown_table(('weights', 'trained by', 'commit', 'wall time', 'on'), rows, left=(0, 1, 2, 4))
+
+
+def _duration(hours: float) -> str:
+    return f'{60 * hours:.0f} min' if hours < 1 else f'{hours:.1f} h'
 
 
 def _number(value: int | None) -> str:
@@ -223,7 +227,7 @@ def _training(entry: ModelEntry, recipe: str, beside: Collection[str]) -> str:
     ]
     if entry.train_log:
         facts.append(
-            f'- {entry.train_log.epochs} epochs in {entry.train_log.hours:.1f} hours on {entry.train_log.hardware}')
+            f'- {entry.train_log.epochs} epochs in {_duration(entry.train_log.hours)} on {entry.train_log.hardware}')
     text = '## Training\n\n' + '\n'.join(fact for fact in facts if fact)
     if 'train_log.csv' in beside:
         text += '\n\nThe log of every epoch is `train_log.csv`.'
