@@ -128,12 +128,27 @@ class TestRun:
             assert found.model_name == model
             assert found.recipe['epochs'] == 3
 
-    @pytest.mark.parametrize('changes', [{'in_memory': False}, {'holdout': 2}])
-    def test_what_it_cannot_scale_is_refused(self, changes, photo_folder, tmp_path):
-        with pytest.raises(GeoPriorError, match='must have in_memory = true and holdout = 0, got'):
+    @pytest.mark.parametrize('changes', [
+        {'in_memory': False}, {'holdout': 2}, {'grad_accum_steps': 2}, {'torchcompile': True}])
+    def test_what_it_cannot_do_is_refused(self, changes, photo_folder, tmp_path):
+        (key, value), = changes.items()
+        wanted = str(getattr(tiny(), key)).lower()
+        with pytest.raises(GeoPriorError, match=f"'{key}' must be {wanted} here, got {str(value).lower()}. Add --set "):
             script.run(arguments(photo_folder, tmp_path / 'run', changes), time.monotonic() + 60)
 
     def test_a_model_named_twice_is_refused(self, photo_folder, tmp_path):
         args = arguments(photo_folder, tmp_path / 'run', {}, model=['resnet10t', 'resnet10t'])
         with pytest.raises(GeoPriorError, match='--model must name each model once, got resnet10t, resnet10t'):
             script.run(args, time.monotonic() + 60)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='CUDA graphs need a GPU')
+@pytest.mark.parametrize('amp', [False, True])
+def test_graphs_take_the_same_steps(photo_folder, tmp_path, amp):
+    recipe = tiny(epochs=3, progressive=[[0, 32], [2, 48]], mixup_off_epoch=0, warmup_epochs=0, amp=amp)
+    losses = []
+    for kind in (script.Trainer, script.GraphedTrainer):
+        trainer = kind(recipe, RunConfig(photo_folder, tmp_path / kind.__name__, workers=0, device='cuda'))
+        trainer.fit()
+        losses.append([row['train_loss'] for row in trainer.history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -6,9 +6,9 @@
 
 Use it for a GPU that is available for a few minutes only. The script decodes the images once, times some updates of
 each model at each image size of the recipe, and multiplies the epochs at each size by one factor, so that the last
-learning rate schedule ends in time. The models have the same number of epochs, and are trained one after the other,
-each in a folder of its name in --output. A run that is late saves a checkpoint and exits with code 143; the same
-command resumes it.
+learning rate schedule ends in time. On a GPU the networks run as CUDA graphs. The models have the same number of
+epochs, and are trained one after the other, each in a folder of its name in --output. A run that is late saves a
+checkpoint and exits with code 143; the same command resumes it.
 
 At the end each folder has release.pt, at most a quarter as large as last.pt: the weights in float16, averaged if the
 recipe says so, with all that scripts/publish.py and scripts/validate.py read from a checkpoint. If you can only send
@@ -181,9 +181,11 @@ def plan(args: argparse.Namespace) -> tuple[list[Recipe], list[Path]]:
     begun = [folder / 'recipe.yaml' for folder in folders if (folder / 'last.pt').exists()]
     if begun:
         recipe = load_recipe(begun[0])
-    if not recipe.in_memory or recipe.holdout:
-        raise GeoPriorError(f'The recipe must have in_memory = true and holdout = 0, got {recipe.in_memory} and '
-                            f'{recipe.holdout}. Set them.')
+    # a graph's gradients lie in one place, where a second part of a batch would overwrite those of the first
+    for key, wanted in (('in_memory', True), ('holdout', 0), ('grad_accum_steps', 1), ('torchcompile', False)):
+        if (got := getattr(recipe, key)) != wanted:
+            raise GeoPriorError(f'The recipe key {key!r} must be {str(wanted).lower()} here, got {str(got).lower()}. '
+                                f'Add --set {key}={str(wanted).lower()}.')
     return [replace(recipe, model=model) for model in models], folders
 
 
