@@ -244,6 +244,14 @@ def test_any_model_whose_classes_have_names(capsys, folders, photo):
         capsys, 'classify', photo, '--model', f'local-dir:{folders / "7"}', code=1).err
 
 
+@pytest.mark.parametrize('command', ['classify', 'validate'])
+def test_an_unknown_tag_is_told(capsys, tmp_path, photo, command):
+    given = [photo] if command == 'classify' else ['--data-dir', str(tmp_path)]
+    told = output(capsys, command, *given, '--model', 'resnet50.nonsense', code=1).err
+    assert 'The model must have a tag that timm knows, got resnet50.nonsense (Invalid pretrained tag' in told
+    assert "timm.list_pretrained('resnet50*') lists those there are." in told
+
+
 @pytest.mark.parametrize(('arguments', 'words'), [
     (['nowhere.jpg'], 'nowhere.jpg does not exist'), (['*.nothing'], 'does not exist'), (['.'], 'has no images in it'),
     (['notes.txt'], 'notes.txt is not an image'), (['--device', 'nothing', 'photo.png'], 'nothing'),

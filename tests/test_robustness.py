@@ -116,6 +116,10 @@ def test_what_is_no_pair_is_refused(pairs, photo_folder, tmp_path, monkeypatch):
         (other / name).symlink_to(photo_folder / 'val' / name)
     with pytest.raises(SystemExit, match='must be trained on the 3 classes of the images, got 4 others'):
         call(monkeypatch, other.parent, tmp_path / 'out', pairs[0])
+    bare = tmp_path / 'bare.pt'
+    torch.save({'state_dict': torch.load(pairs[0][0], weights_only=True)['model']}, bare)
+    with pytest.raises(SystemExit, match='must be trained on the 4 classes of the images, got 0 others'):
+        call(monkeypatch, photo_folder, tmp_path / 'out', [str(bare), str(bare)])
     assert not (tmp_path / 'out').exists()
 
 

@@ -40,12 +40,22 @@ def arguments(folder, output, recipe, **changes):
 @pytest.mark.parametrize(('factor', 'epochs', 'progressive', 'warmup', 'off'), [
     (2.0, 28, ((0, 32), (18, 40), (26, 48)), 4, 26),
     (0.5, 7, ((0, 32), (4, 40), (6, 48)), 1, 6),
-    (0.01, 3, ((0, 32), (1, 40), (2, 48)), 0, 3),
+    (0.01, 3, ((0, 32), (1, 40), (2, 48)), 1, 3),
 ])
 def test_all_that_a_recipe_counts_in_epochs_is_scaled(factor, epochs, progressive, warmup, off):
     found = script.scale(tiny(), factor)
     assert (found.epochs, found.progressive) == (epochs, progressive)
     assert (found.warmup_epochs, found.mixup_off_epoch) == (warmup, off)
+
+
+def test_what_is_never_reached_is_left_out():
+    found = script.scale(tiny(epochs=5, decay_epochs=4), 3)
+    assert (found.epochs, found.progressive, found.decay_epochs) == (15, ((0, 32),), 12)
+
+
+def test_mixup_that_ends_early_still_ends():
+    assert script.scale(tiny(mixup_off_epoch=1), 0.2).mixup_off_epoch == 1
+    assert script.scale(tiny(mixup_off_epoch=0, warmup_epochs=0), 0.2).mixup_off_epoch == 0
 
 
 def test_one_size_is_scaled_too():
@@ -135,6 +145,15 @@ class TestRun:
         wanted = str(getattr(tiny(), key)).lower()
         with pytest.raises(GeoPriorError, match=f"'{key}' must be {wanted} here, got {str(value).lower()}. Add --set "):
             script.run(arguments(photo_folder, tmp_path / 'run', changes), time.monotonic() + 60)
+
+    @pytest.mark.parametrize(('changes', 'words'), [
+        ({'model': ['resnet10t', 'resnt10t']}, 'resnt10t'), ({'minutes': float('nan')}, '--minutes must be a number'),
+        ({'device': 'cuda:99'}, 'cuda:99'), ({'device': 'foo'}, 'foo')])
+    def test_nothing_is_trained_before_all_is_known(self, changes, words, photo_folder, tmp_path):
+        args = arguments(photo_folder, tmp_path / 'run', {'model_kwargs': {}}, **changes)
+        with pytest.raises(GeoPriorError, match=words):
+            script.run(args, time.monotonic() + 60)
+        assert not list(args.output.iterdir())
 
     def test_a_model_named_twice_is_refused(self, photo_folder, tmp_path):
         args = arguments(photo_folder, tmp_path / 'run', {}, model=['resnet10t', 'resnet10t'])

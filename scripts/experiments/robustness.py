@@ -122,18 +122,20 @@ def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int | N
 
 
 def measure(
-        path: Path, images: ImageTensors, classes: Sequence[str], interpolation: str, amp: bool,
+        path: Path, images: ImageTensors, classes: Sequence[str], amp: bool, interpolation: str = '',
 ) -> tuple[dict[str, Predictions], dict[str, Any]]:
-    """A checkpoint's answers by condition, and what it is."""
+    """A checkpoint's answers by condition, and what it is; images are resized as it is used to, unless said."""
     network, recipe, seed = load(path, classes)
     device = images.images.device
     data = resolve_data_config(pretrained_cfg=model_cfg(recipe.model))
     mean, std = (255 * torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ('mean', 'std'))
     network = network.to(device, memory_format=torch.channels_last)
     size = recipe.eval_size or recipe.img_size
+    interpolation = interpolation or data['interpolation']
     changes = conditions(size, interpolation)
     found = {name: predict(network, images, (mean, std), change, amp) for name, change in changes.items()}
-    facts = {'recipe': {**recipe.to_dict(), 'model': '', 'model_kwargs': {}}, 'seed': seed, 'size': size}
+    facts = {'recipe': {**recipe.to_dict(), 'model': '', 'model_kwargs': {}}, 'seed': seed, 'size': size,
+             'interpolation': interpolation}
     return found, facts
 
 
@@ -173,10 +175,9 @@ def run(args: argparse.Namespace) -> str:
     images = images.to(torch.device(args.device))
     measured, seeds = [], []
     for pair in args.pair:
-        # timm gives its plain networks another one, and a pair sees the same images
-        interpolation = resolve_data_config(pretrained_cfg=model_cfg(read_weights(pair[0]).model_name))['interpolation']
-        (prior, facts), (plain, others) = (
-            measure(path, images, found.classes, interpolation, args.amp) for path in pair)
+        prior, facts = measure(pair[0], images, found.classes, args.amp)
+        # timm resizes for its plain networks in another way, and a pair sees the same images
+        plain, others = measure(pair[1], images, found.classes, args.amp, facts['interpolation'])
         if facts != others:
             raise RobustnessError(f'{pair[0]} and {pair[1]} must have one recipe, but for the network, and one seed. '
                                   f'Name two runs that were trained side by side.')
@@ -195,7 +196,8 @@ def run(args: argparse.Namespace) -> str:
     table = markdown_table(
         ['images', 'prior', 'plain', 'difference', '95% over images', '± over seeds'], lines)
     head = (f'{len(images):,} images of {args.split} at {facts["size"]} px unless said otherwise, in '
-            f'{"bfloat16" if args.amp else "float32"}, top-1 in percent, means of {len(seeds)} pairs (seeds '
+            f'{"bfloat16" if args.amp else "float32"}, top-1 in percent, '
+            f'{f"means of {len(seeds)} pairs (seeds" if len(seeds) > 1 else "of one pair (seed"} '
             f'{", ".join(map(str, seeds))}). A lower calibration error is better.')
     text = f'`{shlex.join(["python", *sys.argv])}`\n\n{head}\n\n{table}\n'
     args.output.mkdir(parents=True, exist_ok=True)

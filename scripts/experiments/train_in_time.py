@@ -18,6 +18,8 @@ files of 64 MB and receive files of 16 MB, transfer parts:
     split -b 15M runs/resnet50/release.pt release.                       and here: cat release.* > release.pt
 """
 import argparse
+import gc
+import math
 import signal
 import sys
 import tempfile
@@ -31,11 +33,14 @@ import torch
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.memory import ImageTensors, decode_images
+from timm_geoprior.distributed import find_device
 from timm_geoprior.errors import GeoPriorError, message_of
+from timm_geoprior.progress import tell_on_stderr
 from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from timm_geoprior.training.engine import Statistics, Trainer
 from timm_geoprior.training.loaders import open_images
+from timm_geoprior.training.parts import check_recipe
 from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe
 
 TIMED_UPDATES = 20
@@ -80,6 +85,7 @@ class GraphedTrainer(Trainer):
 
     def _capture(self, size: int) -> None:
         self.model.__dict__.pop('forward', None)  # the graphs of another size
+        gc.collect()  # they hold themselves, and their memory
         self.model.train()
         images = torch.zeros(self._batch_share(), 3, size, size, device=self.device)
         statistics = Statistics(self.model)
@@ -122,16 +128,20 @@ def measure(recipe: Recipe, config: RunConfig, decoded: ImageTensors) -> Speed:
 
 def scale(recipe: Recipe, factor: float) -> Recipe:
     """The recipe with its epochs times a factor, at least one at each size."""
-    pairs = recipe.progressive or ((0, recipe.img_size),)
+    pairs = [pair for pair in recipe.progressive if pair[0] < recipe.epochs] or [(0, recipe.img_size)]
     ends = [*(start for start, _ in pairs[1:]), recipe.epochs]
     epochs, progressive = 0, []
     for (start, size), end in zip(pairs, ends, strict=True):
         progressive.append((epochs, size))
         epochs += max(1, int(factor * (end - start)))
     share = epochs / recipe.epochs
+
+    def scaled(number: int) -> int:
+        return max(1, round(share * number)) if number else 0  # none has a meaning of its own
+
     return replace(
-        recipe, epochs=epochs, progressive=tuple(progressive), warmup_epochs=round(share * recipe.warmup_epochs),
-        mixup_off_epoch=round(share * recipe.mixup_off_epoch))
+        recipe, epochs=epochs, progressive=tuple(progressive), warmup_epochs=scaled(recipe.warmup_epochs),
+        mixup_off_epoch=scaled(recipe.mixup_off_epoch), decay_epochs=share * recipe.decay_epochs)
 
 
 def fit_to_time(recipes: Sequence[Recipe], config: RunConfig, decoded: ImageTensors, end: float) -> list[Recipe]:
@@ -186,17 +196,27 @@ def plan(args: argparse.Namespace) -> tuple[list[Recipe], list[Path]]:
         if (got := getattr(recipe, key)) != wanted:
             raise GeoPriorError(f'The recipe key {key!r} must be {str(wanted).lower()} here, got {str(got).lower()}. '
                                 f'Add --set {key}={str(wanted).lower()}.')
-    return [replace(recipe, model=model) for model in models], folders
+    recipes = [replace(recipe, model=model) for model in models]
+    for each in recipes:  # not when the first is trained
+        check_recipe(each)
+    return recipes, folders
 
 
 def run(args: argparse.Namespace, end: float) -> None:
     """Train each model to the end, or until the time is over."""
+    device, _, processes = find_device(args.device)
+    if processes > 1:
+        raise GeoPriorError(f'There must be one process, got {processes}. Leave torchrun out.')
+    if not (math.isfinite(args.minutes) and args.minutes >= 0):
+        raise GeoPriorError(f'--minutes must be a number from 0 on, got {args.minutes}. Change it.')
     recipes, folders = plan(args)
-    config = RunConfig(args.data_dir, args.output, seed=args.seed, device=args.device, workers=args.workers)
+    config = RunConfig(
+        args.data_dir, args.output, seed=args.seed, device=args.device, workers=args.workers,
+        command='the same command')
     images = open_images(config, config.train_split)
     decoded = decode_images(
         images.dataset, recipes[0].memory_size, config.workers, config.max_corrupt, config.tell
-    ).to(torch.device(args.device))
+    ).to(device)
     if args.minutes and not any((folder / 'last.pt').exists() for folder in folders):
         recipes = fit_to_time(recipes, config, decoded, end)
     if args.minutes:
@@ -204,6 +224,7 @@ def run(args: argparse.Namespace, end: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, max(end - time.monotonic() - RESERVE / 3, 1))
     for recipe, folder in zip(recipes, folders, strict=True):
         resume = (folder / 'last.pt').exists()
+        tell_on_stderr(f'{recipe.model}: {recipe.epochs} epochs{", resumed" if resume else ""}.')
         GraphedTrainer(recipe, replace(config, output=folder, resume=resume), decoded).fit()
         write_release(folder)
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -17,7 +17,7 @@ from ..files import file_sha256, first_line
 from ..pretrained.manifest import LabelSet, ModelEntry, load_manifest
 from ..training.checkpoint import SavedModel, read_weights, take_prefix_off
 
-__all__ = ['LoadedModel', 'check_source', 'load_model', 'state_dict_sha256']
+__all__ = ['LoadedModel', 'check_source', 'find_cfg', 'load_model', 'state_dict_sha256']
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,23 @@ def check_source(name: str) -> None:
         return
     if not timm.is_model(name.split('.')[0]):
         raise EvaluationError(f'Unknown model {name}.{_similar(name)} Check --model.')
-    entry, cfg = load_manifest().find(name), timm.get_pretrained_cfg(name)
+    entry, cfg = load_manifest().find(name), find_cfg(name)
     if entry is not None and not entry.has_weights or cfg is not None and not cfg.has_weights:
         raise EvaluationError(f'{name} has no weights yet. Name a file of weights with --checkpoint, or another model: '
                               f'`timm-geoprior list` shows those that have some.')
+
+
+def find_cfg(name: str) -> Any:
+    """timm's configuration of a model's weights, None where it knows none.
+
+    Raises:
+        EvaluationError: The model has no such tag.
+    """
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise EvaluationError(f'The model must have a tag that timm knows, got {name} ({first_line(error)}). '
+                              f'timm.list_pretrained({name.split(".")[0] + "*"!r}) lists those there are.') from None
 
 
 def _similar(name: str) -> str:

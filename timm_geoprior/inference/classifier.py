@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ..data.reading import read_image
 from ..errors import GeoPriorError, ImageError
-from ..evaluation.models import load_model
+from ..evaluation.models import find_cfg, load_model
 
 __all__ = ['Classifier', 'load_classifier']
 
@@ -109,7 +108,7 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier
         >>> len(load_classifier('geoprior_resnet14_nano').classes)
         200
     """
-    cfg = get_pretrained_cfg(name)
+    cfg = find_cfg(name)
     if cfg and cfg.num_classes == 0:  # told before it is fetched
         raise GeoPriorError(f'The model must have a classifier, got {name}, which has none. Choose another, or '
                             f'fine-tune it: timm-geoprior finetune DIR --model {name}.')

@@ -88,7 +88,7 @@ def runs_table(manifest: Manifest) -> str:
 
 
 def _duration(hours: float) -> str:
-    return f'{60 * hours:.0f} min' if hours < 1 else f'{hours:.1f} h'
+    return f'{max(60 * hours, 1):.0f} min' if hours < 0.95 else f'{hours:.1f} h'
 
 
 def _number(value: int | None) -> str:
