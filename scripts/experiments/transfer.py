@@ -515,8 +515,9 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
                         if (values := list(_by_seed(own, case, method, start).values()))]
                 if seen:
                     means = [statistics.fmean(values) for _, values in seen]
-                    ends = [[mean - min(values) for mean, (_, values) in zip(means, seen, strict=True)],
-                            [max(values) - mean for mean, (_, values) in zip(means, seen, strict=True)]]
+                    # a mean of equal numbers may differ from them in its last digit
+                    ends = [[max(mean - min(values), 0) for mean, (_, values) in zip(means, seen, strict=True)],
+                            [max(max(values) - mean, 0) for mean, (_, values) in zip(means, seen, strict=True)]]
                     axes.errorbar([x for x, _ in seen], means, yerr=ends, color=f'C{color}', linestyle=line, marker='o',
                                   markerfacecolor=face, capsize=3, label=f'{METHODS[method]}, {start}')
         axes.set_xticks(range(len(cases)), [str(case) for case in cases])
