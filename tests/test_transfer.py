@@ -189,15 +189,6 @@ def test_the_report(tmp_path):
         write_transfer([{**row, 'top1': 100 * right / 2893} for row in rows], tmp_path)
 
 
-def test_the_report_of_the_documentation_is_its_rows(tmp_path):
-    docs = Path(__file__).parents[1] / 'docs'
-    with (docs / 'r96_transfer.csv').open(newline='') as file:
-        rows = [{**row, 'top1': float(row['top1']), **{key: int(row[key]) for key in ('seed', 'labels', 'test_images')},
-                 'per_class': row['per_class'] if row['per_class'] == 'all' else int(row['per_class'])}
-                for row in csv.DictReader(file)]
-    assert write_transfer(rows, tmp_path) == (docs / 'r96_transfer.md').read_text()
-
-
 @pytest.mark.parametrize(('given', 'words'), [
     (['--per-class', '13'], r'--per-class must be from 2 .* to the 12 images of the class astronaut, got 13'),
     (['--per-class', '1'], r'--per-class must be from 2 .* of the class astronaut, got 1'),
