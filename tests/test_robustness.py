@@ -81,7 +81,7 @@ def test_the_interval_is_that_of_paired_images():
     low, high = map(float, line[4].split(' to '))
     expected = 1.96 * 100 * (0.1 * 0.9 / 400) ** 0.5
     assert (10 - low, high - 10) == (pytest.approx(expected, rel=0.15), pytest.approx(expected, rel=0.15))
-    assert line[5] == ''
+    assert len(line) == 5
     _, same = robustness.compare('same', [[answers(0), answers(0)]] * 3, calibration=True)
     assert same == ['same', '0.00', '0.00', '+0.00', '+0.00 to +0.00', '+0.00 ± 0.00']
 
@@ -104,7 +104,7 @@ def test_the_report(pairs, photo_folder, tmp_path, monkeypatch):
         assert own[1] == pytest.approx(float(next(csv.DictReader(file))['top1']))
     assert text.count('±') == 12  # the head's, and one a condition
     call(monkeypatch, photo_folder, tmp_path / 'one', pairs[0])
-    assert (tmp_path / 'one' / 'robustness.md').read_text().count('±') == 1
+    assert '±' not in (tmp_path / 'one' / 'robustness.md').read_text()
 
 
 def test_what_is_no_pair_is_refused(pairs, photo_folder, tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ def compare(name: str, pairs: Sequence[Sequence[Predictions]], calibration: bool
     prior, plain = found.mean(0)
     over_seeds = paired_interval(found[:, 0] - found[:, 1])
     line = [name, f'{prior:.2f}', f'{plain:.2f}', f'{prior - plain:+.2f}', f'{low:+.2f} to {high:+.2f}']
-    return found, [*line, str(over_seeds) if len(pairs) >= LEAST_SEEDS else '']
+    return found, [*line, *([str(over_seeds)] if len(pairs) >= LEAST_SEEDS else [])]
 
 
 def run(args: argparse.Namespace) -> str:
@@ -193,13 +193,13 @@ def run(args: argparse.Namespace) -> str:
                   'size': facts['size'], 'commit': git_commit(), 'torch': versions()['torch'],
                   'hardware': hardware(images.images.device)}
                  for seed, (prior, plain) in zip(seeds, figures.tolist(), strict=True)]
-    table = markdown_table(
-        ['images', 'prior', 'plain', 'difference', '95% over images', '± over seeds'], lines)
-    head = (f'{len(images):,} images of {args.split} at {facts["size"]} px unless said otherwise, in '
-            f'{"bfloat16" if args.amp else "float32"}, top-1 in percent, '
-            f'{f"means of {len(seeds)} pairs (seeds" if len(seeds) > 1 else "of one pair (seed"} '
-            f'{", ".join(map(str, seeds))}). A lower calibration error is better.')
-    text = f'`{shlex.join(["python", *sys.argv])}`\n\n{head}\n\n{table}\n'
+    head = ['images', 'prior', 'plain', 'difference', '95% over images', '± over seeds']
+    table = markdown_table(head[:len(lines[0])], lines)
+    intro = (f'{len(images):,} images of {args.split} at {facts["size"]} px unless said otherwise, in '
+             f'{"bfloat16" if args.amp else "float32"}, top-1 in percent, '
+             f'{f"means of {len(seeds)} pairs (seeds" if len(seeds) > 1 else "of one pair (seed"} '
+             f'{", ".join(map(str, seeds))}). A lower calibration error is better.')
+    text = f'`{shlex.join(["python", *sys.argv])}`\n\n{intro}\n\n{table}\n'
     args.output.mkdir(parents=True, exist_ok=True)
     write_csv(args.output / 'robustness.csv', rows)
     write_atomically(args.output / 'robustness.md', text.encode())
