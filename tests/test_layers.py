@@ -319,6 +319,31 @@ def test_script_and_compile(kernel):
         torch.testing.assert_close(found, expected)
 
 
+def test_a_square_has_one_map(monkeypatch):
+    sizes = []
+    original = layers.attention_map
+
+    def noting(log_radius, size, *args):
+        sizes.append(size)
+        return original(log_radius, size, *args)
+
+    monkeypatch.setattr(layers, 'attention_map', noting)
+    for shape in ((8, 8), (8, 5)):
+        mix_values(torch.randn(1, 2, *shape), torch.zeros(1))
+    assert sizes == [8, 8, 5]
+
+
+def test_what_was_traced_with_a_square_has_two_maps():
+    torch.manual_seed(0)
+    layer = GeoPriorConv2d(4, 8, 4, stride=2).eval()
+    traced = torch.jit.trace(layer, torch.randn(1, 4, 8, 8))
+    exported = torch.export.export(layer, (torch.randn(2, 4, 8, 8),), dynamic_shapes=(
+        {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)).module()
+    x = torch.randn(2, 4, 8, 5)
+    torch.testing.assert_close(traced(x), layer(x))
+    torch.testing.assert_close(exported(x), layer(x))
+
+
 @pytest.mark.parametrize(('options', 'message'), [
     ({'kernel': 'cauchy'}, "kernel (attn_kernel) must be one of gaussian, laplacian, got 'cauchy'."),
     ({'value_dim': 0}, 'value_dim must be at least 1, got 0.'),

@@ -43,12 +43,15 @@ def attention_map(
     Returns:
         The map, shape (num_heads, (size - 1) // stride + 1, size), in the dtype of log_radius. Each row sums to one.
     """
-    # the formula of a convolution's output size: torch.export can then unify the two
-    queries = stride * torch.arange((size - 1) // stride + 1, device=log_radius.device, dtype=log_radius.dtype)
-    keys = torch.arange(size, device=log_radius.device, dtype=log_radius.dtype)
-    radius = dilation * log_radius.clamp(-limit, limit).exp()
-    distance = (queries[:, None] - keys[None, :]).abs() / radius[:, None, None]
-    scores = -distance if kernel == 'laplacian' else -0.5 * distance * distance
+    keys = queries = torch.arange(size, device=log_radius.device, dtype=log_radius.dtype)
+    if stride > 1:
+        # the formula of a convolution's output size: torch.export can then unify the two
+        queries = stride * torch.arange((size - 1) // stride + 1, device=log_radius.device, dtype=log_radius.dtype)
+    radius = log_radius.clamp(-limit, limit).exp()
+    if dilation > 1:
+        radius = dilation * radius
+    distance = (queries[:, None] - keys[None, :]) / radius[:, None, None]
+    scores = -distance.abs() if kernel == 'laplacian' else -0.5 * distance * distance
     weights = scores.softmax(dim=-1)
     # tiny weights are set to zero: below 1e-38 they are subnormal, which makes a CPU's products many times slower
     return torch.where(weights <= 1e-30, 0.0, weights)  # not F.threshold: ONNX and OpenVINO cannot convert it
@@ -67,6 +70,15 @@ def _mix_head(values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> t
     # (H - 1) // 2 + 1 rows directly
     mixed = mixed.flatten().view(-1, channels).view(batch * rows.shape[0], width, channels)
     return _attend(cols, mixed).view(batch, rows.shape[0], cols.shape[0], channels)
+
+
+def _is_square(values: torch.Tensor) -> bool:
+    """Whether one map serves both axes. What is exported or compiled has two: its height and width may vary."""
+    if torch.jit.is_scripting():
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return values.shape[2] == values.shape[3]
 
 
 def mix_values(
@@ -91,8 +103,9 @@ def mix_values(
         Shape (B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), channels_last, in the dtype of the values.
     """
     log_radius = log_radius.to(torch.promote_types(values.dtype, torch.float32))
-    rows = attention_map(log_radius, values.shape[2], stride, dilation, kernel).to(values.dtype)
-    cols = attention_map(log_radius, values.shape[3], stride, dilation, kernel).to(values.dtype)
+    rows = cols = attention_map(log_radius, values.shape[2], stride, dilation, kernel).to(values.dtype)
+    if not _is_square(values):
+        cols = attention_map(log_radius, values.shape[3], stride, dilation, kernel).to(values.dtype)
     if log_radius.shape[0] == 1:  # also because the TorchScript-based ONNX exporter cannot make one chunk
         mixed = _mix_head(values, rows[0], cols[0])
     else:
