@@ -74,9 +74,9 @@ def _mix_head(values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> t
 
 def _is_square(values: torch.Tensor) -> bool:
     """Whether one map serves both axes. What is exported or compiled has two: its height and width may vary."""
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore
         return False
     return values.shape[2] == values.shape[3]
 
