@@ -236,7 +236,7 @@ def _onnx_session(
 
 def measure_speed(
         names: Sequence[str], workload: Workload, repeats: int, min_seconds: float = 1.0) -> Iterator[dict[str, Any]]:
-    """Images a second of each network, one repetition after the other.
+    """Images per second of each network, one repetition after the other.
 
     Args:
         names: The networks.

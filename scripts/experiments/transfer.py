@@ -7,7 +7,7 @@
 
 There are three methods, each with trained and with random weights: k nearest neighbours and a linear probe on frozen
 features, and `timm-geoprior finetune`. Both networks get the same labels, the same number per class, drawn by a seed; a
-smaller draw is part of a larger one. The test images choose nothing.
+smaller draw is part of a larger one. The test images are not used for any choice.
 
 An interrupted run continues with the same command, and with more seeds or labels it does only what is new. --output
 gets transfer.md (a table), transfer.png and transfer.csv for all data sets measured into it. Of fine-tuned networks,
@@ -75,10 +75,10 @@ class Transfer:
     """What is transferred, to what.
 
     Attributes:
-        data_dir: Folder with the splits `train` and `test` (or `val`), each with one folder of images a class.
+        data_dir: Folder with the splits `train` and `test` (or `val`), each with one folder of images per class.
         output: Folder of the rows, the features and the report; several data sets may share it.
         model: Any model of timm with weights.
-        per_class: Labels a class, 0 for all there are.
+        per_class: Labels per class, 0 for all there are.
         seeds: Of the labels' draw, of random weights, and of fine-tuning.
         methods: Some of `METHODS`.
         img_size: Side of the images, 0 for the model's own.
@@ -472,7 +472,7 @@ def write_transfer(rows: Sequence[Row], output: Path) -> str:
 
 
 def _cases(rows: Sequence[Row]) -> list[Any]:
-    """Labels a class, the fewest first."""
+    """Labels per class, the fewest first."""
     return sorted({row['per_class'] for row in rows}, key=lambda value: math.inf if value == 'all' else value)
 
 

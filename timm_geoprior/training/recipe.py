@@ -27,7 +27,7 @@ class Recipe:
     name: str
     model: str
     epochs: int
-    batch_size: int  # images a step over all processes, before gradient accumulation
+    batch_size: int  # images per step over all processes, before gradient accumulation
     lr: float  # peak, for that batch size
     img_size: int  # side of the training images, pixels
 
