@@ -5,8 +5,8 @@
 
 The speed of a machine drifts by more than the networks differ. So each repetition measures each network once, in
 alternating order, in one process. The first model is compared with each of the others by the ratio of each repetition;
-the median is printed, with the middle half in brackets. Above one, the first model is faster (images per second) or
-needs more (seconds, bytes).
+the median is printed, with the interquartile range in brackets. Above one, the first model is faster (images per
+second) or needs more (seconds, bytes).
 """
 import argparse
 import contextlib
@@ -323,7 +323,7 @@ def peak_bytes(workload: Workload) -> int:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and middle half of some repetitions."""
+    """Median and interquartile range of some repetitions."""
 
     median: float
     low: float
@@ -331,7 +331,7 @@ class Spread:
 
     @property
     def differs_from_one(self) -> bool:
-        """Whether a ratio is further from one than its middle half is wide."""
+        """Whether a ratio is further from one than its interquartile range is wide."""
         return abs(self.median - 1) > self.high - self.low
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the attention layer alone, beside the same attention with a dense map and beside computed attention.
+"""Measure the attention layer alone, beside the same attention with a dense map and beside content-based attention.
 
     python scripts/experiments/benchmark_layer.py --output bench/layer
 

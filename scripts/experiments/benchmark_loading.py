@@ -5,7 +5,7 @@
 
 Both load one file of random weights, as `scripts/publish.py` would write it: once as a bundled tag, and once as the
 user's own file, which timm alone loads. Repetitions alternate. The ratio is that of the seconds with the check to those
-without: the median and, in brackets, the middle half.
+without: the median and, in brackets, the interquartile range.
 """
 import argparse
 import sys

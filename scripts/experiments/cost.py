@@ -63,7 +63,8 @@ def pixels_seen(recipe: Recipe) -> float:
 def table(speeds: dict[str, float], img_size: int) -> Iterator[str]:
     """The table's lines."""
     yield ('| recipe | model | epochs | batch | device-hours | hours on 8 | on 64 | images/s needed on 1 | 8 | 64 | '
-           'gradients, GB sent per device and step (8, 64) | network, GB/s per device (8, 64) | disk, MB/s (1, 8, 64) |')
+           'gradients, GB sent per device and step (8, 64) | network, GB/s per device (8, 64) | '
+           'disk, MB/s (1, 8, 64) |')
     yield '| --- | --- |' + ' ---: |' * 11
     for name in RECIPES:
         recipe = load_recipe(name)
