@@ -244,6 +244,14 @@ def test_any_model_whose_classes_have_names(capsys, folders, photo):
         capsys, 'classify', photo, '--model', f'local-dir:{folders / "7"}', code=1).err
 
 
+def test_a_downloaded_folder_knows_the_ids_of_its_classes(capsys, tmp_path, photo):
+    output(capsys, 'download', 'geoprior_resnet14_nano', str(tmp_path / 'made'))
+    (folder,) = (tmp_path / 'made').iterdir()
+    known, found = (classify(capsys, '--model', name, photo)[0]['predictions']
+                    for name in ('geoprior_resnet14_nano', f'local-dir:{folder}'))
+    assert found == known
+
+
 @pytest.mark.parametrize('command', ['classify', 'validate'])
 def test_an_unknown_tag_is_told(capsys, tmp_path, photo, command):
     given = [photo] if command == 'classify' else ['--data-dir', str(tmp_path)]
@@ -452,6 +460,23 @@ def test_a_closed_pipe_is_quiet():
     os.close(writer)
     assert listing.stderr == ''
     assert listing.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='Linux has a device that is always full')
+def test_a_full_disk_is_one_sentence():
+    with open('/dev/full', 'w') as full:
+        listing = run([*COMMAND, 'list'], stdout=full.fileno())
+    assert listing.returncode == 1
+    assert listing.stderr == 'timm-geoprior: The output cannot be written (No space left on device). Free some space.\n'
+
+
+def test_a_network_of_one_channel(photo, tmp_path, capsys):
+    model = timm.create_model('geoprior_resnet14_nano', in_chans=1, num_classes=2)
+    timm.models.save_for_hf(
+        model, tmp_path / 'grey', model_config={'label_names': ['a', 'b']}, model_args={'in_chans': 1})
+    (result,) = classify(capsys, '--model', f'local-dir:{tmp_path / "grey"}', photo)
+    assert {guess['label'] for guess in result['predictions']} == {'a', 'b'}
+    assert main(['explain', photo, '--model', f'local-dir:{tmp_path / "grey"}', '-o', str(tmp_path / 'e.png')]) == 0
 
 
 def test_ctrl_c(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from torch import nn
 
 from programs import run
 from timm_geoprior.data.dataset import open_split
-from timm_geoprior.data.listing import ilsvrc_val_labels, unpacked
+from timm_geoprior.data.listing import ilsvrc_val_labels, natural_key, unpacked
 from timm_geoprior.data.preflight import check_data, empty_folders, image_fault, repeated_classes
 from timm_geoprior.errors import ClassMismatchError, EvaluationError, GeoPriorError
 from timm_geoprior.evaluation.classes import match_classes
@@ -126,10 +127,24 @@ def test_classes_are_matched_by_name(data, subset, to_model, competing, note):
     (['n01', 'n09'], False, r'does not have 1 of the 2 classes \(n09\)'),
     (['a', 'b', 'c'], False, r"the model's 4 classes, which begin with n01, got 3 \(a, b, c\)"),
     (['a', 'b', 'c', 'd'], True, 'no name in common'),
+    (['a', 'b', 'c', 'd'], False, r"must have the model's names \(n01, n02, n03 and 1 more\), got none of them \(a, b"),
+    (['cat', 'crane', 'dog', 'fox'], False, "must have the model's names"),  # 'crane' stands twice
 ])
 def test_classes_that_do_not_match_are_refused(data, subset, message):
     with pytest.raises(ClassMismatchError, match=message):
-        match_classes(data, WNIDS, NAMES, 4, subset)
+        match_classes(data, WNIDS, NAMES, 4, subset, sorted_names=True)
+
+
+def test_folders_are_sorted_as_timm_sorts_them():
+    names = ['b', 'A10', 'a2', '10', '9', 'x1y20', 'x1y3', 'é', '٣']
+    assert sorted(names, key=natural_key) == sorted(names, key=timm.utils.natural_key)
+    assert sorted(['②', '①', 'x²'], key=natural_key) == ['x²', '①', '②']  # which timm cannot sort
+
+
+def test_an_order_that_was_stated_is_taken():
+    match = match_classes(['a', 'b', 'c', 'd'], WNIDS, NAMES, 4)
+    assert match.notes == ("The class names of these data are not the model's names: their order is taken for the "
+                           "model's.",)
 
 
 def encoded(form: str, **options) -> bytes:
@@ -323,6 +338,7 @@ def test_calibration_error():
 HUNGRY = """
 import resource
 from pathlib import Path
+import timm
 import torch
 from timm_geoprior.errors import EvaluationError
 from timm_geoprior.evaluation.evaluate import Forward

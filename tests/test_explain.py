@@ -371,6 +371,17 @@ def test_an_error_is_one_sentence_and_nothing_is_written(photo, tmp_path, monkey
     assert set(tmp_path.iterdir()) == before
 
 
+def test_the_photograph_is_not_replaced(photo, tmp_path, capsys):
+    copy = tmp_path / 'photo.png'
+    Image.open(photo).save(copy)
+    content = copy.read_bytes()
+    (tmp_path / 'link.png').symlink_to(copy)
+    for output in (copy, tmp_path / 'link.png'):
+        assert main(['explain', str(copy), '-o', str(output)]) == 1
+        assert 'The output must be another file than the image' in capsys.readouterr().err
+    assert copy.read_bytes() == content
+
+
 @pytest.mark.parametrize(('content', 'words'), [
     (b'words', 'is not an image that Pillow can read'), (None, 'does not exist'), ('huge', 'must have at most')])
 def test_a_bad_image_is_one_sentence(tmp_path, capsys, content, words):

@@ -358,6 +358,27 @@ def test_bad_images_are_told_before_anything_is_written(photos, tmp_path, capsys
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_classes_of_another_name_are_refused_before_the_training(photo_folder, tmp_path, capsys, split):
+    data = shutil.copytree(photo_folder, tmp_path / 'data')
+    (data / 'val').rename(data / split)
+    (data / split / 'coffee').rename(data / split / 'Kaffee')
+    assert finetune(data, '--output', tmp_path / 'run') == 1
+    assert f"{split} must be among those of {data / 'train'}, got also Kaffee. Rename or" in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_another_network_is_not_replaced(finished, photos, tmp_path, capsys):
+    folder = tmp_path / 'network'
+    folder.mkdir()
+    for name in ('model.safetensors', 'config.json'):
+        shutil.copy(finished / name, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert finetune(photos, '--model', f'local-dir:{folder}', '--output', folder) == 1
+    assert f'must be a new folder, got {folder}, which has another model.safetensors' in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize(('arguments', 'words'), [
     (['--model', 'resnet51'], 'resnet51'),
     (['--model', 'local-dir:nowhere'], 'local-dir:nowhere cannot be loaded'),

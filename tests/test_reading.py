@@ -58,6 +58,10 @@ def test_jpegs_of_three_colour_spaces(tmp_path, picture):
     ((0.0, 1 / 255, 128 / 255, 1.0), '<f4', 'tiff'),
     ((0.0, 1.0, 128.0, 255.0), '<f4', 'tiff'),
     ((float('nan'), 257.0, 32896.0, 65535.0), '<f4', 'tiff'),
+    ((-0.01, 1.0, 128.0, 262.0), '<f4', 'tiff'),  # as after a resize that overshoots
+    ((0, 1, 128, 255), '<i4', 'tiff'),
+    ((-1.0, -253 / 255, 1 / 255, 1.0), '<f4', 'tiff'),
+    ((-2.0, 4 / 255 - 2, 512 / 255 - 2, 2.0), '<f4', 'tiff'),
 ])
 def test_deep_grey_is_scaled_not_clipped(tmp_path, values, dtype, ending):
     path = tmp_path / f'deep.{ending}'

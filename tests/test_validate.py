@@ -645,6 +645,8 @@ def test_no_more_workers_than_processors(processors, workers, monkeypatch):
     (['--model', NANO, '--precision', 'float8'], 'invalid choice'),
     (['--model', NANO, '--input-size', '3', '0', '64'], 'of 1 or more, got [3, 0, 64]'),
     (['--model', NANO, '--crop-pct', '0'], '--crop-pct must be more than 0 and at most 1, got 0.0'),
+    (['--model', NANO, '--std', '0'], '--std must be finite and above 0, got 0.0'),
+    (['--model', NANO, '--mean', '0.5', 'nan', '0.5'], '--mean must be finite, got 0.5 nan 0.5'),
     (['--model', NANO, '--model-kwargs', 'attn_heads'], '--model-kwargs must be KEY=VALUE, got attn_heads'),
     (['--model', NANO, '--torchcompile', 'nosuch'], '--torchcompile must be a backend of torch'),
 ])

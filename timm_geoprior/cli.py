@@ -7,6 +7,7 @@ A GeoPriorError is printed as one sentence on stderr, with exit code 1. Wrong us
 reader has gone 141, as in a shell.
 """
 import argparse
+import errno
 import json
 import os
 import sys
@@ -324,6 +325,9 @@ def _explain(args: argparse.Namespace) -> int:
     with needs_extra('explain'):
         from .inference.explain import check_output, save_explanation
     check_output(args.output)
+    if args.image and args.output.exists() and args.output.samefile(args.image):
+        raise GeoPriorError(f'The output must be another file than the image, got {args.output}. Name one with '
+                            f'--output.')
     from .inference.classifier import load_classifier
     save_explanation(load_classifier(_default_model(args)), image, args.output, args.point)
     print(f'Wrote {args.output}.')
@@ -470,7 +474,7 @@ def _run(args: argparse.Namespace) -> int:
             runpy.run_module(target, run_name='__main__', alter_sys=True)
         else:
             runpy.run_path(target, run_name='__main__')
-    except BrokenPipeError:  # not ours to hush: a data loader's workers may have died
+    except OSError:  # not ours to explain: a data loader's workers may have died
         traceback.print_exc()
         return 1
     return 0
@@ -527,5 +531,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        _drop_output()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        _complain(f'The output cannot be written ({error.strerror}). Free some space.')
+        return 1
+
+
+def _drop_output() -> None:
+    """Let what could not be printed go, or Python complains when it flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

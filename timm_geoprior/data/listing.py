@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 from timm.data import ImageNetInfo
-from timm.utils import natural_key
 
 from ..errors import EvaluationError
 from ..files import first_line
@@ -209,6 +208,11 @@ def _choose_images(found: Iterable[_Found], extensions: tuple[str, ...]) -> tupl
         (litter, 'files that systems and programs leave behind'), (others, 'files without an image extension'),
     ) if counts]
     return images, notes
+
+
+def natural_key(name: str) -> list[int | str]:
+    """timm's key, which sorts 'a2' before 'a10', without its error for digits like '²'."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
 
 
 def _enumerate(counts: Counter[str], limit: int = 5) -> str:

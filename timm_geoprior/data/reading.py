@@ -104,10 +104,12 @@ def _check_size(name: str, image: Image.Image) -> None:
 def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and floating-point grey, which Pillow would clip at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-    # no file says which value is white: the least usual one that no pixel exceeds, else the brightest pixel
-    whites = (1, 255, 65535) if image.mode == 'F' else (65535,)
-    peak = float(values.max())
-    white = next((white for white in whites if peak <= white), peak)
+    whites = {'F': (1, 255, 65535), 'I': (255, 65535)}.get(image.mode, (65535,))
+    peak, low = float(values.max()), float(values.min())
+    if low < -0.1 * abs(peak):  # no usual black either, as where the mean was subtracted
+        values, peak, whites = values - low, peak - low, ()
+    # no file says which value is white: the least usual one, which resizing may have exceeded, else the brightest pixel
+    white = next((white for white in whites if peak <= 1.1 * white), peak) or 1
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
 

@@ -34,7 +34,8 @@ def match_classes(
 ) -> ClassMatch:
     """Match the data's classes with the model's, by WordNet id or else by readable name.
 
-    Where nothing can be compared, the labels are taken for the model's indices, and a note says so.
+    Where nothing can be compared, the labels are taken for the model's indices, and a note says so. So they are where
+    the data's classes are mere numbers, or stand in an order that somebody stated.
 
     Args:
         data_classes: Names of the data's classes, in the order of the labels; may be empty.
@@ -45,16 +46,19 @@ def match_classes(
         sorted_names: Whether the data's classes stand in no order but that of their folders' names.
 
     Raises:
-        ClassMismatchError: There are classes that the model does not have, or none in common; or their order has to be
-            taken for the model's and could be two different ones.
+        ClassMismatchError: There are classes that the model does not have, or none in common; or the order of folders'
+            names has to be taken for the model's, which has other names or could be meant in two ways.
     """
     # 'crane' is two of ImageNet's classes, the bird and the machine: such names cannot tell which is meant
     unique = [known for known in (wnids, names) if len(set(known)) == len(known)]
     known = next((known for known in unique if set(known) & set(data_classes)), None)
     if known is None:
         match = _by_position(data_classes, wnids, names, num_classes, subset)
-        if sorted_names and match.notes and sorted(data_classes) != list(data_classes):
-            _refuse_two_orders(data_classes)
+        if sorted_names and match.notes:
+            if wnids and not all(name.isdecimal() for name in data_classes):
+                _refuse_other_names(data_classes, wnids)
+            if sorted(data_classes) != list(data_classes):
+                _refuse_two_orders(data_classes)
         return match
     index = {name: i for i, name in enumerate(known)}
     to_model = np.array([index.get(name, -1) for name in data_classes], dtype=np.int64)
@@ -101,6 +105,13 @@ def _by_position(
     note = "are not the model's names" if count and wnids else "cannot be compared with the model's"
     return ClassMatch(np.empty(0, np.int64), None, (
         f"The class names of these data {note}: their order is taken for the model's.",))
+
+
+def _refuse_other_names(classes: Sequence[str], wnids: Sequence[str]) -> None:
+    raise ClassMismatchError(
+        f"The class folders must have the model's names ({_some(wnids)}), got none of them ({_some(classes)}). Rename "
+        f"the folders, or write their names in the order of the model's classes into a text file, one per line, and "
+        f'name it with --class-map.')
 
 
 def _refuse_two_orders(classes: Sequence[str]) -> None:

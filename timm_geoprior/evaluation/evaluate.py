@@ -117,7 +117,11 @@ def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
     if config.real_labels is not None:
         _check_real_labels(data, loaded, config)
     overrides = {'img_size': loaded.img_size, **{k: v for k, v in config.overrides.items() if v is not None}}
-    preprocessing = resolve_data_config(overrides, model=loaded.model, use_test_size=True)
+    try:
+        preprocessing = resolve_data_config(overrides, model=loaded.model, use_test_size=True)
+    except AssertionError:  # of timm
+        raise EvaluationError('--mean and --std must have one number, or one for each channel of the images. Correct '
+                              'them.') from None
     return Plan(match, indices, targets[indices], preprocessing)
 
 
@@ -354,4 +358,8 @@ def _problems(data: DataSplit, plan: Plan, outcome: Pass) -> tuple[str, ...]:
         total = came if data.is_stream else len(plan.indices)
         names = '' if data.is_stream else ': ' + ', '.join(data.name_of(index) for index in outcome.unreadable)
         problems.append(f'{len(outcome.unreadable)} of {total:,} images could not be decoded and were left out{names}.')
+    for precision, predictions in outcome.predictions.items():
+        if count := int(np.isnan(predictions.confidence).sum()):
+            problems.append(f'{count:,} images have scores that are not finite in {precision}, and count as wrong. '
+                            f'Check the weights and the preprocessing.')
     return tuple(problems)

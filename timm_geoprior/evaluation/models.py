@@ -154,6 +154,9 @@ def _class_names(
     cfg = getattr(model, 'pretrained_cfg', {})
     if num_classes and len(cfg.get('label_names') or ()) == num_classes:
         names = tuple(cfg['label_names'])
+        for known in label_sets.values():  # the folder of a download has readable names alone
+            if known.names == names:
+                return known.wnids, names
         described = cfg.get('label_descriptions') or {}
         return names, tuple(described.get(name, name) for name in names) if isinstance(described, dict) else ()
     subset = infer_imagenet_subset({'num_classes': num_classes})  # most cfgs do not name their classes

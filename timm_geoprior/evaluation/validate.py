@@ -3,6 +3,7 @@
 Nothing here imports torch or timm before it is needed, so that `--help` and a usage error come at once.
 """
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -222,6 +223,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f'--input-size must be channels, height and width of 1 or more, got {args.input_size}')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f'--crop-pct must be more than 0 and at most 1, got {args.crop_pct}')
+    for name, limit in (('mean', -math.inf), ('std', 0.0)):
+        values = getattr(args, name)
+        if values and not all(limit < value < math.inf for value in values):
+            parser.error(f'--{name} must be finite{" and above 0" if name == "std" else ""}, got '
+                         f'{" ".join(map(str, values))}')
     if args.torchcompile:
         from torch.compiler import list_backends
         if args.torchcompile not in list_backends(exclude_tags=()):

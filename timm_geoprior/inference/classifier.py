@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms import Compose, Grayscale
 
 from ..data.reading import read_image
 from ..errors import GeoPriorError, ImageError
@@ -26,7 +27,7 @@ class Classifier:
     """A network with what it needs to name what is in a picture."""
     name: str  # its name, as it was loaded by
     model: nn.Module  # in eval mode
-    # turns a picture in mode 'RGB' into the network's input, shape (3, height, width)
+    # turns a picture in mode 'RGB' into the network's input, shape (3 or 1, height, width)
     transform: Callable[[Image.Image], Tensor]
     classes: tuple[tuple[str, str], ...]  # label and readable name of each class
     device: torch.device = torch.device('cpu')  # where the model is
@@ -116,7 +117,16 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier
     if not loaded.wnids:
         raise GeoPriorError(f'The model must have class names, got {name}, which has none. Use it from Python, or '
                             f'choose a model whose pretrained_cfg has label_names.')
+    config = resolve_model_data_config(loaded.model)
+    channels = getattr(loaded.model, 'in_chans', config['input_size'][0])
+    if channels == 1:
+        means = {key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')}
+        transform = Compose([Grayscale(), create_transform(**{**config, **means})])
+    elif channels == 3:
+        transform = create_transform(**config)
+    else:
+        raise GeoPriorError(f'The model must take images of one or three channels, got {name}, which takes {channels}. '
+                            f'Use it from Python.')
     return Classifier(
-        loaded.entry.name if loaded.entry else name, loaded.model.to(device),
-        create_transform(**resolve_model_data_config(loaded.model)),
+        loaded.entry.name if loaded.entry else name, loaded.model.to(device), transform,
         tuple(zip(loaded.wnids, loaded.names or loaded.wnids, strict=True)), torch.device(device))

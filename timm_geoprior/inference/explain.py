@@ -80,10 +80,11 @@ def receptive_pair(model: nn.Module, size: int) -> tuple[Tensor, Tensor]:
     """
     own, plain = copy.deepcopy(model).eval(), _plain_twin(model).eval()
     radii = {name: value for name, value in model.state_dict().items() if name.endswith('log_radius')}
+    shape = 1, int(model.in_chans), size, size  # type: ignore[arg-type]
     fields = torch.zeros(2, size, size)
     with torch.random.fork_rng(devices=()):
         for draw in range(DRAWS):
-            noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(draw))
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(draw))
             for field, network in zip(fields, (own, plain), strict=True):
                 torch.manual_seed(draw)
                 network.init_weights(zero_init_last=False)  # type: ignore[operator]  # a zero branch sees nothing

@@ -108,7 +108,7 @@ def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) ->
     The point is x and y in pixels of the input; a layer's window stands at its query that is nearest.
     """
     windows = []
-    for found in learned_radii(model, (3, view.height, view.width)):
+    for found in learned_radii(model, (int(model.in_chans), view.height, view.width)):  # type: ignore[arg-type]
         layer = model.get_submodule(found.name)
         assert isinstance(layer, GeoPriorAttn2d)
         cell = view.width / found.width, view.height / found.height

@@ -138,6 +138,11 @@ def _check_places(job: Job) -> None:
     if output.exists() and not output.is_dir():
         raise GeoPriorError(f'The output must be a folder, or a new one, got the file {job.output}. Name another with '
                             f'--output.')
+    # a run is refused by the Trainer, which says how to resume it
+    held = [name for name in (WEIGHTS, CONFIG) if (output / name).exists()]
+    if held and not job.resume and not (output / 'last.pt').exists():
+        raise GeoPriorError(f'The output must be a new folder, got {job.output}, which has another {held[0]}. Name '
+                            f'another with --output.')
 
 
 def _recipe(job: Job, splits: Splits) -> Recipe:
@@ -202,10 +207,16 @@ def _open(job: Job, split: str) -> DataSplit:
 
 def _check_images(job: Job, splits: Splits) -> None:
     """Every image of every split can be read, and there are enough of them."""
+    known: set[str] = set()
     for split in dict.fromkeys((splits.train, splits.val, splits.measured)):
         if split or split == splits.train:
             data = _open(job, split)
             _check_classes(data, job.data_dir / split, held_out=split == splits.train and not splits.val)
+            known = known or set(data.classes)
+            if others := [name for name in data.classes if name not in known]:
+                raise GeoPriorError(f'The class folders of {job.data_dir / split} must be among those of '
+                                    f'{job.data_dir / splits.train}, got also {", ".join(others[:3])}. Rename or '
+                                    f'remove them.')
             if split:
                 job.tell(f'{split}:')
             check_data(data, job.workers, job.tell)
