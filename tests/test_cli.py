@@ -560,7 +560,7 @@ def test_wrong_usage_shows_the_commands_own_usage(capsys, arguments):
     assert f'error: unrecognized arguments: {arguments[-1]}' in told
 
 
-CREATE = "print(type(timm.create_model('geoprior_resnet14_nano')).__name__)"
+CREATE = "print(type(timm.create_model('geoprior_resnet14_nano')).__name__, flush=True)"
 
 
 def test_the_models_are_registered_however_the_two_are_imported():
@@ -665,17 +665,21 @@ def test_run_reaches_child_processes(tmp_path, kind, target):
 LOOK = """
 import json, os, sys
 import sitecustomize
-print(json.dumps([sys.path, getattr(sitecustomize, '__file__', None), sorted(sys.modules)]))
+print(json.dumps([sys.path, getattr(sitecustomize, '__file__', None), sorted(sys.modules)]), flush=True)
 """
 
 
-@pytest.mark.parametrize('theirs', ['print("theirs")', None, 'raise ValueError("theirs is broken")', 'import nowhere'])
+# flushed at once: whose output comes first must not depend on PYTHONUNBUFFERED
+SPEAKING = 'print("theirs", flush=True)'
+
+
+@pytest.mark.parametrize('theirs', [SPEAKING, None, 'raise ValueError("theirs is broken")', 'import nowhere'])
 def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
     """Path, module, output and errors of a child: those without `run`, and what it adds to the modules is tiny."""
     if theirs is not None:
         (tmp_path / 'site').mkdir()
         (tmp_path / 'site' / 'sitecustomize.py').write_text(theirs)
-    look = LOOK if theirs == 'print("theirs")' else LOOK.replace('import sitecustomize\n', 'sitecustomize = None\n')
+    look = LOOK if theirs == SPEAKING else LOOK.replace('import sitecustomize\n', 'sitecustomize = None\n')
     (tmp_path / 'child.py').write_text(look)
     (tmp_path / 'parent.py').write_text('import subprocess, sys; subprocess.run([sys.executable, "child.py"])')
     inherited = os.pathsep.join([str(tmp_path / 'site'), os.environ.get('PYTHONPATH', ''), ''])  # '': where it runs
@@ -685,7 +689,7 @@ def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
     assert ours.stderr == plain.stderr
     *before, expected = plain.stdout.splitlines()
     *told, got = ours.stdout.splitlines()
-    assert told == before == (['theirs'] * 2 if theirs == 'print("theirs")' else [])
+    assert told == before == (['theirs'] * 2 if theirs == SPEAKING else [])
     (path, place, modules), (expected_path, expected_place, expected_modules) = json.loads(got), json.loads(expected)
     assert (path, place) == (expected_path, expected_place)
     assert set(modules) - set(expected_modules) - {'importlib', 'importlib._bootstrap', 'importlib._bootstrap_external',
