@@ -657,6 +657,19 @@ def test_wrong_commands(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_scores_that_are_not_finite_are_a_fault(data, checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content['model']['fc.bias'][0] = float('nan')
+    torch.save(content, tmp_path / 'nan.pt')
+    assert validate('--checkpoint', tmp_path / 'nan.pt', '--data-dir', data / 'folder', '-j', 0) == 1
+    assert f'{COUNT} images have scores that are not finite in float32, and count as wrong' in capsys.readouterr().err
+
+
+def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
+    assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '--mean', '1', '2') == 1
+    assert '--mean and --std must have one number, or one for each channel of the images.' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--data-dir', 'missing'], 'missing does not exist'),
     ([], 'No data to read'),

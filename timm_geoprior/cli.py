@@ -28,6 +28,8 @@ __all__ = ['main']
 Function = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]  # what `add_argument` takes
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
 _COMMANDS: dict[str, tuple[Function, str, tuple[Argument, ...]]] = {}  # Name -> function, what it does, its arguments
 # Commands with a parser of their own: the module whose `main` takes the arguments, and what it does
 _MODULES = {
@@ -474,7 +476,10 @@ def _run(args: argparse.Namespace) -> int:
             runpy.run_module(target, run_name='__main__', alter_sys=True)
         else:
             runpy.run_path(target, run_name='__main__')
-    except OSError:  # not ours to explain: a data loader's workers may have died
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and error.errno not in FULL_DISK:
+            raise
+        # not ours to explain: a data loader's workers may have died, or the script's own disk be full
         traceback.print_exc()
         return 1
     return 0
@@ -534,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         _drop_output()
         _complain(f'The output cannot be written ({error.strerror}). Free some space.')
