@@ -479,6 +479,17 @@ def test_a_network_of_one_channel(photo, tmp_path, capsys):
     assert main(['explain', photo, '--model', f'local-dir:{tmp_path / "grey"}', '-o', str(tmp_path / 'e.png')]) == 0
 
 
+def test_a_network_that_does_not_name_its_1000_classes(photo, tmp_path, capsys):
+    place = f'local-dir:{tmp_path / "unnamed"}'
+    timm.models.save_for_hf(timm.create_model('geoprior_resnet14_nano', num_classes=1000), tmp_path / 'unnamed')
+    told = f'timm-geoprior: {place} does not name its 1,000 classes: they are taken for those of ImageNet.\n'
+    for arguments in (['classify'], ['explain', '-o', str(tmp_path / 'e.png')]):
+        assert main([*arguments, '--model', place, photo]) == 0
+        assert capsys.readouterr().err == told
+    assert main(['classify', '--model', 'geoprior_resnet14_nano', photo]) == 0
+    assert capsys.readouterr().err == ''
+
+
 def test_ctrl_c(tmp_path):
     (tmp_path / 'wait.py').write_text(  # a shell's background jobs ignore SIGINT, and their children inherit that
         'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n'

@@ -61,6 +61,7 @@ class TestRefusals:
         ({'freeze': ['layr1']}, 'has no attribute `layr1`'),
         ({'opt': 'sgdd'}, r"opt and opt_kwargs \(.*sgdd.*did you mean 'sgd'\?"),
         ({'opt_kwargs': {'nesterv': True}}, "unexpected keyword argument 'nesterv'"),
+        ({'model': 'test_vit', 'img_size': 100}, r'model and model_kwargs at 100 px \(Input height \(100\) should be'),
         ({'teacher': 'resnet5'}, r"teacher \(Unknown model.*did you mean 'resnet50'\?"),
     ])
     def test_what_timm_cannot_build(self, changes, message):

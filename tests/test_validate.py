@@ -684,6 +684,8 @@ def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
     (['--data-dir', 'folder', '--results-file', 'folder'], '--results-file must be a file, got the folder folder'),
     (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),
     (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),
+    (['--data-dir', 'folder', '--model-kwargs', 'drop_rate=2'],
+     'The model cannot be run on images of 3 x 32 x 32 (dropout probability has to be between 0 and 1, but got 2.0).'),
     (['--data-dir', 'folder', '--check', '--model', 'resnet50'], 'The model must be one of geoprior_'),
     (['--data-dir', 'folder', '--tag', '*paper*'], 'must match a tag that has weights'),
 ])

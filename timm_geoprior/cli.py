@@ -21,6 +21,9 @@ from . import __version__
 from .errors import GeoPriorError, enough_memory, message_of, needs_extra
 
 if TYPE_CHECKING:
+    import torch
+
+    from .inference.classifier import Classifier
     from .pretrained.manifest import ModelEntry
 
 __all__ = ['main']
@@ -245,9 +248,8 @@ def _classify(args: argparse.Namespace) -> int:
             _print_result(args, {'image': path, 'error': str(fault)})
         return 1
     from .distributed import find_device
-    from .inference.classifier import load_classifier
     from .progress import Progress, tell_on_stderr
-    classify = load_classifier(_default_model(args), find_device(_device(args))[0])
+    classify = _load_classifier(args, find_device(_device(args))[0])
     if sample:
         _print_result(args, {'image': _SAMPLE, 'model': classify.name, 'predictions': classify(sample, args.top)})
         return 0
@@ -262,6 +264,14 @@ def _classify(args: argparse.Namespace) -> int:
             _print_result(args, {'image': path, 'model': classify.name, **answer})
             progress.update()
     return 1 if failed else 0
+
+
+def _load_classifier(args: argparse.Namespace, device: 'torch.device | str' = 'cpu') -> 'Classifier':
+    from .inference.classifier import load_classifier
+    classifier = load_classifier(_default_model(args), device)
+    for note in classifier.notes:
+        _complain(note)
+    return classifier
 
 
 def _find_images(names: Sequence[str]) -> dict[str, GeoPriorError | None]:
@@ -330,8 +340,7 @@ def _explain(args: argparse.Namespace) -> int:
     if args.image and args.output.exists() and args.output.samefile(args.image):
         raise GeoPriorError(f'The output must be another file than the image, got {args.output}. Name one with '
                             f'--output.')
-    from .inference.classifier import load_classifier
-    save_explanation(load_classifier(_default_model(args)), image, args.output, args.point)
+    save_explanation(_load_classifier(args), image, args.output, args.point)
     print(f'Wrote {args.output}.')
     return 0
 

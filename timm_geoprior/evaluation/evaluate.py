@@ -17,6 +17,7 @@ from ..data.dataset import UNREADABLE, Chosen, DataSplit
 from ..data.listing import ILSVRC_FILE, ilsvrc_val_labels
 from ..distributed import gather, reduce_sum
 from ..errors import EvaluationError, ProcessError, out_of_memory
+from ..files import first_line
 from ..progress import Progress, tell_on_stderr
 from .classes import ClassMatch, match_classes
 from .metrics import Counts, Predictions, target_ranks
@@ -204,9 +205,11 @@ class Forward:
             size = min(self.limit or len(images), len(images))
             try:
                 return torch.cat([self.model(part) for part in torch.split(images, size)])
-            except RuntimeError as error:
+            except Exception as error:  # a model raises what it likes
                 if not out_of_memory(error):
-                    raise
+                    size_of = ' x '.join(map(str, images.shape[1:]))
+                    raise ProcessError(f'The model cannot be run on images of {size_of} ({first_line(error)}). Check '
+                                       f'--img-size and --model-kwargs.') from error
                 if size == 1:
                     raise ProcessError('There is not enough memory for one image. Use a smaller --img-size, a lower '
                                        'precision or another device.') from None

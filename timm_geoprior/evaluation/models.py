@@ -82,6 +82,11 @@ def load_model(
         _load_into(model, state_dict, name, str(checkpoint))
     source['state_dict_sha256'] = state_dict_sha256(model)
     wnids, names = _class_names(model, entry, saved)
+    if not wnids:
+        wnids, names = _imagenet_names(model)
+        if wnids and (saved or ':' in name):  # a tag of timm's is of ImageNet
+            notes.append(f'{checkpoint or name} does not name its {len(wnids):,} classes: they are taken for those of '
+                         f'ImageNet.')
     return LoadedModel(
         model.eval(), name, wnids, names, entry, source, saved.img_size if saved else None, tuple(notes))
 
@@ -159,7 +164,12 @@ def _class_names(
                 return known.wnids, names
         described = cfg.get('label_descriptions') or {}
         return names, tuple(described.get(name, name) for name in names) if isinstance(described, dict) else ()
-    subset = infer_imagenet_subset({'num_classes': num_classes})  # most cfgs do not name their classes
+    return (), ()
+
+
+def _imagenet_names(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of the subset of ImageNet that has as many classes; most of timm's configurations name none."""
+    subset = infer_imagenet_subset({'num_classes': int(getattr(model, 'num_classes', 0))})
     if subset is None:
         return (), ()
     info = ImageNetInfo(subset)

@@ -31,6 +31,7 @@ class Classifier:
     transform: Callable[[Image.Image], Tensor]
     classes: tuple[tuple[str, str], ...]  # label and readable name of each class
     device: torch.device = torch.device('cpu')  # where the model is
+    notes: tuple[str, ...] = ()  # what a person should know about it, a sentence each
 
     def __call__(self, image: Image.Image, top_k: int = 5) -> Guesses:
         """The most probable classes of a picture, best first.
@@ -129,4 +130,4 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier
                             f'Use it from Python.')
     return Classifier(
         loaded.entry.name if loaded.entry else name, loaded.model.to(device), transform,
-        tuple(zip(loaded.wnids, loaded.names or loaded.wnids, strict=True)), torch.device(device))
+        tuple(zip(loaded.wnids, loaded.names or loaded.wnids, strict=True)), torch.device(device), loaded.notes)

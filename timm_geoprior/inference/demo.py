@@ -102,7 +102,7 @@ def _about(name: str) -> str:
     about = f'Knows {len(classifier.classes)} classes, sees {width} x {height} pixels'
     for metric in entry.metrics[:1] if entry else ():
         about += f', names {metric.top1:.1f}% of the {metric.num_images:,} images of {metric.dataset} {metric.split}'
-    return about + '.'
+    return ' '.join([f'{about}.', *classifier.notes])
 
 
 def _guesses(classifier: Classifier, image: Image.Image) -> str:

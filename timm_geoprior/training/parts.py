@@ -81,6 +81,10 @@ def check_recipe(recipe: Recipe) -> None:
             _try(lambda: timm.create_model(recipe.teacher), 'teacher', recipe.teacher, timm.list_models)
     if (channels := getattr(model, 'in_chans', 3)) != 3:
         raise GeoPriorError(f'The model must take images of 3 channels to be trained, got {channels}. Change in_chans.')
+    sizes = {recipe.eval_size or recipe.img_size, *(recipe.size_at(epoch) for epoch in range(recipe.epochs))}
+    for size in sorted(sizes):
+        _try(lambda: model(torch.empty(2, 3, size, size, device='meta')),  # noqa: B023
+             f'model and model_kwargs at {size} px')
     _try(lambda: build_schedule(recipe, optimizer, 100), 'lr_cycle_mul, lr_cycle_decay and lr_cycle_limit')
 
 
