@@ -376,7 +376,7 @@ def test_the_batch_is_halved_when_memory_runs_out():
 
 
 def test_other_errors_are_not_taken_for_want_of_memory():
-    with pytest.raises(EvaluationError, match=r'cannot be run on images of 5 \(mat1 and mat2 shapes cannot be multiplied'):
+    with pytest.raises(EvaluationError, match=r'on images of 5 \(mat1 and mat2 shapes cannot be multiplied'):
         Forward(nn.Linear(4, 2))(torch.randn(3, 5))
 
 

@@ -1,6 +1,7 @@
 """What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
 import difflib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise GeoPriorError(f'The model must take images of 3 channels to be trained, got {channels}. Change in_chans.')
     sizes = {recipe.eval_size or recipe.img_size, *(recipe.size_at(epoch) for epoch in range(recipe.epochs))}
     for size in sorted(sizes):
-        _try(lambda: model(torch.empty(2, 3, size, size, device='meta')),  # noqa: B023
-             f'model and model_kwargs at {size} px')
+        images = torch.empty(2, 3, size, size, device='meta')
+        _try(partial(model, images), f'model and model_kwargs at {size} px')
     _try(lambda: build_schedule(recipe, optimizer, 100), 'lr_cycle_mul, lr_cycle_decay and lr_cycle_limit')
 
 
