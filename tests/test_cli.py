@@ -208,6 +208,22 @@ def test_a_folder_is_classified_in_batches(capsys, album):
         assert result['predictions'][0]['probability'] == pytest.approx(alone[0]['probability'], rel=1e-4)
 
 
+def test_linked_folders_are_classified_too(capsys, album, tmp_path):
+    folder = tmp_path / 'links'
+    folder.mkdir()
+    (folder / 'linked').symlink_to(album / 'part 1', target_is_directory=True)
+    (folder / 'back').symlink_to(folder, target_is_directory=True)
+    assert len(classify(capsys, '--top', '1', str(folder))) == 23
+
+
+@pytest.mark.parametrize('module', [[], ['-m']])
+def test_a_script_gets_all_of_its_arguments(tmp_path, module):
+    (tmp_path / 'echo_all.py').write_text('import sys; print(sys.argv[1:])')
+    target = [*module, 'echo_all' if module else 'echo_all.py']
+    done = run([*COMMAND, 'run', *target, '--', '-m', '--', 'run'], cwd=tmp_path, check=True)
+    assert done.stdout == "['--', '-m', '--', 'run']\n"
+
+
 @pytest.mark.parametrize(('pattern', 'count'), [
     ('part 1/*', 23), ('**/*.webp', 23), ('*/0?.jpg', 4), ('part [02]', 47), ('**', 70)])
 def test_a_pattern_that_the_shell_has_left(capsys, album, pattern, count):
@@ -328,6 +344,8 @@ def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
     (['run', '-m', 'nowhere.at.all'], 'must be one that `python -m` takes, got nowhere.at.all.'),
     (['run', '-m', 'json.decoder.nowhere'], 'got json.decoder.nowhere.'),
     (['run', '-m', 'xml'], 'got xml.'),
+    (['run', '-m', '.json'], 'got .json.'),
+    (['run', os.path.dirname(__file__)], 'A folder to run must have a __main__.py'),
 ])
 def test_an_error_is_one_sentence(capsys, arguments, words):
     got = output(capsys, *arguments, code=1)

@@ -268,6 +268,18 @@ def test_a_split_is_found_in_any_case(folder, split, tmp_path):
     assert data.names == ('a/1.jpg',)
 
 
+@pytest.mark.parametrize('packed', [False, True])
+def test_another_split_does_not_stand_in(packed, tmp_path):
+    files = {f'{folder}/1.png': encoded(picture(), 'PNG') for folder in ('train/a', 'train/b', 'Test/a')}
+    root = pack(tmp_path / 'data.tar', files) if packed else write(tmp_path / 'data', files)
+    with pytest.raises(EvaluationError, match=r'must have a folder of the split val, got Test, train only'):
+        open_split(root, 'val')
+    assert open_split(root, 'test').names == ('a/1.png',)
+    classes = {f'{folder}/1.png': encoded(picture(), 'PNG') for folder in ('train', 'bus')}
+    root = pack(tmp_path / 'classes.tar', classes) if packed else write(tmp_path / 'classes', classes)
+    assert open_split(root, 'val').classes == ('bus', 'train')
+
+
 def test_the_archive_of_archives_of_the_training_images(tmp_path):
     inner = {name: pack(tmp_path / name, {f'{name[:9]}_1.JPEG': JPEG}).read_bytes()
              for name in ('n01440764.tar', 'n01443537.tar')}

@@ -184,20 +184,21 @@ def test_folders_that_are_empty_or_stand_twice(tmp_path):
     data = open_split(tmp_path)
     assert empty_folders(data) == ['c']
     assert repeated_classes(data) == []
-    make_folder(tmp_path, 'train/a/1.jpg', 'train/B/3.jpg')
-    assert repeated_classes(open_split(tmp_path, split='testing')) == [
-        ('a', ['train/a', 'val/a']), ('b', ['B', 'b'])]
+    make_folder(tmp_path / 'groups', 'one/a/1.jpg', 'one/B/3.jpg', 'two/a/2.jpg', 'two/b/2.jpg')
+    assert repeated_classes(open_split(tmp_path / 'groups')) == [
+        ('a', ['one/a', 'two/a']), ('b', ['B', 'b'])]
 
 
-def test_two_splits_taken_for_one_end_the_preflight(tmp_path):
+def test_two_groups_with_one_class_end_the_preflight(tmp_path):
     told = []
-    make_folder(tmp_path, 'train/a/1.jpg', 'train/b/2.jpg')
-    check_data(open_split(tmp_path), 0, told.append)  # timm takes what there is
-    assert any('Class folders lie deeper than one level, as train/a does' in line for line in told)
-    make_folder(tmp_path, 'val/a/3.jpg')
-    with pytest.raises(EvaluationError, match=r'one folder, got several for 1 \(a: train/a, val/a\)'):
+    make_folder(tmp_path, 'one/a/1.jpg', 'one/b/2.jpg')
+    check_data(open_split(tmp_path), 0, told.append)
+    assert any('Class folders lie deeper than one level, as one/a does' in line for line in told)
+    make_folder(tmp_path, 'two/a/3.jpg')
+    with pytest.raises(EvaluationError, match=r'one folder, got several for 1 \(a: one/a, two/a\)'):
         check_data(open_split(tmp_path, split='testing'), 0)
     told.clear()
+    make_folder(tmp_path, 'val/a/3.jpg')
     check_data(open_split(tmp_path), 0, told.append)
     assert told == ['1 images in 1 classes, 1 in each.']
 

@@ -281,7 +281,7 @@ def test_images_that_came_since_are_not_held_out_unnoticed(photos, tmp_path, cap
     assert finetune(photos, '--output', output, '--set', 'img_size=32') == 0
     shutil.copy(photos / 'coffee' / '00.jpg', photos / 'coffee' / '99.jpg')
     assert finetune(photos, '--output', output, '--set', 'img_size=32', '--resume') == 1
-    assert 'was trained on other images than those in' in capsys.readouterr().err
+    assert 'was trained or measured on other images than those in' in capsys.readouterr().err
 
 
 def test_class_names_are_drawn_literally(photo_folder, tmp_path):
@@ -389,6 +389,8 @@ def test_another_network_is_not_replaced(finished, photos, tmp_path, capsys):
     (['--set', 'batch_size=512'], 'fewer training images than one batch of 512. Lower batch_size'),
     (['--device', 'cuda:77'], 'cuda:77'),
     (['--workers', '-1'], '--workers must be 0 or more, got -1.'),
+    (['--set', 'model=test_vit'], 'The model must be named by --model, got it by --set.'),
+    (['--device', 'meta'], '--device must be one that computes, got meta. Use --device cpu.'),
     (['--output', '{photos}/out'], 'must lie outside the folder of the images'),
     (['--output', '{photos}/coffee/00.jpg'], 'must lie outside the folder of the images'),
     (['--output', __file__], 'must be a folder, or a new one, got the file'),

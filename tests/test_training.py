@@ -392,8 +392,16 @@ class TestResume:
                 lambda path: path.rename(path.with_name('99.jpg')))):
             data = Path(shutil.copytree(photo_folder, tmp_path / str(number)))
             change(data / 'train' / state['held_names'][0])
-            with pytest.raises(GeoPriorError, match=r'last\.pt was trained on other images than those in'):
+            with pytest.raises(GeoPriorError, match=r'last\.pt was trained or measured on other images than those in'):
                 Trainer(recipe, config(data, whole_run, resume=True))
+
+    def test_other_validation_images_are_refused(self, photo_folder, tmp_path):
+        data, options = Path(shutil.copytree(photo_folder, tmp_path / 'data')), {'val_split': 'val'}
+        Trainer(tiny(holdout=0), config(data, tmp_path / 'run', **options)).fit()
+        Trainer(tiny(holdout=0), config(data, tmp_path / 'run', **options, resume=True))
+        shutil.copy(data / 'val/coffee/00.jpg', data / 'val/coffee/99.jpg')
+        with pytest.raises(GeoPriorError, match=r'last\.pt was trained or measured on other images than those in'):
+            Trainer(tiny(holdout=0), config(data, tmp_path / 'run', **options, resume=True))
 
     def test_an_output_whose_name_is_not_utf_8(self, photo_folder, tmp_path):
         output = tmp_path / os.fsdecode(b'caf\xe9')
@@ -403,7 +411,8 @@ class TestResume:
 
     def test_nothing_to_resume(self, photo_folder, tmp_path):
         with pytest.raises(GeoPriorError, match='There is no checkpoint'):
-            Trainer(tiny(), config(photo_folder, tmp_path, resume=True))
+            Trainer(tiny(), config(photo_folder, tmp_path / 'new', resume=True))
+        assert not (tmp_path / 'new').exists()
 
 
 class TestProcesses:
@@ -598,7 +607,8 @@ class TestData:
 
     @pytest.mark.parametrize(('changes', 'message'), [
         ({'data_dir': Path('nowhere')}, 'nowhere must be a folder with a folder train in it'),
-        ({'train_split': 'tain'}, '4 classes more than once, such as astronaut in train/astronaut and val/astronaut'),
+        ({'train_split': 'tain'}, 'must have a folder of the split tain, got train, val only'),
+        ({'val_split': 'test'}, 'must have a folder of the split test, got none. Check --val-split, or set holdout'),
         ({'val_split': 'more'}, 'split more must be among those of train, got 1 others, such as dog'),
     ])
     def test_what_is_no_training_set(self, changes, message, photo_folder, tmp_path):

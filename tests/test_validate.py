@@ -644,7 +644,11 @@ def test_no_more_workers_than_processors(processors, workers, monkeypatch):
     (['--model', NANO, '-b', '0'], '--batch-size must be 1 or more, got 0'),
     (['--model', NANO, '--precision', 'float8'], 'invalid choice'),
     (['--model', NANO, '--input-size', '3', '0', '64'], 'of 1 or more, got [3, 0, 64]'),
-    (['--model', NANO, '--crop-pct', '0'], '--crop-pct must be more than 0 and at most 1, got 0.0'),
+    (['--model', NANO, '--crop-pct', '0'], '--crop-pct must be from 0.01 to 1, got 0.0'),
+    (['--model', NANO, '--crop-pct', '1e-9'], '--crop-pct must be from 0.01 to 1, got 1e-09'),
+    (['--model', NANO, '--check', '--model-kwargs', 'attn_kernel=laplacian'], 'Leave out --model-kwargs'),
+    (['--model', NANO, '--check', '--input-size', '3', '32', '64'], 'Leave out --input-size'),
+    (['--model', NANO, '--check', '--tolerance', 'nan'], '--tolerance must be 0 or more, got nan'),
     (['--model', NANO, '--std', '0'], '--std must be finite and above 0, got 0.0'),
     (['--model', NANO, '--mean', '0.5', 'nan', '0.5'], '--mean must be finite, got 0.5 nan 0.5'),
     (['--model', NANO, '--model-kwargs', 'attn_heads'], '--model-kwargs must be KEY=VALUE, got attn_heads'),
@@ -665,6 +669,28 @@ def test_scores_that_are_not_finite_are_a_fault(data, checkpoint, tmp_path, caps
     assert f'{COUNT} images have scores that are not finite in float32, and count as wrong' in capsys.readouterr().err
 
 
+def test_weights_that_are_no_fractions(data, checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content['model']['conv1.0.weight'] = content['model']['conv1.0.weight'].long()
+    torch.save(content, tmp_path / 'whole.pt')
+    assert validate('--checkpoint', tmp_path / 'whole.pt', '--data-dir', data / 'folder', '-j', 0) == 1
+    assert 'must be floating-point numbers, got torch.int64 in conv1.0.weight.' in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_says_nonsense_of_itself(data, checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, 'model_kwargs': {3: 2}}, tmp_path / 'odd.pt')
+    assert validate('--checkpoint', tmp_path / 'odd.pt', '--data-dir', data / 'folder', '-j', 0) == 1
+    assert "got an unexpected keyword argument '3'). Check --model and --model-kwargs." in capsys.readouterr().err
+    torch.save({**content, 'recipe': {'img_size': 'large'}}, tmp_path / 'odd.pt')
+    assert validate('--checkpoint', tmp_path / 'odd.pt', '--data-dir', data / 'folder', '-j', 0) == 0
+
+
+def test_images_that_are_not_square(data, checkpoint, tmp_path, capsys):
+    assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '--input-size', 3, 32, 48) == 0
+    assert 'images at 32 x 48 px, ' in capsys.readouterr().out
+
+
 def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
     assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '--mean', '1', '2') == 1
     assert '--mean and --std must have one number, or one for each channel of the images.' in capsys.readouterr().err
@@ -683,6 +709,11 @@ def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
     (['--data-dir', 'folder', '--results-file', 'missing/x.csv'], 'missing does not exist'),
     (['--data-dir', 'folder', '--results-file', 'folder'], '--results-file must be a file, got the folder folder'),
     (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),
+    (['--data-dir', 'folder', '--output', 'folder/results'], 'must lie outside the folder of the images'),
+    (['--data-dir', 'folder', '--class-map', 'val.tar', '--results-file', 'val.tar'],
+     '--results-file must be another file than --class-map, got val.tar. Name a new one.'),
+    (['--data-dir', 'folder', '--model', NANO, '--model-kwargs', 'attn_heads=2'],
+     'size mismatch for layer2.0.conv2.attn.log_radius'),
     (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),
     (['--data-dir', 'folder', '--model-kwargs', 'drop_rate=2'],
      'The model cannot be run on images of 3 x 32 x 32 (dropout probability has to be between 0 and 1, but got 2.0).'),

@@ -417,7 +417,8 @@ def _convert(args: argparse.Namespace) -> int:
                               'bundled model with the best accuracy)'),
     _argument('--from-scratch', action='store_true', help='start from random weights, to compare'),
     _argument('--set', action='append', default=[], metavar='KEY=VALUE', help='override a key of the recipe'),
-    _argument('--patience', type=int, default=5, help='stop after this many epochs without improvement (default: 5)'),
+    _argument('--patience', type=_count, default=5, metavar='N',
+              help='stop after this many epochs without improvement (default: 5)'),
     _argument('--seed', type=int, default=0, help='seed of weights, order and augmentation (default: 0)'),
     _DEVICE,
     _WORKERS,
@@ -451,7 +452,7 @@ def _is_runnable(module: str) -> bool:
         spec = find_spec(module)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = find_spec(f'{module}.__main__')
-    except ModuleNotFoundError:
+    except (ImportError, ValueError):  # also of a relative or an empty name
         return False
     return spec is not None
 
@@ -478,6 +479,8 @@ def _run(args: argparse.Namespace) -> int:
         raise GeoPriorError(f'The module to run must be one that `python -m` takes, got {target}. Install it.')
     if not args.module and not os.path.exists(target):
         raise GeoPriorError(f'{target} does not exist. Check the name of the script, or use -m for a module.')
+    if os.path.isdir(target) and not os.path.isfile(os.path.join(target, '__main__.py')):
+        raise GeoPriorError(f'A folder to run must have a __main__.py, got {target}. Name the script in it.')
     _reach_children()
     sys.argv[:] = [target, *args.args]
     try:
@@ -514,18 +517,29 @@ def _complain(error: Exception | str) -> None:
     print(f'timm-geoprior: {error}', file=sys.stderr)
 
 
+def _split_off_arguments(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The words up to the target of `run`, and its own arguments, in which argparse would drop a first `--`."""
+    if not argv or argv[0] != 'run':
+        return argv, ()
+    target = next((place for place, word in enumerate(argv) if place and not word.startswith('-')), len(argv))
+    return argv[:target + 1], argv[target + 1:]
+
+
 def _dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in _MODULES:
         with needs_extra('train'):
             module = import_module(f'.{_MODULES[argv[0]][0]}', __package__)
         return cast(int, module.main(argv[1:], prog=f'timm-geoprior {argv[0]}'))
     parser = _build_parser()
+    argv, own = _split_off_arguments(argv)
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # told by the command itself, with its own usage
         getattr(args, 'parser', parser).error(f'unrecognized arguments: {" ".join(unknown)}')
     if 'function' not in args:
         parser.print_help()
         return 0
+    if args.function is _run:
+        args.args = own
     return cast(int, args.function(args))
 
 

@@ -39,6 +39,8 @@ def find_device(name: str) -> tuple[torch.device, int, int]:
     if name.startswith('cuda') and not torch.cuda.is_available():
         raise ProcessError(f'--device must be a device of this machine, got {name}, and torch finds no GPU. '
                            f'Use --device cpu.')
+    if name.startswith('meta'):
+        raise ProcessError(f'--device must be one that computes, got {name}. Use --device cpu.')
     try:
         if joined():
             return torch.empty(0, device=name).device, dist.get_rank(), dist.get_world_size()

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import tempfile
 import unicodedata
 import uuid
@@ -15,8 +16,24 @@ from typing import IO, Any
 
 __all__ = [
     'drawable', 'file_sha256', 'first_line', 'is_lfs_pointer', 'markdown_table', 'new_folder', 'save_figure',
-    'write_atomically', 'write_csv', 'write_json',
+    'walk_files', 'write_atomically', 'write_csv', 'write_json',
 ]
+
+
+def walk_files(root: str | Path) -> Iterator[tuple[str, str]]:
+    """The files of a folder and of all below it, links followed, in no particular order: names below it, and paths."""
+    ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # the folders on the way to each
+    for folder, folders, files in os.walk(root, followlinks=True):
+        way = ways.pop(folder)
+        for name in list(folders):
+            place = os.path.join(folder, name)
+            if (real := os.path.realpath(place)) in way:  # a link back, by which every file would be found again
+                folders.remove(name)
+            else:
+                ways[place] = (*way, real)
+        below = os.path.relpath(folder, root).replace(os.sep, '/')
+        for file in files:
+            yield posixpath.normpath(f'{below}/{file}'), os.path.join(folder, file)
 
 
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:

@@ -3,7 +3,6 @@ import codecs
 import contextlib
 import functools
 import lzma
-import os
 import posixpath
 import re
 import tarfile
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from timm.data import ImageNetInfo
 
 from ..errors import EvaluationError
-from ..files import first_line
+from ..files import first_line, walk_files
 from .reading import EXTENSIONS, LITTER
 
-__all__ = ['ILSVRC_FILE', 'SPLITS', 'DataOptions', 'Listing', 'Place', 'folders_of_split', 'ilsvrc_val_labels',
-           'list_archive', 'list_images', 'unpacked']
+__all__ = ['ILSVRC_ARCHIVE', 'ILSVRC_FILE', 'SPLITS', 'DataOptions', 'Listing', 'Place', 'folders_of_split',
+           'ilsvrc_val_labels', 'list_archive', 'list_images', 'unpacked']
 
 SPLITS = {
     'train': ('train', 'training'),
@@ -132,13 +131,18 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
         if not below and split in SPLITS['val'] and archive.is_file():
             root, found = archive, list_archive(archive)
         else:
+            if split and not below:
+                _check_split(root, split, (path.name for path in root.iterdir() if _has_folders(path)))
             root = root / below
-            found = _list_folder(root)
+            found = walk_files(root)
     elif root.is_file():
         found = list_archive(root)
         below = next(iter(names_of_split({name.split('/')[0] for name, _ in found if '/' in name}, split)), '')
         if below:
             found = [(name.removeprefix(f'{below}/'), place) for name, place in found if name.startswith(f'{below}/')]
+        elif split:
+            _check_split(root, split, (
+                name.split('/')[0] for name, _ in found if name.count('/') > 1 and _is_split(name.split('/')[0])))
     else:
         raise EvaluationError(f'{root} does not exist. Check --data-dir.')
     extensions = tuple(options.input_key.lower().split(';')) if options.input_key else EXTENSIONS
@@ -152,19 +156,21 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
     return replace(listed, notes=(*listed.notes, *_missing_of_ilsvrc(listed.names)))
 
 
-def _list_folder(root: Path) -> Iterator[_Found]:
-    ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # the folders on the way to each
-    for folder, folders, files in os.walk(root, followlinks=True):
-        way = ways.pop(folder)
-        for name in list(folders):
-            place = os.path.join(folder, name)
-            if (real := os.path.realpath(place)) in way:  # a link back, by which every file would be found again
-                folders.remove(name)
-            else:
-                ways[place] = (*way, real)
-        below = os.path.relpath(folder, root).replace(os.sep, '/')
-        for file in files:
-            yield posixpath.normpath(f'{below}/{file}'), os.path.join(folder, file)
+def _is_split(name: str) -> bool:
+    return any(name.lower() in words for words in SPLITS.values())
+
+
+def _has_folders(split: Path) -> bool:
+    """Whether a folder is a split with class folders, and not a class of such a name."""
+    return _is_split(split.name) and split.is_dir() and any(
+        path.is_dir() and not path.name.startswith('.') for path in split.iterdir())
+
+
+def _check_split(root: Path, split: str, others: Iterable[str]) -> None:
+    """Refuse other splits in place of one that is not there."""
+    if others := sorted(set(others)):
+        raise EvaluationError(f'{root} must have a folder of the split {split}, got {", ".join(others)} only. '
+                              f'Check --split, or name the folder of the classes by --data-dir.')
 
 
 def list_archive(path: Path) -> list[_Found]:

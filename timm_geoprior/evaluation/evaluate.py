@@ -57,6 +57,12 @@ class Plan:
     config: dict[str, Any]  # timm's data configuration
 
     @property
+    def size_text(self) -> str:
+        """Side of the images in pixels, or height and width."""
+        _, height, width = self.config['input_size']
+        return f'{width}' if height == width else f'{height} x {width}'
+
+    @property
     def img_size(self) -> int:
         """Width of the network's input in pixels."""
         return int(self.config['input_size'][-1])

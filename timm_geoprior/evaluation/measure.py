@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import fnmatch
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,10 @@ def _check_output(args: argparse.Namespace) -> None:
         if importlib.util.find_spec('matplotlib') is None:
             raise EvaluationError('--output needs matplotlib for its plots. Run `pip install matplotlib` '
                                   '(the extra "train").')
+        output = args.output.resolve()
+        if args.data_dir and args.data_dir.resolve() in (output, *output.parents):
+            raise EvaluationError(f'The output must lie outside the folder of the images, since its pictures would be '
+                                  f'taken for some of them, got {args.output}. Name another place with --output.')
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -72,6 +77,12 @@ def _check_output(args: argparse.Namespace) -> None:
                               f'--results-file.')
     if args.results_file and args.results_file.is_dir():
         raise EvaluationError(f'--results-file must be a file, got the folder {args.results_file}. Name a file in it.')
+    if args.results_file and args.results_file.exists():
+        for name in ('checkpoint', 'data_dir', 'class_map', 'real_labels'):
+            read = getattr(args, name)
+            if read and os.path.exists(read) and args.results_file.samefile(read):
+                raise EvaluationError(f'--results-file must be another file than --{name.replace("_", "-")}, got '
+                                      f'{args.results_file}. Name a new one.')
 
 
 def _config(args: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> EvalConfig:

@@ -2,7 +2,7 @@
 import difflib
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ class LoadedModel:
     weights: dict[str, Any]  # where the weights came from, and their hashes
     img_size: int | None = None  # side of the images that a training checkpoint was measured with, in pixels
     notes: tuple[str, ...] = ()  # what a person should know about it, a sentence each
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)  # its options
 
 
 def load_model(
@@ -63,7 +64,8 @@ def load_model(
         raise EvaluationError(f'{checkpoint} does not name its architecture. Name it with --model.')
     if num_classes is None and saved:
         num_classes = saved.num_classes or len(saved.class_names) or None
-    kwargs = {**(saved.model_kwargs if saved else {}), **(model_kwargs or {})}
+    options = {**(saved.model_kwargs if saved else {}), **(model_kwargs or {})}
+    kwargs = {str(key): value for key, value in options.items()}  # a checkpoint may hold any keys
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
     if in_chans != 3:
@@ -88,7 +90,8 @@ def load_model(
             notes.append(f'{checkpoint or name} does not name its {len(wnids):,} classes: they are taken for those of '
                          f'ImageNet.')
     return LoadedModel(
-        model.eval(), name, wnids, names, entry, source, saved.img_size if saved else None, tuple(notes))
+        model.eval(), name, wnids, names, entry, source, saved.img_size if saved else None, tuple(notes),
+        options)
 
 
 def check_source(name: str) -> None:
@@ -128,17 +131,30 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         raise
     except Exception as error:  # timm raises whatever the model's own constructor does
         hint = _similar(name) if 'Unknown model' in str(error) else ''
-        raise EvaluationError(f'The model {name} cannot be made ({first_line(error)}).{hint} Check --model.') from error
+        options = ' and --model-kwargs' if kwargs else ''
+        raise EvaluationError(
+            f'The model {name} cannot be made ({_reason(error)}).{hint} Check --model{options}.') from error
     return model
 
 
+def _reason(error: BaseException) -> str:
+    """What an error says in one line; torch's of a state dict names what does not fit in the second."""
+    if 'Error(s) in loading state_dict' not in str(error):
+        return first_line(error)
+    return ' '.join(line.strip() for line in str(error).splitlines()[:2])[:300]
+
+
 def _load_into(model: nn.Module, state_dict: dict[str, Tensor], name: str, source: str) -> None:
+    for key, own in model.state_dict().items():
+        kind = state_dict[key].dtype if key in state_dict else own.dtype
+        if own.dtype.is_floating_point and not kind.is_floating_point:
+            raise EvaluationError(f'The weights in {source} must be floating-point numbers, got {kind} in {key}. Save '
+                                  f'them anew.')
     try:
         model.load_state_dict(state_dict)
     except (RuntimeError, TypeError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise EvaluationError(f'The weights in {source} do not fit {name} ({" ".join(lines[:2])[:300]}). Check '
-                              f'--model, --num-classes and --model-kwargs.') from None
+        raise EvaluationError(f"The weights in {source} do not fit {name} ({_reason(error)}). Check the model's name, "
+                              f'its number of classes and its options.') from None
 
 
 def _class_names(

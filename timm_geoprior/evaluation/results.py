@@ -51,7 +51,7 @@ def result_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
 def lines(evaluation: Evaluation) -> list[str]:
     """The figures for people, a line each."""
     images = len(next(iter(evaluation.outcome.predictions.values())).index)
-    text = [f'{evaluation.loaded.name}: {images:,} images at {evaluation.plan.img_size} px, '
+    text = [f'{evaluation.loaded.name}: {images:,} images at {evaluation.plan.size_text} px, '
             f'{images / evaluation.seconds:,.0f} images/s; 95% intervals in brackets']
     for row in result_rows(evaluation) if images else ():
         line = _line(row['precision'], row)
@@ -89,8 +89,11 @@ def details(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
         'problems': list(evaluation.problems), 'notes': [*loaded.notes, *plan.match.notes],
         'seconds': round(evaluation.seconds, 3),
         'images_per_second': round(images / evaluation.seconds, 1),
-        'weights': loaded.weights, 'parameters': sum(p.numel() for p in loaded.model.parameters()),
+        'weights': loaded.weights, 'model_kwargs': dict(loaded.model_kwargs),
+        'parameters': sum(p.numel() for p in loaded.model.parameters()),
         'classes': {'model': int(loaded.model.num_classes),  # type: ignore[arg-type]
+                    # how many are among the targets, which a stream does not tell
+                    'with_images': len(np.unique(plan.targets)) if len(plan.targets) else None,
                     'competing': None if plan.match.competing is None else list(plan.match.competing)},
         'preprocessing': {**plan.config, 'steps': list(evaluation.transform),
                           'then': '(x - 255 mean) / (255 std) of the uint8 pixels, float32, on the device'},

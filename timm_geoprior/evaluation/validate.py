@@ -211,18 +211,19 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.amp and args.precision:
         parser.error('--amp and --precision say the same. Use one of them')
     # the manifest's figures are of the model's own preprocessing, and of all its classes
-    overriding = ('subset', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
-    overridden = [name for name in overriding if getattr(args, name) not in (None, False)]
+    overriding = ('subset', 'model_kwargs', 'num_classes', 'input_size', 'crop_pct', 'crop_mode', 'interpolation',
+                  'mean', 'std')
+    overridden = [name for name in overriding if getattr(args, name)]
     if args.check and overridden:
         parser.error(f'--check measures a tag as it was published. Leave out --{overridden[0].replace("_", "-")}')
     for name, least in (('batch_size', 1), ('workers', 0), ('tolerance', 0), ('img_size', 1), ('num_samples', 1)):
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # nor NaN
             parser.error(f'--{name.replace("_", "-")} must be {least} or more, got {value}')
     if args.input_size and min(args.input_size) < 1:
         parser.error(f'--input-size must be channels, height and width of 1 or more, got {args.input_size}')
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        parser.error(f'--crop-pct must be more than 0 and at most 1, got {args.crop_pct}')
+    if args.crop_pct is not None and not 0.01 <= args.crop_pct <= 1:
+        parser.error(f'--crop-pct must be from 0.01 to 1, got {args.crop_pct}')
     for name, limit in (('mean', -math.inf), ('std', 0.0)):
         values = getattr(args, name)
         if values and not all(limit < value < math.inf for value in values):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ..data.reading import EXTENSIONS, LITTER, read_image
 from ..errors import GeoPriorError, ImageError
+from ..files import walk_files
 
 __all__ = ['check_header', 'find_images', 'sample_image']
 
@@ -28,10 +29,11 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(place: str) -> Iterator[str]:
-    """Files of a folder and of all below it, without hidden ones and litter, sorted."""
-    for folder, folders, files in os.walk(place):
-        folders[:] = sorted(item for item in folders if not _is_hidden(item))
-        yield from (os.path.join(folder, file) for file in sorted(files) if not _is_hidden(file))
+    """Files of a folder and of all below it, without hidden ones and litter, sorted, each folder's own files first."""
+    found = [(name.split('/'), path) for name, path in walk_files(place)]
+    for parts, path in sorted(found, key=lambda item: (item[0][:-1], item[0][-1])):
+        if not any(map(_is_hidden, parts)):
+            yield path
 
 
 def find_images(name: str) -> tuple[list[str], list[str]]:

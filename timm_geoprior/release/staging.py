@@ -266,6 +266,9 @@ def read_metrics(path: Path, entry: ModelEntry, network: str = f'the staged {WEI
     """Read what `timm-geoprior validate` measured with an entry's weights, which messages call `network`."""
     for item, metrics in _measurements(path, entry):
         if item.get('weights', {}).get('sha256') == entry.sha256:
+            if options := set(item.get('model_kwargs') or {}) - TRAINING_OPTIONS:
+                raise GeoPriorError(f'{path} must be of {entry.name} as it is, got figures of it with '
+                                    f'{", ".join(sorted(options))}. Measure {network} again without --model-kwargs.')
             _check_measured(path, item, entry, metrics[0].img_size, network)
             return metrics
     raise GeoPriorError(f'{path} must have figures of the weights with sha256 {entry.sha256}, got none. Measure '
@@ -280,6 +283,9 @@ def _check_measured(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_
     part = list(item.get('problems', ()))
     if competing := item.get('classes', {}).get('competing'):
         part.append(f'{len(competing)} classes competed, not {entry.num_classes}')
+    with_images = item.get('classes', {}).get('with_images')
+    if with_images is not None and with_images < entry.num_classes:
+        part.append(f'{with_images} of {entry.num_classes} classes have images')
     if part:
         raise GeoPriorError(f'{path} must be of all classes and images of the set, got a part '
                             f'({"; ".join(part).rstrip(".")}). Measure {network} again on all of them.')

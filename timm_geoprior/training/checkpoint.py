@@ -46,7 +46,8 @@ class SavedModel:
     @property
     def img_size(self) -> int | None:
         """Side of the images that the run was measured with, in pixels."""
-        return self.recipe.get('eval_size') or self.recipe.get('img_size')
+        size = self.recipe.get('eval_size') or self.recipe.get('img_size')
+        return size if isinstance(size, int) else None
 
 
 def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') -> SavedModel:

@@ -99,6 +99,8 @@ class Trainer:
         except UnicodeEncodeError:
             raise GeoPriorError(f'The name of the folder {self.config.output} must be UTF-8, since TensorBoard writes '
                                 f'into no other. Name another one with --output.') from None
+        if self.config.resume:  # or the checkpoint that is missing leaves an empty folder
+            return
         try:
             self.config.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -242,9 +244,9 @@ class Trainer:
         images = (list(self.data.held_names), self.data.train_sha256)
         if (state['held_names'], state['train_sha256']) != images:
             raise GeoPriorError(
-                f'{self.last} was trained on other images than those in {self.config.data_dir}: some were added, '
-                f'removed or renamed, and images that were trained on might be held out now. Restore them, or train '
-                f'into another folder.')
+                f'{self.last} was trained or measured on other images than those in {self.config.data_dir}: some were '
+                f'added, removed or renamed, and images that were trained on might be held out now. Restore them, or '
+                f'train into another folder.')
 
     def save(self, path: Path, whole: bool = True) -> None:
         """Write a checkpoint, as a `whole` what a run resumes from too, which is several times the weights.

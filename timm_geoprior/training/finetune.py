@@ -129,6 +129,8 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _check_places(job: Job) -> None:
+    if job.patience < 1:
+        raise GeoPriorError(f'--patience must be 1 or more, got {job.patience}.')
     if job.workers < 0:  # before the images are looked at, which takes workers too
         raise GeoPriorError(f'--workers must be 0 or more, got {job.workers}.')
     output, data = job.output.resolve(), job.data_dir.resolve()
@@ -149,6 +151,8 @@ def _recipe(job: Job, splits: Splits) -> Recipe:
     """The recipe `finetune` at the model's own size, with a batch that suits the images and a rate that suits both."""
     own = [f'model={json.dumps(job.model)}']
     chosen = {override.partition('=')[0] for override in job.overrides}
+    if 'model' in chosen:  # whose size and class names would be another's
+        raise GeoPriorError('The model must be named by --model, got it by --set. Use --model.')
     if 'img_size' not in chosen:
         own.append(f'img_size={_cfg(job.model).get("input_size", (3, 224, 224))[-1]}')
     recipe = load_recipe('finetune', own + list(job.overrides))

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
 from ..data.batches import FolderLoader, LoaderConfig, generator
 from ..data.dataset import Chosen, DataOptions, DataSplit, Files, Images, open_split
+from ..data.listing import ILSVRC_ARCHIVE, folders_of_split
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages
@@ -33,7 +34,7 @@ class TrainingData:
     class_names: tuple[str, ...]  # names of the classes in their order, the folders' names
     # places of the training images that are held out, shape (N,); empty where there are none
     held_indices: torch.Tensor
-    held_names: tuple[str, ...]  # their files
+    held_names: tuple[str, ...]  # files of the images that are measured after each epoch
     train_sha256: str  # hash of the names of the files that are trained on
 
 
@@ -73,6 +74,9 @@ def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSpl
 
 def _open_measured(config: RunConfig, names: tuple[str, ...]) -> DataSplit:
     """The images of --val-split with the training classes' targets."""
+    if not (folders_of_split(config.data_dir, config.val_split) or (config.data_dir / ILSVRC_ARCHIVE).is_file()):
+        raise GeoPriorError(f'{config.data_dir} must have a folder of the split {config.val_split}, got none. Check '
+                            f'--val-split, or set holdout instead.')
     found = open_images(config, config.val_split)
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
@@ -129,8 +133,9 @@ def open_training_data(
             held_out = _from_files(
                 _choose(found, held.tolist()) if val is None else val, transform, replace(config, tell=tell), share)
     names = '\n'.join(found.names[index] for index in stay.tolist())
+    held_names = val.names if val else tuple(found.names[index] for index in held.tolist())
     return TrainingData(
-        train, held_out, found.classes, held, tuple(found.names[index] for index in held.tolist()),
+        train, held_out, found.classes, held, held_names,
         hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest())
 
 
