@@ -213,6 +213,8 @@ def test_linked_folders_are_classified_too(capsys, album, tmp_path):
     folder.mkdir()
     (folder / 'linked').symlink_to(album / 'part 1', target_is_directory=True)
     (folder / 'back').symlink_to(folder, target_is_directory=True)
+    (folder / '.hidden').mkdir()
+    (folder / '.hidden' / 'root').symlink_to('/', target_is_directory=True)  # not looked into
     assert len(classify(capsys, '--top', '1', str(folder))) == 23
 
 

@@ -278,6 +278,10 @@ def test_another_split_does_not_stand_in(packed, tmp_path):
     classes = {f'{folder}/1.png': encoded(picture(), 'PNG') for folder in ('train', 'bus')}
     root = pack(tmp_path / 'classes.tar', classes) if packed else write(tmp_path / 'classes', classes)
     assert open_split(root, 'val').classes == ('bus', 'train')
+    enclosed = {f'set/{folder}/1.png': encoded(picture(), 'PNG') for folder in ('train/a', 'train/b', 'bus/@eaDir')}
+    root = pack(tmp_path / 'enclosed.tar', enclosed) if packed else write(tmp_path / 'enclosed', enclosed)
+    with pytest.raises(EvaluationError, match='must have a folder of the split VAL, got set/train only'):
+        open_split(root, 'VAL')
 
 
 def test_the_archive_of_archives_of_the_training_images(tmp_path):

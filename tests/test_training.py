@@ -399,6 +399,8 @@ class TestResume:
         data, options = Path(shutil.copytree(photo_folder, tmp_path / 'data')), {'val_split': 'val'}
         Trainer(tiny(holdout=0), config(data, tmp_path / 'run', **options)).fit()
         Trainer(tiny(holdout=0), config(data, tmp_path / 'run', **options, resume=True))
+        Trainer(tiny(holdout=0), config(data, tmp_path / 'bare')).fit()
+        Trainer(tiny(holdout=0), config(data, tmp_path / 'bare', **options, resume=True))  # measured from now on
         shutil.copy(data / 'val/coffee/00.jpg', data / 'val/coffee/99.jpg')
         with pytest.raises(GeoPriorError, match=r'last\.pt was trained or measured on other images than those in'):
             Trainer(tiny(holdout=0), config(data, tmp_path / 'run', **options, resume=True))

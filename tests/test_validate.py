@@ -691,6 +691,20 @@ def test_images_that_are_not_square(data, checkpoint, tmp_path, capsys):
     assert 'images at 32 x 48 px, ' in capsys.readouterr().out
 
 
+def test_only_results_are_replaced(data, checkpoint, tmp_path, capsys):
+    run = tmp_path / 'run'
+    run.mkdir()
+    (run / 'results.json').write_text('{"epochs": 3, "results": 5}')  # of a training
+    options = ['--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0]
+    for more in (['--output', run], ['--results-file', run / 'results.json'], ['--results-file', checkpoint]):
+        assert validate(*options, *more) == 1
+        assert 'must be a new file or earlier results' in capsys.readouterr().err
+    assert (run / 'results.json').read_text() == '{"epochs": 3, "results": 5}'
+    for name in ('a.csv', 'a.json'):
+        for _ in range(2):
+            assert validate(*options, '--results-file', tmp_path / name, '--output', tmp_path / 'out') == 0
+
+
 def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
     assert validate('--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0, '--mean', '1', '2') == 1
     assert '--mean and --std must have one number, or one for each channel of the images.' in capsys.readouterr().err
@@ -709,9 +723,9 @@ def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
     (['--data-dir', 'folder', '--results-file', 'missing/x.csv'], 'missing does not exist'),
     (['--data-dir', 'folder', '--results-file', 'folder'], '--results-file must be a file, got the folder folder'),
     (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),
-    (['--data-dir', 'folder', '--output', 'folder/results'], 'must lie outside the folder of the images'),
+    (['--data-dir', 'folder', '--output', 'folder/val/results'], 'must lie outside the folder of the images'),
     (['--data-dir', 'folder', '--class-map', 'val.tar', '--results-file', 'val.tar'],
-     '--results-file must be another file than --class-map, got val.tar. Name a new one.'),
+     'val.tar must be a new file or earlier results, got another file or a read-only place. Name another with'),
     (['--data-dir', 'folder', '--model', NANO, '--model-kwargs', 'attn_heads=2'],
      'size mismatch for layer2.0.conv2.attn.log_radius'),
     (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import tempfile
 import unicodedata
 import uuid
@@ -20,14 +21,32 @@ __all__ = [
 ]
 
 
-def walk_files(root: str | Path) -> Iterator[tuple[str, str]]:
-    """The files of a folder and of all below it, links followed, in no particular order: names below it, and paths."""
+def walk_files(
+        root: str | Path, left_out: Callable[[str], bool] = lambda name: False) -> Iterator[tuple[str, str]]:
+    """Find the files of a folder and of all below it, with links followed.
+
+    Args:
+        root: The folder.
+        left_out: Whether a folder of this name is not looked into.
+
+    Yields:
+        The name below the root, with slashes, and the path, in no particular order.
+
+    Raises:
+        OSError: A folder cannot be read, hidden ones and a file system's own excepted.
+    """
+    def fail(error: OSError) -> None:
+        if not re.match(r'\.|lost\+found$|\$RECYCLE|System Volume', os.path.basename(str(error.filename))):
+            raise error
+
     ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # the folders on the way to each
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         way = ways.pop(folder)
         for name in list(folders):
             place = os.path.join(folder, name)
-            if (real := os.path.realpath(place)) in way:  # a link back, by which every file would be found again
+            if left_out(name):
+                folders.remove(name)
+            elif (real := os.path.realpath(place)) in way:  # a link back, by which every file would be found again
                 folders.remove(name)
             else:
                 ways[place] = (*way, real)

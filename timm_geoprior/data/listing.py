@@ -128,11 +128,9 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
     found: Iterable[_Found]
     if root.is_dir():
         below = next(iter(folders_of_split(root, split)), '')
-        if not below and split in SPLITS['val'] and archive.is_file():
-            root, found = archive, list_archive(archive)
+        if not below and split.lower() in SPLITS['val'] and archive.is_file():
+            root, found, below = archive, list_archive(archive), archive.name
         else:
-            if split and not below:
-                _check_split(root, split, (path.name for path in root.iterdir() if _has_folders(path)))
             root = root / below
             found = walk_files(root)
     elif root.is_file():
@@ -140,9 +138,6 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
         below = next(iter(names_of_split({name.split('/')[0] for name, _ in found if '/' in name}, split)), '')
         if below:
             found = [(name.removeprefix(f'{below}/'), place) for name, place in found if name.startswith(f'{below}/')]
-        elif split:
-            _check_split(root, split, (
-                name.split('/')[0] for name, _ in found if name.count('/') > 1 and _is_split(name.split('/')[0])))
     else:
         raise EvaluationError(f'{root} does not exist. Check --data-dir.')
     extensions = tuple(options.input_key.lower().split(';')) if options.input_key else EXTENSIONS
@@ -150,27 +145,22 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
     if not images:
         raise EvaluationError(f'{root} has no images. They must end in {", ".join(extensions)} and lie in one folder '
                               f'per class. Check --data-dir and --split.{"".join(f" {note}" for note in notes)}')
+    if split and not below:
+        _check_split(root, split, (name for name, _ in images))
     if options.labelled:
         _check_nesting([name for name, _ in images], root)
     listed = _with_ilsvrc_labels(_labelled(root, images, options.class_map, notes), options.labelled)
     return replace(listed, notes=(*listed.notes, *_missing_of_ilsvrc(listed.names)))
 
 
-def _is_split(name: str) -> bool:
-    return any(name.lower() in words for words in SPLITS.values())
-
-
-def _has_folders(split: Path) -> bool:
-    """Whether a folder is a split with class folders, and not a class of such a name."""
-    return _is_split(split.name) and split.is_dir() and any(
-        path.is_dir() and not path.name.startswith('.') for path in split.iterdir())
-
-
-def _check_split(root: Path, split: str, others: Iterable[str]) -> None:
-    """Refuse other splits in place of one that is not there."""
-    if others := sorted(set(others)):
-        raise EvaluationError(f'{root} must have a folder of the split {split}, got {", ".join(others)} only. '
-                              f'Check --split, or name the folder of the classes by --data-dir.')
+def _check_split(root: Path, split: str, names: Iterable[str]) -> None:
+    """Refuse other splits in place of one that is not there; a class may have a split's name."""
+    other = {word: kind for kind, words in SPLITS.items() if split.lower() not in words for word in words}
+    above = {PurePosixPath(name).parent.parent for name in names}  # the folders that class folders lie in
+    if found := sorted({str(folder) for group in above for folder in (group, *group.parents)
+                        if folder.name.lower() in other}):
+        raise EvaluationError(f"{root} must have a folder of the split {split}, got {', '.join(found[:3])} only. Check "
+                              f"the split's name, or name the folder of the classes.")
 
 
 def list_archive(path: Path) -> list[_Found]:

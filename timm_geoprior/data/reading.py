@@ -104,8 +104,8 @@ def _check_size(name: str, image: Image.Image) -> None:
 def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and floating-point grey, which Pillow would clip at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-    # 8, 12 and 16 bits, the last two as files of 16 bits hold them
-    whites: tuple[int, ...] = (1, 255, 65535) if image.mode == 'F' else (255, 4095, 65535)
+    # a file of 16 bits whose brightest value is 255 holds 8; 12 bits cannot be told from a dark picture
+    whites: tuple[int, ...] = (1, 255, 65535) if image.mode == 'F' else (255, 65535)
     peak, low = float(values.max()), float(values.min())
     if low < -0.1 * abs(peak):  # no usual black either, as where the mean was subtracted
         values, peak, whites = values - low, peak - low, ()

@@ -4,15 +4,17 @@ import contextlib
 import datetime
 import fnmatch
 import importlib.util
+import json
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data.dataset import DataOptions, DataSplit, fingerprint, open_split
-from ..data.listing import unpacked
+from ..data.listing import folders_of_split, unpacked
 from ..data.preflight import check_data
 from ..distributed import default_device, find_device
 from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
@@ -64,7 +66,8 @@ def _check_output(args: argparse.Namespace) -> None:
             raise EvaluationError('--output needs matplotlib for its plots. Run `pip install matplotlib` '
                                   '(the extra "train").')
         output = args.output.resolve()
-        if args.data_dir and args.data_dir.resolve() in (output, *output.parents):
+        if args.data_dir and args.data_dir.is_dir() and not args.dataset and (args.data_dir / next(
+                iter(folders_of_split(args.data_dir, args.split)), '')).resolve() in (output, *output.parents):
             raise EvaluationError(f'The output must lie outside the folder of the images, since its pictures would be '
                                   f'taken for some of them, got {args.output}. Name another place with --output.')
         try:
@@ -77,12 +80,27 @@ def _check_output(args: argparse.Namespace) -> None:
                               f'--results-file.')
     if args.results_file and args.results_file.is_dir():
         raise EvaluationError(f'--results-file must be a file, got the folder {args.results_file}. Name a file in it.')
-    if args.results_file and args.results_file.exists():
-        for name in ('checkpoint', 'data_dir', 'class_map', 'real_labels'):
-            read = getattr(args, name)
-            if read and os.path.exists(read) and args.results_file.samefile(read):
-                raise EvaluationError(f'--results-file must be another file than --{name.replace("_", "-")}, got '
-                                      f'{args.results_file}. Name a new one.')
+    for path in (args.results_file, args.output and args.output / 'results.json'):
+        if path and not _may_write(path):
+            raise EvaluationError(f'{path} must be a new file or earlier results, got another file or a read-only '
+                                  f'place. Name another with --results-file or --output.')
+
+
+def _may_write(path: Path) -> bool:
+    """Whether a file can be written and takes the place of nothing but earlier results, as no input of a run is."""
+    if path.exists() and not path.is_file():  # a device or a pipe
+        return True
+    if not os.access(path.absolute().parent, os.W_OK):
+        return False
+    if not path.exists() or not path.stat().st_size:
+        return True
+    try:
+        text = path.read_text(encoding='utf-8')
+        found = None if text.startswith('model,top1,') else json.loads(text)
+    except (OSError, ValueError):
+        return False
+    first = found[0] if isinstance(found, list) and found else found
+    return found is None or isinstance(first, dict) and {'results', 'preprocessing'} <= first.keys()
 
 
 def _config(args: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> EvalConfig:

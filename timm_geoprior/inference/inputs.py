@@ -30,9 +30,12 @@ def _is_hidden(name: str) -> bool:
 
 def _walk(place: str) -> Iterator[str]:
     """Files of a folder and of all below it, without hidden ones and litter, sorted, each folder's own files first."""
-    found = [(name.split('/'), path) for name, path in walk_files(place)]
+    try:
+        found = [(name.split('/'), path) for name, path in walk_files(place, _is_hidden)]
+    except OSError as error:
+        raise ImageError(f'The folder {error.filename} cannot be read ({error.strerror}). Check its rights.') from None
     for parts, path in sorted(found, key=lambda item: (item[0][:-1], item[0][-1])):
-        if not any(map(_is_hidden, parts)):
+        if not _is_hidden(parts[-1]):
             yield path
 
 

@@ -99,13 +99,15 @@ class Trainer:
         except UnicodeEncodeError:
             raise GeoPriorError(f'The name of the folder {self.config.output} must be UTF-8, since TensorBoard writes '
                                 f'into no other. Name another one with --output.') from None
-        if self.config.resume:  # or the checkpoint that is missing leaves an empty folder
-            return
-        try:
-            self.config.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise GeoPriorError(f'The folder {self.config.output} cannot be made ({error.strerror}). Check --output.'
-                                ) from None
+        if not self.config.resume:  # or the checkpoint that is missing leaves an empty folder
+            try:
+                self.config.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise GeoPriorError(f'The folder {self.config.output} cannot be made ({error.strerror}). Check '
+                                    f'--output.') from None
+        if self.config.output.exists() and not os.access(self.config.output, os.W_OK):
+            raise GeoPriorError(f'The folder {self.config.output} must be one to write in, got one that is read-only. '
+                                f'Check its rights, or name another with --output.')
 
     def _batch_share(self) -> int:
         """Images of one process's batch."""
@@ -241,8 +243,9 @@ class Trainer:
         if state['class_names'] != list(self.data.class_names):
             raise GeoPriorError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
                                 f'{len(self.data.class_names)} in {self.config.data_dir}. Check --data-dir.')
-        images = (list(self.data.held_names), self.data.train_sha256)
-        if (state['held_names'], state['train_sha256']) != images:
+        # none where nothing was measured until now
+        held_names = state['held_names'] or list(self.data.held_names)
+        if (held_names, state['train_sha256']) != (list(self.data.held_names), self.data.train_sha256):
             raise GeoPriorError(
                 f'{self.last} was trained or measured on other images than those in {self.config.data_dir}: some were '
                 f'added, removed or renamed, and images that were trained on might be held out now. Restore them, or '
