@@ -155,9 +155,10 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
 
 def _check_split(root: Path, split: str, names: Iterable[str]) -> None:
     """Refuse other splits in place of one that is not there; a class may have a split's name."""
-    other = {word: kind for kind, words in SPLITS.items() if split.lower() not in words for word in words}
-    above = {PurePosixPath(name).parent.parent for name in names}  # the folders that class folders lie in
-    if found := sorted({str(folder) for group in above for folder in (group, *group.parents)
+    other = {word for words in SPLITS.values() if split.lower() not in words for word in words}
+    # a million names have a thousand folders
+    groups = {PurePosixPath(folder).parent for folder in {posixpath.dirname(name) for name in names}}
+    if found := sorted({str(folder) for group in groups for folder in (group, *group.parents)
                         if folder.name.lower() in other}):
         raise EvaluationError(f"{root} must have a folder of the split {split}, got {', '.join(found[:3])} only. Check "
                               f"the split's name, or name the folder of the classes.")

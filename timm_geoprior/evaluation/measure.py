@@ -66,8 +66,7 @@ def _check_output(args: argparse.Namespace) -> None:
             raise EvaluationError('--output needs matplotlib for its plots. Run `pip install matplotlib` '
                                   '(the extra "train").')
         output = args.output.resolve()
-        if args.data_dir and args.data_dir.is_dir() and not args.dataset and (args.data_dir / next(
-                iter(folders_of_split(args.data_dir, args.split)), '')).resolve() in (output, *output.parents):
+        if _folder_of_images(args) in (output, *output.parents):
             raise EvaluationError(f'The output must lie outside the folder of the images, since its pictures would be '
                                   f'taken for some of them, got {args.output}. Name another place with --output.')
         try:
@@ -86,8 +85,17 @@ def _check_output(args: argparse.Namespace) -> None:
                                   f'place. Name another with --results-file or --output.')
 
 
+def _folder_of_images(args: argparse.Namespace) -> Path | None:
+    """The folder whose images are measured, if it is one."""
+    if args.dataset or not args.data_dir or not args.data_dir.is_dir():
+        return None
+    with contextlib.suppress(OSError):  # told when the images are listed
+        return Path(args.data_dir, *folders_of_split(args.data_dir, args.split)[:1]).resolve()
+    return None
+
+
 def _may_write(path: Path) -> bool:
-    """Whether a file can be written and takes the place of nothing but earlier results, as no input of a run is."""
+    """Whether a file can be written and replaces nothing but earlier results."""
     if path.exists() and not path.is_file():  # a device or a pipe
         return True
     if not os.access(path.absolute().parent, os.W_OK):
@@ -96,11 +104,13 @@ def _may_write(path: Path) -> bool:
         return True
     try:
         text = path.read_text(encoding='utf-8')
-        found = None if text.startswith('model,top1,') else json.loads(text)
+        if text.startswith('model,top1,'):  # a table
+            return True
+        found = json.loads(text)
     except (OSError, ValueError):
         return False
     first = found[0] if isinstance(found, list) and found else found
-    return found is None or isinstance(first, dict) and {'results', 'preprocessing'} <= first.keys()
+    return isinstance(first, dict) and {'results', 'preprocessing'} <= first.keys()
 
 
 def _config(args: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> EvalConfig:
