@@ -621,6 +621,12 @@ class TestData:
         with pytest.raises(GeoPriorError, match=message):
             Trainer(tiny(holdout=0), config(**{'folder': tmp_path / 'data', 'output': tmp_path / 'run', **changes}))
 
+    def test_the_archive_of_validation_images_is_no_other_split(self, photo_folder, tmp_path):
+        data = Path(shutil.copytree(photo_folder / 'train', tmp_path / 'data'))
+        (data / 'ILSVRC2012_img_val.tar').touch()
+        with pytest.raises(GeoPriorError, match='must have a folder of the split vla, got none'):
+            Trainer(tiny(holdout=0), config(data, tmp_path / 'run', val_split='vla'))
+
     def test_what_cannot_be_read_in_memory_takes_no_part(self, photo_folder, tmp_path):
         shutil.copytree(photo_folder, tmp_path / 'data')
         for name in ('train/coffee/01.jpg', 'val/rocket/04.jpg'):

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
 from ..data.batches import FolderLoader, LoaderConfig, generator
 from ..data.dataset import Chosen, DataOptions, DataSplit, Files, Images, open_split
-from ..data.listing import ILSVRC_ARCHIVE, folders_of_split
+from ..data.listing import ILSVRC_ARCHIVE, SPLITS, folders_of_split
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages
@@ -74,7 +74,8 @@ def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSpl
 
 def _open_measured(config: RunConfig, names: tuple[str, ...]) -> DataSplit:
     """The images of --val-split with the training classes' targets."""
-    if not (folders_of_split(config.data_dir, config.val_split) or (config.data_dir / ILSVRC_ARCHIVE).is_file()):
+    archived = config.val_split.lower() in SPLITS['val'] and (config.data_dir / ILSVRC_ARCHIVE).is_file()
+    if not (archived or folders_of_split(config.data_dir, config.val_split)):
         raise GeoPriorError(f'{config.data_dir} must have a folder of the split {config.val_split}, got none. Check '
                             f'--val-split, or set holdout instead.')
     found = open_images(config, config.val_split)
