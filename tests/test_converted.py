@@ -5,6 +5,7 @@ import logging
 import pickle
 import shutil
 import time
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -208,7 +209,9 @@ def test_segmentation_models_and_transformers(published, expected, tmp_path, mon
 
 def test_a_model_of_other_options_is_converted_for_them(published, tmp_path):
     options = {'value_dims': (8, 16, 32, 64), 'attn_heads': 4, 'attn_kernel': 'laplacian'}
-    model = timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)  # the conversion fits the kernel that it finds
+        model = timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path, **options)
     radii = [layer.radius() for layer in model.modules() if isinstance(layer, GeoPriorAttn2d)]
     assert len(radii) == 16
     assert all(len(values) == 4 and (values != 3).all() for values in radii)

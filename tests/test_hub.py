@@ -181,6 +181,14 @@ def test_weights_that_do_not_fit_are_refused_as_by_timm(plain_name):
         plain_name(value_dims=(0, 16, 16, 24))
 
 
+def test_another_kernel_than_the_trained_one_is_told(plain_name, recwarn):
+    """The weights fit, since the kernel is in no tensor."""
+    plain_name(attn_kernel='gaussian')
+    assert [str(warning.message) for warning in recwarn if 'kernel' in str(warning.message)] == []
+    with pytest.warns(UserWarning, match="with the Gaussian kernel, .* attn_kernel='laplacian'. Leave out attn_kernel"):
+        plain_name(attn_kernel='laplacian')
+
+
 def test_a_cfg_of_the_manifest_is_verified_however_it_is_given(plain_name, hub):
     model = plain_name()
     for given in ({'pretrained_cfg': model.pretrained_cfg}, {'pretrained_cfg_overlay': {'mean': (0, 0, 0)}}):

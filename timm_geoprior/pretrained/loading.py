@@ -3,6 +3,7 @@
 The source of a converted tag that the manifest does not pin is the newest on the Hub, and is not checked.
 """
 import json
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,6 +50,10 @@ def build_with_verified_weights(
     if entry is None:
         return build_model_with_cfg(
             model_cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
+    kernel = kwargs.get('attn_kernel', 'gaussian')
+    if not entry.source and kernel != 'gaussian':  # no tensor would show it; a conversion fits the kernel that it finds
+        warnings.warn(f'{entry.name} was trained with the Gaussian kernel, and computes something else with '
+                      f'attn_kernel={kernel!r}. Leave out attn_kernel, or train the network further.', stacklevel=2)
     cache_dir = kwargs.get('cache_dir')
     asset = weights_asset(entry)
     path = asset.locate(cache_dir)
