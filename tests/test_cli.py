@@ -27,13 +27,7 @@ from timm_geoprior.data.reading import read_image
 from timm_geoprior.errors import out_of_memory
 from timm_geoprior.inference.classifier import load_classifier
 from timm_geoprior.inference.inputs import sample_image
-from timm_geoprior.pretrained.manifest import (
-    ManifestError,
-    default_architecture,
-    default_model,
-    load_manifest,
-    manifest_path,
-)
+from timm_geoprior.pretrained.manifest import ManifestError, default_model, load_manifest, manifest_path
 
 MODELS, TAGS = load_manifest().models, load_manifest().tags
 WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']
@@ -89,6 +83,11 @@ def test_info_of_a_planned_tag(capsys, name):
     assert f'name: {name}' in out
     assert 'status: planned' in out
     assert 'no weights yet' in out
+
+
+def test_info_of_a_backbone(capsys):
+    printed = output(capsys, 'info', 'geoprior_resnet50.from_bamboo', code=1)  # no Hub to read radii from
+    assert 'num_classes: 0' in printed.out
 
 
 @pytest.mark.parametrize('name', WITH_WEIGHTS)
@@ -338,6 +337,16 @@ def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
     assert 'pip install scikit-image' in output(capsys, 'classify', code=1).err
 
 
+@pytest.mark.parametrize(('package', 'arguments'), [
+    ('scipy', ['validate', '--model', 'geoprior_resnet14_nano', '--data-dir', '.']),
+    ('matplotlib', ['publish', 'geoprior_resnet14_nano.r64_tin200', 'last.pt', '--output', 'staged']),
+])
+def test_an_extra_that_is_needed_at_the_end_is_missed_at_the_beginning(capsys, monkeypatch, package, arguments):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"This command needs {package}, which is not installed. Run `pip install 'timm-geoprior[train]'`.\n"
+    assert output(capsys, *arguments, code=1).err.endswith(message)
+
+
 @pytest.mark.parametrize(('arguments', 'words'), [
     *((['classify', '--model', name], f'{name} has no weights') for name in PLANNED),
     (['classify', '--model', 'geoprior_resnet51'], 'Did you mean geoprior_resnet50? Check --model.'),
@@ -377,16 +386,12 @@ def test_the_default_model_is_the_best_of_those_at_hand(tmp_path):
             entry.update(weights, status=statuses.get(name.split('.')[0], 'planned'))
         path = tmp_path / f'{len(list(tmp_path.iterdir()))}.json'
         path.write_text(json.dumps(data))
-        manifest = load_manifest(path)
-        scratch.append(default_architecture(manifest))
-        return default_model(manifest).architecture
+        return default_model(load_manifest(path)).architecture
 
-    scratch = []  # finetune's network without trained weights: the same, so that the two compare
     assert default(geoprior_resnet50='published', geoprior_resnet14_nano='bundled') == 'geoprior_resnet14_nano'
     assert default(geoprior_resnet50='staged', geoprior_resnet101='published') == 'geoprior_resnet101'
     with pytest.raises(ManifestError, match='must have a bundled or a published tag'):
         default(geoprior_resnet50='staged')
-    assert scratch == ['geoprior_resnet14_nano', 'geoprior_resnet101', 'geoprior_resnet14_nano']  # the smallest at last
     both = {'geoprior_resnet50': 'bundled', 'geoprior_resnet14_nano': 'bundled'}
     assert default(**both) == 'geoprior_resnet50'  # 61.71%, and 49.19%
     data['models']['geoprior_resnet50.r128_tin200']['metrics'][0].update(top1_correct=4900)

@@ -1,7 +1,9 @@
 """Files: names of any script in figures, and of any bytes in JSON and CSV."""
 import csv
 import json
+import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,22 @@ def test_names_that_are_not_utf_8_are_written(tmp_path):
     write_csv(tmp_path / 'a.csv', rows)
     with Path(tmp_path / 'a.csv').open(encoding='utf-8') as file:
         assert next(csv.DictReader(file))['name'] == r'caf\udce9'
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / 'link.json').symlink_to('file.json')
+    for content in ('first', 'second'):
+        write_json(tmp_path / 'link.json', content)
+        assert (tmp_path / 'link.json').is_symlink()
+        assert json.loads((tmp_path / 'file.json').read_text()) == content
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes of a name are POSIX')
+def test_a_pipe_is_written_into(tmp_path):
+    pipe = tmp_path / 'pipe'
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_text)
+        write_json(pipe, 'content')
+        assert json.loads(read.result()) == 'content'
+    assert pipe.is_fifo()

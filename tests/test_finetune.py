@@ -340,7 +340,7 @@ def huge(photos: Path) -> None:
 
 @pytest.mark.parametrize(('spoil', 'words'), [
     (no_class, 'must have one folder for each class, with images that end in'),
-    (convert, '.tiff, .webp, got none. Sort them into folders, or convert them'),
+    (convert, ' has no images). Sort them into folders, or convert them'),
     (one_class, 'must have at least two folders of images, one for each class, got one, coffee'),
     (one_image, 'must have at least two images, one to train on and one to hold out, got one of coffee'),
     (a_text, 'coffee/99.jpg'),

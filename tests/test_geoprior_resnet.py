@@ -288,6 +288,12 @@ class TestInterface:
         assert len(before) == 3
         torch.testing.assert_close([attn.radius() for attn in attentions(model)], [1.5 * radius for radius in before])
 
+    def test_reading_radii_leaves_each_module_in_its_mode(self):
+        model = create().train()
+        model.layer1.eval()
+        learned_radii(model, (3, 64, 64))
+        assert (model.training, model.layer1[0].bn1.training, model.layer2[0].bn1.training) == (True, False, True)
+
     @pytest.mark.parametrize(('factor', 'bound'), [(1e9, 1e4), (1e-9, 1e-4)])
     def test_radii_are_scaled_within_their_bounds(self, factor, bound):
         """Beyond them a parameter would change nothing, and have no gradient to come back by."""

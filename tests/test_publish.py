@@ -248,6 +248,15 @@ def test_a_folder_of_something_else_is_left_alone(run_folder, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / 'photos']
 
 
+def test_a_run_is_no_staged_folder(run_folder):
+    """Its results have the name of a staged folder's, and `--output RUN` is soon typed."""
+    before = sorted(run_folder.iterdir())
+    assert run_folder / 'results.json' in before
+    with pytest.raises(GeoPriorError, match='which is no staged folder'):
+        stage(planned(), read_weights(run_folder / 'last.pt'), run_folder)
+    assert sorted(run_folder.iterdir()) == before
+
+
 @pytest.mark.parametrize(('name', 'content', 'message'), [
     ('model.safetensors', b'changed', r'must have the sha256 \w+, got'),
     ('golden/outputs.safetensors', b'changed', 'sha256'),

@@ -524,7 +524,9 @@ class TestStartingPoint:
         assert trainer.fit()['epochs'] == 3
 
     @pytest.mark.parametrize('kind', ['pretrained', 'timm', 'safetensors'])
-    def test_finetuning_starts_from_any_weights(self, kind, photo_folder, tmp_path):
+    def test_finetuning_starts_from_any_weights(self, kind, photo_folder, tmp_path, monkeypatch):
+        (tmp_path / 'pretrained').mkdir()  # is not what is meant
+        monkeypatch.chdir(tmp_path)
         path = tmp_path / f'weights.{"safetensors" if kind == "safetensors" else "pth"}'
         source = timm.create_model('geoprior_resnet14_nano', pretrained=kind == 'pretrained').state_dict()
         if kind == 'timm':

@@ -139,7 +139,8 @@ def _info(args: argparse.Namespace) -> int:
     from .pretrained.manifest import load_manifest
     manifest = load_manifest()
     entry = manifest.get(args.tag)
-    title = manifest.label_sets[entry.label_set].title
+    labels = manifest.label_sets.get(entry.label_set)  # a backbone has none
+    title = labels.title if labels else None
     print('\n'.join(_fields({'name': entry.name, **dataclasses.asdict(entry), 'label_set': title})))
     if not entry.has_weights:
         print(f'\nNo learned radii: {entry.name} has no weights yet.')
@@ -426,9 +427,10 @@ def _convert(args: argparse.Namespace) -> int:
 def _finetune(args: argparse.Namespace) -> int:
     with needs_extra('train'):
         from .training.finetune import Job, finetune
-    from .pretrained.manifest import default_architecture, load_manifest
     output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
-    model = default_architecture(load_manifest()) if args.from_scratch and not args.model else _default_model(args)
+    model = _default_model(args)
+    if args.from_scratch and not args.model:  # random weights have no tag
+        model = model.partition('.')[0]
     results = finetune(Job(
         args.folder, output, model=model, overrides=tuple(args.set), patience=args.patience, seed=args.seed,
         device=_device(args), workers=args.workers, resume=args.resume,

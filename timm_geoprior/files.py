@@ -59,12 +59,17 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
     """Put content at a path whole or not at all: temporary file beside it, fsync, rename.
 
     Args:
-        path: Where it goes.
+        path: Where it goes. Of a link, the file that it leads to is replaced; a pipe or a device is written into.
         content: The bytes, or what writes them into the open temporary file.
 
     Raises:
         OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with path.open('wb') as stream:
+            content(stream) if callable(content) else stream.write(content)
+        return
     temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
     # the umask takes rights away, as from every new file; tempfile's would be the owner's alone
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -42,12 +42,13 @@ def learned_radii(model: nn.Module, input_size: tuple[int, int, int]) -> list[La
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GeoPriorAttn2d)}
     sizes: dict[str, tuple[int, int]] = {}
     hooks = [layer.register_forward_pre_hook(partial(_note_size, sizes, name)) for name, layer in layers.items()]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # frozen norms may be in eval mode already
     parameter = next(model.parameters())
     try:
         model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for hook in hooks:
             hook.remove()
     return [LayerRadii(name, *sizes[name], tuple(layer.radius().tolist())) for name, layer in layers.items()]

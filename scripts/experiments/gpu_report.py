@@ -259,7 +259,7 @@ def measure_all(report: Report) -> None:
             report.skipped.append(f'speed of {what} ({first_line(error)})')
             continue
         finally:
-            _empty(args)
+            torch.cuda.empty_cache()
         speeds = median_speeds(rows)
         ratio = summarize(ratios(rows, names, 'images_per_second')[names[1]])
         report.add('speed', {
@@ -277,20 +277,11 @@ def measure_all(report: Report) -> None:
 
 def _peak(name: str, load: Workload) -> int:
     """Bytes that a network and two steps take beyond what is in use."""
-    _empty_cache(load)
+    torch.cuda.empty_cache()
     before = reset_peak(load)
     step = prepare_step(create_network(name, load), load, Path())
     step(), step()  # momentum is there from the second on
     return peak_bytes(load) - before
-
-
-def _empty_cache(load: Workload) -> None:
-    if torch.device(load.device).type == 'cuda':
-        torch.cuda.empty_cache()
-
-
-def _empty(args: argparse.Namespace) -> None:
-    _empty_cache(Workload(args.device))
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.batches import generator
 from ..data.dataset import Chosen, DataOptions, DataSplit, open_split
 from ..errors import EvaluationError, GeoPriorError
+from ..files import first_line
 
 __all__ = ['FEWEST', 'ImageSets', 'PreparedImages', 'draw_images']
 
@@ -42,18 +43,18 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
         raise GeoPriorError(f'--images must be a folder of images, got {folder}, which {fault}. Check its name.')
     try:
         data = open_split(folder, '', options=DataOptions(labelled=False))
-    except EvaluationError:  # there is none
-        raise _too_few(folder, 0) from None
+    except EvaluationError as error:  # without its advice, which is validate's
+        raise _too_few(folder, f'none ({first_line(error).split(". ")[0]})') from None
     count = len(data.labels)
     if count < FEWEST:
-        raise _too_few(folder, count)
+        raise _too_few(folder, str(count))
     order = torch.randperm(count, generator=generator(0, 'conversion')).numpy()
     held_out = min(round(HELD_OUT * count), MOST_HELD_OUT)
     return ImageSets(data, order[held_out:][:limit], order[:held_out])
 
 
-def _too_few(folder: Path, count: int) -> GeoPriorError:
-    return GeoPriorError(f'{folder} must hold at least {FEWEST} images, got {count}. Add some, or leave out --images '
+def _too_few(folder: Path, found: str) -> GeoPriorError:
+    return GeoPriorError(f'{folder} must hold at least {FEWEST} images, got {found}. Add some, or leave out --images '
                          f'for the closed form.')
 
 

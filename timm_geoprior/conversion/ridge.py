@@ -1,5 +1,4 @@
 """Least squares towards known weights, on sums that are gathered batch by batch in float64."""
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -116,17 +115,15 @@ def solve(moments: Moments, prior: Tensor, penalty: float) -> tuple[Tensor, Tens
     return weight, y - weight @ x
 
 
-def choose_penalty(
-        moments: Moments, prior: Tensor, importance: Tensor, penalties: Sequence[float] = PENALTIES) -> float:
+def choose_penalty(moments: Moments, prior: Tensor, importance: Tensor) -> float:
     """The penalty whose weights, fitted without a part, predict that part best, over all parts.
 
     Args:
         moments: Of the samples, with some in two parts or more.
         prior: Weights to stay near, (outputs, inputs).
         importance: Weight of each output's squared error, (outputs,).
-        penalties: To choose from.
     """
-    errors = torch.zeros(len(penalties), dtype=torch.float64, device=prior.device)
+    errors = torch.zeros(len(PENALTIES), dtype=torch.float64, device=prior.device)
     for part in moments.count.nonzero().flatten().tolist():
         rest = moments.without(part)
         path = _Path(rest, prior)
@@ -134,7 +131,7 @@ def choose_penalty(
         # of the part's error, what depends on the penalty: linear and quadratic in the step from the prior
         linear = (importance[:, None] * path.left * ((yx - prior @ xx) @ path.vectors)).sum(0)
         quadratic = (path.left.T * importance) @ path.left * (path.vectors.T @ xx @ path.vectors)
-        for place, penalty in enumerate(penalties):
+        for place, penalty in enumerate(PENALTIES):
             step = 1 / path.damped(penalty)
             errors[place] += step @ quadratic @ step - 2 * linear @ step
-    return penalties[int(errors.argmin())]
+    return float(PENALTIES[int(errors.argmin())])

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import reduce_sum
 
@@ -50,14 +49,13 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
     none. Precision is the caller's: call it under `torch.autocast` for a lower one.
 
     Args:
-        model: Gives logits of shape (batch, classes); evaluated in eval mode, each module left in the mode it was in.
+        model: Gives logits of shape (batch, classes), not wrapped for several processes, since each has its own number
+            of batches; evaluated in eval mode, each module left in the mode it was in.
         batches: Pairs of images and class indices (batch,), on the model's device.
 
     Returns:
         The counts, the same in every process. With five classes or fewer, every image counts for the top five.
     """
-    if isinstance(model, DistributedDataParallel):  # its forward waits for every process: they may have fewer batches
-        model = model.module
     counts = torch.zeros(3, dtype=torch.int64, device=next(model.parameters()).device)
     modes = [(module, module.training) for module in model.modules()]  # frozen norms may be in eval mode already
     model.eval()

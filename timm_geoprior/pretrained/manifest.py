@@ -19,8 +19,8 @@ from ..files import first_line, write_atomically
 
 __all__ = [
     'SOURCES', 'Baseline', 'ConvertedEntry', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric',
-    'ModelEntry', 'Source', 'TrainLog', 'check_bytes_stay', 'default_architecture', 'default_model', 'load_manifest',
-    'manifest_path', 'parse_entry', 'parse_manifest', 'to_json', 'update_converted', 'update_manifest',
+    'ModelEntry', 'Source', 'TrainLog', 'check_bytes_stay', 'default_model', 'load_manifest', 'manifest_path',
+    'parse_entry', 'parse_manifest', 'to_json', 'update_converted', 'update_manifest',
 ]
 
 SCHEMA_VERSION = 1
@@ -498,11 +498,3 @@ def default_model(manifest: Manifest) -> ModelEntry:
         if entries:  # of equals the first
             return max(entries, key=lambda entry: entry.metrics[0].top1 if entry.metrics else 0)
     raise ManifestError('The manifest must have a bundled or a published tag, got none. Name a model by --model.')
-
-
-def default_architecture(manifest: Manifest) -> str:
-    """Name what `finetune` trains from random weights: the architecture of the default model, else the smallest."""
-    try:
-        return default_model(manifest).architecture
-    except ManifestError:
-        return min(manifest.models.values(), key=lambda entry: entry.parameters or 0).architecture

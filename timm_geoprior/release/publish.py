@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
     args = _parse_arguments(argv, prog)
     try:
         with needs_extra('train'):
+            import matplotlib  # noqa: F401  (for the card's plot, at the end)
+
             from .releasing import release
         release(args)
     except GeoPriorError as error:

@@ -124,7 +124,7 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
     if entry.status == 'converted':
         raise GeoPriorError(f"{entry.name} must be a tag of the manifest's own, got one that is converted from "
                             f"timm's weights. Give yours a tag in weights_manifest.json.")
-    if folder.exists() and not (folder / RESULTS).exists():
+    if folder.exists() and not all((folder / name).exists() for name in (RESULTS, GOLDEN)):  # a run has results too
         raise GeoPriorError(f'The output must be a new folder or one that was staged, got {folder}, which is no staged '
                             f'folder. Name another.')
     found = '\n\n'.join(map(_read_markdown, evidence.experiments))

@@ -200,9 +200,10 @@ def _open(job: Job, split: str) -> DataSplit:
     place = job.data_dir / split
     try:
         data = open_split(job.data_dir, split=split)
-    except EvaluationError as error:
+    except EvaluationError as error:  # without its advice, which is validate's
         raise GeoPriorError(f'{place} must have one folder for each class, with images that end in '
-                            f'{", ".join(EXTENSIONS)}, got none. Sort them into folders, or convert them.') from error
+                            f'{", ".join(EXTENSIONS)} ({first_line(error).split(". ")[0]}). Sort them into folders, or '
+                            f'convert them.') from error
     if len(data.classes) < 2:
         raise GeoPriorError(f'{place} must have at least two folders of images, one for each class, got one, '
                             f'{data.classes[0]}. Add another class.')

@@ -185,11 +185,9 @@ class TargetLoss(nn.Module):
         super().__init__()
         self.soft: nn.Module = SoftTargetCrossEntropy()
         self.hard: nn.Module = LabelSmoothingCrossEntropy(recipe.smoothing)
-        if recipe.bce_loss:
-            threshold = recipe.bce_target_thresh or None
-            self.soft = BinaryCrossEntropy(0, target_threshold=threshold, sum_classes=recipe.bce_sum)
-            self.hard = BinaryCrossEntropy(
-                recipe.smoothing, target_threshold=threshold, sum_classes=recipe.bce_sum)
+        if recipe.bce_loss:  # timm's smooths class indices only
+            self.soft = self.hard = BinaryCrossEntropy(
+                recipe.smoothing, target_threshold=recipe.bce_target_thresh or None, sum_classes=recipe.bce_sum)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean loss of logits (B, K) for targets (B,) or (B, K)."""

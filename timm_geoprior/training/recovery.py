@@ -32,7 +32,7 @@ def start_from_folder(recipe: Recipe, config: RunConfig) -> tuple[Recipe, RunCon
             needs a folder and none is named.
     """
     folder = Path(config.finetune)
-    if not config.finetune or not folder.is_dir():
+    if config.finetune in ('', 'pretrained') or not folder.is_dir():
         if recipe.teacher == SOURCE:
             raise GeoPriorError(f'--finetune must name the folder that `timm-geoprior convert` wrote, since the recipe '
                                 f'{recipe.name} is taught by its source, got {config.finetune or "nothing"}.')

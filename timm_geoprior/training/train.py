@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
     """
     args = parse_arguments(argv, prog)
     try:
-        if args.model and args.finetune and Path(args.finetune).is_dir():
+        if args.model and args.finetune not in ('', 'pretrained') and Path(args.finetune).is_dir():
             raise GeoPriorError(f'--model must be left out with the folder {args.finetune}, which names its own, got '
                                 f'{args.model}.')
         recipe = load_recipe(args.recipe, args.set + ([f'model={args.model}'] if args.model else []))
