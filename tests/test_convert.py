@@ -17,7 +17,7 @@ from torch import nn
 from programs import Program, run
 from releases import planned
 from timm_geoprior.cli import main
-from timm_geoprior.conversion import job
+from timm_geoprior.conversion import job, state_dict
 from timm_geoprior.conversion.closed_form import fit_layer
 from timm_geoprior.conversion.images import draw_images
 from timm_geoprior.conversion.state_dict import convert_state_dict
@@ -221,13 +221,18 @@ def test_the_folder_has_the_pooling_and_the_channels_of_the_source(options, num_
 def test_the_closed_form_is_told_on_one_thread(checkpoint, tmp_path, monkeypatch):
     """Two threads take many times as long for its small products."""
     counts, threads = [], torch.get_num_threads()
-    monkeypatch.setattr(job, 'fit_layer', lambda *args: counts.append(torch.get_num_threads()) or fit_layer(*args))
+
+    def fit(*args):
+        counts.append(torch.get_num_threads())
+        return fit_layer(*args)
+
+    monkeypatch.setattr(state_dict, 'fit_layer', fit)
     try:
         torch.set_num_threads(2)
         convert(checkpoint, '-o', tmp_path / 'out')
     finally:
         torch.set_num_threads(threads)
-    assert counts == [1, 1, 1]
+    assert counts == 6 * [1]  # three layers are converted, and told
 
 
 @pytest.mark.parametrize('output', ['dangling', 'link', 'missing/../there'])

@@ -51,7 +51,7 @@ def make(kind: str, task: job.ConvertJob) -> None:
     if kind == 'converted':
         job.convert(task)
         return
-    with patch.object(state_dict, 'fit_layer', leave_out), patch.object(job, 'fit_layer', leave_out), \
+    with patch.object(state_dict, 'fit_layer', leave_out), \
             patch.object(regression, '_fit_attention', leave_out_of_block):
         job.convert(task)
 

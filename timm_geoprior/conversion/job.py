@@ -30,13 +30,12 @@ from ..progress import Progress, handled_signals, tell
 from ..provenance import git_commit, hardware, versions
 from ..release.staging import release_tensors
 from ..training.checkpoint import read_weights
-from .closed_form import fit_layer
 from .comparison import class_indices, compare
 from .images import ImageSets, PreparedImages, draw_images
 from .mirror import Mirror, mirror
 from .readme import readme
 from .regression import PARTS, LayerFit, activation_bytes, refine
-from .state_dict import attention_blocks, checkpoint_filter_fn, layer_models, on_one_thread
+from .state_dict import attention_blocks, checkpoint_filter_fn, fit_blocks, on_one_thread
 
 __all__ = ['ConvertJob', 'convert']
 
@@ -215,14 +214,8 @@ def _fit(
 @on_one_thread
 def _closed_form_layers(source: nn.Module, model: GeoPriorResNet) -> list[dict[str, Any]]:
     """What the closed form has chosen, and what it loses under its model of the inputs."""
-    layers, weights = [], source.state_dict()
-    for item in attention_blocks(model):
-        block = {name.removeprefix(item.prefix): tensor
-                 for name, tensor in weights.items() if name.startswith(item.prefix)}
-        fit = fit_layer(*layer_models(item, block), item.value_dim)
-        layers.append({'name': item.prefix.rstrip('.'), 'value_dim': item.value_dim, 'radius': fit.radii[0],
-                       'lost': float(fit.errors.mean())})
-    return layers
+    return [{'name': item.prefix.rstrip('.'), 'value_dim': item.value_dim, 'radius': fit.radii[0],
+             'lost': float(fit.errors.mean())} for item, _, fit in fit_blocks(source.state_dict(), model)]
 
 
 def _images(job: ConvertJob, sets: ImageSets) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .closed_form import FollowingLayers, InputModel, LayerFit, LayerModel, fit_
 
 __all__ = [
     'AttentionBlock', 'ConversionError', 'apply_fit', 'attention_blocks', 'checkpoint_filter_fn', 'convert_state_dict',
-    'is_plain_resnet', 'layer_models', 'on_one_thread',
+    'fit_blocks', 'is_plain_resnet', 'layer_models', 'on_one_thread',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -135,13 +135,13 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
         <All keys matched successfully>
     """
     converted, shapes = dict(state_dict), _plain_shapes(model)
-    fits = []
     for item in attention_blocks(model):
         _check_block(item, shapes)
         _check_tensors(state_dict, {item.prefix + name: shapes[item.prefix + name] for name in _READ})
-        block = {name: state_dict[item.prefix + name] for name in _READ}
-        fits.append(_fit_block(item, block))
-        changed = apply_fit(block, fits[-1])
+    fits = []
+    for item, block, fit in fit_blocks(state_dict, model):
+        fits.append(fit)
+        changed = apply_fit(block, fit)
         for name, tensor in changed.items():
             if not torch.isfinite(tensor).all():
                 raise ConversionError(f'Converted weights must be finite in {tensor.dtype}, got inf in '
@@ -249,9 +249,14 @@ def layer_models(item: AttentionBlock, block: Mapping[str, Tensor]) -> tuple[Lay
     return layer, FollowingLayers(block['bn2.weight'], block['bn2.bias'], item.block.act2, next_weight)
 
 
-def _fit_block(item: AttentionBlock, block: Mapping[str, Tensor]) -> LayerFit:
-    layer, behind = layer_models(item, block)
-    return fit_layer(layer, behind, item.value_dim, len(item.attn.log_radius))
+def fit_blocks(
+        state_dict: Mapping[str, Tensor], model: nn.Module,
+) -> Iterator[tuple[AttentionBlock, dict[str, Tensor], LayerFit]]:
+    """Each block that has attention in the model, the plain bottleneck's weights by their names in it, and the fit."""
+    for item in attention_blocks(model):
+        block = {name: state_dict[item.prefix + name] for name in _READ}
+        layer, behind = layer_models(item, block)
+        yield item, block, fit_layer(layer, behind, item.value_dim, len(item.attn.log_radius))
 
 
 def apply_fit(block: Mapping[str, Tensor], fit: LayerFit) -> dict[str, Tensor]:
