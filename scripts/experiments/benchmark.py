@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import json
 import multiprocessing
 import resource
 import shlex
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.errors import GeoPriorError
-from timm_geoprior.files import write_atomically
+from timm_geoprior.files import write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
 
 ENGINES = ('eager', 'compile', 'cudagraphs', 'torchscript', 'onnxruntime', 'aotinductor')
@@ -443,7 +442,7 @@ class OutputFolder:
         device = torch.device(self.workload.device)
         facts = {'command': self.command, 'setting': dataclasses.asdict(self.workload), 'hardware': hardware(device),
                  'versions': versions(), 'commit': git_commit(), **results}
-        write_atomically(self.folder / 'results.json', (json.dumps(facts, indent=2) + '\n').encode())
+        write_json(self.folder / 'results.json', facts)
 
 
 QUANTITIES = {

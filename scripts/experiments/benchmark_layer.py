@@ -8,7 +8,6 @@ scaled_dot_product_attention of a query, key and value projection. All have the 
 of the maps are those of the tensors; scaled_dot_product_attention stores no map.
 """
 import argparse
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.benchmark import Timer
 
 from benchmark import BenchmarkError, Workload, summarize
 from timm_geoprior import GeoPriorAttn2d
+from timm_geoprior.files import write_csv
 from timm_geoprior.layers import attention_map
 
 
@@ -147,10 +147,7 @@ def main() -> None:
         sys.exit(f'benchmark_layer.py: {error}')
     args.output.mkdir(parents=True, exist_ok=True)
     rows = measure(args)
-    with (args.output / 'layer.csv').open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.output / 'layer.csv', rows)
     plot(rows, args.output / 'layer.png')
 
 

@@ -28,7 +28,7 @@ from timm_geoprior.conversion.images import ImageSets, PreparedImages
 from timm_geoprior.data.dataset import open_split
 from timm_geoprior.evaluation.metrics import wilson_interval
 from timm_geoprior.evaluation.models import LoadedModel, load_model
-from timm_geoprior.files import write_json
+from timm_geoprior.files import markdown_table, write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
 
 
@@ -64,15 +64,16 @@ def load(name: str) -> LoadedModel:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ['| network | images | top-1 | 95% interval | same answer as the source | KL divergence | feature error |',
-             '| --- | ---: | ---: | --- | ---: | ---: | ---: |']
+    header = ('network', 'images', 'top-1', '95% interval', 'same answer as the source', 'KL divergence',
+              'feature error')
+    lines = []
     for row in rows:
         images, correct = row['labelled'], row['correct']
         low, high = wilson_interval(correct, images)
         fitted = '' if row['fitted_to'] is None else f'{row["fitted_to"]:,}' if row['fitted_to'] else 'none'
-        lines.append(f'| {row["network"]} | {fitted} | {correct / images:.2%} | {low:.2%} to {high:.2%} | '
-                     f'{row["agree"] / images:.1%} | {row["divergence"]:.4f} | {row["feature_error"]:.4f} |')
-    return '\n'.join(lines) + '\n'
+        lines.append([row['network'], fitted, f'{correct / images:.2%}', f'{low:.2%} to {high:.2%}',
+                      f'{row["agree"] / images:.1%}', f'{row["divergence"]:.4f}', f'{row["feature_error"]:.4f}'])
+    return markdown_table(header, lines, left=(0, 3)) + '\n'
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ import timm
 import torch
 
 from benchmark import summarize
+from timm_geoprior.files import markdown_table
 from timm_geoprior.training.recipe import Recipe, load_recipe
 
 RECIPES = ('paper_in1k', 'sgd100', 'a1', 'a2', 'a3', 'torchvision_v2', 'warm_in1k')
@@ -60,12 +61,13 @@ def pixels_seen(recipe: Recipe) -> float:
     return sum(recipe.size_at(epoch) ** 2 for epoch in range(recipe.epochs))
 
 
-def table(speeds: dict[str, float], img_size: int) -> Iterator[str]:
-    """The table's lines."""
-    yield ('| recipe | model | epochs | batch | device-hours | hours on 8 | on 64 | images/s needed on 1 | 8 | 64 | '
-           'gradients, GB sent per device and step (8, 64) | network, GB/s per device (8, 64) | '
-           'disk, MB/s (1, 8, 64) |')
-    yield '| --- | --- |' + ' ---: |' * 11
+HEADER = (
+    'recipe', 'model', 'epochs', 'batch', 'device-hours', 'hours on 8', 'on 64', 'images/s needed on 1', '8', '64',
+    'gradients, GB sent per device and step (8, 64)', 'network, GB/s per device (8, 64)', 'disk, MB/s (1, 8, 64)')
+
+
+def rows(speeds: dict[str, float], img_size: int) -> Iterator[list[object]]:
+    """The table's rows."""
     for name in RECIPES:
         recipe = load_recipe(name)
         for model, speed in speeds.items():
@@ -75,10 +77,9 @@ def table(speeds: dict[str, float], img_size: int) -> Iterator[str]:
             sent = {n: 2 * (n - 1) / n * parameter_bytes(model) / 1e9 for n in DEVICES}
             network = {n: sent[n] * at_size * n / recipe.batch_size for n in DEVICES}
             disk = [f'{at_size * n * IMAGE_BYTES / 1e6:,.1f}' for n in DEVICES]
-            cells = [name, model, recipe.epochs, recipe.batch_size, *(f'{hours / n:,.1f}' for n in DEVICES),
-                     *(f'{at_size * n:,.1f}' for n in DEVICES), f'{sent[8]:.3f}, {sent[64]:.3f}',
-                     f'{network[8]:.3g}, {network[64]:.3g}', '; '.join(disk)]
-            yield '| ' + ' | '.join(map(str, cells)) + ' |'
+            yield [name, model, recipe.epochs, recipe.batch_size, *(f'{hours / n:,.1f}' for n in DEVICES),
+                   *(f'{at_size * n:,.1f}' for n in DEVICES), f'{sent[8]:.3f}, {sent[64]:.3f}',
+                   f'{network[8]:.3g}, {network[64]:.3g}', '; '.join(disk)]
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f'cost.py: {error}')
     print(f'One device: {device}, measured at {img_size} px.\n')
-    print('\n'.join(table(speeds, img_size)))
+    print(markdown_table(HEADER, rows(speeds, img_size), left=(0, 1)))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from timm_geoprior.files import markdown_table
+
 Runs = dict[str, dict[str, list[Path]]]
 
 
@@ -33,16 +35,15 @@ def measured(run: Path) -> dict[str, float]:
 
 def table(runs: Runs) -> str:
     """A row a run: accuracy of the measured images, with its interval, and the minutes that training took."""
-    lines = ['| data | start | seed | right | top-1 % | 95% interval | minutes |',
-             '| --- | --- | ---: | ---: | ---: | ---: | ---: |']
+    rows = []
     for data, starts in runs.items():
         for start, folders in starts.items():
             for values in map(measured, folders):
                 low, high = values['top1_interval']
-                lines.append(f'| {data} | {start} | {values["seed"]} | {values["top1_correct"]:,} of '
-                             f'{values["num_images"]:,} | {values["top1"]:.2f} | {low:.2f}, {high:.2f} | '
-                             f'{60 * values["hours"]:.1f} |')
-    return '\n'.join(lines)
+                rows.append([data, start, values['seed'], f'{values["top1_correct"]:,} of {values["num_images"]:,}',
+                             f'{values["top1"]:.2f}', f'{low:.2f}, {high:.2f}', f'{60 * values["hours"]:.1f}'])
+    return markdown_table(
+        ['data', 'start', 'seed', 'right', 'top-1 %', '95% interval', 'minutes'], rows, left=(0, 1))
 
 
 def draw(axes: Axes, data: str, starts: dict[str, list[Path]]) -> None:
