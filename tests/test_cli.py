@@ -338,6 +338,7 @@ def test_a_missing_extra_names_its_cure(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(('package', 'arguments'), [
+    ('scipy', ['finetune', '.']),
     ('scipy', ['validate', '--model', 'geoprior_resnet14_nano', '--data-dir', '.']),
     ('matplotlib', ['publish', 'geoprior_resnet14_nano.r64_tin200', 'last.pt', '--output', 'staged']),
 ])

@@ -2,6 +2,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,14 +51,6 @@ def test_names_that_are_not_utf_8_are_written(tmp_path):
         assert next(csv.DictReader(file))['name'] == r'caf\udce9'
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path):
-    (tmp_path / 'link.json').symlink_to('file.json')
-    for content in ('first', 'second'):
-        write_json(tmp_path / 'link.json', content)
-        assert (tmp_path / 'link.json').is_symlink()
-        assert json.loads((tmp_path / 'file.json').read_text()) == content
-
-
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes of a name are POSIX')
 def test_a_pipe_is_written_into(tmp_path):
     pipe = tmp_path / 'pipe'
@@ -66,3 +60,15 @@ def test_a_pipe_is_written_into(tmp_path):
         write_json(pipe, 'content')
         assert json.loads(read.result()) == 'content'
     assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not Path('/dev/stdout').exists(), reason='/dev/stdout is POSIX')
+@pytest.mark.parametrize('into', ['a pipe', 'a file'])
+def test_an_open_file_is_written_into(into, tmp_path):
+    """Not replaced, or what was printed before would be lost."""
+    code = ('from pathlib import Path; from timm_geoprior.files import write_json\n'
+            'print("before", flush=True); write_json(Path("/dev/stdout"), "content"); print("after")')
+    with open(tmp_path / 'log', 'wb') as log:
+        stdout = subprocess.PIPE if into == 'a pipe' else log
+        done = subprocess.run([sys.executable, '-c', code], stdout=stdout, check=True)
+    assert (done.stdout or (tmp_path / 'log').read_bytes()) == b'before\n"content"\nafter\n'

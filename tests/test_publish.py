@@ -257,6 +257,28 @@ def test_a_run_is_no_staged_folder(run_folder):
     assert sorted(run_folder.iterdir()) == before
 
 
+def test_a_staged_folder_that_holds_more_is_left_alone(staged, run_folder, tmp_path):
+    """A run that was trained into it, or figures to be named with `--results`."""
+    folder = Path(shutil.copytree(staged, tmp_path / 'staged'))
+    (folder / 'val.json').write_text('{}')
+    with pytest.raises(GeoPriorError, match=r'which is one with val.json in it\. Name another'):
+        stage(planned(), read_weights(run_folder / 'last.pt'), folder)
+    assert (folder / 'val.json').exists()
+
+
+def test_the_current_folder_cannot_be_staged_again(staged, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(staged, tmp_path / 'staged'))
+    with pytest.raises(GeoPriorError, match='which is the current one'):
+        stage(planned(), read_weights(run_folder / 'last.pt'), Path())
+
+
+def test_a_link_to_a_new_folder_is_staged_into(run_folder, tmp_path):
+    (tmp_path / 'link').symlink_to('new')
+    for _ in range(2):
+        stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'link')
+        assert (tmp_path / 'new' / 'model.safetensors').is_file()
+
+
 @pytest.mark.parametrize(('name', 'content', 'message'), [
     ('model.safetensors', b'changed', r'must have the sha256 \w+, got'),
     ('golden/outputs.safetensors', b'changed', 'sha256'),

@@ -7,6 +7,7 @@ import json
 import os
 import posixpath
 import re
+import sys
 import tempfile
 import unicodedata
 import uuid
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
-    'drawable', 'file_sha256', 'first_line', 'is_lfs_pointer', 'markdown_table', 'new_folder', 'save_figure',
-    'walk_files', 'write_atomically', 'write_csv', 'write_json',
+    'drawable', 'file_sha256', 'first_line', 'first_sentence', 'is_lfs_pointer', 'markdown_table', 'new_folder',
+    'save_figure', 'walk_files', 'write_atomically', 'write_csv', 'write_json',
 ]
 
 
@@ -59,15 +60,17 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
     """Put content at a path whole or not at all: temporary file beside it, fsync, rename.
 
     Args:
-        path: Where it goes. Of a link, the file that it leads to is replaced; a pipe or a device is written into.
+        path: Where it goes. A pipe, a device or an open file (/dev/stdout) is written into.
         content: The bytes, or what writes them into the open temporary file.
 
     Raises:
         OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        with path.open('wb') as stream:
+    opened = re.fullmatch(r'/dev/(?:(stdout)|(stderr)|fd/(\d+))', str(path))  # may be a file, with what is in it so far
+    if opened or path.exists() and not path.is_file():
+        sys.stdout.flush()
+        place = path if opened is None else os.dup(int(opened[3] or opened.lastindex or 0))
+        with open(place, 'wb') as stream:
             content(stream) if callable(content) else stream.write(content)
         return
     temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
@@ -194,6 +197,11 @@ def first_line(error: BaseException) -> str:
     if 'header too large' in line:  # what the first bytes of a Git LFS pointer look like
         line += '; if the file is a Git LFS pointer, run `git lfs pull`'
     return line
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's message, which says what is wrong; the next one may give unsuitable advice."""
+    return re.split(r'\. (?=[A-Z])', first_line(error))[0]
 
 
 def is_lfs_pointer(path: Path) -> bool:

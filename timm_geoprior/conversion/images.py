@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.batches import generator
 from ..data.dataset import Chosen, DataOptions, DataSplit, open_split
 from ..errors import EvaluationError, GeoPriorError
-from ..files import first_line
+from ..files import first_sentence
 
 __all__ = ['FEWEST', 'ImageSets', 'PreparedImages', 'draw_images']
 
@@ -44,7 +44,7 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
     try:
         data = open_split(folder, '', options=DataOptions(labelled=False))
     except EvaluationError as error:  # without its advice, which is validate's
-        raise _too_few(folder, f'none ({first_line(error).split(". ")[0]})') from None
+        raise _too_few(folder, f'none ({first_sentence(error)})') from None
     count = len(data.labels)
     if count < FEWEST:
         raise _too_few(folder, str(count))
@@ -54,8 +54,8 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
 
 
 def _too_few(folder: Path, found: str) -> GeoPriorError:
-    return GeoPriorError(f'{folder} must hold at least {FEWEST} images, got {found}. Add some, or leave out --images '
-                         f'for the closed form.')
+    return GeoPriorError(f'{folder} must hold at least {FEWEST} images, got {found}. Add some, name another '
+                         f'folder or uncompressed .tar, or leave out --images for the closed form.')
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,12 @@ def build_with_verified_weights(
     if entry is None:
         return build_model_with_cfg(
             model_cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
+    asset = weights_asset(entry)
     kernel = kwargs.get('attn_kernel', 'gaussian')
     if not entry.source and kernel != 'gaussian':  # no tensor would show it; a conversion fits the kernel that it finds
         warnings.warn(f'{entry.name} was trained with the Gaussian kernel, and computes something else with '
-                      f'attn_kernel={kernel!r}. Leave out attn_kernel, or train the network further.', stacklevel=2)
+                      f'attn_kernel={kernel!r}. Leave out attn_kernel, or train the network further.', stacklevel=5)
     cache_dir = kwargs.get('cache_dir')
-    asset = weights_asset(entry)
     path = asset.locate(cache_dir)
     with ThreadPoolExecutor(1) as thread:
         tensors = thread.submit(_load, asset, path, cache_dir)

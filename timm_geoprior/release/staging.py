@@ -43,6 +43,7 @@ __all__ = ['Evidence', 'check_loads', 'export_weights', 'read_metrics', 'read_st
            'release_tensors', 'stage']
 
 WEIGHTS, RESULTS, TRAIN_LOG, CURVES = 'model.safetensors', 'results.json', 'train_log.csv', 'curves.png'
+STAGED = {WEIGHTS, RESULTS, TRAIN_LOG, CURVES, 'golden', 'config.json', 'README.md', 'radii.png'}
 GOLDEN = 'golden/outputs.safetensors'  # a second such file beside the weights confuses timm up to 1.0.27
 
 ROUNDING_TOLERANCE = 2e-2  # of the largest logit, for weights rounded to float16
@@ -124,9 +125,8 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
     if entry.status == 'converted':
         raise GeoPriorError(f"{entry.name} must be a tag of the manifest's own, got one that is converted from "
                             f"timm's weights. Give yours a tag in weights_manifest.json.")
-    if folder.exists() and not all((folder / name).exists() for name in (RESULTS, GOLDEN)):  # a run has results too
-        raise GeoPriorError(f'The output must be a new folder or one that was staged, got {folder}, which is no staged '
-                            f'folder. Name another.')
+    folder = folder.resolve()
+    _check_replaceable(folder)
     found = '\n\n'.join(map(_read_markdown, evidence.experiments))
     model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
     tensors, _ = take_prefix_off(checkpoint.state_dict, model.state_dict().keys())
@@ -152,6 +152,20 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
         check_loads(staged, new)
         shutil.rmtree(folder, ignore_errors=True)
     return staged
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Nothing is at this place, or what `stage` made and nothing else: all of it will be deleted."""
+    if folder.exists():
+        try:
+            is_staged = {'name', 'entry'} <= json.loads((folder / RESULTS).read_bytes()).keys()
+        except (OSError, ValueError, AttributeError):
+            is_staged = False
+        others = sorted({path.name for path in folder.iterdir()} - STAGED) if is_staged else []
+        if not is_staged or others or folder == Path.cwd():
+            what = f'one with {others[0]} in it' if others else 'the current one' if is_staged else 'no staged folder'
+            raise GeoPriorError(f'The output must be a new folder or one that was staged, got {folder}, which is '
+                                f'{what}. Name another.')
 
 
 def _described(entry: ModelEntry, checkpoint: SavedModel, run: Path | None) -> ModelEntry:

@@ -13,7 +13,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from ..errors import GeoPriorError
-from ..files import first_line, is_lfs_pointer, write_atomically
+from ..files import first_line, first_sentence, is_lfs_pointer, write_atomically
 
 __all__ = [
     'SavedModel', 'check_exists', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
@@ -128,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
         if pickled := re.search(r'Unsupported global: GLOBAL (\S+)', str(error)):
             raise GeoPriorError(f'{path} must hold tensors and plain containers, got a pickled {pickled[1]}, whose '
                                   f'code is not run. Save `model.state_dict()` instead of the model.') from None
-        raise GeoPriorError(f'{path} cannot be read as a checkpoint ({first_line(error).split(". ")[0]}). It is '
+        raise GeoPriorError(f'{path} cannot be read as a checkpoint ({first_sentence(error)}). It is '
                               f'damaged or of another kind: copy it again.') from None
     if not isinstance(content, dict):
         raise GeoPriorError(f'{path} must hold a dictionary, got a {type(content).__name__}. Name a checkpoint.')

@@ -29,7 +29,7 @@ from ..errors import EvaluationError, GeoPriorError
 from ..evaluation.evaluate import EvalConfig, evaluate, plan
 from ..evaluation.metrics import confused_pairs, wilson_interval
 from ..evaluation.models import load_model
-from ..files import drawable, first_line, save_figure, write_atomically, write_json
+from ..files import drawable, first_line, first_sentence, save_figure, write_atomically, write_json
 from ..progress import resuming_command, tell
 from .checkpoint import read_weights
 from .engine import Trainer
@@ -202,7 +202,7 @@ def _open(job: Job, split: str) -> DataSplit:
         data = open_split(job.data_dir, split=split)
     except EvaluationError as error:  # without its advice, which is validate's
         raise GeoPriorError(f'{place} must have one folder for each class, with images that end in '
-                            f'{", ".join(EXTENSIONS)} ({first_line(error).split(". ")[0]}). Sort them into folders, or '
+                            f'{", ".join(EXTENSIONS)} ({first_sentence(error)}). Sort them into folders, or '
                             f'convert them.') from error
     if len(data.classes) < 2:
         raise GeoPriorError(f'{place} must have at least two folders of images, one for each class, got one, '
