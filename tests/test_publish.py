@@ -189,7 +189,7 @@ def test_a_baseline_measured_otherwise_is_refused(staged, run_folder, tmp_path, 
 
 def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
     shutil.copytree(staged, tmp_path / 'nano')
-    (tmp_path / 'nano' / 'old.txt').touch()
+    (tmp_path / 'nano' / 'config.json').write_text('changed')
     checkpoint = read_weights(run_folder / 'last.pt')
     named = altered(checkpoint, model_name=f'{checkpoint.model_name}.of_any_tag')  # as recipes for ImageNet name it
     stage(planned(), named, tmp_path / 'nano', Evidence(run_folder / 'val.json', run=run_folder))
