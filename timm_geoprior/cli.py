@@ -425,9 +425,7 @@ def _convert(args: argparse.Namespace) -> int:
     _WORKERS,
     _argument('--resume', action='store_true', help='continue the run in --output'))
 def _finetune(args: argparse.Namespace) -> int:
-    with needs_extra('train'):
-        import scipy  # noqa: F401  (for an interval, at the end)
-
+    with needs_extra('train', 'scipy'):
         from .training.finetune import Job, finetune
     output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
     model = _default_model(args)

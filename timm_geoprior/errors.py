@@ -2,6 +2,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 __all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPriorError', 'ImageError', 'ProcessError',
            'WeightsError', 'enough_memory', 'message_of', 'needs_extra', 'out_of_memory']
@@ -64,9 +65,11 @@ def enough_memory(advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def needs_extra(name: str) -> Iterator[None]:
-    """Say which extra a missing package belongs to."""
+def needs_extra(name: str, *later: str) -> Iterator[None]:
+    """Say which extra a missing package belongs to, also one of those that are imported only after the work."""
     try:
+        for module in later:
+            import_module(module)
         yield
     except ModuleNotFoundError as error:
         raise GeoPriorError(

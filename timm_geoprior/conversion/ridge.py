@@ -1,5 +1,4 @@
 """Least squares towards known weights, on sums that are gathered batch by batch in float64."""
-
 import torch
 from torch import Tensor
 

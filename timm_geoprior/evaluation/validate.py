@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     args = parse_arguments(argv, prog)
     command = shlex.join(sys.argv if argv is None else [prog, *argv])
     try:
-        with needs_extra('train'):
-            import scipy  # noqa: F401  (for the intervals, after the pass)
-
+        with needs_extra('train', 'scipy'):
             from ..distributed import group_of_processes, is_first, tells
             from .measure import measure
     except GeoPriorError as error:

@@ -77,9 +77,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
     """Stage, bundle or push a model; the exit code: 0, or 1 after a message on stderr."""
     args = _parse_arguments(argv, prog)
     try:
-        with needs_extra('train'):
-            import matplotlib  # noqa: F401  (for the card's plot, at the end)
-
+        with needs_extra('train', 'matplotlib'):
             from .releasing import release
         release(args)
     except GeoPriorError as error:
