@@ -43,6 +43,7 @@ def test_python_runs(tmp_path, monkeypatch, source_on_hub, name, code):
     for name in ('cats', 'dogs'):
         (tmp_path / 'photos' / name).mkdir(parents=True)
         sample_image().save(tmp_path / 'photos' / name / 'photo.jpg')
+    (tmp_path / 'docs').symlink_to(ROOT / 'docs')
     monkeypatch.chdir(tmp_path)
     exec(compile(code, name, 'exec'), {})
 
