@@ -3,6 +3,7 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import torch
 from PIL import Image
 
 from hub_server import HubServer
+
+# a shell's background jobs ignore it, and so would the programs that tests start and interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # before huggingface_hub is imported anywhere: no test sees the real Hub, or the user's own cache and token
 HUB = HubServer()
