@@ -326,10 +326,9 @@ class TestResume:
     def test_ctrl_c_while_images_are_read(self, photo_folder, tmp_path, name):
         """No run has begun that could save: the script leaves without a word, and without a traceback."""
         script = SCRIPT if name == 'train' else SCRIPT.parent / 'experiments' / f'{name}.py'
-        stopper = (  # a shell's background jobs ignore SIGINT, and their children inherit that
+        stopper = (
             'import os, runpy, signal, sys\n'
             'from torch.utils import data\n'
-            'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
             'data.DataLoader.__iter__ = lambda loader: os.kill(os.getpid(), signal.SIGINT)\n'
             f'sys.argv[0] = {str(script)!r}\n'
             'sys.path.insert(0, os.path.dirname(sys.argv[0]))\n'
@@ -674,6 +673,25 @@ class TestFaults:
         assert trainer.skipped == 1
         assert all(torch.equal(value, before[name]) for name, value in trainer.state()['model'].items())
         assert trainer.loss_sum == 0
+
+    def test_the_training_loss_is_that_of_the_updates_that_count(self, photo_folder, tmp_path, monkeypatch):
+        """Wherever in an epoch an update was left out."""
+        told = []
+        for number, bad in enumerate(((), (0, 1), (4,))):
+            trainer = Trainer(tiny(**PLAIN), config(photo_folder, tmp_path / str(number)))
+            answers = iter(range(trainer.updates_per_epoch))
+            monkeypatch.setattr(
+                engine._Answer, '__init__', lambda answer, facts: setattr(answer, 'mean', torch.full_like(facts[0], 2)))
+            monkeypatch.setattr(
+                engine._Answer, 'wait', lambda answer, answers=answers, bad=bad: (next(answers) not in bad, 0))
+            assert trainer.updates_per_epoch == 6
+            told.append(trainer.fit()['last']['train_loss'])
+        assert told == [2, 2, 2]
+
+    def test_an_epoch_without_any_finite_loss_stops_the_run(self, photo_folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(engine._Answer, 'wait', lambda answer: (False, 0))
+        with pytest.raises(GeoPriorError, match='The loss was not finite for 5 steps in a row'):
+            train(tiny(in_memory=True, max_skipped_steps=100), config(photo_folder, tmp_path / 'run'))
 
     def test_an_update_asks_the_device_once(self, photo_folder, tmp_path, monkeypatch):
         """For the loss and a signal together, before the backward pass; buffers are copied together too."""

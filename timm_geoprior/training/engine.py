@@ -74,6 +74,7 @@ class Trainer:
         # mps has no float64
         self.loss_sum = torch.zeros(
             (), dtype=torch.float32 if self.device.type == 'mps' else torch.float64, device=self.device)
+        self.loss_count = 0  # updates whose losses are in the sum
         self.seconds = 0.0
         self.skipped = 0
         self.history: list[dict[str, Any]] = []
@@ -208,7 +209,8 @@ class Trainer:
             **self.weights(),
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(),
-            'epoch': self.epoch, 'update': self.update, 'loss_sum': self.loss_sum.item(), 'seconds': self.seconds,
+            'epoch': self.epoch, 'update': self.update, 'loss_sum': self.loss_sum.item(),
+            'loss_count': self.loss_count, 'seconds': self.seconds,
             'skipped': self.skipped, 'best': self.best, 'history': self.history,
             'step': self.epoch * self.updates_per_epoch + self.update,
             'held_names': list(self.data.held_names), 'train_sha256': self.data.train_sha256,
@@ -223,7 +225,7 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         self.scaler.load_state_dict(state['scaler'])
         self.loss_sum.fill_(state['loss_sum'])
-        for key in ('epoch', 'update', 'seconds', 'skipped', 'best', 'history'):
+        for key in ('epoch', 'update', 'loss_count', 'seconds', 'skipped', 'best', 'history'):
             setattr(self, key, state[key])
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
@@ -338,7 +340,7 @@ class Trainer:
                 now = time.perf_counter()
                 self.seconds, started = self.seconds + now - started, now
                 # the loss is asked for, and so waited for, only when it is shown
-                progress.update(recipe.batch_size, lambda: f'loss {self.loss_sum.item() / self.update:.3f}')
+                progress.update(recipe.batch_size, lambda: f'loss {self._mean_loss():.3f}')
                 # alone, a process stops now; many stop at the step that all have agreed on
                 if number := self.agreed_signal if self.replica else self.stop_signal:
                     self.save(self.last)
@@ -373,11 +375,15 @@ class Trainer:
             self._apply(done)
             self.skipped = 0
             self.loss_sum += mean
+            self.loss_count += 1
         else:
             statistics.restore()  # norms have seen what was not finite
             self._skip(done)
-            self.loss_sum += self.loss_sum / max(self.update, 1)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _mean_loss(self) -> float:
+        """Of the epoch's updates so far, those left out excepted."""
+        return self.loss_sum.item() / max(self.loss_count, 1)  # at an epoch's end there are some
 
     def _augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         off = self.recipe.mixup_off_epoch
@@ -407,7 +413,8 @@ class Trainer:
 
     def _skip(self, done: int) -> None:
         self.skipped += 1
-        if self.skipped >= self.recipe.max_skipped_steps:
+        left_out = not self.loss_count and self.update + 1 == self.updates_per_epoch  # a whole epoch, of few updates
+        if self.skipped >= self.recipe.max_skipped_steps or left_out:
             lr = self.optimizer.param_groups[-1]['lr']
             good = f'the last good checkpoint is {self.last}' if self.last.exists() else 'there is no checkpoint yet'
             raise GeoPriorError(
@@ -419,7 +426,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         row: dict[str, Any] = {
             'epoch': self.epoch, 'img_size': self.recipe.size_at(self.epoch),
-            'lr': self.optimizer.param_groups[-1]['lr'], 'train_loss': self.loss_sum.item() / self.updates_per_epoch,
+            'lr': self.optimizer.param_groups[-1]['lr'], 'train_loss': self._mean_loss(),
         }
         row.update(self._measure())
         before = self.history[-1]['seconds'] if self.history else 0
@@ -430,6 +437,7 @@ class Trainer:
         self.history.append(row)
         self.epoch, self.update = self.epoch + 1, 0
         self.loss_sum.zero_()
+        self.loss_count = 0
         chosen_by = row.get('ema_top1', row.get('top1'))
         if chosen_by is not None and (self.best is None or chosen_by > self.best):
             self.best = chosen_by
