@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
-"""Stage, bundle or publish a model's weights: `python scripts/publish.py --help`."""
+"""Stage, bundle or publish weights: `python scripts/publish.py --help`. The same as `timm-geoprior publish`."""
 import sys
 
 try:
-    from timm_geoprior.release.publish import main
+    from timm_geoprior.cli import main
 except ModuleNotFoundError as error:
     sys.exit(f"publish.py: {error.name} is not installed. Run `pip install -e '.[train]'`.")
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(['publish', *sys.argv[1:]], 'publish.py'))

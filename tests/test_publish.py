@@ -604,7 +604,8 @@ def test_script_stages_bundles_and_pushes(
         assert 'writetoken' not in said
         assert script(monkeypatch, 'geoprior_resnet50.r128_tin200', '--output', out, '--push', 'owner/nano') == 1
         assert capsys.readouterr().err == (
-            f'publish: {out} must hold geoprior_resnet50.r128_tin200, got {NANO}. Name that tag, or another folder.\n')
+            f'publish.py: {out} must hold geoprior_resnet50.r128_tin200, got {NANO}. Name that tag, or another '
+            'folder.\n')
     assert load_manifest(manifest).get(NANO).status == 'published'
     assert (ROOT / 'README.md').read_bytes() == real_readme
 
@@ -617,7 +618,7 @@ def test_script_says_what_is_wrong(manifest, tmp_path, monkeypatch, capsys):
                 ((NANO, '--output', tmp_path / 'out', '--push', 'owner/nano'), 'must be a staged folder')):
             assert script(monkeypatch, *arguments) == 1
             said = capsys.readouterr().err
-            assert said.startswith('publish: ')
+            assert said.startswith('publish.py: ')
             assert message in said
             assert said.count('\n') == 1
     assert list(tmp_path.iterdir()) == [manifest]

@@ -809,4 +809,6 @@ class TestFaults:
                    'runpy.run_path(sys.argv[0], run_name="__main__")')
         done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
         assert done.returncode == 1
-        assert done.stderr == "train.py: yaml is not installed. Run `pip install -e '.[train]'`.\n"
+        assert done.stderr == (
+            'timm-geoprior: This command needs yaml, which is not installed. '
+            "Run `pip install 'timm-geoprior[train]'`.\n")

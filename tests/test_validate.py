@@ -577,14 +577,14 @@ def test_a_signal_to_the_group_ends_it_with_one_sentence(number, data, checkpoin
 def test_a_missing_checkpoint_is_told_before_any_image_is_looked_at(data, tmp_path, capsys):
     assert validate('--checkpoint', tmp_path / 'no.pt', '--data-dir', data / 'folder', '-j', 0) == 1
     error, = capsys.readouterr().err.splitlines()
-    assert error == f'validate.py: The checkpoint {tmp_path}/no.pt does not exist. Check its path.'
+    assert error == f'timm-geoprior validate: The checkpoint {tmp_path}/no.pt does not exist. Check its path.'
 
 
 def test_a_model_without_weights_is_refused_before_any_image_is_looked_at(data, capsys):
     assert validate('--model', 'geoprior_resnet101.paper_in1k', '--data-dir', data / 'folder', '-j', 0) == 1
     error, = capsys.readouterr().err.splitlines()
-    assert error == ('validate.py: geoprior_resnet101.paper_in1k has no weights yet. Name a file of weights with '
-                     '--checkpoint, or another model: `timm-geoprior list` shows those that have some.')
+    assert error == ('timm-geoprior validate: geoprior_resnet101.paper_in1k has no weights yet. Name a file of weights '
+                     'with --checkpoint, or another model: `timm-geoprior list` shows those that have some.')
 
 
 def test_images_without_a_class_are_not_taken_for_the_last_one(pictures, checkpoint, tmp_path, capsys):
@@ -742,7 +742,7 @@ def test_what_cannot_be_done_is_one_sentence(arguments, message, data, parquet, 
     assert main([*chosen, *arguments, *device, '-j', '0']) == 1
     told = capsys.readouterr()
     assert message in told.err.splitlines()[-1]
-    assert told.err.splitlines()[-1].startswith('validate.py: ')
+    assert told.err.splitlines()[-1].startswith('timm-geoprior validate: ')
     assert told.out == ''
 
 
@@ -750,4 +750,5 @@ def test_too_little_memory_is_one_sentence(photo_folder, monkeypatch, capsys):
     monkeypatch.setattr('timm_geoprior.evaluation.measure.open_split', lambda *args, **kwargs: np.ones(2 ** 55))
     assert main(['--model', 'geoprior_resnet14_nano', '--data-dir', str(photo_folder), '--split', 'val']) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        'validate.py: There is not enough memory. Use a smaller --batch-size, fewer --workers, or another device.')
+        'timm-geoprior validate: There is not enough memory. Use a smaller --batch-size, fewer --workers, or another '
+        'device.')

@@ -527,11 +527,11 @@ def _split_off_arguments(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[s
     return argv[:target + 1], argv[target + 1:]
 
 
-def _dispatch(argv: Sequence[str]) -> int:
+def _dispatch(argv: Sequence[str], script: str = '') -> int:
     if argv and argv[0] in _MODULES:
         with needs_extra('train'):
             module = import_module(f'.{_MODULES[argv[0]][0]}', __package__)
-        return cast(int, module.main(argv[1:], prog=f'timm-geoprior {argv[0]}'))
+        return cast(int, module.main(argv[1:], prog=script or f'timm-geoprior {argv[0]}'))
     parser = _build_parser()
     argv, own = _split_off_arguments(argv)
     args, unknown = parser.parse_known_args(argv)
@@ -545,14 +545,22 @@ def _dispatch(argv: Sequence[str]) -> int:
     return cast(int, args.function(args))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, with the arguments of the process where `argv` is None; the exit code."""
+def main(argv: Sequence[str] | None = None, script: str = '') -> int:
+    """Run the command line.
+
+    Args:
+        argv: A command and its arguments; None takes those of the process.
+        script: Name of the program that runs a command of its own name, for its messages.
+
+    Returns:
+        The exit code.
+    """
     for stream in (sys.stdout, sys.stderr):  # a file's name may have what no terminal can print
         cast(TextIOWrapper, stream).reconfigure(errors='backslashreplace')
     try:
         try:
             with enough_memory('Use smaller images, a smaller batch, or another device.'):
-                return _dispatch(sys.argv[1:] if argv is None else argv)
+                return _dispatch(sys.argv[1:] if argv is None else argv, script)
         finally:
             sys.stdout.flush()  # a closed pipe shows here, where it is dealt with, not at the interpreter's end
     except GeoPriorError as error:

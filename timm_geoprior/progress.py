@@ -14,7 +14,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'handled_signals', 'resuming_command', 'tell', 'tell_on_stderr']
+__all__ = ['Progress', 'command_line', 'handled_signals', 'tell', 'tell_on_stderr']
 
 LOG_SECONDS = 60  # between two lines in a log file
 
@@ -29,14 +29,14 @@ def tell_on_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def resuming_command() -> str:
-    """This process's command line with `--resume`."""
+def command_line(resume: bool = False) -> str:
+    """This process's command line, as one types it; with `--resume` if asked for."""
     program = Path(sys.argv[0])
     words = ['python', sys.argv[0]] if program.suffix == '.py' else [program.name]
     if program.name == '__main__.py':
         words = ['python', '-m', program.parent.name]
-    arguments = [word for word in sys.argv[1:] if word != '--resume']
-    return shlex.join([*words, *arguments, '--resume'])
+    arguments = [word for word in sys.argv[1:] if word != '--resume'] + ['--resume'] if resume else sys.argv[1:]
+    return shlex.join([*words, *arguments])
 
 
 @contextmanager

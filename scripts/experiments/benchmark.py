@@ -14,7 +14,6 @@ import csv
 import dataclasses
 import multiprocessing
 import resource
-import shlex
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from tqdm import tqdm
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.files import write_json
+from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 
 ENGINES = ('eager', 'compile', 'cudagraphs', 'torchscript', 'onnxruntime', 'aotinductor')
@@ -491,7 +491,7 @@ def measure(args: argparse.Namespace) -> None:
     for remark in filter(None, [workload.check(), *reasons]):
         print(f'benchmark.py: {remark}', file=sys.stderr)
     torch.set_num_threads(args.threads)
-    output = OutputFolder(args.output, workload, shlex.join(['python', *sys.argv]))
+    output = OutputFolder(args.output, workload, command_line())
     sources: dict[str, tuple[Iterator[dict[str, Any]], int]] = {
         'speed.csv': (measure_speed(names, workload, args.repeats, args.min_seconds), args.repeats),
         'startup.csv': (measure_startup(names, workload, args.startup), args.startup)}

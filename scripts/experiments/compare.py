@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import re
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +45,7 @@ from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.metrics import count_correct
 from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
 from timm_geoprior.layers import GeoPriorAttn2d
+from timm_geoprior.progress import command_line
 from timm_geoprior.radii import learned_radii, scale_radii
 from timm_geoprior.training.engine import Trainer
 from timm_geoprior.training.loaders import open_images, open_training_data
@@ -514,13 +514,13 @@ def main() -> None:
     args = parse_args()
     config = RunConfig(
         args.data_dir, args.output, device=args.device, workers=args.workers, save_every=args.save_every,
-        command=shlex.join(['python', *sys.argv]))
+        command=command_line())
     text = ''
     try:
         recipes = load_variants(args.source, args.set, args.variant)
         for rows in compare(recipes, list(dict.fromkeys(args.seeds)), config):
             if rows:
-                text = write_comparison(rows, args.output, shlex.join(['python', *sys.argv]))
+                text = write_comparison(rows, args.output, command_line())
     except GeoPriorError as error:
         sys.exit(f'compare.py: {message_of(error)}')
     except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself

@@ -19,7 +19,6 @@ repetition, and OUTPUT/speed.png shows images per second over the number of para
 """
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -52,6 +51,7 @@ from timm_geoprior.files import first_line, markdown_table, write_csv, write_jso
 from timm_geoprior.pretrained.loading import load_golden
 from timm_geoprior.pretrained.manifest import load_manifest
 from timm_geoprior.pretrained.verify import GOLDEN_TOLERANCES, golden_error
+from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 
 VALIDATE = Path(__file__).parents[1] / 'validate.py'
@@ -288,7 +288,7 @@ def _peak(name: str, load: Workload) -> int:
 
 def _facts(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
-    return {'command': shlex.join(['python', *sys.argv]), 'hardware': hardware(device), 'driver': _driver(device),
+    return {'command': command_line(), 'hardware': hardware(device), 'driver': _driver(device),
             'versions': {**versions(), 'cuda': torch.version.cuda}, 'commit': git_commit(), 'rehearsal': args.rehearse}
 
 

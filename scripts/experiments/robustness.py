@@ -13,7 +13,6 @@ area covered. Shifted-in and covered areas get the mean colour. The calibration 
 (bootstrap), and with three pairs or more over the seeds (Student). robustness.csv has one row per pair and condition.
 """
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.metrics import Predictions, calibrate, target_ranks
 from timm_geoprior.files import markdown_table, write_atomically, write_csv
+from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import read_weights
 from timm_geoprior.training.loaders import model_cfg, open_images
@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> str:
              f'{"bfloat16" if args.amp else "float32"}, top-1 in percent, '
              f'{f"means of {len(seeds)} pairs (seeds" if len(seeds) > 1 else "of one pair (seed"} '
              f'{", ".join(map(str, seeds))}). A lower calibration error is better.')
-    text = f'`{shlex.join(["python", *sys.argv])}`\n\n{intro}\n\n{table}\n'
+    text = f'`{command_line()}`\n\n{intro}\n\n{table}\n'
     args.output.mkdir(parents=True, exist_ok=True)
     write_csv(args.output / 'robustness.csv', rows)
     write_atomically(args.output / 'robustness.md', text.encode())

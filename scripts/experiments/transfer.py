@@ -16,7 +16,6 @@ only the curves and results are kept.
 import argparse
 import json
 import math
-import shlex
 import shutil
 import statistics
 import sys
@@ -49,6 +48,7 @@ from timm_geoprior.distributed import find_device
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.models import state_dict_sha256
 from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
+from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import save_checkpoint
 from timm_geoprior.training.finetune import HELD_OUT_SHARE, Job, find_splits, finetune
@@ -555,7 +555,7 @@ def main() -> None:
     job = Transfer(
         args.data_dir, args.output, args.model, tuple(dict.fromkeys(args.per_class)), tuple(dict.fromkeys(args.seeds)),
         tuple(args.methods), args.img_size, tuple(args.set), args.device, args.workers,
-        shlex.join(['python', *sys.argv]))
+        command_line())
     text = ''
     try:
         for rows in transfer(job):

@@ -29,7 +29,7 @@ The exit code is 0 if everything was measured (and, with --check, agrees with th
 command."""
 
 
-def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior validate') -> int:
     """Measure what the command line says.
 
     Args:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
         0
     """
     args = parse_arguments(argv, prog)
-    command = shlex.join(sys.argv if argv is None else [prog, *argv])
+    command = shlex.join([prog, *(sys.argv[1:] if argv is None else argv)])
     try:
         with needs_extra('train', 'scipy'):
             from ..distributed import group_of_processes, is_first, tells
@@ -92,7 +92,7 @@ class _ModelKwargs(argparse.Action):
         ParseKwargs(self.option_strings, self.dest)(parser, namespace, values, option_string)
 
 
-def parse_arguments(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior validate') -> argparse.Namespace:
     """Parse and check the command line, of which `main` says more; a wrong one ends the program with exit code 2."""
     parser = argparse.ArgumentParser(
         prog=prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)

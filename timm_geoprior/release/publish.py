@@ -73,7 +73,7 @@ def _problem(args: argparse.Namespace) -> str:
     return ''
 
 
-def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior publish') -> int:
     """Stage, bundle or push a model; the exit code: 0, or 1 after a message on stderr."""
     args = _parse_arguments(argv, prog)
     try:
@@ -81,6 +81,6 @@ def main(argv: Sequence[str] | None = None, prog: str = 'publish.py') -> int:
             from .releasing import release
         release(args)
     except GeoPriorError as error:
-        print(f'publish: {error}', file=sys.stderr)
+        print(f'{prog}: {error}', file=sys.stderr)
         return 1
     return 0

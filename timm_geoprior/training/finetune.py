@@ -30,7 +30,7 @@ from ..evaluation.evaluate import EvalConfig, evaluate, plan
 from ..evaluation.metrics import confused_pairs, wilson_interval
 from ..evaluation.models import load_model
 from ..files import drawable, first_line, first_sentence, save_figure, write_atomically, write_json
-from ..progress import resuming_command, tell
+from ..progress import command_line, tell
 from .checkpoint import read_weights
 from .engine import Trainer
 from .loaders import model_cfg
@@ -75,7 +75,7 @@ def finetune(job: Job) -> dict[str, Any]:
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
     # each sentence once: what is wrong with images is found before, and again when they are read
-    job = replace(job, tell=functools.cache(job.tell), command=resuming_command())
+    job = replace(job, tell=functools.cache(job.tell), command=command_line(resume=True))
     splits = find_splits(job.data_dir)
     for name in unused_folders(job.data_dir, splits):
         job.tell(f'{job.data_dir / name} is not used: it is no split, or has no class folders.')

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import GeoPriorError, enough_memory, message_of, needs_extra
-from ..progress import resuming_command
+from ..progress import command_line
 from .recipe import RunConfig, load_recipe, recipe_names
 
 __all__ = ['main']
@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior train') -> int:
     """Train what the command line says.
 
     Returns:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
         args.data_dir, args.output, train_split=args.train_split, val_split=args.val_split, seed=args.seed,
         device=args.device or default_device(), workers=args.workers, finetune=args.finetune,
         resume=args.resume or restarted, save_every=args.save_every, max_corrupt=args.max_corrupt,
-        command=resuming_command())
+        command=command_line(resume=True))
     with group_of_processes():
         try:
             with enough_memory('Use a smaller batch_size with more grad_accum_steps, or another device.'):
