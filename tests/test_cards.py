@@ -143,7 +143,8 @@ def test_card_text(entry, staged):
         'Use', 'Figures', 'Training', 'How far each layer looks', 'What is reconstructed', 'Intended use and limits',
         'Citation']
     assert '54.32% (5,432)' in text
-    assert 'gives the plain `resnet14` (1,180,000 parameters; ' in text
+    assert 'The plain `resnet14`, trained by the same recipe, reaches' in text
+    assert 'It has 1,180,000 parameters, this model ' in text
     assert '2 epochs in 2.0 h on a CPU' in text
     assert f'python scripts/validate.py --check --data-dir DIR \\\n    --model {NANO} --precision float32\n' in text
     assert 'non-commercial' in text

@@ -41,8 +41,7 @@ def test_every_reader_takes_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'value'), [
-    ('model_name', 5), ('model_kwargs', [1]), ('num_classes', '3'), ('class_names', 3), ('recipe', 'a1'),
-    ('versions', '1.0')])
+    ('model_name', 5), ('model_kwargs', [1]), ('num_classes', '3'), ('class_names', 3), ('recipe', 'a1')])
 def test_what_another_program_means_by_a_name_is_not_taken(name, value, tmp_path):
     path = tmp_path / 'other.pt'
     torch.save({'model': SOURCE.state_dict(), 'model_name': NANO, 'num_classes': 3, name: value}, path)

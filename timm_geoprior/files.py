@@ -66,22 +66,20 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
     Raises:
         OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
     """
+    write = content if callable(content) else lambda file: file.write(content)
     opened = re.fullmatch(r'/dev/(?:(stdout)|(stderr)|fd/(\d+))', str(path))  # may be a file, with what is in it so far
     if opened or path.exists() and not path.is_file():
         sys.stdout.flush()
         place = path if opened is None else os.dup(int(opened[3] or opened.lastindex or 0))
         with open(place, 'wb') as stream:
-            content(stream) if callable(content) else stream.write(content)
+            write(stream)
         return
     temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
     # the umask takes rights away, as from every new file; tempfile's would be the owner's alone
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, 'wb') as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.errors import GeoPriorError
-from timm_geoprior.files import write_json
+from timm_geoprior.files import save_figure, write_json
 from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 
@@ -388,7 +388,7 @@ def plot_ratios(results: dict[str, dict[str, list[float]]], path: Path) -> None:
         axes.set_title(quantity.replace('_', ' '), fontsize=10)
         axes.tick_params(axis='x', labelrotation=20, labelsize=8)
     figure.axes[0].set_ylabel('ratio')
-    figure.savefig(path, dpi=120, metadata={'Software': None})
+    save_figure(path, figure, dpi=120)
 
 
 def plot_speed(speeds: dict[str, dict[str, float]], path: Path) -> None:
@@ -414,7 +414,7 @@ def plot_speed(speeds: dict[str, dict[str, float]], path: Path) -> None:
         axes.margins(x=0.45, y=0.15)
         axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel('images per second')
-    figure.savefig(path, dpi=120, metadata={'Software': None})
+    save_figure(path, figure, dpi=120)
 
 
 class OutputFolder:

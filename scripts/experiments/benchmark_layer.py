@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 
 from benchmark import BenchmarkError, Workload, summarize
 from timm_geoprior import GeoPriorAttn2d
-from timm_geoprior.files import write_csv
+from timm_geoprior.files import save_figure, write_csv
 from timm_geoprior.layers import attention_map
 
 
@@ -125,7 +125,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.legend(fontsize=8)
     times.set_ylabel('milliseconds, one image')
     maps.set_ylabel('bytes of the maps')
-    figure.savefig(path, dpi=120, metadata={'Software': None})
+    save_figure(path, figure, dpi=120)
 
 
 def main() -> None:

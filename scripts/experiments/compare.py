@@ -41,6 +41,7 @@ import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.batches import LoaderConfig
 from timm_geoprior.data.dataset import fingerprint
 from timm_geoprior.data.memory import ImageTensors, decode_images
+from timm_geoprior.distributed import default_device
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.metrics import count_correct
 from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
@@ -503,8 +504,7 @@ def parse_args() -> argparse.Namespace:
         help="a variant, in place of the file's; the first is the base")
     parser.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE', help='override a recipe key, in all variants')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('--device', default=default_device(), help='default: cuda if there is one, else cpu')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')
     parser.add_argument('--save-every', type=int, default=100, help='updates between two checkpoints (default: 100)')
     return parser.parse_args()

@@ -9,10 +9,11 @@ The control is corrected as far as the other channels predict them, in closed fo
 same images.
 
 --output gets one folder per network, from which `train.py warm_tin200 --finetune` can train further, conversion.json
-with the counts, and conversion.md with the table. Existing folders are not made again. --beside names further folders
-and training checkpoints to measure.
+with the counts, and conversion.md with the table. Existing folders are not made again.
 """
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,12 +48,16 @@ def leave_out_of_block(inputs: Any, old: Any, item: Any) -> tuple[float, float]:
     return fit.radii[0], 1.0
 
 
-def make(kind: str, task: job.ConvertJob) -> None:
-    if kind == 'converted':
-        job.convert(task)
-        return
+@contextmanager
+def channels_left_out() -> Iterator[None]:
+    """Within it, conversions are the control."""
     with patch.object(state_dict, 'fit_layer', leave_out), \
             patch.object(regression, '_fit_attention', leave_out_of_block):
+        yield
+
+
+def make(kind: str, task: job.ConvertJob) -> None:
+    with nullcontext() if kind == 'converted' else channels_left_out():
         job.convert(task)
 
 
@@ -84,7 +89,6 @@ def main() -> None:
     parser.add_argument('--split', default='val', help='default: val')
     parser.add_argument('--limit', type=int, nargs='*', default=[30, 100, 300, 1000, 3000, 10000],
                         help='numbers of images to fit to (default: 30 to 10000)')
-    parser.add_argument('--beside', nargs='*', default=[], help='further folders and checkpoints to measure')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
     args = parser.parse_args()
     source = load(args.source)
@@ -103,7 +107,6 @@ def main() -> None:
             if not folder.exists():
                 make(kind, job.ConvertJob(args.source, folder, args.images if limit else None, limit=limit or 1000))
             rows.append(measure(title, limit, load(str(folder)).model))
-    rows += [measure(name, None, load(name).model) for name in args.beside]
     write_json(args.output / 'conversion.json', {
         'source': args.source, 'rows': rows, 'commit': git_commit(), 'software': versions(),
         'hardware': hardware(torch.device('cpu'))})

@@ -19,7 +19,7 @@ folder of images without labels, and measures both. The control's attention, whi
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from timm.data import ImageNetInfo
 from timm.models import register_model
 from torch import nn
 
-from conversion_accuracy import leave_out, leave_out_of_block, table
+from conversion_accuracy import channels_left_out, table
 from conversion_variants import KERAS_CONFIG, keras_resnet50, stride_first
 from timm_geoprior.conversion import regression, state_dict
 from timm_geoprior.conversion.comparison import compare
@@ -87,11 +87,7 @@ ATTENTION_BLOCKS = state_dict.attention_blocks
 def this_network(kind: str) -> Iterator[None]:
     with patch.object(state_dict, 'attention_blocks', attention_blocks), \
             patch.object(regression, 'attention_blocks', attention_blocks):
-        if kind == 'converted':
-            yield
-            return
-        with patch.object(state_dict, 'fit_layer', leave_out), \
-                patch.object(regression, '_fit_attention', leave_out_of_block):
+        with nullcontext() if kind == 'converted' else channels_left_out():
             yield
 
 

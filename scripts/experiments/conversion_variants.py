@@ -171,7 +171,7 @@ def _fit(
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{f'rho {rho}': {'rho': rho} for rho in (0.0, 0.15, 0.3, 0.45, 0.5, 0.6, 0.75)},
+    **{f'spatial correlation {rho}': {'rho': rho} for rho in (0.0, 0.15, 0.3, 0.45, 0.5, 0.6, 0.75)},
     **{f'{heads} radii per layer': {'fit': lambda *args, heads=heads: fit_layer(*args, heads)} for heads in (2, 4)},
     'channels of the inputs uncorrelated': {'correlated': False},
     'next convolution not corrected': {'with_correction': False},
@@ -186,8 +186,6 @@ def main() -> None:
     parser.add_argument('--images', type=Path, required=True, help='folder of images')
     parser.add_argument(
         '--limit', type=int, default=100, help='number of images, taken evenly from the folder (default: 100)')
-    parser.add_argument('--value-dims', type=int, nargs=4, default=[0, 8, 24, 56],
-                        help='attention channels per stage (default: 0 8 24 56)')
     args = parser.parse_args()
     source, config = load_source(args.source)
     transform = create_transform(**config)
@@ -198,7 +196,7 @@ def main() -> None:
     print(f'{len(images)} images of {args.images}, {args.source}, torch {torch.__version__}\n')
     print('| variant | feature error | same first answer | KL divergence |\n| --- | ---: | ---: | ---: |')
     for name, options in VARIANTS.items():
-        converted = variant(source, args.value_dims, images.shape[-1], **options)
+        converted = variant(source, [0, 8, 24, 56], images.shape[-1], **options)
         found = compare(source, converted, batches, torch.tensor([-1]))
         answers = f'{found["agree"] / found["images"]:.1%} | {found["divergence"]:.4f}' if 'agree' in found else ' | '
         print(f'| {name} | {found["feature_error"]:.4f} | {answers} |', flush=True)

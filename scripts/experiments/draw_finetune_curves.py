@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from timm_geoprior.files import markdown_table
+from timm_geoprior.files import markdown_table, save_figure
 
 Runs = dict[str, dict[str, list[Path]]]
 
@@ -85,7 +85,7 @@ def main() -> None:
         draw(axes, data, starts)
     panels[0].set_ylabel('top-1 (%)')
     panels[-1].legend(loc='lower right')
-    figure.savefig(args.output, dpi=110)
+    save_figure(args.output, figure, dpi=110)
     print(table(runs))
 
 

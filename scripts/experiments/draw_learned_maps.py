@@ -6,18 +6,11 @@ import matplotlib.pyplot as plt
 import timm
 import torch
 from matplotlib.axes import Axes
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_geoprior.inference.inputs import sample_image
 from timm_geoprior.layers import attention_map
 from timm_geoprior.radii import learned_radii
-
-
-def square(image: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture, as a square of `size` pixels."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), box=(left, top, left + side, top + side))
 
 
 def draw_map(axes: Axes, photo: Image.Image, cells: int, radius: float, at: float) -> None:
@@ -42,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     model = timm.create_model(args.model, pretrained=True)
     layers = learned_radii(model, model.pretrained_cfg['input_size'])
-    photo = square(sample_image(), 192)
+    photo = ImageOps.fit(sample_image(), (192, 192))
     figure, panels = plt.subplots(1, len(layers), figsize=(2.6 * len(layers), 3), layout='constrained', squeeze=False)
     for axes, layer in zip(panels[0], layers, strict=True):
         draw_map(axes, photo, layer.width, layer.cells[0], at=0.4)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import timm_geoprior  # noqa: F401  (registers the models)
 from compare import LEAST_SEEDS, paired_interval
 from timm_geoprior.data.memory import ImageTensors, decode_images
+from timm_geoprior.distributed import default_device
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.metrics import Predictions, calibrate, target_ranks
 from timm_geoprior.files import markdown_table, write_atomically, write_csv
@@ -142,8 +143,7 @@ def measure(
 def statistics(pairs: Sequence[Sequence[Predictions]], index: NDArray[Any], calibration: bool) -> NDArray[np.float64]:
     """Accuracy, or calibration error, in percent, of some images: shape (pairs, 2)."""
     def one(answers: Predictions) -> float:
-        part = Predictions(*(getattr(answers, key)[index] for key in (
-            'index', 'target', 'rank', 'predicted', 'confidence')))
+        part = Predictions(*(values[index] for values in vars(answers).values()))
         return 100 * (calibrate(part).error if calibration else float(part.correct.mean()))
 
     return np.array([[one(answers) for answers in pair] for pair in pairs])
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> str:
     """Measure all pairs and write the report."""
     config = RunConfig(args.data_dir, args.output, device=args.device, workers=args.workers)
     found = open_images(config, args.split)
-    images = decode_images(found.dataset, args.memory_size, args.workers, tell=config.tell).readable()
+    images = decode_images(found.dataset, Recipe.memory_size, args.workers, tell=config.tell).readable()
     images = images.to(torch.device(args.device))
     measured, seeds = [], []
     for pair in args.pair:
@@ -214,11 +214,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--data-dir', type=Path, required=True, help='folder with the split, which has one folder per class')
     parser.add_argument('--split', default='val', help='split to measure (default: val)')
-    parser.add_argument(
-        '--memory-size', type=int, default=64, help='side of the images in memory, in pixels (default: 64)')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('--device', default=default_device(), help='default: cuda if there is one, else cpu')
     parser.add_argument('--amp', action='store_true', help='compute in bfloat16, by autocast (default: float32)')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')
     return parser.parse_args()

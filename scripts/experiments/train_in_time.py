@@ -33,7 +33,7 @@ import torch
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.memory import ImageTensors, decode_images
-from timm_geoprior.distributed import find_device
+from timm_geoprior.distributed import default_device, find_device
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.progress import tell_on_stderr
 from timm_geoprior.release.staging import release_tensors
@@ -244,8 +244,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE', help='override a recipe key')
     parser.add_argument('--seed', type=int, default=0, help='seed of weights, order and augmentation (default: 0)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('--device', default=default_device(), help='default: cuda if there is one, else cpu')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images (default: 2)')
     return parser.parse_args()
 

@@ -44,7 +44,7 @@ from compare import distinct, paired_interval
 from timm_geoprior.data.batches import begin, generator, init_worker, seed_everything
 from timm_geoprior.data.dataset import DataSplit, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
-from timm_geoprior.distributed import find_device
+from timm_geoprior.distributed import default_device, find_device
 from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.models import state_dict_sha256
 from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
@@ -544,8 +544,7 @@ def parse_args() -> argparse.Namespace:
         '--img-size', type=int, default=0, metavar='N', help="image size in pixels (default: the model's own)")
     parser.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE', help='override a key of finetune.yaml')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('--device', default=default_device(), help='default: cuda if there is one, else cpu')
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode images')
     return parser.parse_args()
 

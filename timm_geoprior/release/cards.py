@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import markdown_table, write_atomically
+from ..files import markdown_table, save_figure, write_atomically
 from ..pretrained.manifest import Manifest, ManifestError, Metric, ModelEntry, load_manifest, manifest_path
 from ..radii import LayerRadii
 
@@ -34,7 +34,8 @@ RECONSTRUCTION = """## What is reconstructed
 
 The authors published no code. The kernel, the learned radius and the place of the attention are the paper's. The
 numbers of value channels of the large networks were chosen so that the 152-layer one meets both cost figures of the
-paper's abstract. They, the small network, and how radii start and learn, are this project's and not the paper's."""
+paper's abstract. These numbers, the small network, and the radii's initial value and learning rate are this project's
+choices, not the paper's."""
 
 
 def models_table(manifest: Manifest) -> str:
@@ -84,7 +85,7 @@ def runs_table(manifest: Manifest) -> str:
         torch = f', torch {log.software["torch"]}' if 'torch' in log.software else ''
         rows.append((f'`{entry.name}`', f'`{command}`', f'`{(entry.recipe_commit or "")[:7]}`',
                      f'{_duration(log.hours)}, {log.epochs} epochs', f'{log.hardware}{torch}'))
-    return markdown_table(('weights', 'trained by', 'commit', 'wall time', 'on'), rows, left=(0, 1, 2, 4))
+    return markdown_table(('weights', 'command of the recipe', 'commit', 'wall time', 'on'), rows, left=(0, 1, 2, 4))
 
 
 def _duration(hours: float) -> str:
@@ -169,10 +170,10 @@ def _head(entry: ModelEntry, title: str) -> str:
     return f"""# {entry.name}
 
 An image classifier for the {entry.num_classes} classes of {title}: `{entry.architecture}` of timm_geoprior, a plugin
-for [timm](https://github.com/huggingface/pytorch-image-models). It is a ResNet in which a share of each 3x3
-convolution's output channels comes from a self-attention whose map is not computed from the image: it is a Gaussian of
-the distance between two positions, with one learned radius a layer (*Explicitly Modeled Attention Maps for Image
-Classification*, AAAI 2021, [arXiv 2006.07872](https://arxiv.org/abs/2006.07872))."""
+for [timm](https://github.com/huggingface/pytorch-image-models). It is a ResNet in which, from the second stage on,
+some output channels of each 3x3 layer come from self-attention whose map is not computed from the image: it is a
+Gaussian of the distance between two positions, with one learned radius per layer (*Explicitly Modeled Attention Maps
+for Image Classification*, AAAI 2021, [arXiv 2006.07872](https://arxiv.org/abs/2006.07872))."""
 
 
 def _use(entry: ModelEntry) -> str:
@@ -193,7 +194,7 @@ probabilities = model(transform(Image.open('image.jpg').convert('RGB'))[None]).s
 Loaded by this name, the weights come from a pinned commit and are checked against the SHA-256 that the package carries.
 `hf-hub:` names of timm and transformers' `TimmWrapperForImageClassification` and `pipeline` load this repository too,
 after `import timm_geoprior`, but do not check it. For features take timm's `features_only=True`: `TimmBackbone` of
-transformers 5.23 loads the weights of any timm network, then resets the running statistics of its batch norms."""
+transformers 5.24 loads the weights of any timm network, then resets the running statistics of its batch norms."""
 
 
 def _figures(entry: ModelEntry) -> str:
@@ -205,12 +206,13 @@ def _figures(entry: ModelEntry) -> str:
     header = ('data', 'images', 'input', 'precision', 'top-1', 'top-5')
     text = f'## Figures\n\n{markdown_table(header, rows, left=(0, 3))}'
     if entry.baseline:
-        text += (f'\n\nThe same recipe gives the plain `{entry.baseline.architecture}` ({entry.baseline.parameters:,} '
-                 f'parameters; this model has {entry.parameters:,}) {entry.baseline.metric.top1:.2f}% top-1.')
+        text += (f'\n\nThe plain `{entry.baseline.architecture}`, trained by the same recipe, reaches '
+                 f'{entry.baseline.metric.top1:.2f}% top-1. It has {entry.baseline.parameters:,} parameters, this '
+                 f'model {entry.parameters:,}.')
     precisions = ' '.join(dict.fromkeys(metric.precision for metric in entry.metrics))
     return text + f"""
 
-Measured again by this command, in a checkout of the project; it fails if the figure differs:
+To measure again, in a checkout of the project (the command fails if a figure differs):
 
 ```bash
 python scripts/validate.py --check --data-dir DIR \\
@@ -266,7 +268,7 @@ def plot_radii(layers: list[LayerRadii], path: Path) -> None:
     axes.set_xticks(range(len(layers)), names, rotation=90, fontsize=7)
     axes.set_xlabel('layer and its map in cells')
     axes.set_ylabel('radius / side of the map')
-    figure.savefig(path, dpi=120, metadata={'Software': None})  # the same radii give the same bytes
+    save_figure(path, figure, dpi=120)
 
 
 def main() -> None:

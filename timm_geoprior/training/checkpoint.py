@@ -25,7 +25,7 @@ RAW = ('model', 'state_dict')
 # what `train` saves beside them; another program's value under such a name may be of another type
 SAID: dict[str, type | tuple[type, ...]] = {
     'model_name': str, 'model_kwargs': dict, 'num_classes': int, 'class_names': (list, tuple), 'recipe': dict,
-    'commit': str, 'seed': int, 'versions': dict}
+    'commit': str, 'seed': int}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class SavedModel:
     recipe: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None  # of the code that trained it
     seed: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)  # of each package
 
     @property
     def img_size(self) -> int | None:
