@@ -1,4 +1,4 @@
-"""GeoPrior ResNets: some channels of each 3x3 layer come from a self-attention with a modeled map.
+"""GeoPrior ResNets: some channels of the 3x3 layers come from self-attention with a modeled map.
 
 Tan, Nguyen, Dax, Niessner, Brox: *Explicitly Modeled Attention Maps for Image Classification*, AAAI 2021,
 arXiv 2006.07872. The authors published no code. The kernel, the learned radius and the place of the attention are from
