@@ -294,6 +294,12 @@ class TestInterface:
         learned_radii(model, (3, 64, 64))
         assert (model.training, model.layer1[0].bn1.training, model.layer2[0].bn1.training) == (True, False, True)
 
+    def test_layers_that_the_forward_pass_does_not_reach_have_no_radii(self):
+        model = create()
+        expected = learned_radii(model, (3, 64, 64))
+        model.unused = create()
+        assert learned_radii(model, (3, 64, 64)) == expected
+
     @pytest.mark.parametrize(('factor', 'bound'), [(1e9, 1e4), (1e-9, 1e-4)])
     def test_radii_are_scaled_within_their_bounds(self, factor, bound):
         """Beyond them a parameter would change nothing, and have no gradient to come back by."""

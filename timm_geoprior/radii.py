@@ -37,7 +37,7 @@ def learned_radii(model: nn.Module, input_size: tuple[int, int, int]) -> list[La
         input_size: Size of the image, (channels, height, width). The radii in cells do not depend on it.
 
     Returns:
-        One entry per layer, in the order of the network.
+        One entry per layer, in the order of the network. Layers that the forward pass does not reach have none.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GeoPriorAttn2d)}
     sizes: dict[str, tuple[int, int]] = {}
@@ -51,7 +51,8 @@ def learned_radii(model: nn.Module, input_size: tuple[int, int, int]) -> list[La
             module.training = training
         for hook in hooks:
             hook.remove()
-    return [LayerRadii(name, *sizes[name], tuple(layer.radius().tolist())) for name, layer in layers.items()]
+    return [LayerRadii(name, *sizes[name], tuple(layer.radius().tolist()))
+            for name, layer in layers.items() if name in sizes]
 
 
 @torch.no_grad()
