@@ -350,7 +350,7 @@ def test_an_extra_that_is_needed_at_the_end_is_missed_at_the_beginning(capsys, m
 
 @pytest.mark.parametrize(('arguments', 'words'), [
     *((['classify', '--model', name], f'{name} has no weights') for name in PLANNED),
-    (['classify', '--model', 'geoprior_resnet51'], 'Did you mean geoprior_resnet50? Check --model.'),
+    (['classify', '--model', 'geoprior_resnet51'], 'Did you mean geoprior_resnet50? Check the name.'),
     (['info', 'geoprior_resnet51'], "got 'geoprior_resnet51'"),
     (['run', 'nowhere.py'], 'nowhere.py does not exist'),
     (['run', '-m', 'nowhere.at.all'], 'must be one that `python -m` takes, got nowhere.at.all.'),

@@ -2,6 +2,7 @@
 import bz2
 import gzip
 import io
+import itertools
 import lzma
 import math
 import pickle
@@ -139,6 +140,8 @@ def test_folders_are_sorted_as_timm_sorts_them():
     names = ['b', 'A10', 'a2', '10', '9', 'x1y20', 'x1y3', 'é', '٣']
     assert sorted(names, key=natural_key) == sorted(names, key=timm.utils.natural_key)
     assert sorted(['②', '①', 'x²'], key=natural_key) == ['x²', '①', '②']  # which timm cannot sort
+    alike = ['a01', 'A1', 'a001', 'a1']  # to timm, which leaves them in the order of the disk
+    assert len({tuple(sorted(names, key=natural_key)) for names in itertools.permutations(alike)}) == 1
 
 
 def test_an_order_that_was_stated_is_taken():
@@ -147,8 +150,8 @@ def test_an_order_that_was_stated_is_taken():
                            "model's.",)
 
 
-def encoded(form: str, **options) -> bytes:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+def encoded(form: str, height: int = 40, width: int = 40, **options) -> bytes:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
     content = io.BytesIO()
     picture.save(content, form, **options)
     return content.getvalue()
@@ -164,7 +167,8 @@ def encoded(form: str, **options) -> bytes:
     (encoded('GIF')[:-200], 'truncated'),
     (b'', 'cannot identify'),
     (b'<html>not found</html>', 'cannot identify'),
-], ids=['JPEG', 'PNG', 'GIF', 'padded', 'cut JPEG', 'cut PNG', 'cut GIF', 'empty', 'HTML'])
+    (encoded('PNG', 1001, 1), 'it must have no side more than 1000 times the other, got 1 x 1001 pixels'),
+], ids=['JPEG', 'PNG', 'GIF', 'padded', 'cut JPEG', 'cut PNG', 'cut GIF', 'empty', 'HTML', 'thin'])
 def test_an_unreadable_image_is_found(content, fault):
     found = image_fault(io.BytesIO(content))
     assert found is None if fault is None else fault in found

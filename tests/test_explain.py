@@ -113,6 +113,26 @@ def test_a_window_is_what_the_layer_computes(model, point):
     assert next(windows, None) is None
 
 
+@pytest.mark.parametrize(('width', 'height'), [(100, 70), (64, 160), (33, 33)])
+def test_cells_have_the_stride_of_their_layer_at_any_size(model, width, height):
+    """At sizes that it does not divide, the last cells reach beyond the picture."""
+    strides = {info['module']: info['reduction'] for info in model.feature_info}
+    stages = list(strides)
+    for window in learned_windows(model, View((0, 0, width, height), height, width), (width / 2, height / 2)):
+        here, before = strides[window.stage], strides[stages[stages.index(window.stage) - 1]]
+        assert window.cell in {(here, here), (before, before)}  # the first layer of a stage has the grid before it
+        for cell, cells, side in zip(window.cell, window.weights.shape[::-1], (width, height), strict=True):
+            assert cells == math.ceil(side / cell)
+
+
+def test_a_picture_that_the_stride_does_not_divide_is_drawn_to_scale(model, coffee):
+    figure = draw_explanation(classifier_of(model, input_size=(3, 100, 160), label_names=None), coffee)
+    words = check_legible(figure)
+    assert 'input, 160 × 100 px' in words
+    reduction = next(info['reduction'] for info in model.feature_info[::-1] if math.ceil(100 / info['reduction']) >= 4)
+    assert any(f'{math.ceil(160 / reduction)} × {math.ceil(100 / reduction)} cells' in word for word in words)
+
+
 def test_an_outline_is_drawn_where_the_weight_has_fallen_to_its_share(model):
     """To e^-1/2 of the query's own for a Gaussian, to e^-1 for a Laplacian; in pixels of the input."""
     for window in learned_windows(model, View((0, 0, 64, 64), 64, 64), (32, 32)):
@@ -176,7 +196,7 @@ def test_the_figure_is_legible(nano, coffee, picture):
     assert any(word.startswith('Grad-CAM: ') for word in words)
     if picture == 'wide':
         assert guesses[0]['name'] == 'espresso'
-        assert {'espresso', 'Grad-CAM: espresso', NANO, 'Attention in layer4', 'input, 64 px'} <= words
+        assert {'espresso', 'Grad-CAM: espresso', NANO, 'Attention in layer4', 'input, 64 × 64 px'} <= words
 
 
 def test_any_network_of_the_family_is_drawn(model, coffee):
@@ -356,6 +376,7 @@ def test_the_table_of_layers(nano, capsys, monkeypatch):
     (['--point', '300,nan'], 'The point must be in the picture (x from 0 to 600, y from 0 to 400), got 300,nan.'),
     (['--point', '10,200'], 'The point must be in the part of the picture that the network sees (x from 100 to '),
     (['-o', 'out.txt'], 'The output must end in .png, .jpg, .pdf or .svg, got out.txt.'),
+    (['-o', 'out.pgf'], 'The output must end in .png, .jpg, .pdf or .svg, got out.pgf.'),
     (['-o', 'out'], 'The output must end in .png, .jpg, .pdf or .svg, got out.'),
     (['-o', 'nowhere/out.png'], 'The output must be in a folder that exists, got nowhere/out.png.'),
     (['-o', 'folder.png'], 'folder.png cannot be written (Is a directory). Name another place with --output.'),

@@ -405,6 +405,21 @@ def test_bad_arguments(photos, tmp_path, monkeypatch, capsys, arguments, words):
     assert not list(tmp_path.glob('*/*.pt'))
 
 
+def test_a_single_class_is_measured_but_not_trained_on(photo_folder, tmp_path, capsys):
+    for split, classes in (('train', ('coffee', 'rocket')), ('test', ('rocket',))):
+        for name in classes:
+            shutil.copytree(photo_folder / 'train' / name, tmp_path / 'data' / split / name)
+    arguments = [tmp_path / 'data', '--output', tmp_path / 'run', '--set', 'img_size=32']
+    assert finetune(*arguments) == 0
+    assert 'test: ' in capsys.readouterr().out
+    shutil.copytree(photo_folder / 'train/chelsea', tmp_path / 'data/test/chelsea')
+    assert finetune(*arguments, '--resume') == 1
+    assert 'test must be among those of' in capsys.readouterr().err
+    shutil.rmtree(tmp_path / 'data/train/coffee')
+    assert finetune(*arguments[:2], tmp_path / 'other') == 1
+    assert 'train must have at least two folders of images' in capsys.readouterr().err
+
+
 def test_no_folder(capsys, tmp_path):
     assert finetune(tmp_path / 'nowhere') == 1
     assert 'nowhere must be a folder with one folder of images for each class' in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Loading: verified, as timm adapts it, and through everything that can go wrong between here and the Hub."""
 import gc
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -586,6 +587,19 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
     (tmp_path / 'file').touch()
     with pytest.raises(WeightsError, match='cannot be written .Not a directory'):
         download_tag(NANO, tmp_path / 'file')
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'last.pt'])
+def test_a_download_replaces_no_other_network(name, tmp_path, staged):
+    folder = tmp_path / NANO
+    folder.mkdir()
+    (folder / name).write_bytes(b'mine')
+    config = {'architecture': 'geoprior_resnet14_nano', 'pretrained_cfg': {'tag': 'tuned'}}
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=f'{NANO} must be new or an earlier download of {NANO}, got a folder with'):
+        download_tag(NANO, tmp_path)
+    assert files(folder) == {name, 'config.json'}
+    assert (folder / name).read_bytes() == b'mine'
 
 
 def test_loading_benchmark_runs():

@@ -374,7 +374,13 @@ def test_refused_shares_of_the_convolution(value_dim):
         GeoPriorConv2d(16, 16, value_dim)
 
 
+@pytest.mark.parametrize('channels', [2, 4, 5])
+def test_heads_that_do_not_divide_the_channels_are_refused(channels):
+    with pytest.raises(ValueError, match=rf'must be a multiple of the number of heads \(3\), got {channels}'):
+        mix_values(torch.zeros(1, channels, 4, 4), torch.zeros(3))
+
+
 def test_examples_of_the_docstrings():
-    for module, examples in ((layers, 3), (geoprior_resnet, 2), (radii, 4)):
+    for module, examples in ((layers, 3), (geoprior_resnet, 2), (radii, 5)):
         assert doctest.testmod(module).attempted == examples
         assert doctest.testmod(module).failed == 0

@@ -404,6 +404,21 @@ class TestResume:
         with pytest.raises(GeoPriorError, match=r'last\.pt was trained or measured on other images than those in'):
             Trainer(tiny(holdout=0), config(data, tmp_path / 'run', **options, resume=True))
 
+    def test_another_val_split_is_told_as_such(self, photo_folder, tmp_path):
+        Trainer(tiny(holdout=0), config(photo_folder, tmp_path / 'run', val_split='val')).fit()
+        with pytest.raises(GeoPriorError, match='was measured on 20 images, and this run would measure none. Add the'):
+            Trainer(tiny(holdout=0), config(photo_folder, tmp_path / 'run', resume=True))
+
+    @pytest.mark.parametrize('place', ['train', 'train/coffee/run', 'val', 'test/run'])
+    def test_an_output_among_the_images(self, photo_folder, tmp_path, place):
+        data = Path(shutil.copytree(photo_folder, tmp_path / 'data'))
+        (data / 'test').mkdir()
+        before = sorted(data.rglob('*'))
+        with pytest.raises(GeoPriorError, match='The output must lie outside the folders of the images'):
+            Trainer(tiny(), config(data, data / place))
+        assert sorted(data.rglob('*')) == before
+        Trainer(tiny(), config(data, data / 'run'))  # beside the splits it is none of them
+
     def test_an_output_whose_name_is_not_utf_8(self, photo_folder, tmp_path):
         output = tmp_path / os.fsdecode(b'caf\xe9')
         with pytest.raises(GeoPriorError, match='must be UTF-8, since TensorBoard writes into no other'):
@@ -658,6 +673,13 @@ class TestData:
         assert (len(images), targets.bincount().tolist()) == (18, [5, 5, 4, 4])
         with pytest.raises(CorruptImagesError, match='The number of unreadable images must be at most 1, got 2'):
             list(Trainer(tiny(holdout=0), config(**options, max_corrupt=1)).data.held_out())
+
+    def test_nothing_can_be_measured(self, photo_folder, tmp_path):
+        shutil.copytree(photo_folder / 'train', tmp_path / 'data/train')
+        (tmp_path / 'data/val/coffee').mkdir(parents=True)
+        (tmp_path / 'data/val/coffee/00.jpg').write_bytes(b'no photograph')
+        with pytest.raises(GeoPriorError, match='None of the held-out images can be read'):
+            train(tiny(holdout=0, epochs=1), config(tmp_path / 'data', tmp_path / 'run', val_split='val'))
 
     def test_more_held_out_than_there_is(self, photo_folder, tmp_path):
         with pytest.raises(GeoPriorError, match='Class 0 must have more than 12 images to hold out 12, got 12'):

@@ -681,7 +681,7 @@ def test_a_checkpoint_that_says_nonsense_of_itself(data, checkpoint, tmp_path, c
     content = torch.load(checkpoint, weights_only=True)
     torch.save({**content, 'model_kwargs': {3: 2}}, tmp_path / 'odd.pt')
     assert validate('--checkpoint', tmp_path / 'odd.pt', '--data-dir', data / 'folder', '-j', 0) == 1
-    assert "got an unexpected keyword argument '3'). Check --model and --model-kwargs." in capsys.readouterr().err
+    assert "got an unexpected keyword argument '3'). Check the name and its options." in capsys.readouterr().err
     torch.save({**content, 'recipe': {'img_size': 'large'}}, tmp_path / 'odd.pt')
     assert validate('--checkpoint', tmp_path / 'odd.pt', '--data-dir', data / 'folder', '-j', 0) == 0
 
@@ -728,6 +728,8 @@ def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
      'val.tar must be a new file or earlier results, got another file or a read-only place. Name another with'),
     (['--data-dir', 'folder', '--model', NANO, '--model-kwargs', 'attn_heads=2'],
      'size mismatch for layer2.0.conv2.attn.log_radius'),
+    (['--data-dir', 'folder', '--model', NANO, '--input-size', '4', '64', '64', '--subset'],
+     'The model must take images of one or three channels, got geoprior_resnet14_nano.r64_tin200, which takes 4.'),
     (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),
     (['--data-dir', 'folder', '--model-kwargs', 'drop_rate=2'],
      'The model cannot be run on images of 3 x 32 x 32 (dropout probability has to be between 0 and 1, but got 2.0).'),

@@ -42,12 +42,6 @@ _MODULES = {
 }
 
 
-def _path(text: str) -> Path:
-    if not text:  # of a shell variable that is not set; Path('') is the current folder
-        raise argparse.ArgumentTypeError('it must be a path, got an empty one')
-    return Path(text)
-
-
 def _argument(*names: str, **options: Any) -> Argument:
     return names, options
 
@@ -323,7 +317,7 @@ def _point(text: str) -> tuple[float, float]:
 @_command(
     'explain', 'draw what a model attends to in an image: windows, Grad-CAM, receptive field',
     _argument('image', nargs='?', metavar='IMAGE', help='an image file (default: a photograph of a cup of coffee)'),
-    _argument('-o', '--output', type=_path, default=Path('explain.png'),
+    _argument('-o', '--output', type=Path, default=Path('explain.png'),
               help='file to write: PNG, JPEG, PDF or SVG (default: explain.png)'),
     _MODEL,
     _argument('--point', type=_point, metavar='X,Y',
@@ -350,12 +344,12 @@ def _print_layers(name: str) -> int:
     from timm.data import resolve_model_data_config
 
     from .evaluation.models import load_model
-    from .radii import learned_radii
+    from .radii import cell_size, learned_radii
     model = load_model(name).model
     _, height, width = size = resolve_model_data_config(model)['input_size']
     rows = [('attention layer', 'map', 'a cell in px', 'radius in cells', 'radius in px')]
     for layer in learned_radii(model, size):
-        pixels = height / layer.height
+        pixels = cell_size(height, layer.height)
         rows.append((layer.name, f'{layer.height} x {layer.width}', f'{pixels:g}', _radii(layer.cells, 2),
                      _radii([radius * pixels for radius in layer.cells], 1)))
     if len(rows) == 1:
@@ -370,7 +364,7 @@ def _print_layers(name: str) -> int:
     'demo', 'serve a web page to try the models, or write the folder of a Hugging Face Space',
     _argument('--model', help='model to select at the start (default: the bundled one with the best accuracy)'),
     _argument('--port', type=int, default=7860, help='port to serve on (default: 7860)'),
-    _argument('--space', type=_path, metavar='DIR', help='write the folder of a Space instead'))
+    _argument('--space', type=Path, metavar='DIR', help='write the folder of a Space instead'))
 def _demo(args: argparse.Namespace) -> int:
     with needs_extra('demo'):
         from .inference.demo import serve, write_space
@@ -387,8 +381,8 @@ def _demo(args: argparse.Namespace) -> int:
 @_command(
     'convert', 'convert a trained ResNet to a GeoPrior ResNet, and write a folder that timm loads',
     _argument('source', metavar='SOURCE', help='name of a pretrained timm model, or a checkpoint file'),
-    _argument('-o', '--output', type=_path, required=True, metavar='DIR', help='folder to write, which must be new'),
-    _argument('--images', type=_path, metavar='DIR',
+    _argument('-o', '--output', type=Path, required=True, metavar='DIR', help='folder to write, which must be new'),
+    _argument('--images', type=Path, metavar='DIR',
               help='fit to the images in this folder; labels are not needed (default: closed form, without images)'),
     _argument('--limit', type=int, default=1000, help='maximum number of images to fit to (default: 1000)'),
     _argument('--model', help='architecture of a checkpoint that does not name it'),
@@ -411,9 +405,9 @@ def _convert(args: argparse.Namespace) -> int:
 
 @_command(
     'finetune', 'fine-tune a model on a folder of images, and write a folder that timm loads',
-    _argument('folder', type=_path, metavar='DIR',
+    _argument('folder', type=Path, metavar='DIR',
               help='folder with one folder of images per class, or with such folders in train, val and test'),
-    _argument('--output', type=_path, help='folder to write (default: DIR-finetuned in the current folder)'),
+    _argument('--output', type=Path, help='folder to write (default: DIR-finetuned in the current folder)'),
     _argument('--model', help='model to start from: a tag, any timm model, or local-dir: and a folder (default: the '
                               'bundled model with the best accuracy)'),
     _argument('--from-scratch', action='store_true', help='start from random weights, to compare'),
@@ -528,12 +522,17 @@ def _split_off_arguments(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[s
 
 
 def _dispatch(argv: Sequence[str], script: str = '') -> int:
+    argv, own = _split_off_arguments(argv)
+    for place, word in enumerate(argv):
+        if not word or word.startswith('--') and word.endswith('='):
+            after = f' after {argv[place - 1]}' if not word and place else f', {word}' if word else ''
+            _complain(f'An argument must not be empty, got one{after}. Is a shell variable not set?')
+            return 2
     if argv and argv[0] in _MODULES:
         with needs_extra('train'):
             module = import_module(f'.{_MODULES[argv[0]][0]}', __package__)
         return cast(int, module.main(argv[1:], prog=script or f'timm-geoprior {argv[0]}'))
     parser = _build_parser()
-    argv, own = _split_off_arguments(argv)
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # told by the command itself, with its own usage
         getattr(args, 'parser', parser).error(f'unrecognized arguments: {" ".join(unknown)}')

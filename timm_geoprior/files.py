@@ -188,10 +188,13 @@ def _family_of(character: str) -> str | None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or the error's type where there is none.
 
-    Of safetensors' words for a file that is none of its own, this names the usual cause.
+    Of torch's words for weights that do not fit, the second line is added, which names one of them. Of safetensors'
+    words for a file that is none of its own, this names the usual cause.
     """
     lines = str(error).splitlines()
     line = lines[0].rstrip('.:') if lines and lines[0] else type(error).__name__
+    if line.startswith('Error(s) in loading state_dict'):
+        line = ': '.join([line, *(line.strip().rstrip('.') for line in lines[1:2])])[:300]
     if 'header too large' in line:  # what the first bytes of a Git LFS pointer look like
         line += '; if the file is a Git LFS pointer, run `git lfs pull`'
     return line

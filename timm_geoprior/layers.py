@@ -101,6 +101,9 @@ def mix_values(
 
     Returns:
         Shape (B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), channels_last, in the dtype of the values.
+
+    Raises:
+        ValueError: The number of channels is no multiple of the number of heads.
     """
     log_radius = log_radius.to(torch.promote_types(values.dtype, torch.float32))
     rows = cols = attention_map(log_radius, values.shape[2], stride, dilation, kernel).to(values.dtype)
@@ -109,6 +112,9 @@ def mix_values(
     if log_radius.shape[0] == 1:  # also because the TorchScript-based ONNX exporter cannot make one chunk
         mixed = _mix_head(values, rows[0], cols[0])
     else:
+        if values.shape[1] % log_radius.shape[0]:
+            raise ValueError(f'The number of channels must be a multiple of the number of heads '
+                             f'({log_radius.shape[0]}), got {values.shape[1]}.')
         heads = values.chunk(log_radius.shape[0], dim=1)
         mixed = torch.cat([_mix_head(value, rows[i], cols[i]) for i, value in enumerate(heads)], dim=3)
     return mixed.permute(0, 3, 1, 2)

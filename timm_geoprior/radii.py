@@ -8,7 +8,7 @@ from torch import nn
 
 from .layers import MAX_RADIUS, GeoPriorAttn2d
 
-__all__ = ['LayerRadii', 'learned_radii', 'scale_radii']
+__all__ = ['LayerRadii', 'cell_size', 'learned_radii', 'scale_radii']
 
 
 class LayerRadii(NamedTuple):
@@ -22,6 +22,22 @@ class LayerRadii(NamedTuple):
     def relative(self) -> tuple[float, ...]:
         """The radii as shares of the input's longer side, which are comparable across layers and image sizes."""
         return tuple(radius / max(self.height, self.width) for radius in self.cells)
+
+
+def cell_size(pixels: int, cells: int) -> float:
+    """The side of a map's cell in pixels of the image. The last cell may reach beyond the image.
+
+    Args:
+        pixels: Height or width of the image.
+        cells: Number of the map's rows or columns.
+
+    Examples:
+        >>> cell_size(100, 7)
+        16
+    """
+    strides = (2 ** power for power in range(pixels.bit_length() + 1))
+    # a network that halves its maps rounds up each time, which is to divide by the whole stride and round up
+    return next((stride for stride in strides if -(-pixels // stride) == cells), pixels / cells)
 
 
 def _note_size(sizes: dict[str, tuple[int, int]], name: str, _: nn.Module, args: tuple[Any, ...]) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from ..data.dataset import fingerprint
 from ..distributed import find_device
 from ..errors import GeoPriorError
-from ..evaluation.models import LoadedModel, load_model
+from ..evaluation.models import LoadedModel, load_model, with_channels
 from ..files import file_sha256, first_line, new_folder, write_json
 from ..geoprior_resnet import GeoPriorResNet
 from ..progress import Progress, handled_signals, tell
@@ -174,10 +174,7 @@ def _data_config(loaded: LoadedModel) -> dict[str, Any]:
     model: Any = loaded.model
     size = (loaded.img_size,) * 2 if loaded.img_size else config['input_size'][1:]
     config['input_size'] = (model.in_chans, *size)
-    for key in ('mean', 'std'):
-        if len(config[key]) not in (1, model.in_chans):  # of the colours: timm takes their average
-            config[key] = (sum(config[key]) / len(config[key]),)
-    return config
+    return with_channels(config, model.in_chans)
 
 
 def _origin(loaded: LoadedModel) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..files import first_line, walk_files
 from .reading import EXTENSIONS, LITTER
 
 __all__ = ['ILSVRC_ARCHIVE', 'ILSVRC_FILE', 'SPLITS', 'DataOptions', 'Listing', 'Place', 'folders_of_split',
-           'ilsvrc_val_labels', 'list_archive', 'list_images', 'unpacked']
+           'ilsvrc_val_labels', 'lies_in_images', 'list_archive', 'list_images', 'unpacked']
 
 SPLITS = {
     'train': ('train', 'training'),
@@ -62,6 +62,19 @@ class Listing:
 def folders_of_split(folder: Path, split: str) -> list[str]:
     """Find the folders that a split may mean: of that very name first, then of its other names, in any case."""
     return names_of_split([path.name for path in folder.iterdir() if path.is_dir()], split)
+
+
+def lies_in_images(output: Path, data_dir: Path, *splits: str) -> bool:
+    """Whether what is written into a folder would be taken for images: of these splits or of another that is there."""
+    try:
+        found = {split: folders_of_split(data_dir, split) for split in (*splits, *SPLITS)}
+    except OSError:  # told when the images are listed
+        return False
+    folders = [data_dir / name for names in found.values() for name in names]
+    if not any(found[split] for split in splits):
+        folders.append(data_dir)
+    place = output.resolve()
+    return any(folder.resolve() in (place, *place.parents) for folder in folders)
 
 
 def names_of_split(names: Iterable[str], split: str) -> list[str]:
@@ -207,9 +220,12 @@ def _choose_images(found: Iterable[_Found], extensions: tuple[str, ...]) -> tupl
     return images, notes
 
 
-def natural_key(name: str) -> list[int | str]:
-    """timm's key, which sorts 'a2' before 'a10', without its error for digits like '²'."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
+def natural_key(name: str) -> tuple[list[int | str], str]:
+    """timm's key, which sorts 'a2' before 'a10', without its error for digits like '²'.
+
+    Names that timm's takes for equal, such as 'a1' and 'A01', are in the order of their characters, not of the disk.
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())], name
 
 
 def _enumerate(counts: Counter[str], limit: int = 5) -> str:

@@ -16,7 +16,7 @@ from ..files import first_line
 from ..progress import Progress, tell_on_stderr
 from .batches import in_workers
 from .dataset import DataSplit
-from .reading import LITTER, ignores_rotation, tell_of_rotations
+from .reading import LITTER, check_size, ignores_rotation, tell_of_rotations
 
 __all__ = ['check_data', 'empty_folders', 'image_fault', 'repeated_classes']
 
@@ -76,6 +76,7 @@ def image_fault(file: BinaryIO, name: str = '') -> str | None:
     """
     try:
         with Image.open(file) as image:
+            check_size('it', image)
             end = _ENDS.get(image.format or '')
             whole = False
             if end is not None:

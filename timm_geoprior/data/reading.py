@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import CorruptImagesError, ImageError
 from ..files import first_line
 
-__all__ = ['EXTENSIONS', 'LITTER', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'CorruptImages', 'Item',
+__all__ = ['EXTENSIONS', 'LITTER', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'CorruptImages', 'Item', 'check_size',
            'ignores_rotation', 'read_image', 'read_item', 'read_readable', 'tell_of_rotations']
 
 Tell = Callable[[str], object]  # gets a sentence that a person should read
@@ -64,9 +64,9 @@ def _read(source: str | os.PathLike[str] | BinaryIO, name: str, mode: str) -> tu
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow warns of large images and odd metadata: both are dealt with here
             with Image.open(source) as image:
+                check_size(name, image)
                 if _is_ilsvrc(name):
                     return image.convert(mode), ignores_rotation(image, name)
-                _check_size(name, image)
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image).convert(mode), False
@@ -91,7 +91,8 @@ def _fault(source: object, error: Exception) -> str:
     return f'cannot be decoded ({first_line(error)}): it is truncated or damaged. Get it again.'
 
 
-def _check_size(name: str, image: Image.Image) -> None:
+def check_size(name: str, image: Image.Image) -> None:
+    """Raise ImageError for an opened image that is too large or too thin to be decoded."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f'{name} must have at most {MAX_PIXELS:,} pixels, got {width} x {height} = '

@@ -21,7 +21,7 @@ from ..files import first_line
 from ..progress import Progress, tell_on_stderr
 from .classes import ClassMatch, match_classes
 from .metrics import Counts, Predictions, target_ranks
-from .models import LoadedModel
+from .models import LoadedModel, with_channels
 
 __all__ = ['EvalConfig', 'Evaluation', 'Forward', 'Pass', 'Plan', 'evaluate', 'plan', 'predict',
            'set_numerics']
@@ -129,7 +129,11 @@ def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
     except AssertionError:  # of timm
         raise EvaluationError('--mean and --std must have one number, or one for each channel of the images. Correct '
                               'them.') from None
-    return Plan(match, indices, targets[indices], preprocessing)
+    channels = preprocessing['input_size'][0]
+    if channels not in (1, 3):
+        raise EvaluationError(f'The model must take images of one or three channels, got {loaded.name}, which takes '
+                              f'{channels}. Measure it from Python.')
+    return Plan(match, indices, targets[indices], with_channels(preprocessing, channels))
 
 
 def _check_real_labels(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..data.dataset import DataOptions, DataSplit, fingerprint, open_split
-from ..data.listing import folders_of_split, unpacked
+from ..data.listing import lies_in_images, unpacked
 from ..data.preflight import check_data
 from ..distributed import default_device, find_device
 from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
@@ -65,8 +65,8 @@ def _check_output(args: argparse.Namespace) -> None:
         if importlib.util.find_spec('matplotlib') is None:
             raise EvaluationError('--output needs matplotlib for its plots. Run `pip install matplotlib` '
                                   '(the extra "train").')
-        output = args.output.resolve()
-        if _folder_of_images(args) in (output, *output.parents):
+        if not args.dataset and args.data_dir and args.data_dir.is_dir() and lies_in_images(
+                args.output, args.data_dir, args.split):
             raise EvaluationError(f'The output must lie outside the folder of the images, since its pictures would be '
                                   f'taken for some of them, got {args.output}. Name another place with --output.')
         try:
@@ -83,15 +83,6 @@ def _check_output(args: argparse.Namespace) -> None:
         if path and not _may_write(path):
             raise EvaluationError(f'{path} must be a new file or earlier results, got another file or a read-only '
                                   f'place. Name another with --results-file or --output.')
-
-
-def _folder_of_images(args: argparse.Namespace) -> Path | None:
-    """The folder whose images are measured, if it is one."""
-    if args.dataset or not args.data_dir or not args.data_dir.is_dir():
-        return None
-    with contextlib.suppress(OSError):  # told when the images are listed
-        return Path(args.data_dir, *folders_of_split(args.data_dir, args.split)[:1]).resolve()
-    return None
 
 
 def _may_write(path: Path) -> bool:

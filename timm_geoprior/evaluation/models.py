@@ -17,7 +17,7 @@ from ..files import file_sha256, first_line
 from ..pretrained.manifest import LabelSet, ModelEntry, load_manifest
 from ..training.checkpoint import SavedModel, read_weights, take_prefix_off
 
-__all__ = ['LoadedModel', 'check_source', 'find_cfg', 'load_model', 'state_dict_sha256']
+__all__ = ['LoadedModel', 'check_source', 'find_cfg', 'load_model', 'state_dict_sha256', 'with_channels']
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def check_source(name: str) -> None:
     if ':' in name:  # local-dir: and hf-hub: say so themselves
         return
     if not timm.is_model(name.split('.')[0]):
-        raise EvaluationError(f'Unknown model {name}.{_similar(name)} Check --model.')
+        raise EvaluationError(f'Unknown model {name}.{_similar(name)} Check the name.')
     entry, cfg = load_manifest().find(name), find_cfg(name)
     if entry is not None and not entry.has_weights or cfg is not None and not cfg.has_weights:
         raise EvaluationError(f'{name} has no weights yet. Name a file of weights with --checkpoint, or another model: '
@@ -131,17 +131,10 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         raise
     except Exception as error:  # timm raises whatever the model's own constructor does
         hint = _similar(name) if 'Unknown model' in str(error) else ''
-        options = ' and --model-kwargs' if kwargs else ''
+        options = ' and its options' if kwargs else ''
         raise EvaluationError(
-            f'The model {name} cannot be made ({_reason(error)}).{hint} Check --model{options}.') from error
+            f'The model {name} cannot be made ({first_line(error)}).{hint} Check the name{options}.') from error
     return model
-
-
-def _reason(error: BaseException) -> str:
-    """What an error says in one line; torch's of a state dict names what does not fit in the second."""
-    if 'Error(s) in loading state_dict' not in str(error):
-        return first_line(error)
-    return ' '.join(line.strip() for line in str(error).splitlines()[:2])[:300]
 
 
 def _load_into(model: nn.Module, state_dict: dict[str, Tensor], name: str, source: str) -> None:
@@ -153,8 +146,8 @@ def _load_into(model: nn.Module, state_dict: dict[str, Tensor], name: str, sourc
     try:
         model.load_state_dict(state_dict)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise EvaluationError(f"The weights in {source} do not fit {name} ({_reason(error)}). Check the model's name, "
-                              f'its number of classes and its options.') from None
+        raise EvaluationError(f"The weights in {source} do not fit {name} ({first_line(error)}). Check the model's "
+                              f'name, its number of classes and its options.') from None
 
 
 def _class_names(
@@ -190,6 +183,13 @@ def _imagenet_names(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]
         return (), ()
     info = ImageNetInfo(subset)
     return tuple(info.label_names()), tuple(info.label_descriptions())
+
+
+def with_channels(config: dict[str, Any], channels: int) -> dict[str, Any]:
+    """timm's preprocessing for a network of so many channels: it takes the average of the colours' mean and std."""
+    fitting = {key: config[key] if len(config[key]) in (1, channels) else (sum(config[key]) / len(config[key]),)
+               for key in ('mean', 'std')}
+    return {**config, **fitting}
 
 
 def state_dict_sha256(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ from torchvision.transforms import Compose, Grayscale
 
 from ..data.reading import read_image
 from ..errors import GeoPriorError, ImageError
-from ..evaluation.models import find_cfg, load_model
+from ..evaluation.models import find_cfg, load_model, with_channels
 
 __all__ = ['Classifier', 'load_classifier']
 
@@ -121,8 +121,7 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier
     config = resolve_model_data_config(loaded.model)
     channels = getattr(loaded.model, 'in_chans', config['input_size'][0])
     if channels == 1:
-        means = {key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')}
-        transform = Compose([Grayscale(), create_transform(**{**config, **means})])
+        transform = Compose([Grayscale(), create_transform(**with_channels(config, 1))])
     elif channels == 3:
         transform = create_transform(**config)
     else:

@@ -131,16 +131,15 @@ def _draw_grad_cam(
         axes: Axes, classifier: Classifier, image: Image.Image, view: View, guess: dict[str, Any]) -> None:
     """Grad-CAM for a class, from the last stage whose map has four cells a side: the last of all may have fewer."""
     model: Any = classifier.model
-    side = min(view.height, view.width)
-    stages = [info for info in model.feature_info if side // info['reduction'] >= 4] or model.feature_info
-    stage = stages[-1]['module']
+    sizes = [(math.ceil(view.height / info['reduction']), math.ceil(view.width / info['reduction']), info['module'])
+             for info in model.feature_info]
+    rows, columns, stage = ([size for size in sizes if min(size[:2]) >= 4] or sizes)[-1]
     target = ClassifierOutputTarget([label for label, _ in classifier.classes].index(guess['label']))
     with GradCAM(model=model, target_layers=[model.get_submodule(stage)]) as cam:
         heat = cam(input_tensor=classifier.transform(image)[None], targets=[target])[0]
     draw_photo(axes, image, view)
     axes.imshow(heat, cmap='inferno', alpha=0.55, extent=(0, view.width, view.height, 0), interpolation='bicubic')
-    cells = side // stages[-1]['reduction']
-    draw_heading(axes, f'Grad-CAM: {_first_name(guess["name"])}', f'{stage}, {cells} × {cells} cells')
+    draw_heading(axes, f'Grad-CAM: {_first_name(guess["name"])}', f'{stage}, {columns} × {rows} cells')
 
 
 def _draw_field(axes: Axes, field: Tensor, view: View, lines: Sequence[str]) -> AxesImage:
@@ -150,7 +149,7 @@ def _draw_field(axes: Axes, field: Tensor, view: View, lines: Sequence[str]) -> 
                         extent=(-half, half, half, -half))
     axes.add_patch(Rectangle((-view.width / 2, -view.height / 2), view.width, view.height, fill=False,
                              edgecolor='white', linestyle=':'))
-    axes.text(0, view.height / 2 + 0.18 * half, f'input, {view.width} px', **ON_PHOTO)
+    axes.text(0, view.height / 2 + 0.18 * half, f'input, {view.width} × {view.height} px', **ON_PHOTO)
     axes.text(0, 0.96 * half, '\n'.join(lines), **{**ON_PHOTO, 'va': 'bottom'})
     axes.set(xticks=(), yticks=())
     return drawn
@@ -224,7 +223,7 @@ def draw_explanation(
 
 def check_output(path: Path) -> None:
     """Find out before anything is computed whether a figure may go there."""
-    if path.suffix.removeprefix('.').lower() not in Figure().canvas.get_supported_filetypes():
+    if path.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}. Name another.')
     if not path.parent.is_dir():
         raise GeoPriorError(f'The output must be in a folder that exists, got {path}. Make the folder first.')
@@ -237,11 +236,11 @@ def save_explanation(
     Args:
         classifier: Its model is a `GeoPriorResNet`.
         image: In mode 'RGB'.
-        path: The file, whose ending names the format: .png, .jpg, .pdf, .svg or another one that matplotlib writes.
+        path: The file, whose ending names the format: .png, .jpg, .pdf or .svg.
         point: As for `draw_explanation`.
 
     Raises:
-        GeoPriorError: matplotlib writes no such file, it cannot be written there, or there is nothing to draw.
+        GeoPriorError: The ending is another one, the file cannot be written there, or there is nothing to draw.
 
     Examples:
         >>> from timm_geoprior.inference.classifier import load_classifier

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import GeoPriorError
 from ..layers import GeoPriorAttn2d, attention_map
-from ..radii import learned_radii
+from ..radii import cell_size, learned_radii
 from .classifier import Classifier
 
 __all__ = ['ON_PHOTO', 'View', 'Window', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
@@ -111,7 +110,7 @@ def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) ->
     for found in learned_radii(model, (int(model.in_chans), view.height, view.width)):  # type: ignore[arg-type]
         layer = model.get_submodule(found.name)
         assert isinstance(layer, GeoPriorAttn2d)
-        cell = view.width / found.width, view.height / found.height
+        cell = cell_size(view.width, found.width), cell_size(view.height, found.height)
         down, across = (attention_map(layer.log_radius.float(), size, layer.stride, layer.dilation, layer.kernel)
                         for size in (found.height, found.width))
         column, row = (min(max(round((place / length - 0.5) / layer.stride), 0), maps.shape[1] - 1)
@@ -173,13 +172,15 @@ def _draw_cross(axes: Axes, point: tuple[float, float]) -> None:
 
 def _draw_stage(axes: Axes, windows: Sequence[Window], color: str) -> None:
     """Light where the query looks, in the layers' own cells, and the radius of each layer around it."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    finest = max(tuple(window.weights.shape) for window in windows)
+    rows, columns = max(tuple(window.weights.shape) for window in windows)
+    across, down = min(window.cell for window in windows)
     weights = torch.stack([
-        F.interpolate((window.weights / window.weights.max())[None, None], finest)[0, 0] for window in windows]).mean(0)
-    shade = np.zeros((*finest, 4))
+        torch.kron(window.weights / window.weights.max(),  # a coarser layer's cells are whole numbers of finer ones
+                   torch.ones(round(window.cell[1] / down), round(window.cell[0] / across)))[:rows, :columns]
+        for window in windows]).mean(0)
+    shade = np.zeros((rows, columns, 4))
     shade[..., 3] = 0.88 * (1 - weights / weights.max()).numpy()
-    axes.imshow(shade, extent=(left, right, bottom, top), interpolation='nearest')
+    axes.imshow(shade, extent=(0, columns * across, rows * down, 0), interpolation='nearest')
     for window in windows:
         axes.add_patch(window.outline(window.center, edgecolor=color, linewidth=2, path_effects=DARK_EDGE))
     (x, y), (width, height) = windows[-1].center, windows[-1].cell

@@ -7,6 +7,7 @@ source of a converted tag that the manifest does not pin has no hash to check.
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import time
@@ -175,11 +176,14 @@ def download_tag(name: str, folder: str | Path) -> Path:
 
     Raises:
         ManifestError: There is no such tag.
-        WeightsError: It has no weights, or they cannot be had.
+        WeightsError: It has no weights, they cannot be had, or the folder holds another network.
     """
     entry = load_manifest().get(name)
     target = Path(folder) / entry.name
     require_weights(entry)
+    if _holds_another(target, entry):
+        raise WeightsError(f'{target} must be new or an earlier download of {entry.name}, got a folder with another '
+                           f'network. Name another folder.')
     try:
         target.mkdir(parents=True, exist_ok=True)
         if entry.status == 'converted':
@@ -191,6 +195,17 @@ def download_tag(name: str, folder: str | Path) -> Path:
     except OSError as error:
         raise WeightsError(f'{target} cannot be written ({error.strerror}). Name another folder.') from None
     return target
+
+
+def _holds_another(target: Path, entry: ModelEntry) -> bool:
+    """Whether there are weights in a folder that are not an earlier download of a tag."""
+    if not (target / 'model.safetensors').exists():
+        return (target / 'last.pt').exists()
+    try:
+        config = json.loads((target / 'config.json').read_text(encoding='utf-8'))
+        return bool((config['architecture'], config['pretrained_cfg'].get('tag')) != (entry.architecture, entry.tag))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
 
 
 def _copy_files(entry: ModelEntry, target: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ..data.batches import LoaderConfig, seed_everything
+from ..data.listing import lies_in_images
 from ..data.memory import ImageTensors
 from ..distributed import find_device, group_of_processes
 from ..errors import GeoPriorError
@@ -95,6 +96,10 @@ class Trainer:
     def _check_output(self) -> None:
         if not self.config.resume and self.last.exists():
             raise GeoPriorError(f'{self.config.output} already holds a run. Add --resume, or name another folder.')
+        config = self.config
+        if config.data_dir.is_dir() and lies_in_images(config.output, config.data_dir, config.train_split):
+            raise GeoPriorError(f'The output must lie outside the folders of the images, since its pictures would be '
+                                f'taken for some of them, got {config.output}. Name another place with --output.')
         try:
             str(self.config.output).encode()
         except UnicodeEncodeError:
@@ -246,8 +251,11 @@ class Trainer:
             raise GeoPriorError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
                                 f'{len(self.data.class_names)} in {self.config.data_dir}. Check --data-dir.')
         # none where nothing was measured until now
-        held_names = state['held_names'] or list(self.data.held_names)
-        if (held_names, state['train_sha256']) != (list(self.data.held_names), self.data.train_sha256):
+        held_names, same_images = state['held_names'], state['train_sha256'] == self.data.train_sha256
+        if same_images and held_names and not self.data.held_names:
+            raise GeoPriorError(f'{self.last} was measured on {len(held_names):,} images, and this run would measure '
+                                f'none. Add the same --val-split, or train into another folder.')
+        if not same_images or held_names not in ([], list(self.data.held_names)):
             raise GeoPriorError(
                 f'{self.last} was trained or measured on other images than those in {self.config.data_dir}: some were '
                 f'added, removed or renamed, and images that were trained on might be held out now. Restore them, or '
@@ -455,6 +463,9 @@ class Trainer:
                 with self._autocast():
                     batches = ((x.contiguous(memory_format=self.memory_format), y) for x, y in self.data.held_out())
                     counts = count_correct(network, batches)
+                if not counts.num_images:
+                    raise GeoPriorError('None of the held-out images can be read, so no accuracy can be measured. '
+                                        'Repair them, or hold out others.')
                 measured[name] = 100 * counts.top1_correct / counts.num_images
         return measured
 
@@ -509,8 +520,8 @@ def _load(make: Callable[[], Any], what: str) -> Any:
     except GeoPriorError:
         raise
     except Exception as error:  # timm's loading, and a Hub's, fail in many ways
-        raise GeoPriorError(f'{what} cannot be loaded ({first_line(error)}). Check the name, the weights and the '
-                            f'connection.') from error
+        raise GeoPriorError(f'{what} cannot be loaded ({first_line(error)}). Check the name, the options '
+                            f'(model_kwargs), the weights and the connection.') from error
 
 
 def train(recipe: Recipe, config: RunConfig) -> dict[str, Any]:

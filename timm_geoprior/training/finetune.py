@@ -83,7 +83,7 @@ def finetune(job: Job) -> dict[str, Any]:
     recipe = _recipe(job, splits)
     if not job.resume:
         _check_model(job, recipe.model)
-        _check_images(job, splits)
+    _check_images(job, splits)
     trainer = Trainer(recipe, replace(
         job, train_split=splits.train, val_split=splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE))
     if isinstance(trainer.data.train, FolderLoader):
@@ -204,30 +204,32 @@ def _open(job: Job, split: str) -> DataSplit:
         raise GeoPriorError(f'{place} must have one folder for each class, with images that end in '
                             f'{", ".join(EXTENSIONS)} ({first_sentence(error)}). Sort them into folders, or '
                             f'convert them.') from error
-    if len(data.classes) < 2:
-        raise GeoPriorError(f'{place} must have at least two folders of images, one for each class, got one, '
-                            f'{data.classes[0]}. Add another class.')
     return data
 
 
 def _check_images(job: Job, splits: Splits) -> None:
-    """Every image of every split can be read, and there are enough of them."""
+    """The splits have the same classes, enough images, and, unless a run is resumed, only images that can be read."""
     known: set[str] = set()
     for split in dict.fromkeys((splits.train, splits.val, splits.measured)):
         if split or split == splits.train:
             data = _open(job, split)
-            _check_classes(data, job.data_dir / split, held_out=split == splits.train and not splits.val)
+            trained_on = split == splits.train
+            _check_classes(data, job.data_dir / split, trained_on, held_out=trained_on and not splits.val)
             known = known or set(data.classes)
             if others := [name for name in data.classes if name not in known]:
                 raise GeoPriorError(f'The class folders of {job.data_dir / split} must be among those of '
                                     f'{job.data_dir / splits.train}, got also {", ".join(others[:3])}. Rename or '
                                     f'remove them.')
-            if split:
-                job.tell(f'{split}:')
-            check_data(data, job.workers, job.tell)
+            if not job.resume:
+                if split:
+                    job.tell(f'{split}:')
+                check_data(data, job.workers, job.tell)
 
 
-def _check_classes(data: DataSplit, place: Path, held_out: bool) -> None:
+def _check_classes(data: DataSplit, place: Path, trained_on: bool, held_out: bool) -> None:
+    if trained_on and len(data.classes) < 2:
+        raise GeoPriorError(f'{place} must have at least two folders of images, one for each class, got one, '
+                            f'{data.classes[0]}. Add another class.')
     per_class = np.bincount(data.labels, minlength=len(data.classes))
     hidden = [name for name in data.classes if name.startswith('.')]
     if hidden:
@@ -302,6 +304,9 @@ def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
     outcome = evaluate(data, loaded, todo, settings).outcome
     predictions = outcome.predictions['float32']
     counts = outcome.counts['float32']
+    if not counts.num_images:
+        raise GeoPriorError(f'{job.data_dir / split} must have images that can be read, got none. Repair them, and '
+                            f'resume with: {job.command}')
     matrix = np.zeros((len(loaded.wnids),) * 2, np.int64)
     np.add.at(matrix, (predictions.target, predictions.predicted), 1)
     plot_confusion(matrix, loaded.wnids, job.output / 'confusion.png')
