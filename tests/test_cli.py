@@ -299,7 +299,7 @@ def test_arguments_are_looked_at_before_a_model_is_loaded(capsys, tmp_path, monk
     assert not loaded
 
 
-@pytest.mark.parametrize('top', ['0', '-1', 'many', '1.5', ''])
+@pytest.mark.parametrize('top', ['0', '-1', 'many', '1.5'])
 def test_top_is_a_number(capsys, top):
     with pytest.raises(SystemExit) as stop:
         main(['classify', f'--top={top}'])
@@ -759,7 +759,7 @@ def test_which_errors_mean_too_little_memory(error, expected):
 
 
 def test_arrays_of_numpy_that_do_not_fit_are_told(monkeypatch, capsys):
-    monkeypatch.setattr(cli, '_dispatch', lambda argv: np.ones(2 ** 55))
+    monkeypatch.setattr(cli, '_dispatch', lambda argv, script: np.ones(2 ** 55))
     assert main(['list']) == 1
     assert capsys.readouterr().err == (
         'timm-geoprior: There is not enough memory. Use smaller images, a smaller batch, or another device.\n')

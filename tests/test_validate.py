@@ -729,7 +729,7 @@ def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
     (['--data-dir', 'folder', '--model', NANO, '--model-kwargs', 'attn_heads=2'],
      'size mismatch for layer2.0.conv2.attn.log_radius'),
     (['--data-dir', 'folder', '--model', NANO, '--input-size', '4', '64', '64', '--subset'],
-     'The model must take images of one or three channels, got geoprior_resnet14_nano.r64_tin200, which takes 4.'),
+     'The model must take images of one or three channels, got geoprior_resnet14_nano, which takes 4.'),
     (['--data-dir', 'folder', '--real-labels'], "all of ImageNet-1k's classes"),
     (['--data-dir', 'folder', '--model-kwargs', 'drop_rate=2'],
      'The model cannot be run on images of 3 x 32 x 32 (dropout probability has to be between 0 and 1, but got 2.0).'),
