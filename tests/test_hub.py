@@ -580,6 +580,9 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
     download_tag(NANO, tmp_path / 'offline')
     assert (folder / 'model.safetensors').read_bytes() == (staged / 'model.safetensors').read_bytes()
     assert (folder / 'golden/outputs.safetensors').stat().st_mtime_ns == written
+    (folder / 'config.json').unlink()  # as a download that was stopped
+    download_tag(NANO, tmp_path / 'offline')
+    assert (folder / 'config.json').exists()
     assert hub.requests == []
     with pytest.raises(WeightsError, match='has no weights'):
         download_tag('geoprior_resnet101.paper_in1k', tmp_path / 'offline')
@@ -596,7 +599,7 @@ def test_a_download_replaces_no_other_network(name, tmp_path, staged):
     (folder / name).write_bytes(b'mine')
     config = {'architecture': 'geoprior_resnet14_nano', 'pretrained_cfg': {'tag': 'tuned'}}
     (folder / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=f'{NANO} must be new or an earlier download of {NANO}, got a folder with'):
+    with pytest.raises(WeightsError, match=f'{NANO} must be new or an earlier download of {NANO}, got'):
         download_tag(NANO, tmp_path)
     assert files(folder) == {name, 'config.json'}
     assert (folder / name).read_bytes() == b'mine'

@@ -409,13 +409,14 @@ class TestResume:
         with pytest.raises(GeoPriorError, match='was measured on 20 images, and this run would measure none. Add the'):
             Trainer(tiny(holdout=0), config(photo_folder, tmp_path / 'run', resume=True))
 
-    @pytest.mark.parametrize('place', ['train', 'train/coffee/run', 'val', 'test/run'])
+    @pytest.mark.parametrize('place', ['train', 'train/coffee/run', 'val', 'test/run', 'mine/run'])
     def test_an_output_among_the_images(self, photo_folder, tmp_path, place):
         data = Path(shutil.copytree(photo_folder, tmp_path / 'data'))
         (data / 'test').mkdir()
+        (data / 'mine').mkdir()
         before = sorted(data.rglob('*'))
         with pytest.raises(GeoPriorError, match='The output must lie outside the folders of the images'):
-            Trainer(tiny(), config(data, data / place))
+            Trainer(tiny(), config(data, data / place, val_split='mine'))
         assert sorted(data.rglob('*')) == before
         Trainer(tiny(), config(data, data / 'run'))  # beside the splits it is none of them
 
@@ -712,7 +713,7 @@ class TestFaults:
 
     def test_an_epoch_without_any_finite_loss_stops_the_run(self, photo_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(engine._Answer, 'wait', lambda answer: (False, 0))
-        with pytest.raises(GeoPriorError, match='The loss was not finite for 5 steps in a row'):
+        with pytest.raises(GeoPriorError, match='The loss was not finite for any step of epoch 1, up to step'):
             train(tiny(in_memory=True, max_skipped_steps=100), config(photo_folder, tmp_path / 'run'))
 
     def test_an_update_asks_the_device_once(self, photo_folder, tmp_path, monkeypatch):
@@ -832,5 +833,5 @@ class TestFaults:
         done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stderr == (
-            'timm-geoprior: This command needs yaml, which is not installed. '
+            'train.py: This command needs yaml, which is not installed. '
             "Run `pip install 'timm-geoprior[train]'`.\n")

@@ -509,8 +509,8 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _complain(error: Exception | str) -> None:
-    print(f'timm-geoprior: {error}', file=sys.stderr)
+def _complain(error: Exception | str, script: str = '') -> None:
+    print(f'{script or "timm-geoprior"}: {error}', file=sys.stderr)
 
 
 def _split_off_arguments(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -524,9 +524,9 @@ def _split_off_arguments(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[s
 def _dispatch(argv: Sequence[str], script: str = '') -> int:
     argv, own = _split_off_arguments(argv)
     for place, word in enumerate(argv):
-        if not word or word.startswith('--') and word.endswith('='):
+        if not word or word.startswith('--') and word.partition('=')[1:] == ('=', ''):
             after = f' after {argv[place - 1]}' if not word and place else f', {word}' if word else ''
-            _complain(f'An argument must not be empty, got one{after}. Is a shell variable not set?')
+            _complain(f'An argument must not be empty, got one{after}. Is a shell variable not set?', script)
             return 2
     if argv and argv[0] in _MODULES:
         with needs_extra('train'):
@@ -563,7 +563,7 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
         finally:
             sys.stdout.flush()  # a closed pipe shows here, where it is dealt with, not at the interpreter's end
     except GeoPriorError as error:
-        _complain(message_of(error))
+        _complain(message_of(error), script)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -574,7 +574,7 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
         if error.errno not in FULL_DISK:
             raise
         _drop_output()
-        _complain(f'The output cannot be written ({error.strerror}). Free some space.')
+        _complain(f'The output cannot be written ({error.strerror}). Free some space.', script)
         return 1
 
 

@@ -68,12 +68,12 @@ def lies_in_images(output: Path, data_dir: Path, *splits: str) -> bool:
     """Whether what is written into a folder would be taken for images: of these splits or of another that is there."""
     try:
         found = {split: folders_of_split(data_dir, split) for split in (*splits, *SPLITS)}
-    except OSError:  # told when the images are listed
+        place = output.resolve()
+    except (OSError, RuntimeError):  # told when the images are listed, or the folder is made
         return False
     folders = [data_dir / name for names in found.values() for name in names]
     if not any(found[split] for split in splits):
         folders.append(data_dir)
-    place = output.resolve()
     return any(folder.resolve() in (place, *place.parents) for folder in folders)
 
 

@@ -16,7 +16,7 @@ from ..files import first_line
 from ..progress import Progress, tell_on_stderr
 from .batches import in_workers
 from .dataset import DataSplit
-from .reading import LITTER, check_size, ignores_rotation, tell_of_rotations
+from .reading import LITTER, MAX_PIXELS, check_size, ignores_rotation, tell_of_rotations
 
 __all__ = ['check_data', 'empty_folders', 'image_fault', 'repeated_classes']
 
@@ -87,6 +87,8 @@ def image_fault(file: BinaryIO, name: str = '') -> str | None:
             if not whole:
                 image.load()
             return TURNED if ignores_rotation(image, name) else None
+    except Image.DecompressionBombError:
+        return f'it must have at most {MAX_PIXELS:,} pixels, got more. Scale it down'
     except Exception as error:  # a decoder fed with damaged bytes may raise anything
         return first_line(error).replace(repr(file), 'it')
 

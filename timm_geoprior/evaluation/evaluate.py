@@ -129,7 +129,8 @@ def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
     except AssertionError:  # of timm
         raise EvaluationError('--mean and --std must have one number, or one for each channel of the images. Correct '
                               'them.') from None
-    channels = preprocessing['input_size'][0]
+    channels = int(getattr(loaded.model, 'in_chans', preprocessing['input_size'][0]))
+    preprocessing['input_size'] = (channels, *preprocessing['input_size'][1:])
     if channels not in (1, 3):
         raise EvaluationError(f'The model must take images of one or three channels, got {loaded.name}, which takes '
                               f'{channels}. Measure it from Python.')

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from ..errors import GeoPriorError, enough_memory, needs_extra
-from ..progress import handled_signals
+from ..progress import command_line, handled_signals
 
 __all__ = ['main', 'parse_arguments']
 
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior validate'
         0
     """
     args = parse_arguments(argv, prog)
-    command = shlex.join([prog, *(sys.argv[1:] if argv is None else argv)])
+    given = sys.argv[1:] if argv is None else [*argv]
+    of_process = sys.argv[len(sys.argv) - len(given):] == given
+    command = command_line() if of_process else shlex.join([*prog.split(), *given])
     try:
         with needs_extra('train', 'scipy'):
             from ..distributed import group_of_processes, is_first, tells

@@ -181,10 +181,10 @@ def download_tag(name: str, folder: str | Path) -> Path:
     entry = load_manifest().get(name)
     target = Path(folder) / entry.name
     require_weights(entry)
-    if _holds_another(target, entry):
-        raise WeightsError(f'{target} must be new or an earlier download of {entry.name}, got a folder with another '
-                           f'network. Name another folder.')
     try:
+        if _holds_another(target, entry):
+            raise WeightsError(f'{target} must be new or an earlier download of {entry.name}, got a folder with other '
+                               f'weights. Name another folder.')
         target.mkdir(parents=True, exist_ok=True)
         if entry.status == 'converted':
             state_dict = create_model(entry.name, pretrained=True).state_dict()
@@ -199,13 +199,20 @@ def download_tag(name: str, folder: str | Path) -> Path:
 
 def _holds_another(target: Path, entry: ModelEntry) -> bool:
     """Whether there are weights in a folder that are not an earlier download of a tag."""
-    if not (target / 'model.safetensors').exists():
+    weights = target / 'model.safetensors'
+    if (target / 'last.pt').exists() or not weights.exists():
         return (target / 'last.pt').exists()
     try:
         config = json.loads((target / 'config.json').read_text(encoding='utf-8'))
         return bool((config['architecture'], config['pretrained_cfg'].get('tag')) != (entry.architecture, entry.tag))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # it is written last: a download that was stopped has none
+    try:
+        if entry.sha256 is not None:
+            check_file(entry, weights)
+    except WeightsError:
         return True
+    return False
 
 
 def _copy_files(entry: ModelEntry, target: Path) -> None:

@@ -97,7 +97,8 @@ class Trainer:
         if not self.config.resume and self.last.exists():
             raise GeoPriorError(f'{self.config.output} already holds a run. Add --resume, or name another folder.')
         config = self.config
-        if config.data_dir.is_dir() and lies_in_images(config.output, config.data_dir, config.train_split):
+        if config.data_dir.is_dir() and lies_in_images(
+                config.output, config.data_dir, *filter(None, (config.train_split, config.val_split))):
             raise GeoPriorError(f'The output must lie outside the folders of the images, since its pictures would be '
                                 f'taken for some of them, got {config.output}. Name another place with --output.')
         try:
@@ -421,13 +422,14 @@ class Trainer:
 
     def _skip(self, done: int) -> None:
         self.skipped += 1
-        left_out = not self.loss_count and self.update + 1 == self.updates_per_epoch  # a whole epoch, of few updates
-        if self.skipped >= self.recipe.max_skipped_steps or left_out:
+        no_loss = not self.loss_count and self.update + 1 == self.updates_per_epoch  # of a whole epoch
+        if self.skipped >= self.recipe.max_skipped_steps or no_loss:
+            which = f'any step of epoch {self.epoch + 1}' if no_loss else f'{self.skipped} steps in a row'
             lr = self.optimizer.param_groups[-1]['lr']
             good = f'the last good checkpoint is {self.last}' if self.last.exists() else 'there is no checkpoint yet'
             raise GeoPriorError(
-                f'The loss was not finite for {self.skipped} steps in a row, up to step {done} with a learning rate of '
-                f'{lr:.3g}; {good}. Lower lr, or clip gradients with clip_grad.')
+                f'The loss was not finite for {which}, up to step {done} with a learning rate of {lr:.3g}; {good}. '
+                f'Lower lr, or clip gradients with clip_grad.')
 
     # -- after each epoch ----------------------------------------------------------------------------------------------
 
