@@ -170,7 +170,8 @@ def test_the_baseline_is_the_figure_of_the_same_precision(staged, run_folder, tm
     assert (entry.baseline.architecture, entry.baseline.parameters) == ('resnet14t', 123)
     assert (entry.baseline.metric.top1_correct, entry.baseline.metric.img_size) == (5000, 64)
     card = (tmp_path / 'nano' / 'README.md').read_text(encoding='utf-8')
-    assert 'The same recipe gives the plain `resnet14t` (123 parameters' in card
+    assert 'The plain `resnet14t`, trained by the same recipe, reaches' in card
+    assert 'It has 123 parameters, this model' in card
 
 
 @pytest.mark.parametrize(('preprocessing', 'counts', 'message'), [

@@ -81,8 +81,8 @@ def test_without_labels_the_teacher_alone_teaches_the_same(out, photo_folder, fl
     other = Path(shutil.copytree(photo_folder / 'train', tmp_path / 'other'))
     (other / 'astronaut').rename(other / 'a')
     for data, overrides in ((photo_folder, []), (other, ['in_memory=false'])):
-        in_process(out, data, tmp_path / data.name / 'run', 'distill_alpha=1', *overrides).fit()
-    labelled = load_checkpoint(tmp_path / photo_folder.name / 'run' / 'last.pt')['model']
+        in_process(out, data, tmp_path / 'runs' / data.name, 'distill_alpha=1', *overrides).fit()
+    labelled = load_checkpoint(tmp_path / 'runs' / photo_folder.name / 'last.pt')['model']
     assert all(torch.equal(value, labelled[name]) for name, value in found['model'].items())
     start = timm.create_model(f'local-dir:{out}', pretrained=True).state_dict()
     assert not torch.equal(found['model']['fc.weight'], start['fc.weight'])
