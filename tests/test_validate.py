@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -703,6 +704,18 @@ def test_only_results_are_replaced(data, checkpoint, tmp_path, capsys):
     for name in ('a.csv', 'a.json'):
         for _ in range(2):
             assert validate(*options, '--results-file', tmp_path / name, '--output', tmp_path / 'out') == 0
+
+
+@pytest.mark.parametrize(('program', 'command'), [
+    (['scripts/validate.py'], 'python scripts/validate.py'),
+    (['/bin/timm-geoprior', 'validate'], 'timm-geoprior validate'),
+    (['a_sweep.py', '--all'], 'timm-geoprior validate')])
+def test_the_command_that_is_recorded_can_be_repeated(program, command, data, checkpoint, tmp_path, monkeypatch):
+    arguments = ['--checkpoint', str(checkpoint), '--data-dir', str(data / 'folder'), '-j', '0', '--device', 'cpu',
+                 '--results-file', str(tmp_path / 'found.json')]
+    monkeypatch.setattr(sys, 'argv', program if 'sweep' in program[0] else [*program, *arguments])
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / 'found.json').read_text())['command'] == f'{command} {shlex.join(arguments)}'
 
 
 def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):

@@ -200,18 +200,19 @@ def download_tag(name: str, folder: str | Path) -> Path:
 def _holds_another(target: Path, entry: ModelEntry) -> bool:
     """Whether there are weights in a folder that are not an earlier download of a tag."""
     weights = target / 'model.safetensors'
-    if (target / 'last.pt').exists() or not weights.exists():
-        return (target / 'last.pt').exists()
-    try:
+    if (target / 'last.pt').exists():  # of a training run
+        return True
+    if not weights.exists():
+        return False
+    # config.json is written last: a download that was stopped has none
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         config = json.loads((target / 'config.json').read_text(encoding='utf-8'))
         return bool((config['architecture'], config['pretrained_cfg'].get('tag')) != (entry.architecture, entry.tag))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # it is written last: a download that was stopped has none
-    try:
-        if entry.sha256 is not None:
+    if entry.sha256 is not None:
+        try:
             check_file(entry, weights)
-    except WeightsError:
-        return True
+        except WeightsError:
+            return True
     return False
 
 
