@@ -1,9 +1,9 @@
-"""A small Hugging Face Hub on the loopback, in memory: what huggingface_hub needs to upload, list and download models.
+"""A small in-memory Hugging Face Hub on the loopback interface, to upload, list and download models.
 
-The API answers at `http://127.0.0.1:PORT`, objects of the large file storage at `http://localhost:PORT`: another
-origin, as on the Hub, or the client takes its redirects for its own and loses their headers. `HF_ENDPOINT` and
-`HF_HUB_DISABLE_XET=1` must be set before huggingface_hub is imported. Faults are callables that a test puts before a
-request (`HubServer.fault`).
+The API answers at `http://127.0.0.1:PORT`, and the large file storage at `http://localhost:PORT`. This is another
+origin, as on the Hub; otherwise the client would follow its redirects as those of the API and lose their headers.
+`HF_ENDPOINT` and `HF_HUB_DISABLE_XET=1` must be set before huggingface_hub is imported. Tests can inject faults,
+callables that run before a request (`HubServer.fault`).
 """
 import base64
 import hashlib
@@ -23,7 +23,7 @@ import yaml
 LFS_ENDINGS = ('.safetensors', '.bin', '.png')
 SIGNATURE = 'X-Signature=secret-of-the-store'
 
-# the licences that the Hub knows, as far as these tests go
+# the licences that this Hub accepts
 LICENSES = {'apache-2.0', 'mit', 'cc-by-nc-4.0', 'other'}
 
 
@@ -62,7 +62,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """An action before a request whose `METHOD path` the pattern finds."""
+    """An action that runs before requests whose `METHOD path` matches the pattern."""
     pattern: str
     action: Callable[['Handler'], bool]
     times: int
@@ -73,9 +73,9 @@ class HubServer:
 
     Attributes:
         repos: Repository id -> repository.
-        objects: SHA-256 -> content; a test changes it to serve something wrong.
+        objects: SHA-256 -> content; a test may change it to serve wrong content.
         tokens: Token -> role, 'write' or 'read'.
-        requests: `METHOD path`, and the range if one is asked for, of each request, in order.
+        requests: `METHOD path` of each request, with the range if one is requested, in order.
     """
 
     def __init__(self) -> None:
@@ -117,17 +117,17 @@ class HubServer:
             self.repos, self.objects, self.requests, self.faults = {}, {}, [], []
 
     def fault(self, pattern: str, action: Callable[['Handler'], bool], times: int = 1) -> None:
-        """Run an action before the next requests whose `METHOD path` the pattern finds.
+        """Run an action before the next requests whose `METHOD path` matches the pattern.
 
         Args:
-            pattern: A regular expression.
-            action: Given the request's handler; true if it answered, so that the request is not served any more.
-            times: How many requests it is for.
+            pattern: A regular expression, which is searched for.
+            action: Called with the request's handler; returns whether it answered, so that the request is not served.
+            times: Number of requests that it applies to.
         """
         self.faults.append(Fault(pattern, action, times))
 
     def publish(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
-        """Put files into a repository at once; returns the commit."""
+        """Add files to a repository in one commit, and return its id."""
         repo = self.repos.setdefault(repo_id, Repo(private))
         tree: dict[str, bytes | LfsFile] = dict(repo.commits[-1].files) if repo.commits else {}
         for path, content in files.items():
@@ -141,7 +141,7 @@ class HubServer:
         return LfsFile(sha256, len(content))
 
     def count(self, pattern: str) -> int:
-        """How many requests so far the pattern finds."""
+        """The number of requests so far that match the pattern."""
         return sum(re.search(pattern, request) is not None for request in self.requests)
 
 
@@ -167,7 +167,7 @@ def broken_after(count: int, reset: bool) -> Callable[['Handler'], bool]:
 
 
 def together(count: int) -> Callable[['Handler'], bool]:
-    """A fault: hold so many requests until all of them are there, then serve them."""
+    """A fault: hold requests until `count` of them have arrived, then serve them."""
     barrier = threading.Barrier(count)
 
     def action(handler: 'Handler') -> bool:
@@ -187,17 +187,17 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Be silent."""
+        """Log nothing."""
 
     def handle_one_request(self) -> None:
-        """Serve; a client that is gone is no error here."""
+        """Serve a request; a client that disconnects is not an error."""
         try:
             super().handle_one_request()
         except (ConnectionError, OSError, ValueError):
             self.close_connection = True
 
     def reply(self, code: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        """Send a whole answer and close the connection."""
+        """Send a complete response and close the connection."""
         self.send_response(code)
         for name, value in {'Content-Length': str(len(content)), 'Connection': 'close', **(headers or {})}.items():
             self.send_header(name, value)
@@ -229,11 +229,11 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def role(self) -> str:
-        """What the request's token may do: 'write', 'read' or nothing."""
+        """The role of the request's token: 'write', 'read' or ''."""
         return self.hub.tokens.get(self.headers.get('Authorization', '').removeprefix('Bearer '), '')
 
     def serve(self) -> None:
-        """Log the request, and let a fault have it, else answer it."""
+        """Record the request, and answer it unless a fault does."""
         path = unquote(urlsplit(self.path).path)
         request = f'{self.command} {path} {self.headers.get("Range", "")}'.strip()
         with self.hub.lock:
@@ -257,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def repo(self, repo_id: str) -> Repo | None:
-        """A repository that the request's token may see, else answer as the Hub does."""
+        """A repository that the request's token may see; otherwise, answer with the Hub's error."""
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and not self.role):
             self.error(404 if self.role else 401, 'RepoNotFound', 'Repository not found')
@@ -265,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         return repo
 
     def commit_of(self, repo_id: str, revision: str) -> Commit | None:
-        """A commit, else answer as the Hub does."""
+        """A commit; if there is none, answer with the Hub's error."""
         repo = self.repo(repo_id)
         commit = repo.find(revision) if repo else None
         if repo and commit is None:
@@ -273,7 +273,7 @@ class Handler(BaseHTTPRequestHandler):
         return commit
 
     def may_write(self) -> bool:
-        """Whether the token may write, else answer as the Hub does."""
+        """Whether the token may write; if not, answer with the Hub's error."""
         if self.role != 'write':
             self.error(403 if self.role else 401, message='You need a token with write rights' if self.role else
                        'Invalid username or password.')
@@ -300,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json({'url': f'{self.hub.url}/{repo_id}', 'name': repo_id, 'error': 'exists'}, 409 if exists else 200)
 
     def validate_yaml(self) -> None:
-        """POST /api/validate-yaml: front matter with a licence that the Hub knows and a well-formed model-index."""
+        """POST /api/validate-yaml: front matter must have an accepted licence and a well-formed model-index."""
         content = json.loads(self.body())['content']
         match = re.match(r'---\n(.*?)\n---\n', content, re.DOTALL)
         data = yaml.safe_load(match[1]) if match else {}
@@ -312,7 +312,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json({'errors': [{'message': error} for error in errors], 'warnings': []}, 400 if errors else 200)
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        """POST .../preupload: how each file is to be sent, and which one is there."""
+        """POST .../preupload: how to send each file, and the hashes of those that exist."""
         files = json.loads(self.body())['files']
         commit = self.commit_of(repo_id, revision)
         if commit is None or not self.may_write():
@@ -326,7 +326,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json({'files': answers, 'commitOid': commit.oid})
 
     def lfs_batch(self, repo_id: str) -> None:
-        """POST .../info/lfs/objects/batch: where to put the objects that are not there."""
+        """POST .../info/lfs/objects/batch: where to upload the missing objects."""
         objects = json.loads(self.body())['objects']
         if self.repo(repo_id) is None or not self.may_write():
             return
@@ -339,7 +339,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json({'transfer': 'basic', 'objects': answers})
 
     def put_object(self, sha256: str) -> None:
-        """PUT of an object: only with the content that its name says."""
+        """PUT of an object, whose content must match its name."""
         content = self.body()
         if hashlib.sha256(content).hexdigest() != sha256:
             return self.error(400, message='wrong content')
@@ -395,7 +395,7 @@ class Handler(BaseHTTPRequestHandler):
             self.json([_tree_entry(path, file) for path, file in commit.files.items()])
 
     def missing(self, repo_id: str, revision: str) -> None:
-        """GET of a folder that no model of ours has."""
+        """GET of a folder that no model has."""
         commit = self.commit_of(repo_id, revision)
         if commit is not None:
             self.error(404, 'EntryNotFound', 'no such folder', commit.oid)

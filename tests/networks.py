@@ -1,4 +1,4 @@
-"""Networks whose every part counts, for tests that compare two ways to run the same network."""
+"""Networks in which every part affects the output, for tests that compare two ways to run the same network."""
 import torch
 from torch import nn
 
@@ -6,7 +6,7 @@ from timm_geoprior.layers import GeoPriorAttn2d
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """Random norms and radii: a fresh network's residual branches are zero, and every radius is the same."""
+    """Randomize norms and radii: in a new network the residual branches are zero, and all radii are the same."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in model.modules():

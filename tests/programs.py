@@ -1,8 +1,8 @@
-"""Python programs in processes of their own that start at once: each is forked from one that has imported torch.
+"""Run Python programs in new processes that start quickly: they are forked from one that has imported torch.
 
-Starting Python and importing torch takes seconds of which few tests are about. Nothing of timm or of this package is
-imported before: a program does that itself, as it would anywhere. Its exit code, signals, group, files and end are
-those of any Python process.
+Starting Python and importing torch takes seconds, which few tests are about. timm and this package are not imported
+beforehand: a program does that itself, as it would anywhere. Its exit code, signals, process group, files and
+termination are those of any Python process.
 """
 import atexit
 import contextlib
@@ -21,17 +21,17 @@ import tempfile
 import threading
 from pathlib import Path
 
-# what timm and this package import of others
+# third-party modules that timm and this package import
 LIBRARIES = (
     'torch', 'torchvision', 'huggingface_hub.hf_api', 'safetensors.torch', 'yaml', 'tqdm', 'torch.distributed.run',
     'torch.utils.tensorboard', 'matplotlib.figure', 'matplotlib.backends.backend_agg', 'scipy.stats')
 
 
 class Program:
-    """As `subprocess.Popen`, of `python` with these arguments: `-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`.
+    """Like `subprocess.Popen` for `python` with these arguments: `-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`.
 
-    Text comes through a pipe from stdout, and through a file, which cannot fill up, from stderr, if no file
-    descriptors are given for them.
+    Unless file descriptors are given, stdout is read as text through a pipe, and stderr through a file, which cannot
+    fill up.
     """
 
     def __init__(self, arguments, *, cwd=None, env=None, stdout=None, stderr=None, start_new_session=False):
@@ -52,27 +52,27 @@ class Program:
         self.pid = int(self._answers.readline())
 
     def poll(self):
-        """The exit code, or minus the signal's number; None while it runs."""
+        """The exit code, or the negated signal number; None while it runs."""
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             self.wait()
         return self.returncode
 
     def wait(self):
-        """The same, once it has ended."""
+        """Wait until it has ended, and return the same."""
         if self.returncode is None:
             self.returncode = int(self._answers.readline())
         return self.returncode
 
     @functools.cached_property
     def errors(self):
-        """What it has written to stderr, once it has ended."""
+        """What it wrote to stderr, once it has ended."""
         self.wait()
         with self._errors:
             self._errors.seek(0)
             return self._errors.read().decode(errors='surrogateescape')
 
     def finish(self):
-        """Read what it writes until it ends."""
+        """Read its output until it ends."""
         out = self.stdout.read()
         return subprocess.CompletedProcess(self.arguments, self.wait(), out, self.errors)
 
@@ -92,8 +92,8 @@ class Program:
 
 
 def run(arguments, check=False, stdout=None, **options):
-    """As `subprocess.run` of `python` with these arguments, which captures text."""
-    # a file, since processes that a killed one has left keep a pipe open
+    """Like `subprocess.run` for `python` with these arguments, capturing text."""
+    # a file, since the children of a killed process would keep a pipe open
     with tempfile.TemporaryFile('w+') as out:
         with Program(arguments, stdout=out.fileno() if stdout is None else stdout, **options) as program:
             program.wait()
@@ -105,7 +105,7 @@ def run(arguments, check=False, stdout=None, **options):
 
 
 def run_ranks(count, arguments, **options):
-    """As `run`, of processes that find one another by the variables that torchrun sets; a list."""
+    """Like `run` for several processes that find one another by the variables that torchrun sets; returns a list."""
     with contextlib.ExitStack() as stack, socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         meeting = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
@@ -119,7 +119,7 @@ def run_ranks(count, arguments, **options):
 
 @functools.cache
 def _server():
-    """The socket of the process that others are forked from; it ends when this end of it is closed."""
+    """The socket to the process that others are forked from, which ends when this socket is closed."""
     ours, theirs = socket.socketpair()
     subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                      stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -128,7 +128,7 @@ def _server():
 
 
 def _serve(control):
-    """Fork a process for each request. It returns in that one, with the request and its stdout and stderr."""
+    """Fork a process for each request, and return in that process with the request and its stdout and stderr."""
     while True:
         message, files, *_ = socket.recv_fds(control, 1, 3)
         if not message:
@@ -152,7 +152,7 @@ def _serve(control):
 
 
 def _become(request, files):
-    """Make this process what `python` would be with these arguments."""
+    """Set up this process as `python` would with the request's arguments."""
     for number, file in enumerate(files, 1):
         os.dup2(file, number)
         os.close(file)
@@ -161,7 +161,7 @@ def _become(request, files):
     if request['start_new_session']:
         os.setsid()
     os.chdir(request['cwd'])
-    multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # from where processes that it spawns find it
+    multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # where processes that it spawns look for the script
     inherited = os.environ.get('PYTHONPATH', '')
     os.environ.clear()
     os.environ.update(request['env'])
@@ -172,7 +172,7 @@ def _become(request, files):
 
 
 def _end(error):
-    """End as Python does, but for the second that taking all modules apart takes in a forked process."""
+    """End as Python does, but without tearing down all modules, which takes a second in a forked process."""
     code = 0
     if isinstance(error, SystemExit):
         code = error.code or 0
@@ -198,7 +198,7 @@ if __name__ == '__main__':
     for _name in LIBRARIES:
         try:
             importlib.import_module(_name)
-        except ModuleNotFoundError:  # of an extra
+        except ModuleNotFoundError:  # it belongs to an extra
             pass
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))

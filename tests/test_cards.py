@@ -1,4 +1,4 @@
-"""What is written about the models is what the manifest says."""
+"""Model cards and tables agree with the manifest."""
 import json
 import re
 from dataclasses import replace
@@ -47,12 +47,12 @@ def tables():
 def test_readme_has_the_manifests_tables():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     written = text[text.index(BEGIN):text.index(END) + len(END)].splitlines()
-    assert tables().splitlines() == written, 'write them anew: python -m timm_geoprior.release.cards'
+    assert tables().splitlines() == written, 'update them: python -m timm_geoprior.release.cards'
 
 
 def test_table(entry):
     rows = models_table(with_entry(replace(entry, status='bundled'))).splitlines()
-    assert len(rows) == 2 + len(load_manifest().models) + 3  # converted ones that are defaults
+    assert len(rows) == 2 + len(load_manifest().models) + 3  # converted tags that are defaults
     assert {row.count('|') for row in rows} == {10}
     (row,) = (row for row in rows if NANO in row)
     assert [cell.strip() for cell in row.strip('|').split('|')] == [
@@ -108,7 +108,7 @@ def test_config_is_what_timm_would_save(tmp_path):
                 'pool_size', 'first_conv', 'classifier', 'license', 'custom_load'):
         assert ours['pretrained_cfg'][key] == timms['pretrained_cfg'][key], key
     assert ours['label_names'] == list(load_manifest().label_sets[entry.label_set].names)
-    # timm and transformers know ImageNet's by their number
+    # timm and transformers recognize ImageNet's labels by their number
     assert 'label_names' not in hub_config(load_manifest().get('geoprior_resnet101.paper_in1k'))
 
 

@@ -1,4 +1,4 @@
-"""Files of weights: one reader for every command, and what it says of files that are something else."""
+"""Weight files: one reader for every command, and its messages about other files."""
 import pickle
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 def test_every_reader_takes_the_same_weights(tmp_path):
-    """Those that scripts/validate.py measures are those that a release, fine-tuning and timm's own loading take."""
+    """A release, fine-tuning and timm's own loading use the weights that scripts/validate.py measures."""
     path = tmp_path / 'last.pt'
     torch.save({'model': SOURCE.state_dict(), 'model_ema': halved(SOURCE), 'model_name': NANO, 'num_classes': 3,
                 'model_kwargs': {}}, path)
@@ -60,7 +60,7 @@ def test_what_another_program_means_by_a_name_is_not_taken(name, value, tmp_path
                    'model': {}},
 ], ids=['lightning', 'two levels', 'compiled in ddp', 'torchvision'])
 def test_weights_below_a_prefix(wrap, tmp_path):
-    """As other programs save them: the prefix is taken off, and said."""
+    """As other programs save them: the prefix is removed, and reported."""
     path = tmp_path / 'other.ckpt'
     torch.save(wrap(SOURCE.state_dict()), path)
     loaded = load_model(NANO, path, num_classes=3)

@@ -1,4 +1,4 @@
-"""The networks in other people's libraries: built, trained on real photographs, saved and loaded again."""
+"""The networks in other libraries: built, trained on real photographs, saved and loaded again."""
 from collections import OrderedDict
 
 import pytest
@@ -31,7 +31,7 @@ def seed():
 
 @pytest.fixture(scope='module')
 def photos():
-    """Images, shape (4, 3, 64, 64) in [0, 1], and the box of each as x1, y1, x2, y2 in shares of the sides."""
+    """Images, shape (4, 3, 64, 64) in [0, 1], and the box of each as x1, y1, x2, y2 in fractions of the sides."""
     data = pytest.importorskip('skimage.data')
     opened = [Image.fromarray(getattr(data, name)()) for name in BOXES]
     images = torch.stack([to_tensor(photo.resize((SIZE, SIZE))) for photo in opened])
@@ -50,9 +50,9 @@ def radii(model):
 
 
 def check_training(model, loss_of):
-    """Train two steps: in a new network the last norm of each block is zero, and nothing before it learns in the first.
+    """Train for two steps, and check that all radii change and the loss on the images falls.
 
-    All radii move, and the loss on the images falls.
+    One step is not enough: in a new network the last norm of each block is zero, and nothing before it learns.
     """
     before = radii(model)
     assert before
@@ -60,7 +60,7 @@ def check_training(model, loss_of):
     model.train()
     losses = []
     for _ in range(2):
-        torch.manual_seed(0)  # dropout and the boxes that a detector draws
+        torch.manual_seed(0)  # dropout and the boxes that a detector samples
         loss = loss_of(model)
         optimizer.zero_grad()
         loss.backward()
@@ -78,7 +78,7 @@ def check_same(model, again, answer):
 
 
 def check_bundled(loaded, features_only=True):
-    """What a client loaded is what timm loads after the check of its bytes, in every tensor."""
+    """Check that a client loaded the same tensors as timm does after verifying the file."""
     bundled = timm.create_model(TAG, pretrained=True, features_only=features_only).state_dict()
     assert loaded.keys() == bundled.keys()
     assert all(torch.equal(value, bundled[name]) for name, value in loaded.items())
@@ -106,7 +106,7 @@ def test_segmentation(photos, tmp_path, architecture, name):
 # -- torchvision's detectors -------------------------------------------------------------------------------------------
 
 class Pyramid(torch.nn.Module):
-    """Stages of a network of timm with a feature pyramid on top, as torchvision's detectors take it."""
+    """Stages of a timm network with a feature pyramid on top, as torchvision's detectors expect it."""
 
     def __init__(self, name, first, top, pretrained):
         super().__init__()
@@ -120,7 +120,7 @@ class Pyramid(torch.nn.Module):
 
 
 def detector(kind, name):
-    """A detector of three levels and two made of the last (RetinaNet), or of four and one (Faster R-CNN)."""
+    """A detector with three levels and two derived from the last (RetinaNet), or with four and one (Faster R-CNN)."""
     cfg, pretrained = timm.get_pretrained_cfg(name), name == NANO
     common = {'num_classes': 5, 'min_size': SIZE, 'max_size': SIZE, 'image_mean': cfg.mean, 'image_std': cfg.std}
     if kind == 'RetinaNet':
@@ -164,7 +164,7 @@ def test_timm_wrapper(transformers, photos, folder, tmp_path, name):
         check_bundled(wrapper.from_pretrained(folder).timm_model.state_dict(), features_only=False)
         model = wrapper.from_pretrained(
             folder, num_labels=4, id2label=dict(enumerate(BOXES)), ignore_mismatched_sizes=True)
-        model.config.label_names = list(BOXES)  # transformers 5.23 saves the old ones beside the new number
+        model.config.label_names = list(BOXES)  # transformers 5.23 saves the old names with the new number
     else:
         model = wrapper(transformers.TimmWrapperConfig(architecture=name, num_labels=4))
     check_training(model, lambda model: model(inputs, labels=labels).loss)
@@ -182,7 +182,7 @@ def test_timm_backbone(transformers, photos, tmp_path, name):
     inputs, labels = prepared(name, photos[0]), torch.arange(4)
     backbone = transformers.TimmBackbone(transformers.TimmBackboneConfig(backbone=name, out_indices=[2, 3, 4]))
     if name == NANO:
-        # pretrained=True loads the same, and transformers 5.23 then resets the running statistics of every timm network
+        # pretrained=True loads the same, but transformers 5.23 then resets the running statistics of every timm network
         weights = timm.create_model(name, pretrained=True, features_only=True).state_dict()
         backbone._backbone.load_state_dict(weights)
         check_bundled(backbone._backbone.state_dict())
@@ -197,7 +197,7 @@ def test_timm_backbone(transformers, photos, tmp_path, name):
 
 @pytest.mark.parametrize('way', ['from_config', 'from_pretrained'])
 def test_auto_backbone(transformers, photos, way):
-    """From a configuration as TimmBackbone; by name it asks the Hub first, and resets running statistics."""
+    """From a configuration it is a TimmBackbone; by name it asks the Hub first, and resets running statistics."""
     inputs = prepared(NANO, photos[0])
     weights = timm.create_model(NANO, pretrained=True, features_only=True).state_dict()
     if way == 'from_config':
@@ -215,7 +215,7 @@ def test_auto_backbone(transformers, photos, way):
 
 
 def test_a_detector_of_transformers(transformers, photos, tmp_path):
-    """DETR, which takes a TimmBackbone, and freezes its norms: of use with trained weights only."""
+    """DETR, which uses a TimmBackbone and freezes its norms, so that it needs trained weights."""
     pytest.importorskip('scipy')
     inputs, boxes = prepared(NANO, photos[0]), photos[1]
     config = transformers.DetrConfig(
@@ -225,7 +225,7 @@ def test_a_detector_of_transformers(transformers, photos, tmp_path):
     model = transformers.DetrForObjectDetection(config)
     weights = timm.create_model(NANO, pretrained=True, features_only=True).state_dict()
     model.model.backbone.model.load_state_dict(weights)
-    places = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)  # middle, width, height
+    places = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)  # center, width, height
     targets = [{'class_labels': torch.tensor([label]), 'boxes': place[None]} for label, place in enumerate(places)]
     check_training(model, lambda model: model(inputs, labels=targets).loss)
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""scripts/experiments/compare.py and what it is made of, on real photographs."""
+"""scripts/experiments/compare.py and its parts, on real photographs."""
 import csv
 import json
 import runpy
@@ -60,7 +60,7 @@ def rows_of(output):
     return list(csv.DictReader((output / 'runs.csv').open()))
 
 
-# the process ends, as by SIGKILL, after the first epoch of the third run
+# ends the process, as SIGKILL would, after the first epoch of the third run
 KILLED = (
     'import os, runpy, sys\n'
     'from timm_geoprior.training import engine\n'
@@ -74,7 +74,7 @@ KILLED = (
 
 
 def test_killed_and_gone_on(plan, photo_folder, tmp_path, script, capsys):
-    """Seed by seed; what was finished stays as it is, what was begun is not begun again; each run is train.py's."""
+    """Runs are made seed by seed; finished ones are kept and unfinished ones resumed; each equals that of train.py."""
     output = tmp_path / 'out'
     given = (plan, photo_folder, output, '--seeds', 0, 1)
     assert run(['-c', KILLED, *arguments(*given)[1:]]).returncode == 9
@@ -100,7 +100,7 @@ def test_killed_and_gone_on(plan, photo_folder, tmp_path, script, capsys):
     assert int(rows[2]['parameters']) > int(rows[0]['parameters'])
     text = (output / 'comparison.md').read_text()
     assert text in capsys.readouterr().out
-    assert 'No intervals yet, with 2 of the 3 seeds that they take.' in text
+    assert 'No intervals yet, with 2 of the 3 seeds that they need.' in text
     assert Image.open(output / 'comparison.png').size[0] > 1000
 
 
@@ -128,7 +128,7 @@ def test_finished_runs_are_done_once_and_must_be_the_same(plan, photo_folder, tm
 
 
 def test_radii_are_scaled_with_the_map(plan, photo_folder, tmp_path, monkeypatch):
-    """What the network has while each accuracy is measured, and that it is left as it was."""
+    """The network's radius while each accuracy is measured; it is restored afterwards."""
     seen = []
     count = comparison.count_correct
 
@@ -186,7 +186,7 @@ def test_layers_in_their_order():
 
 @pytest.mark.parametrize('name', ['nano_variants', 'nano_radius', 'resnet50_pair'])
 def test_the_reports_of_the_documentation_are_their_rows(name, tmp_path):
-    """What scripts/experiments/compare.py wrote, from the runs in the file beside."""
+    """Each report is what scripts/experiments/compare.py writes for the runs in the CSV file next to it."""
     def value(key, text):
         return float(text) if key.startswith('top1') else int(text) if text.isdigit() else text
 
@@ -207,7 +207,7 @@ def test_the_variants_that_the_project_has():
 def test_the_control_differs_from_its_network_in_the_model_alone():
     prior, control = load_variants(str(ROOT / 'scripts' / 'experiments' / 'resnet50_pair.yaml')).values()
     assert (prior.model, control.model) == ('geoprior_resnet50.r128_tin200', 'resnet50')
-    assert (prior.model_kwargs, control.model_kwargs) == ({'attn_radius': 1}, {})  # of which a plain network has none
+    assert (prior.model_kwargs, control.model_kwargs) == ({'attn_radius': 1}, {})  # a plain network has no radius
     assert replace(control, model=prior.model, model_kwargs=prior.model_kwargs) == prior
 
 
@@ -216,7 +216,7 @@ def test_the_control_differs_from_its_network_in_the_model_alone():
     ([], ['a: {}', 'b'], ComparisonError, "--variant must hold 'NAME: {KEY: VALUE}', got 'b'"),
     ([], ['a: {', 'b: {}'], ComparisonError, '--variant is not YAML'),
     ([], ['a: {}', 'b: 3'], ComparisonError, 'variant b must be keys and values, got 3'),
-    ([], ['a: {}', 'b/c: {lr: 1}'], ComparisonError, "must be of letters, digits, _, - and dots, got 'b/c'"),
+    ([], ['a: {}', 'b/c: {lr: 1}'], ComparisonError, "must consist of letters, digits, _, - and dots, got 'b/c'"),
     (['holdout=0'], [], ComparisonError, 'must hold out images .*, got holdout=0 and in_memory=True'),
     ([], ['a: {}', 'b: {holdout: 5}'], ComparisonError, 'holdout must be the same in all variants, .* got 2 and 5'),
     (['eval_size=0'], ['a: {}', 'b: {img_size: 40}'], ComparisonError, 'eval_size must be the same .* got 32 and 40'),

@@ -1,4 +1,4 @@
-"""The conversion in closed form: its sums against dense matrices and samples, and what it makes of a state dict."""
+"""The conversion in closed form: its sums against dense matrices and samples, and the state dicts that it returns."""
 import copy
 import logging
 import math
@@ -35,11 +35,11 @@ from timm_geoprior.layers import attention_map
 
 CHANNELS = (8, 16, 24, 32)
 VALUE_DIMS = (0, 8, 8, 8)
-FAR_BORDERS = {'input_size': (3, 2 ** 30, 2 ** 30)}  # so that the share of the positions at a border vanishes
+FAR_BORDERS = {'input_size': (3, 2 ** 30, 2 ** 30)}  # so that the share of border positions vanishes
 
 
 class Rectifier(nn.ReLU):
-    """ReLU that the closed form does not know."""
+    """A ReLU that the closed form does not recognize."""
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_the_inputs_are_those_behind_a_convolution_of_white_noise():
 
 
 def test_nothing_depends_on_how_neighbours_share_a_scale():
-    """A norm's weight and bias times a factor, the weights behind it divided by it: the same network."""
+    """Multiplying a norm's weight and bias by a factor and dividing the next weights by it gives the same network."""
     def fit(first: torch.Tensor, second: torch.Tensor):
         inputs = InputModel.behind_norm(draw(8, seed=1) * first, draw(8, seed=2) * first, nn.ReLU(), draw(8, 6, seed=3))
         layer = LayerModel(draw(16, 8, 3, 3) / first[:, None, None], inputs, (7, 7))
@@ -153,7 +153,7 @@ def test_channels_that_are_always_zero_do_no_harm():
 @pytest.mark.parametrize(('weight', 'bias', 'row'), [
     (1e-9, 1, 1), (1e-20, 1, 1), (1, 1e10, 1), (1, 1e20, 1), (1, 1, 1e-170)])
 def test_channels_of_any_size_are_fitted(weight, bias, row, activation):
-    """Also beside usual ones, and where rows of the convolution before are nearly the same."""
+    """Also next to ordinary channels, and if rows of the preceding convolution are nearly equal."""
     size = torch.ones(8, dtype=torch.float64)
     size[::2] = weight
     previous = torch.stack([torch.ones(6, dtype=torch.float64)] * 8) + 1e-3 * draw(8, 6)
@@ -278,9 +278,9 @@ def test_heads_have_radii_and_channels_of_their_own(num_heads, activation):
 
 
 def planted(value_dims: tuple[int, ...] = VALUE_DIMS) -> tuple[nn.Module, nn.Module]:
-    """A GeoPrior ResNet, and the plain one some of whose channels are its attention: 1x1 projections, then blurred.
+    """A GeoPrior ResNet, and a plain one with the same attention in some of its channels: blurred 1x1 projections.
 
-    Within a 3x3 kernel a Gaussian of up to 0.37 cells is whole to 1e-6. The blurred channels lie among the others.
+    A 3x3 kernel covers a Gaussian of up to 0.37 cells to within 1e-6. The blurred channels lie among the others.
     """
     model, source = randomize(geoprior(value_dims=value_dims)), plain()
     state, shuffle = model.state_dict(), torch.Generator().manual_seed(2)
@@ -307,7 +307,7 @@ def test_planted_attention_is_found():
     for found, expected in zip(attention_blocks(converted), attention_blocks(model), strict=True):
         torch.testing.assert_close(found.attn.radius(), expected.attn.radius(), rtol=1e-3, atol=0)
         scale = expected.attn.value.weight.abs().max()
-        # the channels have lost their order
+        # the order of the channels is lost
         differences = (found.attn.value.weight[:, None] - expected.attn.value.weight).abs().amax((2, 3, 4))
         assert (differences.min(1).values < 1e-5 * scale).all()
 
@@ -337,7 +337,7 @@ MODELS = {
 
 @pytest.mark.parametrize('name', MODELS)
 def test_the_attention_stands_in_for_what_it_replaces(name):
-    """For smooth kernels, as trained networks have some: far nearer the source than without the attention."""
+    """With smooth kernels, as some in trained networks, it is far closer to the source than without attention."""
     both, own = MODELS[name]
     source, model = plain(**both), geoprior(**both, **own)
     model.pretrained_cfg = {'input_size': (3, 96, 96)}
@@ -346,7 +346,7 @@ def test_the_attention_stands_in_for_what_it_replaces(name):
         for layer in (source.layer1, source.layer2, source.layer3, source.layer4):
             for block in layer:
                 block.conv2.weight.copy_(block.conv2.weight.mean((2, 3), keepdim=True) + 0.3 * block.conv2.weight)
-        source.train()(images)  # running statistics that are the network's
+        source.train()(images)  # the network's own running statistics
         source.eval()
         model.load_state_dict(convert_state_dict(source.state_dict(), model))
         converted = (model.forward_features(images) - source.forward_features(images)).norm()
@@ -418,7 +418,7 @@ def same(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope='module')
 def twin() -> dict[str, torch.Tensor]:
-    """The state dict of a plain network of the nano's shape. Not to be changed."""
+    """The state dict of a plain network of the nano's shape. Do not modify."""
     torch.manual_seed(0)
     return randomize(timm.create_model(NANO, **PLAIN)).state_dict()
 
@@ -481,7 +481,7 @@ def test_a_geoprior_state_dict_is_not_touched(expected, caplog):
     ((0, 0, 0, 0), 'layer2.0.conv2.weight'), ((0, 8, 16, 0), 'layer4.0.conv2.weight'),
     ((8, 8, 16, 24), 'layer1.0.conv2.conv.weight')])
 def test_weights_of_other_3x3_layers_are_refused(expected, value_dims, name):
-    """timm would leave the layers random, and load the rest, with another number of classes."""
+    """With another number of classes, timm would leave the layers random and load the rest."""
     message = f'must have the 3x3 layers of the network, got none for {name}. Build it with the options of the weights'
     for options in ({'pretrained_cfg_overlay': {'state_dict': expected}}, {}):
         with pytest.raises(GeoPriorError, match=re.escape(message)) as raised:
@@ -531,7 +531,7 @@ def test_other_weights_are_refused_in_one_sentence(twin, name, num_classes):
     with pytest.raises(ConversionError, match=re.escape(message)) as caught:
         checkpoint_filter_fn(state, timm.create_model(NANO, num_classes=num_classes))
     assert '\n' not in str(caught.value)
-    if state:  # timm does not load what is left
+    if state:  # timm does not load the remaining tensors
         overlay = {'state_dict': state}
         with pytest.raises(ConversionError, match=re.escape(message)):
             timm.create_model(NANO, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
@@ -609,7 +609,7 @@ def test_the_number_of_threads_makes_no_difference(twin, expected):
 
 
 def test_conversions_at_once_leave_the_number_of_threads(twin, expected):
-    """Of threads that have used torch for the first time while another converted, too."""
+    """Also that of threads that first used torch while another thread converted."""
     model, threads = timm.create_model(NANO), torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -1,4 +1,4 @@
-"""scripts/experiments/conversion_imagenet.py: conversions of a network that strides first, beside its source."""
+"""scripts/experiments/conversion_imagenet.py: conversions of a network with strides in its 1x1 layers."""
 import copy
 import json
 import re
@@ -28,7 +28,7 @@ def source():
 
 
 def test_maps_and_strides_are_those_of_the_network(source):
-    """Of the attention layers as they run."""
+    """Those that the attention layers see in a forward pass."""
     model, seen = stride_first(timm.create_model('geoprior_resnet50', num_classes=1000).eval()), []
     blocks = list(script.attention_blocks(model))
     for item in blocks:
@@ -45,7 +45,7 @@ def test_the_table(source, photo_folder, tmp_path, monkeypatch, capsys):
     wnids = ImageNetInfo().label_names()
     data = tmp_path / 'data'
     (tmp_path / 'model.json').touch()
-    for table in ('_model_entrypoints', '_module_to_models'):  # other tests list the models
+    for table in ('_model_entrypoints', '_module_to_models'):  # restored, since other tests list the models
         monkeypatch.setattr(timm.models._registry, table, copy.copy(getattr(timm.models._registry, table)))
     for name, wnid in zip(('coffee', 'rocket'), (wnids[967], wnids[657]), strict=True):
         (data / wnid).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""scripts/experiments/cost.py, against figures reckoned by hand."""
+"""scripts/experiments/cost.py, against figures computed by hand."""
 import json
 from pathlib import Path
 

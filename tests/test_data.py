@@ -57,7 +57,7 @@ class TestCropFlip:
         whole = CropFlip(scale=(1, 1), ratio=(1, 1), hflip=0)
         images = photos.images[:4].float()
         sampled = whole(images, torch.rand(4, 5), 64)
-        torch.testing.assert_close(sampled, images, atol=0.05, rtol=0)  # of 255: the grid's own rounding
+        torch.testing.assert_close(sampled, images, atol=0.05, rtol=0)  # out of 255: rounding of the sampling grid
 
     def test_flip(self, photos):
         flip = CropFlip(scale=(1, 1), ratio=(1, 1), hflip=1)

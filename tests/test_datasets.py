@@ -1,4 +1,4 @@
-"""Data as people have them: pictures of every kind by every way in, litter, class maps, names, shards."""
+"""Real-world data: pictures of every kind in every input format, stray files, class maps, names, shards."""
 import io
 import json
 import os
@@ -30,7 +30,7 @@ def picture(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
 
 
 def encoded(image: Image.Image, form: str, turned: int = 1) -> bytes:
-    """An image's file, which states an EXIF orientation."""
+    """An encoded image with an EXIF orientation."""
     exif = Image.Exif()
     exif[ORIENTATION] = turned
     content = io.BytesIO()
@@ -39,7 +39,7 @@ def encoded(image: Image.Image, form: str, turned: int = 1) -> bytes:
 
 
 def odd_pictures() -> dict[str, bytes]:
-    """Files that timm's own reader shows otherwise than a viewer does."""
+    """Files that timm's own reader decodes differently from an image viewer."""
     grey = Image.fromarray((np.asarray(picture().convert('L')).astype(np.uint16) * 257))
     clear = picture().convert('RGBA')
     clear.putalpha(Image.linear_gradient('L').resize(clear.size))
@@ -84,7 +84,7 @@ def parquet(root: Path, files: dict[str, bytes], label: str = 'label', split: st
 
 
 def opened(way: str, root: Path, files: dict[str, bytes]) -> DataSplit:
-    """The same files by one of the ways in."""
+    """The same files in one of the input formats."""
     if way == 'folder':
         return open_split(write(root / 'set', {f'val/a/{name}': content for name, content in files.items()}))
     if way == 'archive':
@@ -98,7 +98,7 @@ def opened(way: str, root: Path, files: dict[str, bytes]) -> DataSplit:
 
 
 def pixels_of(data: DataSplit) -> dict[str, np.ndarray]:
-    """Every image by its name, or by its place in a stream."""
+    """Every image by its name, or by its position in a stream."""
     if not data.is_stream:
         return {name.rpartition('/')[2]: np.asarray(read_item(data.dataset, index))
                 for index, name in enumerate(data.names)}
@@ -135,7 +135,7 @@ def test_training_reads_the_same_pixels(tmp_path):
 
 
 def ilsvrc_files() -> dict[str, bytes]:
-    """Files named as ILSVRC's, of the kinds that are among them: colour, grey, CMYK, a PNG, turned ones."""
+    """Files named like ILSVRC's, of the kinds found there: colour, grey, CMYK, PNG, rotated."""
     clear = picture().convert('RGBA')
     clear.putalpha(100)
     return {'ILSVRC2012_val_00000001.JPEG': encoded(picture(), 'JPEG', 6),
@@ -167,7 +167,7 @@ def test_a_rotation_that_is_ignored_is_told(tmp_path):
         decode_images(data.dataset, 32, workers=0)
     loader = FolderLoader(data.dataset, lambda size: lambda image: torch.zeros(1), LoaderConfig(3), workers=0)
     with pytest.warns(UserWarning, match="3 of ILSVRC's files state a rotation"):
-        list(zip(range(len(loader)), loader.epoch(0, 32), strict=False))  # a training run asks for no more
+        list(zip(range(len(loader)), loader.epoch(0, 32), strict=False))  # a training run reads no further
 
 
 @pytest.mark.parametrize(('rank', 'count'), [(0, 1), (1, 0)])
@@ -235,7 +235,7 @@ def test_links_from_one_folder_to_another_end(tmp_path):
         for other in 'abc':
             (root / one / f'to_{other}').symlink_to(f'../{other}')
     options = DataOptions(labelled=False)
-    assert len(open_split(root, options=options).names) == 15  # each from every way that does not go back
+    assert len(open_split(root, options=options).names) == 15  # each by every path without a cycle
     (tmp_path / 'below').mkdir()
     (tmp_path / 'below' / 'up').symlink_to('..')
     assert {name.split('/')[-1] for name in open_split(tmp_path / 'below', options=options).names} == {
@@ -293,11 +293,11 @@ def test_the_archive_of_archives_of_the_training_images(tmp_path):
 
 
 def test_a_zip_is_unpacked(tmp_path):
-    with zipfile.ZipFile(tmp_path / 'photos.tar', 'w') as archive:  # whatever it is called
+    with zipfile.ZipFile(tmp_path / 'photos.tar', 'w') as archive:  # whatever its name
         archive.writestr('photos/a/1.jpg', JPEG)
     with unpacked(tmp_path / 'photos.tar') as root:
         assert open_split(root).names == ('photos/a/1.jpg',)
-        assert root.name.startswith('photos.tar-')  # which a message shows
+        assert root.name.startswith('photos.tar-')  # shown in messages
 
 
 # -- class maps --------------------------------------------------------------------------------------------------------

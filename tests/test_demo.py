@@ -1,4 +1,4 @@
-"""The page to try: served by real processes, used in a real browser."""
+"""The demo page, served by real processes and used in a real browser."""
 import io
 import os
 import re
@@ -22,7 +22,7 @@ from timm_geoprior.pretrained.download import download_tag
 from timm_geoprior.pretrained.manifest import default_model, load_manifest
 
 NANO = 'geoprior_resnet14_nano.r64_tin200'
-# the command, in a process that tells of every connection to another machine
+# the command, in a process that reports every connection to another machine
 WATCHED = """
 import sys
 
@@ -50,7 +50,7 @@ def names(picture, model=NANO):
 
 @contextmanager
 def running(command, log, **options):
-    """A process that serves the page; its address."""
+    """Run a process that serves the page, and yield its address."""
     with open(log, 'w') as stderr, Program(command, stderr=stderr.fileno(), **options) as process:
         try:
             line = process.stdout.readline()
@@ -89,7 +89,7 @@ def log(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def url(log):
-    """The page, with a second model beside the bundled one and chosen at first: a copy of it."""
+    """The page, with a copy of the bundled model as a second one, which is selected at first."""
     pytest.importorskip('gradio')
     pytest.importorskip('skimage')
     copy = download_tag(NANO, log.parent / 'copies')
@@ -100,7 +100,7 @@ def url(log):
 
 @contextmanager
 def opened(chromium, url, **options):
-    """The page, and the machines that it has sent requests to."""
+    """Open the page, and yield it with the hosts that it has sent requests to."""
     with chromium.new_context(**options) as context:
         page = context.new_page()
         page.set_default_timeout(60_000)
@@ -122,7 +122,7 @@ def windows(page):
 
 
 def click(page, across, down):
-    """Click into the picture, and wait for other windows."""
+    """Click on the picture, and wait for other windows."""
     before, box = windows(page), page.locator('#picture img').bounding_box()
     page.locator('#picture img').click(position={'x': box['width'] * across, 'y': box['height'] * down})
     page.wait_for_function('src => document.querySelector("#windows img").src != src', arg=before)
@@ -176,7 +176,7 @@ def test_samples_and_clicks(demo, chromium, url):
         box = page.locator('#picture img').bounding_box()
         page.locator('#picture img').click(position={'x': 0.05 * box['width'], 'y': 0.5 * box['height']})
         x, y = map(float, re.search(r'got ([\d.]+),([\d.]+)\.', message(page, 'that the network sees')).groups())
-        # in pixels of the picture, not of what is shown of it
+        # in pixels of the picture, not of its display
         assert (x, y) == (pytest.approx(0.05 * 600, abs=3), pytest.approx(0.5 * 400, abs=3))
         page.locator('[data-testid=toast-text]').wait_for(state='detached', timeout=40_000)
         page.locator('#samples button').nth(1).click()
@@ -190,7 +190,7 @@ def shown(page):
 
 
 def test_the_picture_shows_the_point_and_what_the_network_sees(demo, chromium, url):
-    """A white cross where one clicked, a white frame around the square that is cropped, the margin darker."""
+    """A white cross at the clicked point, a white frame around the cropped square, and a darker margin."""
     with opened(chromium, url, viewport={'width': 1400, 'height': 1200}) as (page, _):
         own = read_image(demo.SAMPLES[0]).resize((1024, 683))
         for across, down in ((0.5, 0.5), (0.62, 0.4)):
@@ -219,14 +219,14 @@ def test_probabilities_are_legible_below_one_percent(demo, chromium, url):
 
 
 def test_a_share_is_never_nothing(demo):
-    """Less than a thousandth is said to be so; a name that HTML would read is shown as it is."""
+    """Less than a thousandth is shown as such; HTML in a name is escaped."""
     said = demo._guesses(FixedClassifier(), None)
     assert re.findall('<dd>(.*?)</dd>', said) == ['99.9%', '< 0.1%', '< 0.1%']
     assert re.findall('<dt>(.*?)</dt>', said) == ['&lt;b&gt;', 'x', 'x (c)']
 
 
 class FixedClassifier:
-    """Always the same."""
+    """Returns fixed predictions."""
 
     def __call__(self, image):
         return [{'label': label, 'name': name, 'probability': probability}
@@ -249,12 +249,12 @@ def test_another_model(demo, chromium, url):
         assert 'Knows 200 classes, sees 64 x 64 pixels.' in page.inner_text('#model')
         page.locator('#model input').click()
         page.get_by_role('option', name=NANO, exact=True).click()
-        page.locator('#model', has_text='of the 10,000 images of Tiny-ImageNet-200 val').wait_for()
+        page.locator('#model', has_text='on the 10,000 images of Tiny-ImageNet-200 val').wait_for()
         wait_for_names(page, names(read_image(demo.SAMPLES[0])))
 
 
 def test_bad_files_then_a_good_one(demo, chromium, url, tmp_path):
-    """A bad file is told on the page and changes nothing; the next picture is taken, a TIFF, which no browser shows."""
+    """A bad file is reported on the page and changes nothing; a TIFF, which no browser shows, is accepted after it."""
     bad = {
         'notes.txt': ('not a picture', 'is not an image that Pillow can read'),
         'renamed.jpg': ('not a picture', 'is not an image that Pillow can read'),
@@ -281,7 +281,7 @@ def test_bad_files_then_a_good_one(demo, chromium, url, tmp_path):
 def test_narrow_and_dark_without_a_network(chromium, url, log):
     with opened(chromium, url, viewport={'width': 400, 'height': 800}, color_scheme='dark') as (page, hosts):
         shape = page.evaluate('(i => i.naturalHeight / i.naturalWidth)(document.querySelector("#windows img"))')
-        assert shape > 3  # one panel under the other
+        assert shape > 3  # panels below each other
         assert page.evaluate('document.documentElement.scrollWidth') == 400
         assert hosts == {'127.0.0.1'}
     assert log.read_text() == ''

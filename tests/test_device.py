@@ -1,4 +1,4 @@
-"""Layer, networks, training and measuring on a GPU, against the CPU. Without a GPU the CPU takes its place."""
+"""Layer, networks, training and validation on a GPU, against the CPU. Without a GPU, the CPU is used instead."""
 import csv
 import json
 import os

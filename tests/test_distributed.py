@@ -6,7 +6,7 @@ from timm_geoprior import distributed
 
 
 def test_nothing_is_allocated_before_the_process_has_its_own_gpu(monkeypatch):
-    """Else each process of a machine would take some of GPU 0's memory."""
+    """Otherwise each process on a machine would use some of GPU 0's memory."""
     calls = []
     allocate = torch.empty
 

@@ -1,4 +1,4 @@
-"""What is drawn is what the network does: windows to scale, receptive fields, one figure that is legible."""
+"""Explanations show what the network does: windows to scale, receptive fields, one legible figure."""
 import itertools
 import math
 import re
@@ -64,7 +64,7 @@ def model(request):
 
 
 def classifier_of(model, **config):
-    """A classifier for any network, of as many classes as it has."""
+    """A classifier for any network, with names for all of its classes."""
     model.pretrained_cfg = {**model.pretrained_cfg, **config}
     transform = create_transform(**resolve_model_data_config(model))
     classes = tuple((f'n{i}', f'{i} WWW is a name that no panel is wide enough for') for i in range(model.num_classes))
@@ -94,7 +94,7 @@ def test_a_point_is_where_the_preprocessing_puts_it(size, config):
 
 @pytest.mark.parametrize('point', [(33, 29), (20.5, 51), (0, 63.9)])
 def test_a_window_is_what_the_layer_computes(model, point):
-    """The weights against the gradient of the layer's own output, at the query nearest to the point."""
+    """Compare the weights with the gradient of the layer's own output, at the query nearest to the point."""
     windows = iter(learned_windows(model, View((0, 0, 64, 64), 64, 64), point))
     for found in learned_radii(model, (3, 64, 64)):
         layer = model.get_submodule(found.name)
@@ -115,12 +115,12 @@ def test_a_window_is_what_the_layer_computes(model, point):
 
 @pytest.mark.parametrize(('width', 'height'), [(100, 70), (64, 160), (33, 33)])
 def test_cells_have_the_stride_of_their_layer_at_any_size(model, width, height):
-    """At sizes that it does not divide, the last cells reach beyond the picture."""
+    """If the stride does not divide the size, the last cells extend beyond the picture."""
     strides = {info['module']: info['reduction'] for info in model.feature_info}
     stages = list(strides)
     for window in learned_windows(model, View((0, 0, width, height), height, width), (width / 2, height / 2)):
         here, before = strides[window.stage], strides[stages[stages.index(window.stage) - 1]]
-        assert window.cell in {(here, here), (before, before)}  # the first layer of a stage has the grid before it
+        assert window.cell in {(here, here), (before, before)}  # a stage's first layer has the grid before it
         for cell, cells, side in zip(window.cell, window.weights.shape[::-1], (width, height), strict=True):
             assert cells == math.ceil(side / cell)
 
@@ -134,7 +134,7 @@ def test_a_picture_that_the_stride_does_not_divide_is_drawn_to_scale(model, coff
 
 
 def test_an_outline_is_drawn_where_the_weight_has_fallen_to_its_share(model):
-    """To e^-1/2 of the query's own for a Gaussian, to e^-1 for a Laplacian; in pixels of the input."""
+    """To e^-1/2 of the query's own weight for a Gaussian, to e^-1 for a Laplacian; in pixels of the input."""
     for window in learned_windows(model, View((0, 0, 64, 64), 64, 64), (32, 32)):
         box = window.outline(window.center).get_extents()
         assert (box.x0 + box.x1) / 2 == pytest.approx(window.center[0])
@@ -150,7 +150,7 @@ def test_an_outline_is_drawn_where_the_weight_has_fallen_to_its_share(model):
 
 
 def test_a_point_moves_the_windows(nano, coffee):
-    """On the figure itself: the first panel has every layer around the point, each other panel its own stage's."""
+    """In the figure itself: the first panel shows every layer around the point, each other panel those of its stage."""
     figures = [draw_windows(nano, coffee, point) for point in (None, (200, 150))]
     for figure, point in zip(figures, ((300, 200), (200, 150)), strict=True):
         x, y = to_input(view_of(nano, coffee.size), coffee.size, point)
@@ -172,11 +172,11 @@ def texts_of(figure):
               for axis in (axes.xaxis, axes.yaxis) for text in axis.findobj(Text)}
     texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text not in hidden]
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
-    return [(text.get_text(), box) for text, box in zip(texts, boxes, strict=True) if box.height > 1]  # 1: not placed
+    return [(text.get_text(), box) for text, box in zip(texts, boxes, strict=True) if box.height > 1]  # 1: unplaced
 
 
 def check_legible(figure):
-    """No text over another or over the edge; their words."""
+    """Check that no text overlaps another or the edge, and return the texts."""
     texts = texts_of(figure)
     for (one, box), (other, second) in itertools.combinations(texts, 2):
         assert not box.overlaps(second), (one, other)
@@ -208,7 +208,7 @@ def test_any_network_of_the_family_is_drawn(model, coffee):
 
 
 def test_names_are_drawn_literally_and_whole(nano, coffee, tmp_path):
-    """What would be a formula to matplotlib, other scripts, and the longest name of ImageNet's."""
+    """What matplotlib would read as a formula, other scripts, and the longest name in ImageNet."""
     names = ('$_$', 'a$^$b', 'Größe 犬', r'\frac{1}{0}', 'soft-coated wheaten terrier')
     labels = [guess['label'] for guess in nano(coffee)]
     renamed = dict(zip(labels, names, strict=True))
@@ -231,7 +231,7 @@ def test_no_title_is_cut_off_or_wider_than_its_panel(nano, coffee, length):
 
 
 def test_the_colours_are_explained(nano, coffee):
-    """By a legend on the picture that has all circles: each stage by the colour that it is drawn in."""
+    """A legend on the panel with all circles gives each stage the colour in which it is drawn."""
     first, *stages = draw_windows(nano, coffee).axes
     legend = first.get_legend()
     assert legend.get_title().get_text() == 'radius of a layer in'
@@ -255,7 +255,7 @@ def test_the_output_is_looked_at_before_a_model_is_loaded(photo, tmp_path, monke
 
 @pytest.fixture(scope='module')
 def resnet(tmp_path_factory):
-    """A plain network of timm's, with names for its classes."""
+    """A plain timm network with names for its classes."""
     folder = tmp_path_factory.mktemp('resnet')
     timm.models.save_for_hf(timm.create_model('resnet10t'), folder)
     return f'local-dir:{folder}'
@@ -310,7 +310,7 @@ def test_fields_that_differ_are_shown_beside_each_other(nano, coffee):
 
 
 def test_fields_that_look_alike_give_way_to_the_reach_of_each_layer(coffee):
-    """A small radius adds nothing to what the convolutions of a stage see: the numbers say so."""
+    """A small radius adds nothing to what the convolutions of a stage see, as the numbers show."""
     torch.manual_seed(0)
     model = timm.create_model('geoprior_resnet14_nano', attn_radius=0.4).eval()
     figure = draw_explanation(classifier_of(model, input_size=(3, 64, 64), label_names=None), coffee)
@@ -381,7 +381,7 @@ def test_the_table_of_layers(nano, capsys, monkeypatch):
     (['-o', 'nowhere/out.png'], 'The output must be in a folder that exists, got nowhere/out.png.'),
     (['-o', 'folder.png'], 'folder.png cannot be written (Is a directory). Name another place with --output.'),
     (['--model', 'geoprior_resnet101.paper_in1k'], 'geoprior_resnet101.paper_in1k'),
-    (['--model', 'local-dir:nowhere'], 'The model local-dir:nowhere cannot be made'),
+    (['--model', 'local-dir:nowhere'], 'The model local-dir:nowhere cannot be created'),
 ])
 def test_an_error_is_one_sentence_and_nothing_is_written(photo, tmp_path, monkeypatch, capsys, arguments, words):
     (tmp_path / 'folder.png').mkdir()
@@ -399,7 +399,7 @@ def test_the_photograph_is_not_replaced(photo, tmp_path, capsys):
     (tmp_path / 'link.png').symlink_to(copy)
     for output in (copy, tmp_path / 'link.png'):
         assert main(['explain', str(copy), '-o', str(output)]) == 1
-        assert 'The output must be another file than the image' in capsys.readouterr().err
+        assert 'The output must be a file other than the image' in capsys.readouterr().err
     assert copy.read_bytes() == content
 
 

@@ -37,7 +37,7 @@ def test_what_no_font_has_is_transliterated_or_replaced(monkeypatch):
     try:
         assert [drawable(name, '#7') for name in ('猫', 'ⅳ 猫 cat', 'ﬃ한', 'naïve', '$')] == [
             '#7', 'ⅳ  cat', 'ﬃ', 'naïve', r'\$']
-        assert drawable('Ａｂ') == 'Ab'  # full width, which DejaVu does not have
+        assert drawable('Ａｂ') == 'Ab'  # fullwidth letters, which DejaVu does not have
     finally:
         files._family_of.cache_clear()
 
@@ -51,7 +51,7 @@ def test_names_that_are_not_utf_8_are_written(tmp_path):
         assert next(csv.DictReader(file))['name'] == r'caf\udce9'
 
 
-@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='pipes of a name are POSIX')
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='named pipes need POSIX')
 def test_a_pipe_is_written_into(tmp_path):
     pipe = tmp_path / 'pipe'
     os.mkfifo(pipe)
@@ -62,10 +62,10 @@ def test_a_pipe_is_written_into(tmp_path):
     assert pipe.is_fifo()
 
 
-@pytest.mark.skipif(not Path('/dev/stdout').exists(), reason='/dev/stdout is POSIX')
+@pytest.mark.skipif(not Path('/dev/stdout').exists(), reason='/dev/stdout needs POSIX')
 @pytest.mark.parametrize('into', ['a pipe', 'a file'])
 def test_an_open_file_is_written_into(into, tmp_path):
-    """Not replaced, or what was printed before would be lost."""
+    """It is not replaced; otherwise, earlier output would be lost."""
     code = ('from pathlib import Path; from timm_geoprior.files import write_json\n'
             'print("before", flush=True); write_json(Path("/dev/stdout"), "content"); print("after")')
     with open(tmp_path / 'log', 'wb') as log:

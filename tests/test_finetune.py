@@ -31,7 +31,7 @@ def finetune(*arguments: object) -> int:
 
 @pytest.fixture(scope='module')
 def finished(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the nano network, fine-tuned on crops of four photographs. Not to be changed."""
+    """The folder of the nano network, fine-tuned on crops of four photographs. Do not modify."""
     output = tmp_path_factory.mktemp('finetuned') / 'photos'
     assert finetune(photo_folder, '--model', 'geoprior_resnet14_nano', '--output', output) == 0
     return output
@@ -39,7 +39,7 @@ def finished(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def photos(photo_folder: Path, tmp_path: Path) -> Path:
-    """Class folders without splits, to be changed."""
+    """Class folders without splits, which a test may modify."""
     return Path(shutil.copytree(photo_folder / 'train', tmp_path / 'photos'))
 
 
@@ -55,7 +55,7 @@ def test_the_folder_is_what_timm_loads(finished, photo_folder):
     results = json.loads((finished / 'results.json').read_text())
     assert (results['measured']['num_images'], results['measured']['top1_correct']) == (20, right)
     assert results['measured']['top1'] == pytest.approx(results['best'])
-    assert results['best'] > 50  # trained weights know more than the one in four of chance after two short epochs
+    assert results['best'] > 50  # after two short epochs, trained weights are better than chance, one in four
 
 
 def test_classify_takes_the_folder(finished, photo_folder, capsys):
@@ -79,7 +79,7 @@ def test_transformers_takes_the_folder(finished, photo_folder):
 
 
 def test_publish_takes_the_run(finished):
-    """Of the epoch that was measured last, where that was the best one."""
+    """With the weights of the folder, if the last epoch was the best one."""
     files = ('last.pt', 'model.safetensors')
     run, bare = (release_tensors(read_weights(finished / name).state_dict) for name in files)
     assert run.keys() == bare.keys()
@@ -89,7 +89,7 @@ def test_publish_takes_the_run(finished):
 
 
 def test_what_a_run_leaves_on_the_disk(finished, photo_folder, tmp_path, capsys):
-    """One file of weights and one to resume from, both with the rights of the umask, and what they take is said."""
+    """One file of weights and one to resume from, both with the permissions of the umask; their sizes are reported."""
     assert {path.name for path in finished.iterdir()} == {
         'last.pt', 'model.safetensors', 'config.json', 'recipe.yaml', 'summary.csv', 'results.json', 'tensorboard',
         'curves.png', 'radii.png', 'confusion.png'}
@@ -105,7 +105,7 @@ def test_what_a_run_leaves_on_the_disk(finished, photo_folder, tmp_path, capsys)
     for name in ('model.safetensors', 'config.json', 'last.pt', 'results.json', 'confusion.png'):
         assert (tmp_path / 'run' / name).stat().st_mode & 0o777 == 0o640, name
     assert 'num_classes' not in json.loads((tmp_path / 'run' / 'config.json').read_text())['model_args']
-    said = re.search(r'run takes (\S+) MB, of which model.safetensors are (\S+)\. last.pt, with (\S+) MB, is needed',
+    said = re.search(r'run takes (\S+) MB, of which model.safetensors is (\S+)\. last.pt, with (\S+) MB, is needed',
                      capsys.readouterr().out)
     assert [float(size) for size in said.groups()[1:]] == [
         round((tmp_path / 'run' / name).stat().st_size / 1e6, 1) for name in ('model.safetensors', 'last.pt')]
@@ -138,7 +138,7 @@ def test_confusion_matrix(finished, tmp_path):
 
 
 def test_from_a_folder_and_held_out_images(finished, photos, tmp_path, capsys):
-    """A network that was fine-tuned before, other classes, no splits: a fifth of each class is held out."""
+    """From a fine-tuned network to other classes, without splits: a fifth of each class is held out."""
     shutil.rmtree(photos / 'rocket')
     output = tmp_path / 'again'
     assert finetune(photos, '--model', f'local-dir:{finished}', '--output', output) == 0
@@ -147,9 +147,9 @@ def test_from_a_folder_and_held_out_images(finished, photos, tmp_path, capsys):
     assert 'held out of training' in printed
     results = json.loads((output / 'results.json').read_text())
     assert results['measured']['num_images'] == 6  # two of each twelve
-    assert results['images_per_epoch'] == 28  # batches of 4 of the other 30
+    assert results['images_per_epoch'] == 28  # in batches of 4, from the other 30
     before, after = (read_weights(folder / 'model.safetensors').state_dict for folder in (finished, output))
-    assert (after['conv1.0.weight'] - before['conv1.0.weight']).abs().max() < 0.05  # began with those weights
+    assert (after['conv1.0.weight'] - before['conv1.0.weight']).abs().max() < 0.05  # training began with those weights
     assert timm.create_model(f'local-dir:{output}', pretrained=True).num_classes == 3
 
 
@@ -168,13 +168,13 @@ def test_it_ends_when_it_gets_no_better(photos, tmp_path, capsys):
     scores = [line.split('top-1 ')[1].split('%')[0] for line in printed.splitlines() if line.startswith('epoch')]
     best = max(range(len(scores)), key=lambda index: (float(scores[index]), -index))
     assert len(scores) == best + 2 < 9
-    assert 'The training ends: it has been no better for an epoch than after epoch' in printed
+    assert 'Training stops: no improvement for one epoch after epoch' in printed
 
 
 def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
     """Ctrl-C after the first epoch, which a log file shows, then the same command with --resume.
 
-    Without it, what stands is not overwritten.
+    Without --resume, the run is not overwritten.
     """
     program = (
         'import os, signal, sys\n'
@@ -205,7 +205,7 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
     (['train/a', 'train/b'], Splits('train')),
     (['training/a', 'validation/a', 'test/a'], Splits('training', 'validation', 'test')),
     (['train/a', 'test/a'], Splits('train', '', 'test')),
-    (['train', 'bus'], Splits()),  # a class of that name
+    (['train', 'bus'], Splits()),  # a class with that name
     (['val/a', 'b'], Splits()),
     (['Training/a', 'Testing/a', 'DEV/a'], Splits('Training', 'DEV', 'Testing')),
     (['train/a', 'training/a', 'valid/a'], Splits('train', 'valid', '')),
@@ -235,7 +235,7 @@ def test_what_is_beside_the_splits_is_told(photo_folder, tmp_path, capsys):
     assert finetune(tmp_path / 'data', '--output', tmp_path / 'run', '--set', 'epochs=1') == 0
     printed = capsys.readouterr().out
     for name in ('extra', 'test'):
-        assert f'data/{name} is not used: it is no split, or has no class folders' in printed
+        assert f'data/{name} is not used: it is not a split, or has no class folders' in printed
 
 
 @pytest.mark.filterwarnings('error:Left out')
@@ -389,7 +389,7 @@ def test_another_network_is_not_replaced(finished, photos, tmp_path, capsys):
     (['--set', 'batch_size=512'], 'fewer training images than one batch of 512. Lower batch_size'),
     (['--device', 'cuda:77'], 'cuda:77'),
     (['--workers', '-1'], '--workers must be 0 or more, got -1.'),
-    (['--set', 'model=test_vit'], 'The model must be named by --model, got it by --set.'),
+    (['--set', 'model=test_vit'], 'The model must be named with --model, got it with --set.'),
     (['--device', 'meta'], '--device must be one that computes, got meta. Use --device cpu.'),
     (['--output', '{photos}/out'], 'must lie outside the folder of the images'),
     (['--output', '{photos}/coffee/00.jpg'], 'must lie outside the folder of the images'),

@@ -1,4 +1,4 @@
-"""The family: exact counts, timm's whole interface, what is refused."""
+"""The model family: exact counts, timm's whole interface, invalid options."""
 import copy
 import io
 import math
@@ -46,7 +46,7 @@ COUNTS = {
 }
 AA_RESNET152 = (61.6e6, 23.8e9)  # parameters and FLOPs, Bello et al., 2019
 
-# torch 2.9 takes a max pooling's input for one of sides that are alike modulo 4, and no names for them
+# torch 2.9 exports a max pooling only for sides that are equal modulo 4, and does not accept names for them
 EXPORTS_POOLING = Version(torch.__version__) >= Version('2.14')
 SIDES = (33, 70) if EXPORTS_POOLING else (36, 72)
 UNNAMED = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
@@ -58,13 +58,13 @@ def create(name: str = 'geoprior_resnet14_nano', **kwargs) -> nn.Module:
 
 
 def small(value_dims: tuple[int, ...] = (0, 8, 8, 8)) -> nn.Module:
-    """A smaller network still."""
+    """An even smaller network."""
     return randomize(GeoPriorResNet((1, 1, 1, 1), value_dims, channels=(8, 16, 16, 16), num_classes=5)).eval()
 
 
 @pytest.fixture(scope='module')
 def nano() -> nn.Module:
-    """Not to be changed."""
+    """Do not modify."""
     return create()
 
 
@@ -74,7 +74,7 @@ def images() -> torch.Tensor:
 
 
 class ScaledNorm2d(nn.BatchNorm2d):
-    """A batch norm that does something of its own."""
+    """A batch norm with another forward pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
@@ -89,7 +89,7 @@ CHANGES = [lambda conv: prune.l1_unstructured(conv, 'weight', 0.5), parametrizat
 
 
 class PartialWrites(TorchDispatchMode):
-    """The operations that change a tensor in place: all of its memory, or a part of it."""
+    """Records the operations that change a tensor in place: all of its memory, or a part of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,10 +197,10 @@ class TestOptions:
 
 @pytest.mark.parametrize('name', FAMILY)
 class TestEveryModel:
-    """On the meta device where shapes are the question."""
+    """On the meta device where only shapes matter."""
 
     def test_features_and_gradients(self, name):
-        """An odd size, each feature once by timm's extractor and once by the plain forward."""
+        """At an odd size; each feature from timm's extractor is compared with the plain forward pass."""
         model = create(name)
         x = torch.randn(2, 3, 33, 41)
         extractor = create(name, features_only=True)
@@ -302,7 +302,7 @@ class TestInterface:
 
     @pytest.mark.parametrize(('factor', 'bound'), [(1e9, 1e4), (1e-9, 1e-4)])
     def test_radii_are_scaled_within_their_bounds(self, factor, bound):
-        """Beyond them a parameter would change nothing, and have no gradient to come back by."""
+        """Beyond them a parameter would have no effect, and no gradient to bring it back."""
         model = create()
         scale_radii(model, factor)
         for attn in attentions(model):
@@ -319,7 +319,7 @@ class TestInterface:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     def test_output_stride_keeps_the_features(self):
-        """On a smooth picture, at the positions that both networks have; exactly where the grid is the same."""
+        """On a smooth picture, at the positions that both networks have; exactly if the grid is the same."""
         coarse, fine = (create(avg_down=False, output_stride=stride) for stride in (32, 8))
         for attn in attentions(coarse) + attentions(fine):
             nn.init.constant_(attn.log_radius, math.log(2))
@@ -334,7 +334,7 @@ class TestInterface:
         exact, close = differences()
         assert exact < 1e-6
         assert close < 0.03
-        attentions(fine)[-1].dilation = 1  # the radius in cells alone: half the window
+        attentions(fine)[-1].dilation = 1  # the same radius in cells: half the window
         assert differences()[1] > 1.2 * close
 
     @pytest.mark.parametrize('pool', ['avg', 'max', 'avgmax', 'catavgmax'])
@@ -382,7 +382,7 @@ class TestInterface:
         torch.testing.assert_close(logits.float(), nano(images), rtol=0.1, atol=0.2)
 
     def test_channels_last(self, nano, images):
-        """Kept through every stage, and the same features."""
+        """The layout is kept through every stage, and the features are the same."""
         model = copy.deepcopy(nano).to(memory_format=torch.channels_last)
         kept = []
         for layer in model.modules():
@@ -427,7 +427,7 @@ class TestReparameterized:
         expected = model(images)
         fast = reparameterize_model(model)
         assert torch.equal(model(images), expected)  # a copy was changed
-        # all but the stem's, of which timm's walk knows nothing
+        # all are folded but the stem's, which timm's traversal does not reach
         assert [name for name, m in fast.named_modules() if isinstance(m, nn.BatchNorm2d)] == ['bn1']
         with torch.inference_mode():
             torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -436,7 +436,7 @@ class TestReparameterized:
 
     @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str)
     def test_trained_weights(self, dtype, tolerance):
-        """To what `verify` allows a precision to differ."""
+        """Within the tolerance that `verify` allows for a precision."""
         model = timm.create_model('geoprior_resnet14_nano', pretrained=True).eval()
         picture = create_transform(**resolve_model_data_config(model))(sample_image())[None]
         with torch.inference_mode():
@@ -460,7 +460,7 @@ class TestReparameterized:
         (GroupNorm1, None, False),
     ], ids=lambda value: getattr(value, 'func', value).__name__ if callable(value) else str(value))
     def test_norms(self, norm_layer, convert, folded, value_dims, images):
-        """Folded by their exact type; every other one stays, and does what it did."""
+        """Norms are folded by their exact type; all others stay, and work as before."""
         model = randomize(GeoPriorResNet(
             (1, 2, 1, 1), value_dims, channels=(8, 16, 16, 16), norm_layer=norm_layer, num_classes=5))
         model = (convert(model) if convert else model).eval()
@@ -477,7 +477,7 @@ class TestReparameterized:
         ('layer2.0.conv2.attn', [wrap]), ('layer2.0.conv2', [wrap]),
     ], ids=lambda value: value if isinstance(value, str) else '')
     def test_norms_of_other_convolutions_stay(self, name, changes, images):
-        """An adapter, a parametrized or a pruned weight: what such a convolution does is not in its weight alone."""
+        """An adapter, a parametrized or a pruned weight: such a convolution is not defined by its weight alone."""
         for change in changes:
             model = small()
             model.set_submodule(name, change(model.get_submodule(name)))
@@ -487,7 +487,7 @@ class TestReparameterized:
             torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
     def test_after_pruning(self, images):
-        """Channels are counted in the weights: pruning leaves fewer of either part."""
+        """Channels are counted in the weights, since pruning leaves fewer in either part."""
         model = small()
         block = model.layer2[0]
         kept = torch.tensor([0, 1, 2, 3, 5, 7, 8, 9, 12, 13, 15])  # six of the convolution, five of the attention
@@ -509,7 +509,7 @@ class TestReparameterized:
 
 @pytest.fixture(scope='module', params=['plain', 'reparameterized'])
 def graph_nano(request, nano) -> nn.Module:
-    """Not to be changed."""
+    """Do not modify."""
     return nano if request.param == 'plain' else reparameterize_model(nano)
 
 
@@ -523,7 +523,7 @@ class TestGraphs:
             torch.testing.assert_close(traced(inputs), nano(inputs))
 
     def test_nothing_is_written_into_a_part_of_a_tensor(self, graph_nano, images):
-        """Graph passes lose such a write; in place on the whole of a tensor, as timm's activations work, is kept."""
+        """Graph passes lose such writes, but keep in-place operations on whole tensors, such as timm's activations."""
         with PartialWrites() as writes, torch.no_grad():
             graph_nano(images)
         assert writes.whole
@@ -554,7 +554,7 @@ class TestGraphs:
             check(torch.randn(2, 3, 64, 64))
 
     def test_export_with_named_sizes(self, images):
-        """From 33 px on. timm's `avg_down` forbids names: its pooling makes conditions that no name can carry."""
+        """From 33 px up. timm's `avg_down` prevents names: its pooling adds constraints that no name can express."""
         model = small()
         names = {0: torch.export.Dim('batch', max=64), 2: torch.export.Dim('height', min=33, max=1024),
                  3: torch.export.Dim('width', min=33, max=1024)}
@@ -569,7 +569,7 @@ class TestGraphs:
         pytest.importorskip('onnxscript')
         program = torch.export.export(nano, (images,), dynamic_shapes=(UNNAMED,))
         others = (torch.randn(1, 3, *SIDES), torch.randn(3, 3, SIDES[1], SIDES[0]))
-        if not EXPORTS_POOLING:  # the guards hold for sizes like the traced ones only
+        if not EXPORTS_POOLING:  # the guards allow only sizes like the traced ones
             others = (torch.randn(5, *images.shape[1:]),)
         inputs = (images, *others)
         for batch in inputs:

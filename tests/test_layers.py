@@ -1,4 +1,4 @@
-"""The layer, held to the dense attention that it stands for."""
+"""The layer, compared with the dense attention that it represents."""
 import doctest
 import math
 import re
@@ -16,7 +16,7 @@ SIZES = [(8, 8), (5, 12), (1, 9), (9, 1), (7, 7), (1, 1)]
 RADII = [(1.3,), (0.6, 4.0)]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
-# a tensor operation takes about as long under load as without, but hypothesis' deadline is one of time
+# hypothesis' deadline is wall-clock time, which depends on the load of the machine
 settings.register_profile('untimed', deadline=None, max_examples=40, derandomize=True)
 settings.load_profile('untimed')
 
@@ -70,7 +70,7 @@ def test_output_and_gradients_are_the_dense_attentions(dtype, size, stride, dila
     assert out.shape == dense.shape
     for one, other in zip(got[:-1], expected[:-1], strict=True):
         assert relative_error(one, other) < TOLERANCES[dtype]
-    # a radius' gradient is a sum of terms that cancel: what counts is its size beside theirs
+    # a radius's gradient is a sum of terms that cancel, so that its error is relative to their size
     scale = float((seed.double() * dense).detach().abs().sum())
     assert float((got[-1].double() - expected[-1]).abs().max()) < TOLERANCES[dtype] * scale
 
@@ -81,7 +81,7 @@ def test_output_and_gradients_are_the_dense_attentions(dtype, size, stride, dila
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 def test_a_folded_norm_shifts_both_parts(dtype, stride, dilation, radii, kernel):
-    """With biases as a norm leaves them: convolution and dense attention, each plus its bias, gradients included."""
+    """With biases as from a folded norm: convolution and dense attention, each plus its bias, including gradients."""
     torch.manual_seed(0)
     layer = GeoPriorConv2d(3, 9, 4, stride, dilation, len(radii), kernel=kernel, dtype=dtype)
     randomized(layer.attn, radii)
@@ -151,7 +151,7 @@ def test_any_radius_is_finite(log_radius, kernel, size):
 
 @pytest.mark.parametrize('amp', [torch.float16, torch.bfloat16], ids=str)
 def test_maps_are_float32_under_autocast(amp):
-    """Of the rounding only the values', and the map's last cast, remain."""
+    """Only the values and the final cast of the map are rounded."""
     torch.manual_seed(0)
     attn = GeoPriorAttn2d(16, 8, init_radius=40.0)
     x = torch.randn(2, 16, 30, 30)
@@ -182,7 +182,7 @@ def test_endless_radius_is_the_mean(stride, kernel):
 
 def test_the_dense_map_is_never_built():
     attn = GeoPriorAttn2d(1, 1, init_radius=1e4)
-    x = torch.rand(1, 1, 1000, 1000)  # a dense map of it is 4 TB
+    x = torch.rand(1, 1, 1000, 1000)  # its dense map would take 4 TB
     torch.testing.assert_close(attn(x).mean(), attn.value(x).mean(), atol=1e-3, rtol=0)
 
 
@@ -202,7 +202,7 @@ def test_rows_of_the_map_sum_to_one(axis, log_radius, kernel, dtype):
 
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_an_undefined_radius_is_not_hidden(kernel):
-    """A radius that is not a number gives no number, instead of a map of zeros."""
+    """A NaN radius gives NaN instead of a map of zeros."""
     assert attention_map(torch.tensor([math.nan, 0.0]), 3, kernel=kernel).isnan().all((1, 2)).tolist() == [True, False]
 
 
@@ -210,7 +210,7 @@ def test_an_undefined_radius_is_not_hidden(kernel):
     side=st.integers(1, 6), margin=st.integers(4, 9), shift=st.tuples(st.integers(0, 4), st.integers(0, 4)),
     radius=st.floats(0.05, 1.5), stride=st.sampled_from([1, 2]), seed=st.integers(0, 99))
 def test_a_shift_of_the_input_shifts_the_output(side, margin, shift, radius, stride, seed):
-    """Up to what the borders cut off of the Gaussian: at most exp(-m^2 / 4 r^2) times a sum over its flank an axis."""
+    """Up to what the borders cut off the Gaussian: at most exp(-m^2 / 4 r^2) times a sum over its tail, per axis."""
     torch.manual_seed(seed)
     down, right = (stride * s for s in shift)
     values = torch.zeros(1, 1, side + 2 * margin + down, side + 2 * margin + right, dtype=torch.float64)
@@ -239,14 +239,14 @@ def test_flips_commute(size, stride, radius, kernel, axis):
 
 
 def test_dilation_keeps_the_window_on_a_finer_grid():
-    """Twice the cells over the same picture: the same average where the picture is smooth."""
+    """With twice the cells over the same picture, the average is the same where the picture is smooth."""
     attn = GeoPriorAttn2d(1, 1, init_radius=2.0, dtype=torch.float64)
     dilated = GeoPriorAttn2d(1, 1, dilation=2, init_radius=2.0, dtype=torch.float64)
     dilated.load_state_dict(attn.state_dict())
     y, x = torch.meshgrid(*[torch.arange(81, dtype=torch.float64) / 80] * 2, indexing='ij')
     fine = ((3 * x).sin() * (2 * y).cos())[None, None]
     got, expected = dilated(fine)[..., ::2, ::2], attn(fine[..., ::2, ::2])
-    inside = (..., slice(12, -12), slice(12, -12))  # six radii away the borders no longer count
+    inside = (..., slice(12, -12), slice(12, -12))  # six radii away the borders no longer matter
     torch.testing.assert_close(got[inside], expected[inside], atol=1e-9, rtol=0)
     assert relative_error(attn(fine)[..., ::2, ::2][inside], expected[inside]) > 1e-3
 
@@ -263,7 +263,7 @@ def test_radius_is_in_cells_of_the_layers_grid():
     (lambda **dd: GeoPriorConv2d(512, 128, 32, **dd).attn, 128),
 ], ids=['alone', 'beside a convolution'])
 def test_initial_scale(make, fan_out):
-    """Also when the parameters are only then given memory."""
+    """Also for parameters whose memory is allocated after creation."""
     torch.manual_seed(0)
     attn = make(init_radius=2.5, device='meta').to_empty(device='cpu')
     for parameter in attn.parameters():
@@ -278,7 +278,7 @@ def test_initial_scale(make, fan_out):
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('dilation', [1, 2])
 def test_conv_stands_beside_the_attention(stride, dilation):
-    """Names, shapes, and each part with its own result: a drop-in for a 3x3 convolution."""
+    """Names, shapes and the output of each part: a drop-in replacement for a 3x3 convolution."""
     torch.manual_seed(0)
     layer = GeoPriorConv2d(6, 10, 4, stride, dilation, num_heads=2)
     plain = nn.Conv2d(6, 10, 3, stride, padding=dilation, dilation=dilation)

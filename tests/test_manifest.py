@@ -1,4 +1,4 @@
-"""The manifest: what it holds, what it refuses, and that two writers lose nothing."""
+"""The manifest: what it holds, what it rejects, and that two writers lose nothing."""
 import json
 import os
 import shutil
@@ -38,7 +38,7 @@ RELEASED['baseline'] = {'architecture': 'resnet50', 'parameters': 60, 'metric': 
 
 
 def document(**changes):
-    """A manifest whose nano entry has every key, then changes: 'a__b' is key b of key a, None removes it."""
+    """A manifest whose nano entry has every key, with changes: 'a__b' is key b of key a, and None removes it."""
     data = json.loads(TEXT)
     entry = data['models'][NANO]
     entry.update(json.loads(json.dumps(RELEASED)))
@@ -217,7 +217,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(copy, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(ManifestError, match=r'could not be written \(.*No space left on device\) and is as it was'):
+    with pytest.raises(ManifestError, match=r'could not be written \(.*No space left on device\) and is unchanged'):
         update_manifest(copy, released(MANIFEST.get('geoprior_resnet101.paper_in1k')))
     assert copy.read_text(encoding='utf-8') == TEXT
     assert {path.name for path in copy.parent.iterdir()} <= {copy.name, f'.{copy.name}.lock'}

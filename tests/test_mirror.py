@@ -1,4 +1,4 @@
-"""Which of timm's ResNets a GeoPrior ResNet stands in for, and that its plain form is the same network."""
+"""Which of timm's ResNets a GeoPrior ResNet can replace, and that its plain form is the same network."""
 import re
 
 import pytest
@@ -21,7 +21,7 @@ def on_meta(name: str, **kwargs: object) -> nn.Module:
 
 
 def with_random_norms(model: nn.Module) -> nn.Module:
-    """A network whose every part changes its output: timm's last norms of each block begin with zeros."""
+    """Make every part affect the output: timm initializes the last norm of each block with zeros."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -116,7 +116,7 @@ def test_other_networks_are_refused_by_name(name, kwargs, message):
 
 def test_a_network_with_a_part_of_its_own_is_refused():
     source = timm.create_model('resnet26', num_classes=2)
-    source.layer2[0].conv1.stride = (2, 2)  # as Caffe has it
+    source.layer2[0].conv1.stride = (2, 2)  # as in Caffe
     with pytest.raises(GeoPriorError, match=r'got layer2\.0\.conv1 = Conv2d.* where the mirror has Conv2d'):
         mirror(source, 'mine')
 

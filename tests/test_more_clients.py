@@ -1,6 +1,6 @@
-"""The networks in exporters, quantizers, trainers and explainers, each beside a plain ResNet of timm in its place.
+"""The networks in exporters, quantizers, trainers and explainers, each next to a plain timm ResNet in its place.
 
-Packages that the extra `clients-more` installs are needed for some; without them those tests are skipped.
+Some tests need packages of the extra `clients-more`, and are skipped without them.
 """
 import copy
 import os
@@ -26,11 +26,11 @@ NETWORKS.update({f'{name}, reparameterized': NETWORKS[name] for name in ('geopri
 PLAIN, OURS, FOLDED = 'resnet', 'geoprior', 'geoprior, reparameterized'
 CLASSES, SIZE = 10, 64
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # those of the clients
+pytestmark = pytest.mark.filterwarnings('ignore')  # warnings of the clients
 
 
 def create(name: str = OURS, **options) -> nn.Module:
-    """A narrow network of both strides, with random norms and other radii in each head, as it is or reparameterized."""
+    """A narrow network with both strides, random norms and another radius in each head, reparameterized if named so."""
     torch.manual_seed(0)
     architecture, own = NETWORKS[name]
     shape = {'layers': (1, 2, 1, 2), 'channels': (16, 24, 32, 48), 'num_classes': CLASSES}
@@ -78,13 +78,13 @@ def test_removal_of_dead_code(network, images):
 
 @pytest.mark.parametrize('name', [PLAIN, OURS])
 def test_dilated_pooling_is_not_traced(name):
-    """timm's pooling of the same size asks for sizes: docs/backbones.md names that limit."""
+    """timm's pooling with "same" padding reads sizes: docs/backbones.md documents this limit."""
     with pytest.raises(torch.fx.proxy.TraceError):
         torch.fx.symbolic_trace(create(name, avg_down=True, output_stride=8))
 
 
 def test_quantization_by_fx(network, images):
-    """Prepared, the network is exact; converted, its convolutions and its classifier are int8."""
+    """The prepared network is exact; in the converted one, convolutions and classifier are int8."""
     quantization = pytest.importorskip('torch.ao.quantization')
     quantize_fx = pytest.importorskip('torch.ao.quantization.quantize_fx')
     expected = network(images)
@@ -173,7 +173,7 @@ def test_int8_in_torchao(network, images, config):
     assert 0 < difference(network(images), expected) < 0.05
 
 
-@pytest.mark.parametrize('name', [PLAIN, FOLDED])  # a norm after a concatenation slows the conversion 30 times
+@pytest.mark.parametrize('name', [PLAIN, FOLDED])  # a norm after a concatenation makes the conversion 30 times slower
 def test_int8_by_pt2e(name, images):
     pt2e = pytest.importorskip('torchao.quantization.pt2e.quantize_pt2e')
     x86 = pytest.importorskip('torchao.quantization.pt2e.quantizer.x86_inductor_quantizer')
@@ -189,7 +189,7 @@ def test_int8_by_pt2e(name, images):
 # -- gradients of single images ----------------------------------------------------------------------------------------
 
 def sample_gradients(model, images, labels):
-    """Gradients of every image's loss, shape (B, ...) by name."""
+    """Gradients of each image's loss by parameter name, shape (B, ...)."""
     parameters = {name: value.detach() for name, value in model.named_parameters()}
 
     def loss(parameters, image, label):
@@ -212,7 +212,7 @@ def test_gradients_of_single_images(network, images):
 
 
 def private(model):
-    """In-place activations are refused by opacus' hooks."""
+    """Disable in-place activations, which opacus' hooks reject."""
     for module in model.modules():
         if hasattr(module, 'inplace'):
             module.inplace = False
@@ -221,7 +221,7 @@ def private(model):
 
 @pytest.mark.parametrize('name', [PLAIN, OURS])
 def test_opacus(name, images):
-    """A private step from the gradients of `vmap`; by opacus' own hooks no ResNet of timm can be trained."""
+    """A private step from the gradients of `vmap`; opacus' own hooks cannot train any ResNet of timm."""
     opacus = pytest.importorskip('opacus')
     labels = torch.tensor([3, 7])
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=2)
@@ -275,11 +275,11 @@ def train_in_parallel(rank, folder, kind, name, images, labels):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(os.name == 'nt', reason='gloo by a file')
+@pytest.mark.skipif(os.name == 'nt', reason='gloo is initialized through a file')
 @pytest.mark.parametrize('name', [PLAIN, OURS])
 @pytest.mark.parametrize('kind', ['DDP', 'FSDP2'])
 def test_two_processes(kind, name, forkserver, tmp_path):
-    """Two halves of a batch give the update of the whole: in the radii too, of which one process has none by FSDP2."""
+    """Two halves of a batch give the update of the whole, also in the radii, of which FSDP2 gives one process none."""
     images, labels = torch.randn(4, 3, SIZE, SIZE), torch.tensor([1, 3, 5, 7])
     processes = [forkserver.Process(target=train_in_parallel, args=(rank, tmp_path, kind, name, images, labels))
                  for rank in range(2)]
@@ -302,7 +302,7 @@ def test_two_processes(kind, name, forkserver, tmp_path):
 
 @pytest.mark.parametrize('part', ['conv', 'attn.value'])
 def test_pruned_channels(part, images):
-    """Without a channel of either part, the network is the one in which nothing reads that channel."""
+    """Pruning a channel of either part gives the network in which nothing reads that channel."""
     pruning = pytest.importorskip('torch_pruning')
     model, cut = create(), [0, 2]
     layer = model.layer2[1].conv2
@@ -320,7 +320,7 @@ def test_pruned_channels(part, images):
 
 @pytest.mark.parametrize('name', [PLAIN, OURS, FOLDED])
 def test_pruning(name, images):
-    """By size, in every layer; trained on, and reparameterized afterwards."""
+    """By magnitude, in every layer; then trained further and reparameterized."""
     pruning = pytest.importorskip('torch_pruning')
     model = create(name)
     before = sum(parameter.numel() for parameter in model.parameters())
@@ -333,7 +333,7 @@ def test_pruning(name, images):
 
 
 def test_several_heads_are_not_pruned(images):
-    """docs/backbones.md names that limit."""
+    """docs/backbones.md documents this limit."""
     pruning = pytest.importorskip('torch_pruning')
     with pytest.raises(IndexError):
         pruning.pruner.MagnitudePruner(create('four heads'), images, pruning.importance.MagnitudeImportance(),
@@ -343,7 +343,7 @@ def test_several_heads_are_not_pruned(images):
 # -- peft --------------------------------------------------------------------------------------------------------------
 
 def adapt(model, **options):
-    """Low-rank adapters beside the weights of convolutions, trained for two steps."""
+    """Add low-rank adapters to convolutions, and train them for two steps."""
     peft = pytest.importorskip('peft')
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
     optimizer = torch.optim.SGD(adapted.parameters(), 0.1)
@@ -377,7 +377,7 @@ def test_adapters(name, options, images, tmp_path):
 
 
 def test_adapters_of_the_whole_layer():
-    """peft knows single layers only."""
+    """peft supports only single layers."""
     with pytest.raises(ValueError, match=r'(?s)Target module GeoPriorConv2d.* is not supported'):
         adapt(create(), target_modules=['conv2'])
 
@@ -385,7 +385,7 @@ def test_adapters_of_the_whole_layer():
 # -- captum ------------------------------------------------------------------------------------------------------------
 
 def test_captum(network, images):
-    """Integrated gradients add up to the difference of logits; Grad-CAM and the activations are those of a hook."""
+    """Integrated gradients add up to the difference of logits; Grad-CAM and the activations equal those of a hook."""
     attr = pytest.importorskip('captum.attr')
     shares, deltas = attr.IntegratedGradients(network).attribute(
         images, target=3, n_steps=200, internal_batch_size=50, return_convergence_delta=True)

@@ -1,4 +1,4 @@
-"""What is built can be installed: a source archive, the wheel made of it, and an editable install."""
+"""Builds can be installed: a source archive, the wheel built from it, and an editable install."""
 import os
 import site
 import subprocess
@@ -51,7 +51,7 @@ def run(*command, cwd=None):
 
 
 def package_files():
-    """Files of the package, relative to the root, without what Python leaves beside them."""
+    """Files of the package, relative to the root, without Python's caches."""
     return {str(path.relative_to(ROOT)) for path in PACKAGE.rglob('*')
             if path.is_file() and '__pycache__' not in path.parts}
 
@@ -66,7 +66,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def wheel(sdist, tmp_path_factory):
-    """The wheel that is built from the source archive, as an index' users without a wheel would."""
+    """The wheel that is built from the source archive, as users of an index without a wheel would build it."""
     folder = tmp_path_factory.mktemp('wheel')
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
@@ -78,7 +78,7 @@ def wheel(sdist, tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    """Python of a new environment that sees this one's packages, but not where this one's editable installs point."""
+    """Python of a new environment that sees this one's packages, but not its editable installs."""
     folder = tmp_path / 'environment'
     venv.create(folder)
     python = folder / ('Scripts' if os.name == 'nt' else 'bin') / 'python'

@@ -24,7 +24,7 @@ def decode(photo_folder, stderr):
 
 
 def test_what_takes_less_than_a_minute(stderr, photo_folder):
-    """A bar that goes away, and nothing in a file."""
+    """A bar that disappears, and nothing in a file."""
     decode(photo_folder, stderr)
     assert ('decoding: ' in stderr.getvalue()) == stderr.isatty()
     assert '\n' not in stderr.getvalue()

@@ -1,4 +1,4 @@
-"""Pictures of every kind, real files of them: what is read, how, and what is refused."""
+"""Real image files of every kind: what is read, how, and what is rejected."""
 import io
 import re
 import struct
@@ -99,7 +99,7 @@ def test_exif_rotation_is_carried_out(tmp_path, picture, mode):
     grey = np.asarray(picture.convert('L')).astype(np.uint16) * 257
     image = Image.fromarray(grey) if mode == 'I;16' else picture.convert(mode)
     exif = Image.Exif()
-    exif[0x0112] = 6  # as a phone held upright states it: turn clockwise to see it
+    exif[0x0112] = 6  # as from a phone held upright: rotate clockwise to view
     image.save(tmp_path / 'turned.png', exif=exif)
     upright = image.transpose(Image.Transpose.ROTATE_270)
     if mode == 'I;16':
@@ -118,7 +118,7 @@ def test_one_pixel(tmp_path):
 
 
 def png_header(width, height):
-    """A PNG that states a size and holds next to nothing: a decompression bomb's form."""
+    """A PNG that states a size but has almost no data, like a decompression bomb."""
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What the README says holds: its code runs, its commands exist."""
+"""The README is correct: its code runs, and its commands exist."""
 import functools
 import json
 import os
@@ -58,7 +58,7 @@ def test_the_first_lines_print_what_is_written(capsys):
 def test_the_two_lines_to_paste():
     assert SHELL[0] == "python -m pip install '.[sample]' && python -m timm_geoprior classify"
     assert SHELL[1] == "python -m pip install -e '.[test]' && python -m pytest"
-    # .ci/run takes them by these words, each from the first line that has them
+    # .ci/run finds each one by these words, in the first line that has them
     assert next(line for line in README.splitlines() if 'timm_geoprior classify' in line) == SHELL[0]
     assert next(line for line in README.splitlines() if 'python -m pytest' in line) == SHELL[1]
 
@@ -70,7 +70,7 @@ def test_every_extra_exists():
 
 
 def test_every_command_is_there(capsys):
-    """The table's commands and options against `--help`, both ways."""
+    """The table's commands and options match `--help` in both directions."""
     rows = [line for line in README.splitlines() if line.startswith('| `timm-geoprior ')]
     with pytest.raises(SystemExit):
         main(['--help'])
@@ -124,7 +124,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_importing_the_plugin_imports_little():
-    """Beyond timm this package's model files, and nothing of the command line, training, evaluation or publishing."""
+    """Besides timm, only this package's model files: no command line, training, evaluation or publishing."""
     imported = subprocess.run([sys.executable, '-c', IMPORTS], capture_output=True, text=True, check=True).stdout
     others = [name for name in json.loads(imported) if name.split('.')[0] not in sys.stdlib_module_names]
     assert others == [

@@ -1,4 +1,4 @@
-"""Recipes: what is refused, and what the shipped ones build, against the publications' own tables."""
+"""Recipes: what is rejected, and what the shipped ones build, against the tables of the publications."""
 import math
 
 import pytest
@@ -55,7 +55,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(('changes', 'message'), [
         ({'model': 'geoprior_resnet5'}, r"model, model_kwargs and freeze \(Unknown model.*did you mean 'geoprior_"),
-        ({'model_kwargs': {'fo': 1}}, r"unexpected keyword argument 'fo'\): change one, in the recipe or by --set"),
+        ({'model_kwargs': {'fo': 1}}, r"unexpected keyword argument 'fo'\): change one, in the recipe or with --set"),
         ({'model': 'convnext_atto', 'freeze_norms': True}, 'unless the batch norms of the model are BatchNorm2d'),
         ({'model': 'levit_128', 'freeze_norms': True}, 'unless the batch norms of the model are BatchNorm2d'),
         ({'freeze': ['layr1']}, 'has no attribute `layr1`'),
@@ -71,7 +71,7 @@ class TestRefusals:
     @pytest.mark.parametrize('changes', [{'aa': 'randm'}, {'interpolation': 'bic'}, {'remode': 'x', 'reprob': 0.1}])
     def test_augmentation_that_timm_does_not_have(self, changes):
         norms = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-        with pytest.raises(GeoPriorError, match='timm can make nothing of the recipe keys aa = '):
+        with pytest.raises(GeoPriorError, match='timm does not accept the recipe keys aa = '):
             make_transform(make_recipe({**LEAST, **changes}), norms)
 
     def test_a_missing_key(self):
@@ -148,7 +148,7 @@ class TestShipped:
         updates = 4
         found = rates(recipe, updates)
         assert found[0] == pytest.approx(first)
-        # the cosine begins after the warm-up, or has fallen during it already, as timm's and "Bag of Tricks" has it
+        # the cosine begins after the warm-up, or has already fallen during it, as in timm and "Bag of Tricks"
         begin = warmup if recipe.warmup_prefix else 0
         end = epochs if not recipe.lr_cycle_limit > 1 else min(r for r in (25, 45, 85, 165, 325) if r > epochs)
         begin_last = begin if not recipe.lr_cycle_limit > 1 else max(r for r in (25, 45, 85, 165, 325) if r < epochs)
@@ -176,7 +176,7 @@ class TestShipped:
         assert ('RandomErasing' in steps) == bool(recipe.reprob)
 
     def test_the_tag_is_one_for_the_data(self, name):
-        """So that a network is measured as ImageNet's are, whatever the architecture's default tag is of."""
+        """So that a network is evaluated as is usual for its data, whatever the architecture's default tag is."""
         recipe = load_recipe(name)
         cfg = timm.get_pretrained_cfg(recipe.model)
         of_imagenet = recipe.img_size > 128 or 'in1k' in name
@@ -208,7 +208,7 @@ def test_resnet_strikes_back_table_2():
 
 
 def test_torchvisions_second_recipe():
-    """The command in references/classification; the averages' decay as its train.py turns 0.00002 into one."""
+    """The command in references/classification; the EMA decay as its train.py computes it from 0.00002."""
     recipe = load_recipe('torchvision_v2')
     keys = ('img_size', 'eval_size', 'smoothing', 'aug_repeats', 'mixup', 'cutmix', 'mixup_switch_prob', 'aa', 'reprob',
             'remode', 'interpolation', 'momentum')
@@ -219,7 +219,7 @@ def test_torchvisions_second_recipe():
 
 @pytest.mark.parametrize('name', ['paper_in1k', 'paper_tin200', 'torchvision_v2'])
 def test_plain_momentum(name):
-    """As torch.optim.SGD has it; timm's "sgd" is Nesterov's."""
+    """As in torch.optim.SGD; timm's "sgd" uses Nesterov momentum."""
     group = build_optimizer(load_recipe(name), nn.Linear(2, 2)).param_groups[0]
     assert (group['momentum'], group['nesterov']) == (0.9, False)
 

@@ -27,7 +27,7 @@ OPTIONS = [part for change in SMALL for part in ('--set', change)]
 
 @pytest.fixture(scope='session')
 def out(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `convert` writes of the plain checkpoint. Not to be changed."""
+    """The folder that `convert` writes for the plain checkpoint. Do not modify."""
     folder = tmp_path_factory.mktemp('recovery') / 'out'
     assert main(['convert', str(checkpoint), '-o', str(folder), '--device', 'cpu']) == 0
     return folder
@@ -72,7 +72,7 @@ def test_it_starts_from_the_folder_and_is_taught_by_its_source(out, checkpoint, 
 
 
 def test_without_labels_the_teacher_alone_teaches_the_same(out, photo_folder, flat, tmp_path):
-    """The same images give the same bits with and without class folders, also where they are other classes."""
+    """The same images give the same bits with and without class folders, even if these are other classes."""
     done = run(command(out, flat, tmp_path / 'flat', '--set', 'distill_alpha=1'))
     assert done.returncode == 0, done.stderr
     assert f'The images in {flat} are used without labels.' in done.stderr
@@ -102,7 +102,7 @@ def test_a_killed_recovery_resumes_to_the_same_bits(out, flat, tmp_path):
 
 
 def test_two_processes_recover_as_one(out, flat, tmp_path):
-    """With norms that do not see the batch. What all processes find is told once."""
+    """With norms that do not depend on the batch. What all processes find is reported once."""
     changes = ['distill_alpha=1', 'amp=false', 'lr=1e-3', 'freeze_norms=true']
     options = [part for change in changes for part in ('--set', change)]
     first, second = run_ranks(2, command(out, flat, tmp_path / 'run', *options))
@@ -123,7 +123,7 @@ def test_two_processes_recover_as_one(out, flat, tmp_path):
 
 
 def test_classes_are_matched_by_name(out, photo_folder, tmp_path):
-    """Two of the four classes, in a folder of their own: they keep their places in the network."""
+    """Two of the four classes in a separate folder keep their places in the network."""
     for name in ('coffee', 'rocket'):
         shutil.copytree(photo_folder / 'train' / name, tmp_path / 'data' / 'train' / name)
     for overrides in ([], ['in_memory=false']):
@@ -137,7 +137,7 @@ def test_images_are_prepared_as_the_source_was_trained(out, checkpoint, photo_fo
     folder = Path(shutil.copytree(out, tmp_path / 'out'))
     written = json.loads((folder / 'config.json').read_text())
     written['pretrained_cfg'].update(mean=[0.5, 0.25, 0.125], crop_pct=0.5, std=None)
-    written['model_args'] = None  # as some programs write what is empty
+    written['model_args'] = None  # as some programs write empty values
     (folder / 'config.json').write_text(json.dumps(written))
     trainer = in_process(folder, photo_folder, tmp_path / 'run')
     assert trainer.data.train.mean.flatten().tolist() == [127.5, 63.75, 31.875]
@@ -146,7 +146,7 @@ def test_images_are_prepared_as_the_source_was_trained(out, checkpoint, photo_fo
     again = replace(trainer.recipe, teacher=trainer.recipe.model, teacher_path=str(last))
     for model in (load_model(None, last).model, build_teacher(again, 4)):
         assert (list(model.pretrained_cfg['mean']), model.pretrained_cfg['crop_pct']) == ([0.5, 0.25, 0.125], 0.5)
-    # the teacher gets them as it has learned to see them
+    # the teacher gets them normalized as in its own training
     pixels = torch.rand(2, 3, 64, 64)
     cfgs = trainer.model.pretrained_cfg, load_model(None, checkpoint).model.pretrained_cfg
     own, source = ((pixels - torch.tensor(cfg['mean']).view(1, 3, 1, 1)) / torch.tensor(cfg['std']).view(1, 3, 1, 1)
@@ -170,7 +170,7 @@ def test_a_source_that_timm_loads_by_name(photo_folder, tmp_path):
 
 
 def test_a_converted_tag_keeps_its_name(out, tmp_path):
-    """So that it is measured and published as what it is."""
+    """So that it is measured and published under its own name."""
     folder = Path(shutil.copytree(out, tmp_path / 'out'))
     cfg = timm.get_pretrained_cfg('geoprior_resnet50.from_bamboo').to_dict()
     (folder / 'config.json').write_text(json.dumps({
@@ -192,21 +192,21 @@ def test_another_teacher_may_be_named(out, photo_folder, tmp_path):
 
 
 BAD = {
-    'nothing': 'must name the folder that `timm-geoprior convert` wrote, since the recipe warm_tin200 is taught by',
+    'nothing': 'must name the folder that `timm-geoprior convert` wrote, since the teacher of the recipe warm_tin200',
     'model': '--model must be left out with the folder',
-    'missing': 'must name the folder that `timm-geoprior convert` wrote, since the recipe warm_tin200 is taught by',
+    'missing': 'must name the folder that `timm-geoprior convert` wrote, since the teacher of the recipe warm_tin200',
     'no results': 'must be a folder that `timm-geoprior convert` wrote, got one without results.json. Check',
     'no weights': 'must be a folder that `timm-geoprior convert` wrote, got one without model.safetensors. Check',
     'damaged': 'must be a folder that `timm-geoprior convert` wrote, got one whose config.json or results.json cannot',
-    'fine-tuned': 'got one whose results.json names no source. Check --finetune.',
-    'no results but null': 'got one whose results.json names no source. Check --finetune.',
-    'no name': 'got one whose results.json names no name. Check --finetune.',
-    'a list': 'got one whose config.json names no architecture. Check --finetune.',
-    'classes in words': 'got one whose config.json names no num_classes. Check --finetune.',
-    'unknown network': 'timm can make nothing of the recipe keys model, model_kwargs and freeze (Unknown model (nope))',
+    'fine-tuned': 'got one whose results.json has no valid source. Check --finetune.',
+    'no results but null': 'got one whose results.json has no valid source. Check --finetune.',
+    'no name': 'got one whose results.json has no valid name. Check --finetune.',
+    'a list': 'got one whose config.json has no valid architecture. Check --finetune.',
+    'classes in words': 'got one whose config.json has no valid num_classes. Check --finetune.',
+    'unknown network': 'timm does not accept the recipe keys model, model_kwargs and freeze (Unknown model (nope))',
     'grey': 'The model must take images of 3 channels to be trained, got 1. Change in_chans.',
     'no classes': 'must have a classifier to be trained, got a network without classes.',
-    'teacher gone': 'does not exist. Put it back, or say where it is by --set teacher_path=FILE.',
+    'teacher gone': 'does not exist. Put it back, or give its path with --set teacher_path=FILE.',
     'teacher changed': 'must be the file from which',
     'teacher on the Hub': 'The teacher resnet50.a1_in1k cannot be loaded (',
     'flat': 'must have one folder of images for each class, or add --set distill_alpha=1, which needs no labels.',

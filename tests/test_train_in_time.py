@@ -1,4 +1,4 @@
-"""scripts/experiments/train_in_time.py: epochs scaled to a time, a run that is late, the file that is sent back."""
+"""scripts/experiments/train_in_time.py: epochs scaled to a time, a run that takes too long, the release file."""
 import signal
 import time
 from argparse import Namespace
@@ -92,7 +92,7 @@ class TestRun:
         state.update(epoch=planned[0].epochs - 1, update=0)  # there is one epoch left
         torch.save(state, run / 'last.pt')
         script.run(args, time.monotonic() + 600)
-        assert len(planned) == 1  # what resumes is timed by nothing
+        assert len(planned) == 1  # a resumed run is not timed again
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
         signal.signal(signal.SIGALRM, previous)
 
@@ -109,7 +109,7 @@ class TestRun:
     def test_more_time_is_more_epochs(self, photo_folder, tmp_path, capsys):
         config = RunConfig(photo_folder, tmp_path / 'run', workers=0)
         decoded = decode_images(open_images(config, 'train').dataset, 64, 0)
-        # at a rate as high as this one no probe would be finite
+        # with a learning rate as high as this one, no probe would be finite
         found = script.fit_to_time([tiny(lr=1e4)], config, decoded, time.monotonic() + 3600)
         assert found[0].epochs > 14
         assert found[0].progressive[0] == (0, 32)

@@ -62,7 +62,7 @@ def command(folder: Path, output: Path, recipe: Path, *more: str) -> list[str]:
 
 
 def turned(path: Path) -> Path:
-    """Let an image's file state a rotation."""
+    """Add an EXIF rotation to an image file."""
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(path) as image:
@@ -135,7 +135,7 @@ def ddp_recipe(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def ddp_folder(photo_folder, tmp_path_factory):
-    """Photographs that there is something to say about."""
+    """Photographs about which there is something to report."""
     folder = Path(shutil.copytree(photo_folder, tmp_path_factory.mktemp('ddp') / 'photos'))
     (folder / 'train' / 'coffee' / 'notes.txt').write_text('of the journey')
     (folder / 'train' / 'rocket' / '07.jpg').write_bytes(b'no photograph')
@@ -145,7 +145,7 @@ def ddp_folder(photo_folder, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def two_processes(ddp_folder, ddp_recipe, tmp_path_factory):
-    """The folder of a run, and what its two processes have printed."""
+    """The folder of a run, and what its two processes printed."""
     output = tmp_path_factory.mktemp('two') / 'run'
     done = run_ranks(2, command(ddp_folder, output, ddp_recipe))
     assert [process.returncode for process in done] == [0, 0], done
@@ -173,7 +173,7 @@ class TestRun:
         assert make_recipe(yaml.safe_load(echoed)).mixup == 0.2
         state = load_checkpoint(whole_run / 'best.pt')
         assert state['class_names'] == ['astronaut', 'chelsea', 'coffee', 'rocket']
-        assert not {'optimizer', 'scaler'} & state.keys()  # weights to use, a third of what a run resumes from
+        assert not {'optimizer', 'scaler'} & state.keys()  # only weights, a third of a checkpoint to resume from
         assert {path.name for path in whole_run.glob('*.png')} == {'curves.png', 'radii.png'}
         events = EventAccumulator(str(whole_run / 'tensorboard')).Reload()
         for key in ('train_loss', 'ema_top1', 'lr', 'images_per_second', 'radius.layer2.0.conv2.attn'):
@@ -184,7 +184,7 @@ class TestRun:
             'radii.png'}
 
     def test_it_learns(self, photo_folder, tmp_path):
-        """Four photographs are told apart after a few epochs, in memory, by images that were held out."""
+        """Four photographs are told apart after a few epochs in memory, as measured on held-out images."""
         recipe = tiny(epochs=12, in_memory=True, lr=0.1, smoothing=0, drop_path=0, model_ema=False, scale=[0.6, 1])
         results = train(recipe, config(photo_folder, tmp_path / 'run'))
         assert results['best'] >= 75
@@ -200,7 +200,7 @@ class TestRun:
         ({'channels_last': True}, 1e-4), ({'amp': True}, 0.03), ({'amp': True, 'amp_dtype': 'float16'}, 0.03),
         ({'torchcompile': True, 'model': 'test_resnet', 'model_kwargs': {}}, 0)])
     def test_every_engine_has_the_loss_of_plain_float32(self, changes, tolerance, photo_folder, tmp_path, monkeypatch):
-        if 'torchcompile' in changes:  # traced, without the minute that writing kernels takes
+        if 'torchcompile' in changes:  # traced, without the minute that generating kernels takes
             monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
         seen = []
         def note(module, inputs, output):
@@ -242,7 +242,7 @@ class TestRun:
             r'epoch 2: training loss \d\.\d{3}, held-out top-1 \d+\.\d\d%( \(best\))?, [\d,]+ images/s', said[-1])
 
     def test_accumulation_is_the_same_update(self, photo_folder, tmp_path):
-        """Half the batch twice is the batch, where no norm sees the batch."""
+        """Two halves of a batch equal the whole batch if no norm depends on the batch."""
         for steps in (1, 2):
             recipe = tiny(epochs=1, grad_accum_steps=steps, drop_path=0, in_memory=True, lr=1e-3,
                           model_kwargs={**TINY['model_kwargs'], 'norm_layer': 'groupnorm1'})
@@ -261,7 +261,7 @@ class TestRun:
         assert shapes == [(8, 4), (8, 4), (8,)]
 
     def test_gradients_are_clipped(self, photo_folder, tmp_path):
-        """Plain SGD with rate 1 moves the weights by the gradient: by its norm's limit."""
+        """Plain SGD with learning rate 1 moves the weights by the gradient, whose norm is clipped."""
         trainer = Trainer(
             tiny(in_memory=True, opt='momentum', momentum=0, lr=1, warmup_epochs=0, weight_decay=0, radius_lr=1,
                  clip_grad=0.01),
@@ -274,7 +274,7 @@ class TestRun:
     def test_the_moving_average(self, photo_folder, tmp_path):
         trainer = Trainer(tiny(in_memory=True, model_ema_decay=0.75), config(photo_folder, tmp_path / 'run'))
         batches, expected = trainer.data.train.epoch(0, 32), torch.zeros(())
-        for trainer.update in range(4):  # timm's begins with the second step's weights
+        for trainer.update in range(4):  # timm's average begins with the weights of the second step
             trainer._step(batches)
             old = 0 if trainer.update < 2 else 0.75
             expected = old * expected + (1 - old) * trainer.model.fc.weight.detach()
@@ -291,7 +291,7 @@ class TestResume:
     @pytest.mark.parametrize('updates', [1, 6, 12])
     def test_killed_anywhere_the_run_ends_with_the_same_bits(
             self, whole_run, photo_folder, recipe_file, tmp_path, updates):
-        """SIGKILL from inside, right after a step: no handler runs, and workers are at work."""
+        """SIGKILL from inside, right after a step: no handler runs, and workers are busy."""
         killer = at_update(f'self.epoch * self.updates_per_epoch + self.update == {updates}', signal.SIGKILL)
         output = tmp_path / 'run'
         arguments = command(photo_folder, output, recipe_file, '-j', '2', '--save-every', '2')
@@ -304,7 +304,7 @@ class TestResume:
 
     @pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_asked_to_stop_it_saves_and_leaves(self, whole_run, photo_folder, recipe_file, tmp_path, number, code):
-        """The signal goes to the whole group of processes, workers too, as SLURM, systemd and a terminal send it."""
+        """The signal goes to the whole process group, including workers, as SLURM, systemd and a terminal send it."""
         output = tmp_path / 'run'
         arguments = command(photo_folder, output, recipe_file, '-j', '2')
         stopper = at_update('self.update == 2', number).replace('os.kill(os.getpid(), ', 'os.killpg(os.getpgrp(), ')
@@ -324,7 +324,7 @@ class TestResume:
 
     @pytest.mark.parametrize('name', ['train', 'compare', 'transfer'])
     def test_ctrl_c_while_images_are_read(self, photo_folder, tmp_path, name):
-        """No run has begun that could save: the script leaves without a word, and without a traceback."""
+        """No run has begun that could be saved: the script exits silently, without a traceback."""
         script = SCRIPT if name == 'train' else SCRIPT.parent / 'experiments' / f'{name}.py'
         stopper = (
             'import os, runpy, signal, sys\n'
@@ -341,7 +341,7 @@ class TestResume:
         assert 'Traceback' not in stopped.stderr
 
     def test_asked_to_stop_while_the_last_epoch_is_measured(self, photo_folder, tmp_path, monkeypatch):
-        """It leaves with the signal's code; what is left to do are the results."""
+        """It exits with the signal's code; only the results remain to be written."""
         end = Trainer._end_epoch
 
         def stopped(trainer):
@@ -370,7 +370,7 @@ class TestResume:
         recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
         shutil.copytree(photo_folder, tmp_path / 'data')
         (tmp_path / 'data/train/rocket').rename(tmp_path / 'data/train/robot')
-        with pytest.raises(GeoPriorError, match=r'trained on 4 other classes than the 4 in .*data\. Check --data-dir'):
+        with pytest.raises(GeoPriorError, match=r'trained on 4 classes that differ from the 4 in .*data\. Check'):
             Trainer(recipe, config(tmp_path / 'data', whole_run, resume=True))
         (tmp_path / 'run').mkdir()
         torch.save({'model': {}}, tmp_path / 'run' / 'last.pt')
@@ -382,7 +382,7 @@ class TestResume:
             Trainer(tiny(), config(photo_folder, whole_run))
 
     def test_other_images_are_refused(self, whole_run, photo_folder, recipe_file, tmp_path):
-        """One more changes what is held out; one that has another name might be held out now."""
+        """One more changes what is held out; a renamed one might now be held out."""
         recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
         state = load_checkpoint(whole_run / 'last.pt')
         assert len(state['held_names']) == 8
@@ -418,11 +418,11 @@ class TestResume:
         with pytest.raises(GeoPriorError, match='The output must lie outside the folders of the images'):
             Trainer(tiny(), config(data, data / place, val_split='mine'))
         assert sorted(data.rglob('*')) == before
-        Trainer(tiny(), config(data, data / 'run'))  # beside the splits it is none of them
+        Trainer(tiny(), config(data, data / 'run'))  # a folder next to the splits is none of them
 
     def test_an_output_whose_name_is_not_utf_8(self, photo_folder, tmp_path):
         output = tmp_path / os.fsdecode(b'caf\xe9')
-        with pytest.raises(GeoPriorError, match='must be UTF-8, since TensorBoard writes into no other'):
+        with pytest.raises(GeoPriorError, match='must be UTF-8, since TensorBoard cannot write to any other'):
             Trainer(tiny(), config(photo_folder, output))
         assert not list(tmp_path.iterdir())
 
@@ -434,7 +434,7 @@ class TestResume:
 
 class TestProcesses:
     def test_two_processes_train_as_one(self, ddp_folder, ddp_recipe, two_processes, tmp_path):
-        """The same global batches give the same loss curve, to 1e-4, with a norm that does not see the batch."""
+        """The same global batches give the same loss curve, to 1e-4, with a norm that does not depend on the batch."""
         train(load_recipe(ddp_recipe), config(ddp_folder, tmp_path / 'one'))
         losses = [[float(row['train_loss']) for row in csv.DictReader((output / 'summary.csv').open())]
                   for output in (tmp_path / 'one', two_processes[0])]
@@ -455,7 +455,7 @@ class TestProcesses:
         assert (first.stderr.count('\n'), second.stderr) == (1, '')
 
     def test_a_killed_process_comes_back(self, ddp_folder, ddp_recipe, two_processes, tmp_path):
-        """The second process is killed in the second epoch; `torchrun --max-restarts` brings both back."""
+        """The second process is killed in the second epoch; `torchrun --max-restarts` restarts both."""
         mark, output, script = tmp_path / 'was_killed', tmp_path / 'run', tmp_path / 'killed.py'
         script.write_text(at_update(
             'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.epoch == 1'
@@ -468,7 +468,7 @@ class TestProcesses:
         assert_same_run(two_processes[0], output)
 
     def test_a_signal_to_one_process_stops_both_at_the_same_step(self, photo_folder, ddp_recipe, tmp_path):
-        """With norms that see the batch: what each process measured by is what the first one saves."""
+        """With norms that depend on the batch, every process measures with the statistics that the first one saves."""
         output, script = tmp_path / 'run', tmp_path / 'stopped.py'
         script.write_text(at_update(
             'os.environ["RANK"] == "1" and (self.epoch, self.update) == (1, 2)', signal.SIGTERM).replace(
@@ -490,7 +490,7 @@ sys.argv =""", 1).replace('import os', 'import torch, os', 1))
         assert any('running' in name for name in first)
 
     def test_two_machines_train_as_one(self, ddp_folder, ddp_recipe, two_processes, tmp_path):
-        """Two torchruns that meet on the loopback; only the first process's machine sees the run's folder."""
+        """Two torchruns that meet on the loopback; only the first process's machine writes the run's folder."""
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
@@ -512,10 +512,10 @@ sys.argv =""", 1).replace('import os', 'import torch, os', 1))
             Trainer(tiny(batch_size=7, mixup=0.2), config(photo_folder, tmp_path))
 
     def test_batches_of_one_image(self, photo_folder, tmp_path):
-        """Where the last map has one cell, there is no variance; where it has four, there is."""
+        """If the last map has one cell, there is no variance; if it has four, there is."""
         network = {'model_kwargs': {'channels': [8, 16, 16, 16], 'value_dims': [0, 0, 0, 0], 'stem_width': 8}}
         for batch, steps in ((1, 1), (2, 2)):
-            with pytest.raises(GeoPriorError, match=r'at least 2 images at 16 px, got 1, of which .*Raise batch_size'):
+            with pytest.raises(GeoPriorError, match=r'at least 2 images at 16 px, got 1, for which .*Raise batch_size'):
                 Trainer(tiny(batch_size=batch, grad_accum_steps=steps, img_size=16, **network),
                         config(photo_folder, tmp_path))
         Trainer(tiny(batch_size=1, img_size=64), config(photo_folder, tmp_path / 'larger'))
@@ -540,7 +540,7 @@ class TestStartingPoint:
 
     @pytest.mark.parametrize('kind', ['pretrained', 'timm', 'safetensors'])
     def test_finetuning_starts_from_any_weights(self, kind, photo_folder, tmp_path, monkeypatch):
-        (tmp_path / 'pretrained').mkdir()  # is not what is meant
+        (tmp_path / 'pretrained').mkdir()  # must not be mistaken for the keyword
         monkeypatch.chdir(tmp_path)
         path = tmp_path / f'weights.{"safetensors" if kind == "safetensors" else "pth"}'
         source = timm.create_model('geoprior_resnet14_nano', pretrained=kind == 'pretrained').state_dict()
@@ -567,7 +567,7 @@ class TestStartingPoint:
             Trainer(tiny(**changes), config(photo_folder, tmp_path / 'run', finetune=finetune))
 
     def test_a_teacher_of_other_classes_is_refused(self, photo_folder, tmp_path):
-        """timm would draw a new head for it."""
+        """timm would give it a new, random head."""
         recipe = tiny(in_memory=True, teacher='geoprior_resnet14_nano')
         with pytest.raises(GeoPriorError, match='must know the 4 classes of the images, got weights for 200'):
             Trainer(recipe, config(photo_folder, tmp_path / 'run'))
@@ -597,7 +597,7 @@ class TestStartingPoint:
 
     @pytest.mark.parametrize('alpha', [1.0, 0.5])
     def test_the_share_of_the_teacher(self, alpha, photo_folder, tmp_path):
-        """With all of it, the labels make no difference."""
+        """If it is 1, the labels make no difference."""
         losses, path = [], tmp_path / 'teacher.pt'
         torch.save(timm.create_model('test_resnet', num_classes=4).state_dict(), path)
         for label in (0, 1):
@@ -613,7 +613,7 @@ class TestStartingPoint:
 class TestData:
     @pytest.mark.parametrize('in_memory', [False, True])
     def test_measured_classes_are_the_training_ones_by_name(self, in_memory, photo_folder, tmp_path):
-        """ILSVRC's validation images as they are downloaded, in no class folders, of two of three classes."""
+        """ILSVRC's validation images as they are downloaded, without class folders, of two of three classes."""
         for wnid, name in (('n01440764', 'chelsea'), ('n02102040', 'coffee'), ('n02979186', 'rocket')):
             shutil.copytree(photo_folder / 'train' / name, tmp_path / 'train' / wnid)
         (tmp_path / 'val').mkdir()
@@ -698,7 +698,7 @@ class TestFaults:
         assert trainer.loss_sum == 0
 
     def test_the_training_loss_is_that_of_the_updates_that_count(self, photo_folder, tmp_path, monkeypatch):
-        """Wherever in an epoch an update was left out."""
+        """Wherever in an epoch an update was skipped."""
         told = []
         for number, bad in enumerate(((), (0, 1), (4,))):
             trainer = Trainer(tiny(**PLAIN), config(photo_folder, tmp_path / str(number)))
@@ -717,7 +717,7 @@ class TestFaults:
             train(tiny(in_memory=True, max_skipped_steps=100), config(photo_folder, tmp_path / 'run'))
 
     def test_an_update_asks_the_device_once(self, photo_folder, tmp_path, monkeypatch):
-        """For the loss and a signal together, before the backward pass; buffers are copied together too."""
+        """For the loss and a signal together, before the last backward pass; buffers are copied together too."""
         trainer = Trainer(tiny(in_memory=True, grad_accum_steps=2), config(photo_folder, tmp_path / 'run'))
         order, clones = [], []
         monkeypatch.setattr(torch.Tensor, 'item', lambda tensor: order.append('item'))
@@ -770,7 +770,7 @@ class TestFaults:
         assert not (tmp_path / 'run').exists()
 
     def test_a_disk_that_fills_up_in_mid_run(self, whole_run, photo_folder, recipe_file, tmp_path):
-        """From the second epoch on no file may be larger than 20,000 bytes; with room again, the run goes on."""
+        """From the middle of the second epoch, no file may exceed 20,000 bytes; with space again, the run resumes."""
         output = tmp_path / 'run'
         arguments = command(photo_folder, output, recipe_file, '-j', '0')
         fill = at_update('(self.epoch, self.update) == (1, 2)', signal.SIGTERM).replace(
@@ -779,7 +779,7 @@ class TestFaults:
         filled = run(['-c', fill, *arguments])
         assert filled.returncode == 1, filled.stderr
         assert re.fullmatch(
-            r'train\.py: The checkpoint \S*(best|last)\.pt could not be written \(File too large\); the one before it '
+            r'train\.py: The checkpoint \S*(best|last)\.pt could not be written \(File too large\); the previous one '
             r'is untouched\. Free some space and run again with --resume\.', filled.stderr.splitlines()[-1])
         assert load_checkpoint(output / 'last.pt')['epoch'] == 1
         run([*arguments, '--resume'], check=True)
@@ -793,7 +793,7 @@ class TestFaults:
         ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
-            with pytest.raises(GeoPriorError, match='the one before it is untouched'):
+            with pytest.raises(GeoPriorError, match='the previous one is untouched'):
                 save_checkpoint({'model': {'w': torch.zeros(100_000)}}, path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

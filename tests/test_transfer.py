@@ -1,4 +1,4 @@
-"""scripts/experiments/transfer.py and what it is made of, on real photographs."""
+"""scripts/experiments/transfer.py and its parts, on real photographs."""
 import csv
 import json
 import runpy
@@ -40,7 +40,7 @@ def script(monkeypatch):
     return run
 
 
-# the process ends, as by SIGKILL, after the first epoch of the first fine-tuning
+# ends the process, as SIGKILL would, after the first epoch of the first fine-tuning
 KILLED = (
     'import os, runpy, sys\n'
     'from timm_geoprior.training import engine\n'
@@ -66,7 +66,7 @@ def test_killed_and_gone_on(photo_folder, tmp_path, script, capsys, monkeypatch)
     rows = list(csv.DictReader((tmp_path / 'transfer.csv').open()))
     by_case = {(row['method'], row['start']): float(row['top1']) for row in rows}
     assert len(by_case) == len(rows) == 6
-    assert by_case['linear', 'pretrained'] > 50  # one in four by chance
+    assert by_case['linear', 'pretrained'] > 50  # chance is one in four
     assert all(row['labels'] == '24' and row['test_images'] == '20' for row in rows)
     left = [path.name for path in (folder / 'runs' / '0-6-pretrained').iterdir()]
     assert 'results.json' in left
@@ -82,7 +82,7 @@ def test_killed_and_gone_on(photo_folder, tmp_path, script, capsys, monkeypatch)
         next(transfer(job(photo_folder, tmp_path, img_size=64)))
     with pytest.raises(TransferError, match='been made with --set epochs=3, got --set epochs=2. Name'):
         next(transfer(job(photo_folder, tmp_path, overrides=('epochs=3',))))
-    next(transfer(job(photo_folder, tmp_path, overrides=(), methods=('knn',))))  # which is not fine-tuning's
+    next(transfer(job(photo_folder, tmp_path, overrides=(), methods=('knn',))))  # overrides are for fine-tuning
     monkeypatch.undo()
     other = shutil.copytree(photo_folder, tmp_path / 'elsewhere' / photo_folder.name)
     (other / 'val' / 'rocket' / '00.jpg').unlink()
@@ -91,7 +91,7 @@ def test_killed_and_gone_on(photo_folder, tmp_path, script, capsys, monkeypatch)
 
 
 def test_features_are_those_of_the_drawn_images(photo_folder, tmp_path):
-    """More seeds and labels than were there need new features; each row has its own images'."""
+    """More seeds and labels need new features; each row uses those of its own images."""
     few = job(photo_folder, tmp_path, methods=('knn',), per_class=(3,), img_size=64)
     more = job(photo_folder, tmp_path, methods=('knn',), per_class=(3, 5), seeds=(1, 0), img_size=64)
     *_, first = transfer(few)
@@ -129,7 +129,7 @@ def test_draws(photo_folder):
 
 
 def test_knn_votes_by_similarity():
-    """Three that are a little alike count less than one that is nearly the same."""
+    """Three slightly similar neighbours count less than one that is nearly the same."""
     features = torch.tensor([[1.0, 0.05], [0.6, 1.0], [0.6, 1.1], [0.6, 1.2]])
     labels = torch.tensor([0, 1, 1, 1])
     assert knn(features, labels, torch.tensor([[9.0, 0.0], [0.1, 0.2]])).tolist() == [0, 1]
@@ -141,7 +141,7 @@ def two_inputs(features):
 
 
 def fit_softmax(inputs, labels, penalty):
-    """The weights of a softmax regression with a weight vector for each class, by torch."""
+    """The weights of a softmax regression with a weight vector for each class, fitted by torch."""
     weight = torch.zeros(inputs.shape[1], 2, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn='strong_wolfe')

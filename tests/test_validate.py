@@ -1,4 +1,4 @@
-"""scripts/validate.py, whole: every kind of data, one and several processes, what it writes, what it refuses."""
+"""scripts/validate.py end to end: every kind of data, one and several processes, what it writes and what it rejects."""
 import csv
 import hashlib
 import io
@@ -71,7 +71,7 @@ def data(pictures, tmp_path_factory) -> Path:
     (root / 'val.tar.xz').write_bytes(lzma.compress(
         Path(shutil.make_archive(str(root / 'val'), 'tar', root / 'folder')).read_bytes(), preset=0))
     (root / 'shards').mkdir()
-    for shard in range(5):  # more than one process has, and not the same number of images in each
+    for shard in range(5):  # more than one per process, with different numbers of images
         with tarfile.open(root / 'shards' / f'val-{shard}.tar', 'w') as archive:
             for name, label, content in pictures[shard ** 2 * 6:min((shard + 1) ** 2 * 6, COUNT)]:
                 for ending, part in (('jpg', content), ('cls', str(order.index(CLASSES[label])).encode())):
@@ -103,7 +103,7 @@ def tensors_of(pictures, size: int) -> torch.Tensor:
 
 @pytest.fixture(scope='module')
 def classifier(pictures) -> nn.Module:
-    """A random network whose head knows the mean of the features of half of each class's images."""
+    """A random network whose head uses the mean features of half of each class's images."""
     torch.manual_seed(0)
     model = timm.create_model(NANO, num_classes=len(CLASSES))
     for module in model.modules():
@@ -121,7 +121,7 @@ def classifier(pictures) -> nn.Module:
 
 @pytest.fixture(scope='module')
 def large_checkpoint(classifier, tmp_path_factory) -> Path:
-    """The same network with all of ImageNet's classes, five of which win unless they may not compete."""
+    """The same network with all of ImageNet's classes, five of which always win unless they are excluded."""
     path = tmp_path_factory.mktemp('large') / 'large.pth'
     state = classifier.state_dict()
     rows = [IMAGENET.index(name) for name in CLASSES]
@@ -134,7 +134,7 @@ def large_checkpoint(classifier, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def checkpoint(classifier, tmp_path_factory) -> Path:
-    """As scripts/train.py saves it, for the ten classes in their own order."""
+    """A checkpoint as saved by scripts/train.py, for the ten classes in their own order."""
     path = tmp_path_factory.mktemp('run') / 'last.pt'
     torch.save({'model': classifier.state_dict(), 'ema': None, 'model_name': NANO,
                 'model_kwargs': {}, 'num_classes': len(CLASSES), 'class_names': CLASSES,
@@ -181,7 +181,7 @@ def test_every_kind_of_data_gives_the_counts_of_a_plain_loop(
         kind, workers, data, parquet, checkpoint, expected, tmp_path, capfd):
     pytest.importorskip('webdataset')
     batch_size = {0: 7, 2: 64}[workers]
-    # in shards the labels are numbers of the sorted classes
+    # in shards the labels are indices of the sorted classes
     ordered = sorted_checkpoint(checkpoint, tmp_path) if kind == 'shards' else checkpoint
     assert validate('--checkpoint', ordered, *kinds_of_data(data, parquet)[kind], '-j', workers, '-b', batch_size,
                     '--results-file', tmp_path / 'found.json') == 0
@@ -197,7 +197,7 @@ def test_every_kind_of_data_gives_the_counts_of_a_plain_loop(
 
 
 def sorted_checkpoint(checkpoint: Path, folder: Path) -> Path:
-    """The same network with its classes sorted, and unnamed."""
+    """The same network with sorted, unnamed classes."""
     content = torch.load(checkpoint, weights_only=True)
     order = [CLASSES.index(name) for name in sorted(CLASSES)]
     for key in ('fc.weight', 'fc.bias'):
@@ -238,9 +238,9 @@ def test_several_processes_count_every_image_once(processes, data, parquet, chec
     assert {name: counts_of(result['results'][0]) for name, result in found.items()} == dict.fromkeys(runs, expected)
     assert {result['engine']['processes'] for result in found.values()} == {processes}
     assert done[0].stdout.count('top-1') == len(runs)
-    for process in done[1:]:  # one process speaks
+    for process in done[1:]:  # only the first process prints
         assert (process.stdout, f'{COUNT} images in 10 classes' in process.stderr) == ('', False)
-    assert done[0].stderr.count(f'{COUNT} images in 10 classes') == len(runs) - 1  # a stream tells nothing before
+    assert done[0].stderr.count(f'{COUNT} images in 10 classes') == len(runs) - 1  # not for a stream
     calibration = {result['results'][0]['calibration_error'] for result in found.values()}
     assert max(calibration) - min(calibration) < 0.01
 
@@ -282,12 +282,12 @@ def test_the_report(data, checkpoint, expected, tmp_path, monkeypatch, capsys):
     assert int(summary['top1_correct']) == expected['top1_correct']
     assert float(summary['top5_low']) < float(summary['top5']) < float(summary['top5_high'])
     told = capsys.readouterr()
-    assert re.search(r'from float32: top-1 [+-]\d.*, top-5 .*; \d+ first answers differ, scores by up to \d', told.out)
+    assert re.search(r'from float32: top-1 [+-]\d.*, top-5 .*; \d+ top-1 predictions differ, scores by', told.out)
     assert told.err.splitlines()[0] == '97 images in 10 classes, 9 to 10 in each.'
 
 
 def test_it_runs_in_any_thread(data, checkpoint):
-    with ThreadPoolExecutor() as threads:  # none but the main thread may handle signals
+    with ThreadPoolExecutor() as threads:  # only the main thread may handle signals
         done = threads.submit(validate, '--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0)
     assert done.result() == 0
 
@@ -359,7 +359,7 @@ def test_images_of_unknown_classes_are_left_out(pictures, data, checkpoint, expe
 
 
 def test_real_labels(pictures, classifier, large_checkpoint, tmp_path, capsys):
-    """By labels of the test's own: each image's two best classes are right, and one image has none."""
+    """By labels of the test: each image's second and third best class, but none for one image and the best for one."""
     (tmp_path / 'flat').mkdir()
     for number, (_, _, content) in enumerate(pictures[:12], 1):
         (tmp_path / 'flat' / f'ILSVRC2012_val_{number:08}.JPEG').write_bytes(content)
@@ -377,29 +377,29 @@ def test_real_labels(pictures, classifier, large_checkpoint, tmp_path, capsys):
     results = json.loads((tmp_path / 'found.json').read_text())
     assert counts_of(results['real_labels']) == {'num_images': 11, 'top1_correct': 1, 'top5_correct': 11}
     assert results['results'][0]['num_images'] == 12
-    assert 'of 11 labelled so' in capsys.readouterr().out
-    assert validate(*arguments, '--real-labels') == 0  # those that timm has
+    assert 'of 11 with ReaL labels' in capsys.readouterr().out
+    assert validate(*arguments, '--real-labels') == 0  # those in timm
     assert json.loads((tmp_path / 'found.json').read_text())['real_labels']['num_images'] == 11
     capsys.readouterr()
     victim = tmp_path / 'flat' / 'ILSVRC2012_val_00000002.JPEG'
     content = bytearray(victim.read_bytes())
-    table = content.index(b'\xff\xc4')  # of the Huffman codes: head and end stay good
+    table = content.index(b'\xff\xc4')  # of the Huffman codes: header and end stay valid
     content[table + 4:table + 24] = b'\xff' * 20
     victim.write_bytes(content)
     assert validate(*arguments, '--real-labels', tmp_path / 'real.json') == 1
     assert counts_of(json.loads((tmp_path / 'found.json').read_text())['real_labels']) == {
         'num_images': 10, 'top1_correct': 1, 'top5_correct': 10}
     told = capsys.readouterr()
-    assert 'of 10 labelled so' in told.out
+    assert 'of 10 with ReaL labels' in told.out
     assert '1 of 12 images could not be decoded and were left out: ILSVRC2012_val_00000002.JPEG' in told.err
     (tmp_path / 'real.json').write_text(json.dumps([[]] * 50_000))
     assert validate(*arguments, '--real-labels', tmp_path / 'real.json') == 1
-    assert 'ReaL         no figure   of 0 labelled so' in capsys.readouterr().out
+    assert 'ReaL         no figure   of 0 with ReaL labels' in capsys.readouterr().out
     assert json.loads((tmp_path / 'found.json').read_text())['real_labels']['top1'] is None
 
 
 def break_pixels(content: bytes) -> bytes:
-    """A PNG file of this image whose head and end are good and whose data are not."""
+    """A PNG file of this image with a valid header and end, but invalid data."""
     made = io.BytesIO()
     Image.open(io.BytesIO(content)).save(made, 'PNG')
     broken = bytearray(made.getvalue())
@@ -447,7 +447,7 @@ def test_a_stream_that_loses_images_is_told(data, checkpoint, tmp_path, capfd):
 
 @pytest.fixture
 def with_figure(checkpoint, expected, tmp_path):
-    """A manifest whose nano tag is this checkpoint's network and figure, staged."""
+    """A manifest whose nano tag has the hash and figure of this checkpoint."""
     whole = load_manifest()
     labels = replace(whole.label_sets['tin200'], num_classes=10, classes={name: name for name in CLASSES})
     metric = Metric('Photographs', 'val', COUNT, expected['top1_correct'], expected['top5_correct'], 'float32', 32)
@@ -520,7 +520,7 @@ def renamed(data: Path, root: Path, names: dict[str, str]) -> Path:
 
 
 def test_class_folders_that_can_be_sorted_in_two_ways_are_refused(data, checkpoint, expected, tmp_path, capsys):
-    """torchvision's ImageFolder, by which the network was trained, takes 10 before 2; timm 2 before 10."""
+    """torchvision's ImageFolder, with which the network was trained, sorts 10 before 2; timm sorts 2 before 10."""
     by_character = sorted(str(number) for number in range(1, 11))
     folder = renamed(data, tmp_path / 'set', dict(zip(sorted(CLASSES), by_character, strict=True)))
     arguments = ['--checkpoint', sorted_checkpoint(checkpoint, tmp_path), '--data-dir', folder, '-j', 0,
@@ -554,7 +554,7 @@ def test_classes_of_any_name_are_measured_and_drawn(data, checkpoint, expected, 
     assert {path.name for path in (tmp_path / 'o').glob('*.png')} == {'reliability.png', 'per_class.png'}
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere Python does not tell who has sent a signal')
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere Python does not report who sent a signal')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_group_ends_it_with_one_sentence(number, data, checkpoint, tmp_path):
     shutil.copytree(data / 'folder', tmp_path / 'set')
@@ -570,7 +570,7 @@ def test_a_signal_to_the_group_ends_it_with_one_sentence(number, data, checkpoin
         done = process.finish()
     assert done.returncode == 128 + number
     assert done.stderr.splitlines()[-1] == (
-        f'validate.py: stopped by {number.name}. What was not finished is not written.')
+        f'validate.py: stopped by {number.name}. Unfinished results are not written.')
     assert 'Traceback' not in done.stderr
     assert (done.stdout, (tmp_path / 'found.json').exists()) == ('', False)
 
@@ -589,7 +589,7 @@ def test_a_model_without_weights_is_refused_before_any_image_is_looked_at(data, 
 
 
 def test_images_without_a_class_are_not_taken_for_the_last_one(pictures, checkpoint, tmp_path, capsys):
-    """As test sets on the Hub are: their labels are -1."""
+    """As in test sets on the Hub, whose labels are -1."""
     datasets = pytest.importorskip('datasets')
     for labels, code in (([-1] * 6, 1), ([-1, -1, 0, 1, 2, 3], 0)):
         features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=sorted(CLASSES))})
@@ -695,7 +695,7 @@ def test_images_that_are_not_square(data, checkpoint, tmp_path, capsys):
 def test_only_results_are_replaced(data, checkpoint, tmp_path, capsys):
     run = tmp_path / 'run'
     run.mkdir()
-    (run / 'results.json').write_text('{"epochs": 3, "results": 5}')  # of a training
+    (run / 'results.json').write_text('{"epochs": 3, "results": 5}')  # from training
     options = ['--checkpoint', checkpoint, '--data-dir', data / 'folder', '-j', 0]
     for more in (['--output', run], ['--results-file', run / 'results.json'], ['--results-file', checkpoint]):
         assert validate(*options, *more) == 1
@@ -735,7 +735,7 @@ def test_a_mean_for_two_of_three_channels(data, checkpoint, capsys):
     (['--data-dir', 'folder', '--model', 'geoprior_resnet101.paper_in1k'], 'has no weights'),
     (['--data-dir', 'folder', '--results-file', 'missing/x.csv'], 'missing does not exist'),
     (['--data-dir', 'folder', '--results-file', 'folder'], '--results-file must be a file, got the folder folder'),
-    (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be made'),
+    (['--data-dir', 'folder', '--output', 'val.tar'], 'val.tar cannot be created'),
     (['--data-dir', 'folder', '--output', 'folder/val/results'], 'must lie outside the folder of the images'),
     (['--data-dir', 'folder', '--class-map', 'val.tar', '--results-file', 'val.tar'],
      'val.tar must be a new file or earlier results, got another file or a read-only place. Name another with'),

@@ -22,7 +22,7 @@ from timm_geoprior.release.releasing import bundle
 
 @pytest.fixture
 def use(tmp_path, monkeypatch):
-    """Let the package have a manifest with one other entry, and an empty cache and weights folder."""
+    """Make the package use a manifest with one other entry, and an empty cache and weights folder."""
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(cfgs, 'WEIGHTS_DIR', tmp_path / 'weights')
     path = tmp_path / 'weights_manifest.json'
@@ -61,7 +61,7 @@ def test_this_package_is_as_its_manifest_says():
     assert [check for check in verify_tags(names) if not check.ok] == []
 
 
-@pytest.mark.filterwarnings('ignore:TF32')  # of torch's own switch
+@pytest.mark.filterwarnings('ignore:TF32')  # from torch's own switch
 @pytest.mark.parametrize('precision', GOLDEN_TOLERANCES)
 def test_golden_outputs_hold_however_they_are_computed(precision):
     golden = load_golden(load_manifest().get(NANO))

@@ -1,4 +1,4 @@
-"""Signals and the processes that read images: a group's go to the parent, the parent's own end them."""
+"""Signals and the workers that read images: workers ignore those to the group, and end on one from the parent."""
 import os
 import signal
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 from programs import Program
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere Python does not tell who has sent a signal')
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere Python does not report who sent a signal')
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 READING = """
@@ -24,7 +24,7 @@ class Numbers(torch.utils.data.Dataset):
         return 8
 
     def __getitem__(self, index):
-        if index in (4, 6):  # of one worker and of the other: a pipe, which waits for the test
+        if index in (4, 6):  # one for each worker: a pipe, which waits for the test
             open(f'{sys.argv[1]}{index}').read()
         return index
 
@@ -37,7 +37,7 @@ print(list(begin(loader)))
 
 @pytest.mark.parametrize('number', [*SIGNALS, None])
 def test_a_signal_to_the_group_reaches_the_parent_only(number, tmp_path):
-    """And a loader whose workers are still there does not keep the program from ending."""
+    """A loader whose workers are still there does not keep the program from ending."""
     for index in (4, 6):
         os.mkfifo(tmp_path / f'pipe{index}')
     with Program(['-c', READING, tmp_path / 'pipe'], start_new_session=True) as program:
@@ -54,11 +54,11 @@ import os, signal, sys
 from torch.utils.data._utils import worker
 from timm_geoprior.data.batches import in_workers
 
-def slow(*arguments):  # a process that has not come to its first line yet
+def slow(*arguments):  # a process that has not reached its first line yet
     open(sys.argv[1]).read()
     loop(*arguments)
 
-def note(number, frame):  # forked, a worker has this handler too
+def note(number, frame):  # a forked worker inherits this handler
     global noted
     noted = number
     os.write(2, b'noted')
@@ -76,7 +76,7 @@ sys.exit(128 + noted)
 def test_a_signal_while_workers_start_reaches_the_parent_only(number, tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     with Program(['-c', STARTING, tmp_path / 'pipe'], start_new_session=True) as program:
-        with open(tmp_path / 'pipe', 'w'):  # from here on the worker is there
+        with open(tmp_path / 'pipe', 'w'):  # from here on the worker exists
             os.killpg(program.pid, number)
         done = program.finish()
     assert (done.returncode, done.stderr) == (128 + number, 'noted')

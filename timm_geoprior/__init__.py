@@ -1,6 +1,6 @@
 """GeoPrior ResNets for timm: importing this package registers `geoprior_resnet*` in timm's model registry.
 
-The import takes a millisecond: where timm is not imported yet, the models are registered as soon as it is.
+The import takes a millisecond: if timm is not imported yet, the models are registered as soon as it is.
 
 Examples:
     >>> import timm, timm_geoprior
@@ -25,7 +25,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import the classes, and the modules that they are in, when they are asked for (PEP 562)."""
+    """Import the public classes and their modules lazily (PEP 562)."""
     if name in _MODULES:
         return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
     if name in _MODULES.values():

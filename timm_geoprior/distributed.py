@@ -1,4 +1,4 @@
-"""The device that a process computes on, and its place among others."""
+"""The device of a process, and its place in a group of processes."""
 import argparse
 import contextlib
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ def find_device(name: str) -> tuple[torch.device, int, int]:
     """Find this process's device; under torchrun, join the other processes.
 
     Args:
-        name: A device of torch; under torchrun, the GPU of this process for 'cuda'.
+        name: A torch device; under torchrun, 'cuda' means this process's GPU.
 
     Returns:
         The device, this process's rank, and the number of processes.
 
     Raises:
-        ProcessError: There is no such device.
+        ProcessError: The device does not exist or cannot be used.
     """
     if name.startswith('cuda') and not torch.cuda.is_available():
         raise ProcessError(f'--device must be a device of this machine, got {name}, and torch finds no GPU. '
@@ -44,11 +44,11 @@ def find_device(name: str) -> tuple[torch.device, int, int]:
     try:
         if joined():
             return torch.empty(0, device=name).device, dist.get_rank(), dist.get_world_size()
-        torch.device(name)  # a typo is found before any waiting for others
+        torch.device(name)  # finds a typo before this process waits for others
         place = argparse.Namespace(device=name)
-        # only after this is the first byte allocated: before, every process would take memory of GPU 0
+        # nothing may be allocated before this call, or every process would take memory on GPU 0
         device = torch.empty(0, device=init_distributed_device(place)).device
-    except Exception as error:  # torch's own differ from device to device
+    except Exception as error:  # torch raises different errors for different devices
         raise ProcessError(f'--device {name} cannot be used ({first_line(error)}). Use cuda, cpu or another device of '
                            f'torch.') from None
     return device, int(place.rank), int(place.world_size)
@@ -61,7 +61,7 @@ def joined() -> bool:
 
 @contextlib.contextmanager
 def group_of_processes() -> Iterator[None]:
-    """Leave the group at the end, if this process joins one in between."""
+    """Leave the group at the end, if this process joins one inside the context."""
     before = joined()
     try:
         yield
@@ -76,23 +76,23 @@ def is_first() -> bool:
 
 
 def tells(error: GeoPriorError) -> bool:
-    """Whether this process is to print an error that ends it.
+    """Whether this process should print an error that ends it.
 
-    Processes that have met stop at the same error. The first one of each machine prints it, unless each may have its
-    own.
+    Processes that have joined a group stop at the same error, which only the first one on each machine prints. An
+    error that may occur in only some of them is printed by each.
     """
     return isinstance(error, (CorruptImagesError, ProcessError)) or not joined() or world_info_from_env()[0] == 0
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum an integer tensor over all processes, in place; alone, it stays as it is."""
+    """Sum an integer tensor over all processes, in place; a single process leaves it unchanged."""
     if joined():
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather(own: _Array) -> _Array:
-    """The arrays of all processes, one after the other."""
+    """Concatenate the arrays of all processes, in the order of their ranks."""
     if not joined():
         return own
     gathered: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""The exceptions of this package. Each message is one sentence that says what is wrong and what to do."""
+"""The exceptions of this package. Each message says what is wrong and what to do."""
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,45 +9,45 @@ __all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPr
 
 
 class GeoPriorError(RuntimeError):
-    """Something that the caller can put right; commands print it as one line and exit with code 1."""
+    """Something that the caller can fix; commands print its message and exit with code 1."""
 
 
 class EvaluationError(GeoPriorError):
-    """What was asked for cannot be measured."""
+    """The requested measurement cannot be made."""
 
 
 class ClassMismatchError(EvaluationError):
-    """The data's classes are not the model's."""
+    """The classes of the data do not match the model's."""
 
 
 class ProcessError(EvaluationError):
-    """An error that a single process of several may meet alone, so that each process has to report it."""
+    """An error that may occur in only one of several processes, so that each has to report its own."""
 
 
 class ImageError(GeoPriorError):
-    """A file cannot be read as a picture."""
+    """A file cannot be read as an image."""
 
 
 class CorruptImagesError(GeoPriorError):
-    """More images could not be read than a run puts up with."""
+    """Too many images cannot be read."""
 
 
 class WeightsError(GeoPriorError):
-    """Weights cannot be loaded: there are none, they cannot be fetched, or their bytes are not the manifest's."""
+    """Weights cannot be loaded: there are none, they cannot be fetched, or their bytes do not match the manifest."""
 
 
 def message_of(error: GeoPriorError) -> str:
-    """An error's message without the traceback that a data loader's worker has put before it."""
+    """An error's message, without the traceback that a data loader's worker puts before it."""
     return str(error).rpartition(f'{type(error).__name__}: ')[2]
 
 
-# in what libraries say of it in an error of another kind: torch's allocators, cuBLAS, and torch's data loaders
+# parts of out-of-memory messages in other errors: torch's allocators, cuBLAS, and torch's data loaders
 _OUT_OF_MEMORY = ('DefaultCPUAllocator', 'out of memory', 'bad_alloc', 'ALLOC_FAILED', 'Caught MemoryError')
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, which each library says in its own way."""
-    if isinstance(error, GeoPriorError):  # whose sentence may name a file of such a name
+    """Whether an error means that memory has run out, which each library reports differently."""
+    if isinstance(error, GeoPriorError):  # its message may contain a file name that matches
         return False
     return (isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
             or isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY))
@@ -55,7 +55,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
-    """Turn any library's error of too little memory into a ProcessError, since one process may meet it alone."""
+    """Turn any library's out-of-memory error into a ProcessError, since it may occur in only one process."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -66,7 +66,7 @@ def enough_memory(advice: str) -> Iterator[None]:
 
 @contextmanager
 def needs_extra(name: str, *later: str) -> Iterator[None]:
-    """Say which extra a missing package belongs to, also one of those that are imported only after the work."""
+    """Say which extra provides a missing package; `later` lists modules that are needed only after the work."""
     try:
         for module in later:
             import_module(module)

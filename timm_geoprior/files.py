@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON, CSV, Markdown tables and figures."""
+"""Files: atomic writes, JSON, CSV, Markdown tables and figures."""
 import csv
 import functools
 import hashlib
@@ -24,30 +24,30 @@ __all__ = [
 
 def walk_files(
         root: str | Path, left_out: Callable[[str], bool] = lambda name: False) -> Iterator[tuple[str, str]]:
-    """Find the files of a folder and of all below it, with links followed.
+    """Find the files in a folder and its subfolders, following links.
 
     Args:
         root: The folder.
-        left_out: Whether a folder of this name is not looked into.
+        left_out: Whether to skip a folder of this name.
 
     Yields:
-        The name below the root, with slashes, and the path, in no particular order.
+        The name relative to the root, with forward slashes, and the path, in no particular order.
 
     Raises:
-        OSError: A folder cannot be read, hidden ones and a file system's own excepted.
+        OSError: A folder cannot be read, unless it is hidden or the file system's own.
     """
     def fail(error: OSError) -> None:
         if not re.match(r'\.|lost\+found$|\$RECYCLE|System Volume', os.path.basename(str(error.filename))):
             raise error
 
-    ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # the folders on the way to each
+    ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # real paths from the root to each
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         way = ways.pop(folder)
         for name in list(folders):
             place = os.path.join(folder, name)
             if left_out(name):
                 folders.remove(name)
-            elif (real := os.path.realpath(place)) in way:  # a link back, by which every file would be found again
+            elif (real := os.path.realpath(place)) in way:  # a link to a parent, which would list every file again
                 folders.remove(name)
             else:
                 ways[place] = (*way, real)
@@ -57,17 +57,17 @@ def walk_files(
 
 
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Put content at a path whole or not at all: temporary file beside it, fsync, rename.
+    """Write a file whole or not at all: temporary file beside it, fsync, rename.
 
     Args:
-        path: Where it goes. A pipe, a device or an open file (/dev/stdout) is written into.
-        content: The bytes, or what writes them into the open temporary file.
+        path: Where to write. A pipe, a device or an open file (/dev/stdout) is written to directly.
+        content: The bytes, or a function that writes them to the open file.
 
     Raises:
-        OSError: As the file system has it (a full disk, say); the old file stands and the temporary one is gone.
+        OSError: The file cannot be written (a full disk, say); the old one is kept, and the temporary one removed.
     """
     write = content if callable(content) else lambda file: file.write(content)
-    opened = re.fullmatch(r'/dev/(?:(stdout)|(stderr)|fd/(\d+))', str(path))  # may be a file, with what is in it so far
+    opened = re.fullmatch(r'/dev/(?:(stdout)|(stderr)|fd/(\d+))', str(path))  # may be a file, whose content must stay
     if opened or path.exists() and not path.is_file():
         sys.stdout.flush()
         place = path if opened is None else os.dup(int(opened[3] or opened.lastindex or 0))
@@ -75,7 +75,7 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
             write(stream)
         return
     temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
-    # the umask takes rights away, as from every new file; tempfile's would be the owner's alone
+    # the umask applies, as for every new file; tempfile's would be readable only by the owner
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, 'wb') as file:
@@ -92,7 +92,7 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that takes its name only when all is in it. At the end there may be an empty folder at that path."""
+    """A temporary folder that is renamed to `path` at the end; an empty folder may already be there."""
     parent = path.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f'.{path.name}.') as place:
@@ -103,15 +103,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, indented, with a newline at the end; a NaN or an infinity, which JSON does not know, is a ValueError.
-    """
-    # a file name that is no UTF-8 has lone surrogates: their backslash escape is JSON's own
+    """Write indented JSON with a final newline. NaN and infinity, which JSON does not have, raise a ValueError."""
+    # lone surrogates, from file names that are not UTF-8, become backslash escapes, which are valid JSON
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
     write_atomically(path, text.encode(errors='backslashreplace'))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV. The columns are the keys of all rows, in order of appearance; no rows make an empty file."""
+    """Write rows as CSV. The columns are the keys of all rows, in order of appearance; no rows give an empty file."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
@@ -121,7 +120,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]], left: Collection[int] = (0,)) -> str:
-    """Make a Markdown table, some of its columns to the left, the others to the right.
+    """Make a Markdown table: the columns in `left` are left-aligned, the others right-aligned.
 
     Examples:
         >>> print(markdown_table(['model', 'top-1'], [['resnet50', 76.1]]))
@@ -135,27 +134,26 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]], left
 
 
 def save_figure(path: Path, figure: Any, dpi: int = 150) -> None:
-    """Save a matplotlib figure in the format of the path's suffix, each text with the fonts that have its characters.
-    """
+    """Save a matplotlib figure in the format of the path's suffix, with fonts that have the characters of its texts."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         if found := [family for family in map(_family_of, text.get_text()) if family]:
             text.set_fontfamily([*text.get_fontfamily(), *dict.fromkeys(found)])
-    # without the software's version: the same figure gives the same bytes
+    # no software version, so that the same figure gives the same bytes
     metadata = {'Software': None} if path.suffix == '.png' else None
     write_atomically(
         path, lambda file: figure.savefig(file, format=path.suffix.lstrip('.'), dpi=dpi, metadata=metadata))
 
 
 def drawable(name: str, instead: str = '?') -> str:
-    """Make a name one that matplotlib draws as it stands.
+    """Make a name that matplotlib draws literally.
 
-    `$` starts no formula. A character that no installed font has loses its accents, or is left out.
+    `$` does not start a formula. A character that no installed font has loses its accents or is left out.
 
     Args:
-        name: Any string, such as the name of a class; bytes of a file name that are not UTF-8 become question marks.
-        instead: What stands for a name of which nothing is left, such as its index.
+        name: Any string, such as a class name; bytes of a file name that are not UTF-8 become question marks.
+        instead: Replacement for a name of which nothing is left, such as its index.
 
     Returns:
         The text for `save_figure`, which chooses the fonts.
@@ -179,7 +177,7 @@ def _family_of(character: str) -> str | None:
     own = 'DejaVu Sans'
     for font in sorted(fontManager.ttflist, key=lambda font: (font.name != own, font.name)):
         regular = (font.style, font.weight, font.stretch) == ('normal', 400, 'normal')
-        # matplotlib's last resort has a box for every character
+        # matplotlib's Last Resort font has a box for every character
         if regular and not font.name.startswith('Last Resort') and FT2Font(font.fname).get_char_index(ord(character)):
             return '' if font.name == own else str(font.name)
     return None
@@ -188,14 +186,14 @@ def _family_of(character: str) -> str | None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or the error's type where there is none.
 
-    Of torch's words for weights that do not fit, the second line is added, which names one of them. Of safetensors'
-    words for a file that is none of its own, this names the usual cause.
+    For torch's error about weights that do not fit, the second line, which names one of them, is added. For
+    safetensors' error about a file in another format, the usual cause is added.
     """
     lines = str(error).splitlines()
     line = lines[0].rstrip('.:') if lines and lines[0] else type(error).__name__
     if line.startswith('Error(s) in loading state_dict'):
         line = ': '.join([line, *(line.strip().rstrip('.') for line in lines[1:2])])[:300]
-    if 'header too large' in line:  # what the first bytes of a Git LFS pointer look like
+    if 'header too large' in line:  # safetensors reads a Git LFS pointer's first bytes as the header's size
         line += '; if the file is a Git LFS pointer, run `git lfs pull`'
     return line
 

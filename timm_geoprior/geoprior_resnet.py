@@ -1,8 +1,8 @@
 """GeoPrior ResNets: some channels of the 3x3 layers come from self-attention with a modeled map.
 
 Tan, Nguyen, Dax, Niessner, Brox: *Explicitly Modeled Attention Maps for Image Classification*, AAAI 2021,
-arXiv 2006.07872. The authors published no code. The kernel, the learned radius and the place of the attention are from
-the paper. The numbers of value channels are reconstructed from the two cost figures in its abstract.
+arXiv 2006.07872. The authors published no code. The kernel, the learned radius and the placement of the attention are
+from the paper. The numbers of value channels are reconstructed from the two cost figures in its abstract.
 """
 from functools import partial
 from typing import Any
@@ -87,7 +87,7 @@ class GeoPriorBottleneck(Bottleneck):
             **kwargs: Arguments of timm's Bottleneck.
 
         Raises:
-            ValueError: If GeoPriorConv2d refuses an option.
+            ValueError: If GeoPriorConv2d rejects an option.
         """
         super().__init__(*args, **kwargs)
         if value_dim:
@@ -137,9 +137,9 @@ def _aa_class(name: str) -> type[nn.Module]:
 class GeoPriorResNet(ResNet):
     """timm's ResNet, made of GeoPriorBottlenecks.
 
-    It loads the weights of the plain ResNet of the same depth and options too: `load_state_dict`, timm's
+    It also loads the weights of the plain ResNet of the same depth and options: `load_state_dict`, timm's
     `checkpoint_path` and `pretrained` convert them in closed form (`timm_geoprior.conversion`), or raise a
-    `ConversionError`, a RuntimeError, that says what does not fit.
+    `ConversionError` (a RuntimeError) that says what does not fit.
 
     Examples:
         >>> model = GeoPriorResNet((3, 4, 6, 3), value_dims=(0, 8, 24, 56), num_classes=10)
@@ -168,12 +168,12 @@ class GeoPriorResNet(ResNet):
             attn_kernel: 'gaussian' or 'laplacian'.
             channels: Width of the 3x3 layers in each stage, a quarter of the stage's output channels.
             cardinality: Must be 1.
-            aa_layer: Pooling before each halving of the map, timm's class or its name: 'avg' or 'blur'.
+            aa_layer: Anti-aliasing layer, as in timm: a class, or the name 'avg' or 'blur'.
             **kwargs: Other arguments of timm's ResNet.
 
         Raises:
             ValueError: If `cardinality` is not 1, `block` is given, the number of stages is not four, or GeoPriorConv2d
-                refuses an option.
+                rejects an option.
         """
         if cardinality != 1:
             raise ValueError(f'cardinality must be 1 (GeoPrior layers have no groups), got {cardinality}.')
@@ -182,21 +182,21 @@ class GeoPriorResNet(ResNet):
         _check_stages(layers=layers, value_dims=value_dims, channels=channels)
         attn: dict[str, Any] = {'attn_heads': attn_heads, 'attn_radius': attn_radius, 'attn_kernel': attn_kernel}
         blocks = tuple(_StageBlock(GeoPriorBottleneck, value_dim=value_dim, **attn) for value_dim in value_dims)
-        if isinstance(aa_layer, str):  # as a config.json holds it; timm's stem takes classes only
+        if isinstance(aa_layer, str):  # as in a config.json; timm's stem takes only classes
             aa_layer = _aa_class(aa_layer)
         super().__init__(blocks, layers, channels=channels, aa_layer=aa_layer, **kwargs)  # type: ignore[arg-type]
 
     def init_weights(self, zero_init_last: bool = True) -> None:
         """Initialize all parameters and buffers, also after `to_empty`.
 
-        The weights are drawn as in timm's ResNet, those of the attention as `GeoPriorAttn2d.reset_parameters` says.
+        The weights are drawn as in timm's ResNet, and those of the attention by `GeoPriorAttn2d.reset_parameters`.
 
         Args:
             zero_init_last: Zero-initialize the last norm of each residual branch.
         """
         for module in self.modules():
             reset = getattr(module, 'reset_parameters', None)
-            # timm's init_weights draws the weights of convolutions only
+            # timm's init_weights draws only the weights of convolutions
             if reset and not (isinstance(module, nn.Conv2d) and module.bias is None):
                 reset()
         super().init_weights(zero_init_last=zero_init_last)
@@ -207,11 +207,11 @@ class GeoPriorResNet(ResNet):
     def _load_from_state_dict(
             self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
             missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        # timm calls its checkpoint filter for `pretrained` only
+        # timm calls its checkpoint filter only for `pretrained`
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if is_plain_resnet(own, self):
-            converted = convert_state_dict(own, self)  # where it raises, nothing has been loaded yet
-            if local_metadata.get('assign_to_params_buffers'):  # takes the types too, which a norm must not mix
+            converted = convert_state_dict(own, self)  # if it raises, nothing has been loaded yet
+            if local_metadata.get('assign_to_params_buffers'):  # takes the dtypes too, which a norm must not mix
                 converted = {key: value.to(own.get(key, value).dtype) for key, value in converted.items()}
             for key in own:
                 del state_dict[prefix + key]

@@ -28,7 +28,7 @@ def attention_map(
         stride: int = 1,
         dilation: int = 1,
         kernel: str = 'gaussian',
-        limit: float = math.log(MAX_RADIUS),  # TorchScript sees arguments, but no globals
+        limit: float = math.log(MAX_RADIUS),  # TorchScript sees arguments, but not globals
 ) -> torch.Tensor:
     """One axis of the attention map: `softmax_k(-(s i - k)^2 / (2 r^2))`, with `r = dilation * exp(log_radius)`.
 
@@ -45,7 +45,7 @@ def attention_map(
     """
     keys = queries = torch.arange(size, device=log_radius.device, dtype=log_radius.dtype)
     if stride > 1:
-        # the formula of a convolution's output size: torch.export can then unify the two
+        # written like a convolution's output size, so that torch.export can unify the two
         queries = stride * torch.arange((size - 1) // stride + 1, device=log_radius.device, dtype=log_radius.dtype)
     radius = log_radius.clamp(-limit, limit).exp()
     if dilation > 1:
@@ -73,7 +73,7 @@ def _mix_head(values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> t
 
 
 def _is_square(values: torch.Tensor) -> bool:
-    """Whether one map serves both axes. What is exported or compiled has two: its height and width may vary."""
+    """Whether one map serves both axes. An exported or compiled model has two: its height and width may vary."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return False
     if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore
@@ -103,13 +103,13 @@ def mix_values(
         Shape (B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), channels_last, in the dtype of the values.
 
     Raises:
-        ValueError: The number of channels is no multiple of the number of heads.
+        ValueError: The number of channels is not a multiple of the number of heads.
     """
     log_radius = log_radius.to(torch.promote_types(values.dtype, torch.float32))
     rows = cols = attention_map(log_radius, values.shape[2], stride, dilation, kernel).to(values.dtype)
     if not _is_square(values):
         cols = attention_map(log_radius, values.shape[3], stride, dilation, kernel).to(values.dtype)
-    if log_radius.shape[0] == 1:  # also because the TorchScript-based ONNX exporter cannot make one chunk
+    if log_radius.shape[0] == 1:  # also because the TorchScript-based ONNX exporter cannot split into one chunk
         mixed = _mix_head(values, rows[0], cols[0])
     else:
         if values.shape[1] % log_radius.shape[0]:
@@ -120,7 +120,7 @@ def mix_values(
     return mixed.permute(0, 3, 1, 2)
 
 
-# the sizes are values that torch.fx cannot trace: it keeps the call whole
+# torch.fx cannot trace values that depend on the input's size, so it keeps the call whole
 torch.fx.wrap('mix_values')
 
 
@@ -138,7 +138,7 @@ def _check_options(
         raise ValueError(f'kernel (attn_kernel) must be one of {", ".join(KERNELS)}, got {kernel!r}.')
 
 
-@register_notrace_module  # the same for timm's feature extraction by FX
+@register_notrace_module  # likewise for timm's FX feature extraction
 class GeoPriorAttn2d(nn.Module):
     """Self-attention over a 2D map, with a modeled attention map and one learned radius per head.
 
@@ -173,7 +173,7 @@ class GeoPriorAttn2d(nn.Module):
         Args:
             dim: Number of input channels.
             value_dim: Number of value channels, which is the number of output channels.
-            stride: Distance between queries, in cells. The output has the positions of a 3x3 convolution's output.
+            stride: Distance between queries, in cells. The output positions are those of a 3x3 convolution.
             dilation: Factor applied to the radius, for the finer grid that `output_stride` makes.
             num_heads: Number of radii. Each head has an equal share of the value channels.
             init_radius: Initial radius of every head, in cells of an undilated grid.
@@ -184,8 +184,8 @@ class GeoPriorAttn2d(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If a size is below 1, `num_heads` does not divide `value_dim`, `init_radius` is not from 1e-4 to
-                1e4, or the kernel is unknown.
+            ValueError: If a size is below 1, `num_heads` does not divide `value_dim`, `init_radius` is not between
+                1e-4 and 1e4, or the kernel is unknown.
         """
         super().__init__()
         _check_options(dim, value_dim, stride, dilation, num_heads, init_radius, kernel)
@@ -258,7 +258,7 @@ class GeoPriorConv2d(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If `value_dim` is out of range, or GeoPriorAttn2d refuses an option.
+            ValueError: If `value_dim` is out of range, or GeoPriorAttn2d rejects an option.
         """
         super().__init__()
         if not 0 < value_dim < out_channels:

@@ -1,4 +1,4 @@
-"""What a command does for people while it runs: it tells of progress and how to resume, and ends in order.
+"""What a command shows while it runs: messages, its own command line, and progress; and how it handles signals.
 
 Progress is a bar on a terminal, a line each minute in a log file.
 """
@@ -20,17 +20,17 @@ LOG_SECONDS = 60  # between two lines in a log file
 
 
 def tell(text: str) -> None:
-    """Print a sentence at once, in a log file too."""
+    """Print a message and flush, so that a log file has it at once."""
     print(text, flush=True)
 
 
 def tell_on_stderr(text: str) -> None:
-    """Print a sentence where it does not mix with a command's results."""
+    """Print a message on stderr, apart from a command's results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def command_line(resume: bool = False) -> str:
-    """This process's command line, as one types it; with `--resume` if asked for."""
+    """This process's command line as a user would type it, with `--resume` on request."""
     program = Path(sys.argv[0])
     words = ['python', sys.argv[0]] if program.suffix == '.py' else [program.name]
     if program.name == '__main__.py':
@@ -41,8 +41,8 @@ def command_line(resume: bool = False) -> str:
 
 @contextmanager
 def handled_signals(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Call a handler on some signals for as long as the context lasts."""
-    main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
+    """Call a handler on these signals while the context lasts."""
+    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
     previous = {number: signal.signal(number, handler) for number in numbers if main}
     try:
         yield
@@ -52,7 +52,7 @@ def handled_signals(handler: Callable[[int, FrameType | None], None], *numbers: 
 
 
 class Progress:
-    """How far something is.
+    """The progress of a task.
 
     Examples:
         >>> with Progress('decoding', total=500) as progress:
@@ -64,15 +64,15 @@ class Progress:
             tell: Callable[[str], None] | None = tell_on_stderr) -> None:
         """
         Args:
-            title: What is going on.
-            total: How many there are; None where that is not known.
+            title: What is being done.
+            total: How many there are; None if unknown.
             unit: What is counted, in the plural.
-            done: How many were done before.
-            tell: Called with each line of a log file; None shows nothing, on a terminal neither.
+            done: How many are done at the start.
+            tell: Called with each line for a log file; None shows nothing, not even on a terminal.
         """
         self.title, self.unit, self.first, self.tell = title, unit, done, tell
         self.started = self.told = time.monotonic()
-        # redrawn, a bar would fill a file with carriage returns
+        # a bar, which is redrawn, would fill a file with carriage returns
         self.bar = tqdm(total=total, initial=done, desc=title, unit=f' {unit}', leave=False,
                         disable=tell is None or not sys.stderr.isatty(), mininterval=0.5)
         self.done = done
@@ -84,7 +84,7 @@ class Progress:
         self.bar.close()
 
     def update(self, count: int = 1, note: Callable[[], str] = str) -> None:
-        """Note that so many more are done; `note` makes a few words to show beside the number when they are shown."""
+        """Add to the number done. `note` is called for a few words to show beside it, only when it is shown."""
         self.done += count
         if self.bar.update(count) and (words := note()):
             self.bar.set_postfix_str(words, refresh=False)
@@ -93,6 +93,6 @@ class Progress:
             self.told = now
             total = f' of {self.bar.total:,}' if self.bar.total else ''
             speed = (self.done - self.first) / max(now - self.started, 1e-9)
-            shown = f'{speed:,.0f}' if speed >= 10 else f'{speed:.2g}'  # layers are slow
+            shown = f'{speed:,.0f}' if speed >= 10 else f'{speed:.2g}'  # for slow units, such as layers
             words = ', '.join(filter(None, (note(), f'{shown} {self.unit}/s')))
             self.tell(f'{self.title}: {self.done:,}{total} {self.unit}, {words}')

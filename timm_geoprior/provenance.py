@@ -1,4 +1,4 @@
-"""Where a figure comes from: code, versions, hardware."""
+"""What produced a result: code, versions, hardware."""
 import functools
 import platform
 import subprocess
@@ -15,17 +15,17 @@ PACKAGES = ('timm', 'torch', 'torchvision', 'numpy', 'pillow')
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Versions of Python, this package, and the packages that determine results."""
     return {'python': platform.python_version(), 'timm_geoprior': __version__,
             **{package: metadata.version(package) for package in PACKAGES}}
 
 
-@functools.cache  # of a process' first question: later the checkout may be another than what runs
+@functools.cache  # cached, since the checkout may change while the process runs
 def git_commit() -> str | None:
-    """Commit of the checkout that this code lies in, '-dirty' where tracked files are changed; None outside of one."""
+    """Commit of the checkout that contains this code, with '-dirty' if tracked files have changed; None outside one."""
     here = Path(__file__)
     try:
-        for command in (['ls-files', '--error-unmatch', here.name],  # an environment may lie in another checkout
+        for command in (['ls-files', '--error-unmatch', here.name],  # site-packages may lie in another checkout
                         ['describe', '--always', '--abbrev=40', '--dirty', '--exclude=*']):
             done = subprocess.run(['git', *command], cwd=here.parent, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):

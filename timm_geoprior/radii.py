@@ -36,7 +36,7 @@ def cell_size(pixels: int, cells: int) -> float:
         16
     """
     strides = (2 ** power for power in range(pixels.bit_length() + 1))
-    # a network that halves its maps rounds up each time, which is to divide by the whole stride and round up
+    # a network rounds up each time it halves its map, which equals dividing by the whole stride and rounding up
     return next((stride for stride in strides if -(-pixels // stride) == cells), pixels / cells)
 
 
@@ -46,14 +46,14 @@ def _note_size(sizes: dict[str, tuple[int, int]], name: str, _: nn.Module, args:
 
 @torch.no_grad()
 def learned_radii(model: nn.Module, input_size: tuple[int, int, int]) -> list[LayerRadii]:
-    """Read the radii of every attention layer. A black image is passed through the network to find the input sizes.
+    """Read the radii of every attention layer. An all-zero image is passed through the network to find the input sizes.
 
     Args:
         model: Any network with `GeoPriorAttn2d` layers.
         input_size: Size of the image, (channels, height, width). The radii in cells do not depend on it.
 
     Returns:
-        One entry per layer, in the order of the network. Layers that the forward pass does not reach have none.
+        One entry per layer, in the order of the network. Layers that the forward pass does not reach are left out.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GeoPriorAttn2d)}
     sizes: dict[str, tuple[int, int]] = {}
@@ -75,12 +75,12 @@ def learned_radii(model: nn.Module, input_size: tuple[int, int, int]) -> list[La
 def scale_radii(model: nn.Module, factor: float) -> None:
     """Multiply the radii of every attention layer, in place.
 
-    Radii are counted in cells, whatever the size of the image. If images are enlarged (same content, more pixels),
-    scaling the radii by the same factor keeps each window the same share of the image. Radii stay from 1e-4 to 1e4
-    cells: beyond, the map is the same.
+    Radii are in cells, whatever the size of the image. If images are enlarged (same content, more pixels),
+    scaling the radii by the same factor keeps each window the same share of the image. Radii stay from 1e-4 to
+    1e4 cells, beyond which the map does not change.
 
     Args:
-        model: Any network with `GeoPriorAttn2d` layers, also made with `features_only` or reparameterized.
+        model: Any network with `GeoPriorAttn2d` layers, including one made with `features_only` or reparameterized.
         factor: Factor to multiply the radii by, such as 2 for images of twice the side length.
 
     Raises:
@@ -93,7 +93,7 @@ def scale_radii(model: nn.Module, factor: float) -> None:
         >>> model.layer2[0].conv2.attn.radius()
         tensor([3.])
     """
-    if not 0 < factor < math.inf:  # nan too
+    if not 0 < factor < math.inf:  # rejects nan too
         raise ValueError(
             f'factor must be a finite number above 0, got {factor}. Use the new image size divided by the old one.')
     limit = math.log(MAX_RADIUS)

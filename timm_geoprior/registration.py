@@ -5,7 +5,7 @@ timm and torch take seconds to import, and neither `timm-geoprior --help` nor a 
 import sys
 from importlib import import_module
 
-TYPE_CHECKING = False  # the module `typing` would be half of the time that importing this package takes
+TYPE_CHECKING = False  # importing `typing` would take half of this package's import time
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ['register_with_timm']
 
-# what can be imported without timm; all else imports timm first, and with it the models
+# modules that can be imported without timm; before any other, timm is imported, and the models with it
 _WITHOUT_TIMM = {f'{__package__}.{name}' for name in (
     '__main__', 'cli', 'data', 'data.reading', 'errors', 'evaluation', 'evaluation.validate', 'files', 'inference',
     'inference.inputs', 'pretrained', 'pretrained.manifest', 'progress', 'release', 'release.publish', 'training',
@@ -22,7 +22,7 @@ _WITHOUT_TIMM = {f'{__package__}.{name}' for name in (
 
 
 class _RegisteringLoader:
-    """timm's own loader, which registers the models once timm is loaded."""
+    """Wraps timm's own loader to register the models once timm is loaded."""
 
     def __init__(self, loader: 'Any') -> None:
         self.loader = loader
@@ -40,7 +40,7 @@ class _RegisteringLoader:
 
 
 class _LoadedModule:
-    """A loader for a module that was imported while it was looked for."""
+    """Loader of a module that was imported while its spec was being looked up."""
 
     def __init__(self, module: 'ModuleType') -> None:
         self.module, self.spec = module, module.__spec__
@@ -53,7 +53,7 @@ class _LoadedModule:
 
 
 class _Finder:
-    """Stands on `sys.meta_path` until timm is imported."""
+    """Stays on `sys.meta_path` until timm is imported."""
 
     def find_spec(
             self, name: str, path: 'Sequence[str] | None' = None,
@@ -61,18 +61,18 @@ class _Finder:
         if name == 'timm':
             return self._find_timm(name, path, target)
         if name.startswith(f'{__package__}.') and name not in _WITHOUT_TIMM and 'timm' not in sys.modules:
-            # before the module runs: halfway through, timm's import would need a module of which there is half
+            # before the module runs, since timm's import would otherwise need it while it is half initialized
             import_module('timm')
             if name in sys.modules:
                 from importlib.machinery import ModuleSpec
                 module = sys.modules[name]
-                # importlib prefers the spec of a module that turned up meanwhile, and would load a second one by it
+                # importlib prefers the spec of a module that appeared in the meantime, and would load it a second time
                 module.__spec__ = ModuleSpec(name, _LoadedModule(module))  # type: ignore[arg-type]
                 return module.__spec__
         return None
 
     def _find_timm(self, *args: 'Any') -> 'ModuleSpec | None':
-        # those behind only: one before it may ask all the others, as this one does
+        # only finders after this one: an earlier one may call all the others in turn, as this one does
         for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
             spec = finder.find_spec(*args)
             if spec is not None:
@@ -83,7 +83,7 @@ class _Finder:
 
 
 def register_with_timm() -> None:
-    """Register the models, now if timm is imported already, else right after its import."""
+    """Register the models: now if timm is already imported, else right after its import."""
     if 'timm' in sys.modules:
         import_module('.geoprior_resnet', __package__)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure the attention layer alone, beside the same attention with a dense map and beside content-based attention.
+"""Compare the attention layer with the same attention as a dense map, and with content-based attention.
 
     python scripts/experiments/benchmark_layer.py --output bench/layer
 
 For each map size, this measures GeoPriorAttn2d, its values times the precomputed dense (H W) x (H W) map, and
-scaled_dot_product_attention of a query, key and value projection. All have the same number of value channels. The bytes
-of the maps are those of the tensors; scaled_dot_product_attention stores no map.
+scaled_dot_product_attention of a query, key and value projection. All have the same number of value channels. The size
+of a map is that of its tensors; scaled_dot_product_attention stores no map.
 """
 import argparse
 import sys
@@ -25,7 +25,7 @@ from timm_geoprior.layers import attention_map
 
 
 class DenseAttn2d(nn.Module):
-    """GeoPriorAttn2d with its whole map, shape (H W, H W): what the separable form saves."""
+    """GeoPriorAttn2d with the full map of shape (H W, H W), which the separable form avoids."""
 
     def __init__(self, attn: GeoPriorAttn2d, size: int) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class DenseAttn2d(nn.Module):
 
 
 def map_bytes(layer: nn.Module, size: int) -> int | None:
-    """Bytes of the attention maps that a layer keeps or makes for a map of `size` x `size` cells."""
+    """Bytes of the attention maps that a layer stores or computes for a feature map of `size` x `size` cells."""
     if isinstance(layer, GeoPriorAttn2d):
         return 2 * attention_map(layer.log_radius, size).nbytes  # rows and columns
     return layer.map.nbytes if isinstance(layer, DenseAttn2d) else None  # type: ignore[operator,return-value]
 
 
 class ComputedAttn2d(nn.Module):
-    """Attention whose map is computed from the input, by torch's own function, with one head."""
+    """Single-head attention whose map is computed from the input, by torch's own function."""
 
     def __init__(self, dim: int, value_dim: int) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class ComputedAttn2d(nn.Module):
 
 
 def contestants(dim: int, value_dim: int, size: int, max_bytes: float) -> dict[str, nn.Module]:
-    """The layers, without the dense one where its map would not fit."""
+    """The layers to compare, without the dense one if its map would exceed `max_bytes`."""
     attn = GeoPriorAttn2d(dim, value_dim)
     layers: dict[str, nn.Module] = {'GeoPriorAttn2d': attn}
     if 4 * size ** 4 <= max_bytes:
         layers['dense map'] = DenseAttn2d(attn, size)
     else:
-        print(f'dense map at {size} x {size} is left out: it has {4 * size ** 4 / 1e9:.1f} GB.', file=sys.stderr)
+        print(f'dense map at {size} x {size} is left out: it takes {4 * size ** 4 / 1e9:.1f} GB.', file=sys.stderr)
     layers['scaled_dot_product_attention'] = ComputedAttn2d(dim, value_dim)
     return layers
 
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and maps over the side of the map, with lines for their growth as H W (H + W), (H W)^2 and H^2 + W^2."""
+    """Draw time and map bytes over the side of the map, with lines that grow as H W (H + W), (H W)^2 and H^2 + W^2."""
     figure = Figure(figsize=(11, 4.2), layout='constrained')
     times, maps = figure.subplots(1, 2)
     sizes = sorted({row['size'] for row in rows})

@@ -3,9 +3,9 @@
 
     python scripts/experiments/benchmark_loading.py geoprior_resnet50
 
-Both load one file of random weights, as `scripts/publish.py` would write it: once as a bundled tag, and once as the
-user's own file, which timm alone loads. Repetitions alternate. The ratio is that of the seconds with the check to those
-without: the median and, in brackets, the interquartile range.
+Both load the same file of random weights, written as `scripts/publish.py` writes weights: once as a bundled tag, and
+once as a user's own file, which timm loads without a check. Repetitions alternate. The ratio is the time with the check
+divided by the time without it: the median and, in brackets, the interquartile range.
 """
 import argparse
 import sys
@@ -24,7 +24,7 @@ from timm_geoprior.release.staging import export_weights
 
 
 def bundle_random_weights(entry: ModelEntry, folder: Path) -> ModelEntry:
-    """Let this process have a tag whose weights are random and lie in a folder; its golden outputs are not there."""
+    """Bundle random weights in `folder` as a tag, for this process only. Its file of golden outputs does not exist."""
     path = folder / f'{entry.name}.safetensors'
     sha256 = export_weights(timm.create_model(entry.architecture).state_dict(), path, {})
     entry = replace(entry, status='bundled', file=path.name, sha256=sha256, bytes=path.stat().st_size, dtype='float16',
@@ -58,7 +58,7 @@ def measure(entry: ModelEntry, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('model', help='a model of the manifest')
+    parser.add_argument('model', help='a model in the manifest')
     parser.add_argument('--repeats', type=int, default=40, help='pairs of repetitions (default: 40)')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

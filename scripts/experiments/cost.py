@@ -7,14 +7,14 @@
 
 Assumptions of each column:
 - device-hours: the images of all epochs divided by the speed of one device, which is scaled by the number of pixels for
-  other image sizes. A teacher adds a third: a step costs three forward passes, and the teacher's is a fourth. Measuring
-  after each epoch is left out: 50,000 forward passes beside 1,281,167 trained images.
-- hours on 8, 64: device-hours shared evenly. Each device is as fast with its share of the batch as it was measured, and
-  nothing waits for data or gradients; the other columns say what that takes.
-- images/s needed on 1, 8, 64: what the loader must deliver, decoded and augmented: the speed times that number.
-- gradients: float32, all-reduced in a ring each step: each device sends 2 (n - 1) / n times the parameters' bytes.
-- network: these bytes over the duration of a step with n devices sharing the batch, to hide gradients behind the step.
-- disk: images/s needed times the mean size of a training image. Each is read from the disk each time, none is cached.
+  other image sizes. A teacher adds a third: a step costs three forward passes, and the teacher's is a fourth.
+  Validation after each epoch is ignored: it is 50,000 forward passes, against 1,281,167 training images.
+- hours on 8, 64: device-hours divided evenly. A device is as fast with its share of the batch as in the measurement,
+  and nothing waits for data or gradients; the other columns say what that requires.
+- images/s needed on 1, 8, 64: what the loader must decode and augment: the speed times the number of devices.
+- gradients: float32, all-reduced in a ring in each step: each device sends 2 (n - 1) / n times the parameters' bytes.
+- network: these bytes divided by the duration of a step with n devices sharing the batch, to hide the transfer.
+- disk: images/s needed times the mean size of a training image. Every image is read from disk every time, none cached.
 """
 import argparse
 import csv
@@ -37,7 +37,7 @@ DEVICES = (1, 8, 64)
 
 
 def measured_speed(folder: Path) -> tuple[dict[str, float], int, str]:
-    """Training images/s of each model (the median of its repetitions), their size in pixels, and the device's name."""
+    """Training images/s of each model (median over repetitions), the image size in pixels, and device and precision."""
     results = json.loads((folder / 'results.json').read_text())
     if not results['setting']['train']:
         raise ValueError(f'{folder} must hold training speeds, got those of inference. Run benchmark.py with --train.')

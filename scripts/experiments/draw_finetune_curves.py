@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draw the accuracy of fine-tuning from trained and from random weights, and print its table in Markdown.
+"""Draw the accuracy of fine-tuning from trained and from random weights, and print a Markdown table of it.
 
-The runs are output folders of `timm-geoprior finetune`, at RUNS/DATA/START/SEED. START is the text of the legend.
+The runs are output folders of `timm-geoprior finetune`, at RUNS/DATA/START/SEED. START appears in the legend.
 """
 import argparse
 import csv
@@ -18,7 +18,7 @@ Runs = dict[str, dict[str, list[Path]]]
 
 
 def find_runs(folder: Path) -> Runs:
-    """Finished runs by data set and start, in the order of their seeds."""
+    """Finished runs by data set and start, sorted by path."""
     runs: Runs = {}
     for path in sorted(folder.glob('*/*/*/results.json')):
         data, start, _ = path.parent.relative_to(folder).parts
@@ -28,13 +28,13 @@ def find_runs(folder: Path) -> Runs:
 
 
 def measured(run: Path) -> dict[str, float]:
-    """What was measured at the end, with the seed and the hours that training took."""
+    """The final measurement of a run, with its seed and training hours."""
     results = json.loads((run / 'results.json').read_text())
     return {**results['measured'], 'hours': results['hours'], 'seed': results['seed']}
 
 
 def table(runs: Runs) -> str:
-    """A row a run: accuracy of the measured images, with its interval, and the minutes that training took."""
+    """One row per run: accuracy on the measured images, with its interval, and training time in minutes."""
     rows = []
     for data, starts in runs.items():
         for start, folders in starts.items():
@@ -47,7 +47,7 @@ def table(runs: Runs) -> str:
 
 
 def draw(axes: Axes, data: str, starts: dict[str, list[Path]]) -> None:
-    """Held-out accuracy over the epochs, a line a run, and beside it what was measured at the end."""
+    """Draw held-out accuracy over the epochs, one line per run, and next to it the final measurement."""
     epochs = 0
     for color, (start, folders) in enumerate(starts.items()):
         for number, run in enumerate(folders):

@@ -14,7 +14,7 @@ from timm_geoprior.radii import learned_radii
 
 
 def draw_map(axes: Axes, photo: Image.Image, cells: int, radius: float, at: float) -> None:
-    """One layer's map for the query at the relative position `at` of both axes: what it looks at is bright."""
+    """Draw a layer's map for the query at the relative position `at` on both axes; attended cells are bright."""
     query = int(at * cells)
     row = attention_map(torch.tensor([radius]).log(), cells)[0, query]
     weights = torch.outer(row, row)

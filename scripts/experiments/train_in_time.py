@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Train by a recipe in a given time, by scaling the number of epochs to the speed of the device.
+"""Train with a recipe in a given time, by scaling the number of epochs to the speed of the device.
 
     python scripts/experiments/train_in_time.py r128_tin200 --data-dir tiny-imagenet-200 --output runs --minutes 9 \\
         --model geoprior_resnet50 --model resnet50
 
 Use it for a GPU that is available for a few minutes only. The script decodes the images once, times some updates of
-each model at each image size of the recipe, and multiplies the epochs at each size by one factor, so that the last
-learning rate schedule ends in time. On a GPU the networks run as CUDA graphs. The models have the same number of
-epochs, and are trained one after the other, each in a folder of its name in --output. A run that is late saves a
-checkpoint and exits with code 143; the same command resumes it.
+each model at each image size of the recipe, and multiplies the epochs at each size by one factor, so that the learning
+rate schedule of the last model ends in time. On a GPU the networks run as CUDA graphs. The models are trained for the
+same number of epochs, one after the other, each in a folder named after it in --output. A run that takes too long saves
+a checkpoint and exits with code 143; the same command resumes it.
 
 At the end each folder has release.pt, at most a quarter as large as last.pt: the weights in float16, averaged if the
-recipe says so, with all that scripts/publish.py and scripts/validate.py read from a checkpoint. If you can only send
-files of 64 MB and receive files of 16 MB, transfer parts:
+recipe says so, with everything that scripts/publish.py and scripts/validate.py read from a checkpoint. If you can only
+send files of 64 MB and receive files of 16 MB, transfer parts:
 
-    tar cz tiny-imagenet-200/train | split -b 60M - shards/              and there: cat shards/* | tar xz
-    split -b 15M runs/resnet50/release.pt release.                       and here: cat release.* > release.pt
+    tar cz tiny-imagenet-200/train | split -b 60M - shards/              # there: cat shards/* | tar xz
+    split -b 15M runs/resnet50/release.pt release.                       # here: cat release.* > release.pt
 """
 import argparse
 import gc
@@ -44,8 +44,8 @@ from timm_geoprior.training.parts import check_recipe
 from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe
 
 TIMED_UPDATES = 20
-RESERVE = 10  # seconds for what comes after a model's last epoch
-MARGIN = 0.97  # share of the remaining time that is planned for
+RESERVE = 10  # seconds for the work after a model's last epoch
+MARGIN = 0.97  # share of the remaining time that is planned
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Speed:
     """Measured times, in seconds.
 
     Attributes:
-        update: One update, at each size.
-        epoch: Each epoch without its updates; most of it is the checkpoint.
-        once: The extra time of the first updates, over all sizes.
+        update: One update, by image size.
+        epoch: One epoch without its updates, mostly saving the checkpoint.
+        once: Extra time of the first updates, summed over the sizes.
     """
 
     update: dict[int, float]
@@ -69,10 +69,10 @@ class Speed:
 
 
 class GraphedTrainer(Trainer):
-    """A Trainer that runs the network by CUDA graphs, one for each image size, and saves every tenth epoch.
+    """A Trainer that runs the network as CUDA graphs, one for each image size, and saves every tenth epoch.
 
-    At small sizes, starting the kernels of a ResNet-50 one by one takes longer than the kernels themselves. Where there
-    is no CUDA, only the saving is another.
+    At small sizes, launching the kernels of a ResNet-50 one by one takes longer than the kernels themselves. Without
+    CUDA, only the saving differs.
     """
 
     graphed_size = 0
@@ -85,13 +85,13 @@ class GraphedTrainer(Trainer):
 
     def _capture(self, size: int) -> None:
         self.model.__dict__.pop('forward', None)  # the graphs of another size
-        gc.collect()  # they hold themselves, and their memory
+        gc.collect()  # they are in reference cycles, which keep their memory
         self.model.train()
         images = torch.zeros(self._batch_share(), 3, size, size, device=self.device)
         statistics = Statistics(self.model)
         with torch.autocast('cuda', getattr(torch, self.recipe.amp_dtype), self.recipe.amp, cache_enabled=False):
             torch.cuda.make_graphed_callables(self.model, (images.contiguous(memory_format=self.memory_format),))
-        statistics.restore()  # of the passes that come before a capture
+        statistics.restore()  # undoes the warm-up passes before a capture
         self.graphed_size = size
 
     def save(self, path: Path, whole: bool = True) -> None:
@@ -100,11 +100,11 @@ class GraphedTrainer(Trainer):
 
 
 def measure(recipe: Recipe, config: RunConfig, decoded: ImageTensors) -> Speed:
-    """Time some updates at each size, two epochs each, of which the first warms up."""
+    """Time some updates at each size: two epochs each, the first of which is a warm-up."""
     sizes = list(dict.fromkeys(recipe.size_at(epoch) for epoch in range(recipe.epochs)))
     probe = replace(
         recipe, epochs=2 * len(sizes), progressive=tuple((2 * i, size) for i, size in enumerate(sizes)),
-        warmup_epochs=0, mixup_off_epoch=0, lr=1e-6, min_lr=0, warmup_lr=0)  # the recipe's rate needs a warm-up
+        warmup_epochs=0, mixup_off_epoch=0, lr=1e-6, min_lr=0, warmup_lr=0)  # the recipe's lr needs a warm-up
     used = torch.arange(len(decoded), device=decoded.targets.device) < TIMED_UPDATES * recipe.batch_size
     # images with target -1 are left out, like unreadable ones
     some = ImageTensors(decoded.images, decoded.targets.where(used, -1))
@@ -127,7 +127,7 @@ def measure(recipe: Recipe, config: RunConfig, decoded: ImageTensors) -> Speed:
 
 
 def scale(recipe: Recipe, factor: float) -> Recipe:
-    """The recipe with its epochs times a factor, at least one at each size."""
+    """The recipe with its epochs multiplied by a factor, at least one at each size."""
     pairs = [pair for pair in recipe.progressive if pair[0] < recipe.epochs] or [(0, recipe.img_size)]
     ends = [*(start for start, _ in pairs[1:]), recipe.epochs]
     epochs, progressive = 0, []
@@ -137,7 +137,7 @@ def scale(recipe: Recipe, factor: float) -> Recipe:
     share = epochs / recipe.epochs
 
     def scaled(number: int) -> int:
-        return max(1, round(share * number)) if number else 0  # none has a meaning of its own
+        return max(1, round(share * number)) if number else 0  # 0 has a meaning of its own
 
     return replace(
         recipe, epochs=epochs, progressive=tuple(progressive), warmup_epochs=scaled(recipe.warmup_epochs),
@@ -172,7 +172,7 @@ def fit_to_time(recipes: Sequence[Recipe], config: RunConfig, decoded: ImageTens
 
 
 def write_release(output: Path) -> None:
-    """Write release.pt: last.pt with the released weights alone, the averaged ones if there are any."""
+    """Write release.pt: last.pt with only the weights to release, the averaged ones if there are any."""
     state = load_checkpoint(output / 'last.pt')
     weights = release_tensors(read_weights(output / 'last.pt').state_dict)
     left_out = {'model_ema', 'optimizer', 'scaler'}
@@ -182,7 +182,7 @@ def write_release(output: Path) -> None:
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Recipe], list[Path]]:
-    """The recipe of each model, and the folder of its run. Where a run has begun, all go on with its epochs."""
+    """The recipe of each model, and the folder of its run. If a run has begun, all models use its recipe."""
     recipe = load_recipe(args.recipe, args.set)
     models = args.model or [recipe.model]
     if len(set(models)) < len(models):
@@ -191,24 +191,24 @@ def plan(args: argparse.Namespace) -> tuple[list[Recipe], list[Path]]:
     begun = [folder / 'recipe.yaml' for folder in folders if (folder / 'last.pt').exists()]
     if begun:
         recipe = load_recipe(begun[0])
-    # a graph's gradients lie in one place, where a second part of a batch would overwrite those of the first
+    # a graph writes its gradients to fixed memory, where a second part of a batch would overwrite those of the first
     for key, wanted in (('in_memory', True), ('holdout', 0), ('grad_accum_steps', 1), ('torchcompile', False)):
         if (got := getattr(recipe, key)) != wanted:
             raise GeoPriorError(f'The recipe key {key!r} must be {str(wanted).lower()} here, got {str(got).lower()}. '
                                 f'Add --set {key}={str(wanted).lower()}.')
     recipes = [replace(recipe, model=model) for model in models]
-    for each in recipes:  # not when the first is trained
+    for each in recipes:  # before the first is trained
         check_recipe(each)
     return recipes, folders
 
 
 def run(args: argparse.Namespace, end: float) -> None:
-    """Train each model to the end, or until the time is over."""
+    """Train each model to the end, or until the time is up."""
     device, _, processes = find_device(args.device)
     if processes > 1:
         raise GeoPriorError(f'There must be one process, got {processes}. Leave torchrun out.')
     if not (math.isfinite(args.minutes) and args.minutes >= 0):
-        raise GeoPriorError(f'--minutes must be a number from 0 on, got {args.minutes}. Change it.')
+        raise GeoPriorError(f'--minutes must be a number of at least 0, got {args.minutes}. Change it.')
     recipes, folders = plan(args)
     config = RunConfig(
         args.data_dir, args.output, seed=args.seed, device=args.device, workers=args.workers,
@@ -237,7 +237,7 @@ def parse_args() -> argparse.Namespace:
         '--data-dir', type=Path, required=True, help='folder with train/, which has one folder per class')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
     parser.add_argument(
-        '--minutes', type=float, default=0, help="time for the whole command; without it, the recipe's epochs stay")
+        '--minutes', type=float, default=0, help="time for the whole command; without it, the recipe's epochs are kept")
     parser.add_argument(
         '--model', action='append', default=[], metavar='NAME',
         help="timm model to train instead of the recipe's; may be repeated")

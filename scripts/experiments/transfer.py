@@ -6,12 +6,12 @@
     python scripts/experiments/transfer.py geoprior_resnet50 --data-dir caltech101 --img-size 64 --output out
 
 There are three methods, each with trained and with random weights: k nearest neighbours and a linear probe on frozen
-features, and `timm-geoprior finetune`. Both networks get the same labels, the same number per class, drawn by a seed; a
-smaller draw is part of a larger one. The test images are not used for any choice.
+features, and `timm-geoprior finetune`. Both networks get the same labels, the same number per class, drawn with a seed;
+a smaller draw is a subset of a larger one. The test images are not used for any choice.
 
-An interrupted run continues with the same command, and with more seeds or labels it does only what is new. --output
-gets transfer.md (a table), transfer.png and transfer.csv for all data sets measured into it. Of fine-tuned networks,
-only the curves and results are kept.
+An interrupted run resumes with the same command; with more seeds or labels, only the new ones are measured. --output
+receives transfer.md (a table), transfer.png and transfer.csv for all data sets measured into it. Of fine-tuned
+networks, only the curves and results are kept.
 """
 import argparse
 import json
@@ -57,35 +57,35 @@ from timm_geoprior.training.recipe import load_recipe
 
 METHODS = {'knn': 'k-NN', 'linear': 'linear probe', 'finetune': 'fine-tuned'}
 STARTS = ('pretrained', 'random')
-# k and temperature of the weighted vote in Wu et al., 2018 (arXiv 1805.01978), as Caron et al., 2021 (arXiv 2104.14294)
-# found them to serve best
+# k and temperature of the weighted vote in Wu et al., 2018 (arXiv 1805.01978), with the values that Caron et al., 2021
+# (arXiv 2104.14294) found to work best
 NEIGHBORS, TEMPERATURE = 20, 0.07
 PENALTIES = tuple(10.0 ** power for power in range(-5, 2))
-STATISTICS_IMAGES = 1024  # training images, without their labels, that give a random network its norms' statistics
-BATCH_SIZE = 64  # of the probed network
+STATISTICS_IMAGES = 1024  # training images, without labels, for the batch norm statistics of a random network
+BATCH_SIZE = 64  # for the frozen network
 Row = dict[str, Any]
 
 
 class TransferError(GeoPriorError):
-    """Images, labels or a model that nothing can be transferred to or from; the message says what to do."""
+    """Images, labels or a model that cannot be used for transfer; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What is transferred, to what.
+    """What to transfer, and to which data set.
 
     Attributes:
         data_dir: Folder with the splits `train` and `test` (or `val`), each with one folder of images per class.
         output: Folder of the rows, the features and the report; several data sets may share it.
-        model: Any model of timm with weights.
-        per_class: Labels per class, 0 for all there are.
-        seeds: Of the labels' draw, of random weights, and of fine-tuning.
+        model: Any timm model with weights.
+        per_class: Labels per class, 0 for all.
+        seeds: Seeds of the drawn labels, of random weights, and of fine-tuning.
         methods: Some of `METHODS`.
-        img_size: Side of the images, 0 for the model's own.
+        img_size: Side of the images in pixels, 0 for the model's own.
         overrides: 'key=value' strings for the recipe of fine-tuning.
-        device: Where the network runs.
-        workers: Processes that decode.
-        command: How it was called, for the rows.
+        device: Device that runs the network.
+        workers: Processes that decode images.
+        command: Command line, stored in the rows.
         tell: Called with a sentence for each row.
     """
     data_dir: Path
@@ -103,27 +103,27 @@ class Transfer:
 
     @property
     def name(self) -> str:
-        """The data set's name, its folder's."""
+        """The data set's name, which is that of its folder."""
         return self.data_dir.resolve().name
 
     @property
     def folder(self) -> Path:
-        """Where everything of this data set goes."""
+        """Output folder of this data set."""
         return self.output / self.name
 
 
 def transfer(job: Transfer) -> Iterator[list[Row]]:
-    """Make the rows that are not there yet, seed by seed.
+    """Compute the missing rows, seed by seed.
 
     Args:
-        job: What is transferred, to what.
+        job: What to transfer, and to which data set.
 
     Yields:
         The rows of all data sets in the output, at the start and after each new one.
 
     Raises:
         TransferError: Bad images, too few of them, a model without weights, or an output with other settings.
-        RuntimeError: What stops a run; the message is a sentence for people.
+        RuntimeError: A run failed; the message is written for the user.
         SystemExit: On SIGTERM and Ctrl-C.
     """
     cases = [(seed, per_class, method, start) for seed in job.seeds for per_class in job.per_class
@@ -131,17 +131,17 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
     todo = [case for case in cases if not _row_path(job, *case).exists()]
     _check_arguments(job)
     _check_settings(job, _settings(job))
-    git_commit()  # asked now, for the rows
+    git_commit()  # cached now, since the checkout may change before the rows are written
     for seed, per_class, method, start in set(cases) - set(todo):
         if method == 'finetune':
-            _remove_weights(_run_folder(job, seed, per_class, start))  # where a kill came before that
+            _remove_weights(_run_folder(job, seed, per_class, start))  # left by a kill after writing the row
     yield _rows(job.output)
     if not todo:
         return
     train, test = _open_splits(job)
     draws = {(seed, per_class): draw_labels(train, per_class, seed)
              for seed in job.seeds for per_class in job.per_class}
-    trained = _network(job, 'pretrained', 0)  # that it has weights is known before anything is written
+    trained = _network(job, 'pretrained', 0)  # a model without weights fails before anything is written
     settings = {**_settings(job), 'weights': state_dict_sha256(trained), 'train': _images(train), 'test': _images(test)}
     _check_settings(job, settings)
     for split in (train, test):
@@ -184,11 +184,11 @@ def _check_arguments(job: Transfer) -> None:
         raise TransferError(f'--output must be a folder, got the file {job.output}. Name another.')
     find_device(job.device)
     if 'finetune' in job.methods:
-        load_recipe('finetune', list(job.overrides))  # refuses what it does not know before the probes, which take long
+        load_recipe('finetune', list(job.overrides))  # rejects unknown keys before the probes, which take long
 
 
 def _settings(job: Transfer) -> dict[str, Any]:
-    """What the rows of a data set have in common; the probes have nothing of the recipe's."""
+    """The settings that all rows of a data set share; the recipe does not affect the probes."""
     tuned = {'set': list(job.overrides)} if 'finetune' in job.methods else {}
     return {'model': job.model, 'img_size': job.img_size, **tuned}
 
@@ -198,7 +198,7 @@ def _images(data: DataSplit) -> dict[str, Any]:
 
 
 def _kept_settings(job: Transfer) -> dict[str, Any]:
-    """The settings of what there is: a call that made nothing, or no fine-tuned network, leaves none behind."""
+    """The settings of existing results: none without results, and no overrides without a fine-tuned network."""
     path = job.folder / 'settings.json'
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     tuned = any(job.folder.glob('rows/*-finetune-*')) or any(job.folder.glob('runs/*/last.pt'))
@@ -208,7 +208,7 @@ def _kept_settings(job: Transfer) -> dict[str, Any]:
 
 
 def _check_settings(job: Transfer, settings: Mapping[str, Any]) -> None:
-    """That what the rows of a data set have in common is what it was."""
+    """Check that the settings are those of the existing rows."""
     kept = _kept_settings(job)
     for key, value in settings.items():
         if kept.get(key, value) != value:
@@ -248,7 +248,7 @@ def draw_labels(data: DataSplit, per_class: int, seed: int) -> Tensor:
     Args:
         data: The training images.
         per_class: Images of each class, 0 for all.
-        seed: Of the draw; for one seed, fewer images are some of more.
+        seed: Seed of the draw; with the same seed, a smaller draw is a subset of a larger one.
 
     Returns:
         Indices, ascending.
@@ -279,7 +279,7 @@ def _network(job: Transfer, start: str, seed: int) -> nn.Module:
     seed_everything(seed, 'init')
     try:
         model: nn.Module = timm.create_model(job.model, pretrained=start == 'pretrained', num_classes=0)
-    except Exception as error:  # timm, json and the Hub's client raise half a dozen types
+    except Exception as error:  # timm, json and the Hub's client raise half a dozen exception types
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
         raise TransferError(f'{job.model} must be a model with trained weights, got one that cannot be loaded '
                             f'({reason}). `timm-geoprior list` names some.') from error
@@ -289,8 +289,8 @@ def _network(job: Transfer, start: str, seed: int) -> nn.Module:
 def _frozen(job: Transfer, start: str, seed: int, train: DataSplit) -> nn.Module:
     """The network whose features are probed.
 
-    All norms of a random network have the statistics of nothing: it is given those of images. Its last norms keep the
-    zeros of the start, so that its features are those of its stem and shortcuts: with ones there they are worse.
+    The batch norms of a random network have no statistics yet: they are computed from images. The last norm of each
+    block keeps its initial zeros, so that the features are those of the stem and shortcuts: with ones they are worse.
     """
     network = _network(job, start, seed)
     if start == 'random':
@@ -311,7 +311,7 @@ def _loader(job: Transfer, data: DataSplit, wanted: Tensor, drop_last: bool = Fa
 
 def _features(
         job: Transfer, splits: Mapping[str, DataSplit], split: str, wanted: Tensor, start: str, seed: int) -> Tensor:
-    """Pooled features of some images of a split, (images, features), computed once and kept in a file."""
+    """Pooled features of some images of a split, shape (images, features), computed once and kept in a file."""
     folder = job.folder / 'features'
     path = folder / f'{split}-{start if start == "pretrained" else f"{start}{seed}"}.pt'
     kept = torch.load(path, weights_only=True) if path.exists() else {'indices': torch.zeros(0, dtype=torch.int64)}
@@ -332,7 +332,7 @@ def _forward(job: Transfer, data: DataSplit, wanted: Tensor, network: nn.Module,
 def _probed(
         job: Transfer, case: tuple[str, str, int], drawn: Tensor, needed: Tensor, splits: tuple[DataSplit, DataSplit],
 ) -> Row:
-    """A row of a probe, for a method, a start and a seed; features are computed of all images that are needed."""
+    """The row of a probe for a method, a start and a seed; features are computed for all `needed` images at once."""
     method, start, seed = case
     train, test = splits
     both = {'train': train, 'test': test}
@@ -382,7 +382,7 @@ def fit_linear(features: Tensor, labels: Tensor, penalty: float) -> Pipeline:
 
 
 def choose_penalty(features: Tensor, labels: Tensor) -> float:
-    """The penalty with the least cross entropy on a fifth of each class, held out."""
+    """The penalty with the lowest cross entropy on a held-out fifth of each class."""
     stay, held = hold_out(labels, HELD_OUT_SHARE)
     losses = []
     for penalty in PENALTIES:
@@ -394,11 +394,11 @@ def choose_penalty(features: Tensor, labels: Tensor) -> float:
 # -- fine-tuning -------------------------------------------------------------------------------------------------------
 
 def _finetuned(job: Transfer, train: DataSplit, drawn: Tensor, seed: int, per_class: int, start: str) -> Row:
-    """A row of `finetune` on a folder of the drawn images."""
+    """The row of `finetune` on a folder of the drawn images."""
     place = _run_folder(job, seed, per_class, start)
     images = place / 'images'
     _link(job, train, drawn, images)
-    # few labels are seen more often: where 10 to 100 epochs allow it, the epochs times the labels are 30,000
+    # fewer labels get more epochs: labels times epochs is 30,000, within 10 to 100 epochs
     epochs = min(max(math.ceil(30_000 / len(drawn)), 10), 100)
     size = [f'img_size={job.img_size}'] if job.img_size else []
     results = finetune(Job(
@@ -416,16 +416,16 @@ def _run_folder(job: Transfer, seed: int, per_class: int, start: str) -> Path:
 
 
 def _remove_weights(place: Path) -> None:
-    """Leave the curves and results of a run; its row is written, so that nothing goes on from here."""
+    """Keep only the curves and results of a run, which need not be resumed since its row is written."""
     for name in ('last.pt', 'best.pt', 'model.safetensors'):
         (place / name).unlink(missing_ok=True)
     shutil.rmtree(place / 'images', ignore_errors=True)
 
 
 def _link(job: Transfer, train: DataSplit, drawn: Tensor, folder: Path) -> None:
-    """Make a folder with links to the drawn images, as `finetune` takes one."""
+    """Make a folder for `finetune` with links to the drawn images."""
     test = _test_split(job)
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     split = job.data_dir.resolve() / find_splits(job.data_dir).train
     try:
         for index in drawn.tolist():
@@ -444,8 +444,8 @@ def write_transfer(rows: Sequence[Row], output: Path) -> str:
     """Write transfer.csv, transfer.md and transfer.png.
 
     Args:
-        rows: Of all data sets.
-        output: Folder to write them in.
+        rows: Rows of all data sets.
+        output: Folder to write to.
 
     Returns:
         The text of transfer.md.
@@ -562,7 +562,7 @@ def main() -> None:
                 text = write_transfer(rows, args.output)
     except GeoPriorError as error:
         sys.exit(f'transfer.py: {message_of(error)}')
-    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+    except KeyboardInterrupt:  # while images are read; a run saves a checkpoint and exits by itself
         sys.exit(130)
     print(f'\n{text}')
 

@@ -1,1 +1,1 @@
-"""Trained ResNets made into GeoPrior ResNets."""
+"""Conversion of trained ResNets to GeoPrior ResNets."""

@@ -1,71 +1,73 @@
-r"""From a trained ResNet to a GeoPrior ResNet in closed form, without an image.
+r"""Convert a trained ResNet to a GeoPrior ResNet in closed form, without images.
 
-A bottleneck computes `conv3(act(norm2(conv2(act(norm1(...))))))`. In a GeoPrior ResNet some output channels of the 3x3
-convolution conv2 are those of an attention instead: `W_v` mixes the input channels, and each output position takes an
-average over the map, with weights that are a Gaussian of radius r around it. Given the weights of a trained bottleneck
-and the size of its map, this module chooses which channels of conv2 are replaced, finds r, `W_v` and the running means
-of norm2 that stand in for them best, and corrects conv3 for what is lost.
+A bottleneck computes `conv3(act(norm2(conv2(act(norm1(...))))))`. In a GeoPrior ResNet, some output channels of the 3x3
+convolution conv2 are computed by attention instead: `W_v` mixes the input channels, and each output position takes an
+average over the map, weighted by a Gaussian of radius r around it. Given the weights of a trained bottleneck and the
+size of its map, this module chooses which channels of conv2 to replace, finds the r, `W_v` and running means of norm2
+that approximate them best, and corrects conv3 for what is lost.
 
-**Symbols.** Input channels of conv2 are i, its output channels c and d, those of conv3 e; t and u are the nine taps of
-a kernel, q the output positions. K_ci is the kernel from i to c, K_cit its weight at tap t. A vector has an entry for
-each position of the input map: k_qt is one at the position that tap t of output q falls on, and zero elsewhere, or zero
-throughout where it falls on the padding; a_q has the attention's weights for q, which sum to one. The prime transposes.
+**Symbols.** The input channels of conv2 are i, its output channels c and d, those of conv3 e; t and u are the nine taps
+of a kernel, q the output positions. K_ci is the kernel from i to c, K_cit its weight at tap t. A vector has an entry
+for each position of the input map: k_qt is one at the position that tap t of output q falls on and zero elsewhere (zero
+everywhere if the tap falls on the padding); a_q holds the attention weights for q, which sum to one. A trailing prime
+denotes the transpose.
 
-**Inputs.** Channel i of conv2's input is `x_i = act(z_i)`. z_i is Gaussian: its mean is norm1's bias, its standard
-deviation the modulus of norm1's weight. So x_i has the mean m_i and the variance of a rectified Gaussian (of other
-activations by quadrature). The block's own input is taken as white: then z_i and z_j have the correlation of two rows
-of conv1, their cosine, with the signs of norm1's weights. Of x_i and x_j that makes the covariance C_ij (see
-Correction). Two positions that are dy rows and dx columns apart have the correlation `rho^(|dy| + |dx|)`; R is the
-matrix of these correlations over all positions, and the covariance of the whole input is the product of C and R.
+**Inputs.** Channel i of conv2's input is `x_i = act(z_i)`. z_i is modelled as Gaussian: its mean is norm1's bias, its
+standard deviation the absolute value of norm1's weight. The mean m_i and the variance of x_i are then those of a
+rectified Gaussian (for activations other than ReLU, by quadrature). The block's own input is modelled as white, so that
+the correlation of z_i and z_j is the cosine of two rows of conv1, with the signs of norm1's weights. This gives the
+covariance C_ij of x_i and x_j (see Correction). Two positions that are dy rows and dx columns apart have the
+correlation `rho^(|dy| + |dx|)`; R is the matrix of these correlations over all positions, and the covariance of the
+whole input is the product of C and R.
 
-**Products of kernels.** For kernels K and L, and G for the attention, let
+**Products of kernels.** For kernels K and L, and G for the attention, define
 
     <K, L> = sum_tu K_t L_u mean_q(k_qt' R k_qu)
     <K, G> = sum_t K_t mean_q(k_qt' R a_q)
     <G, G> = mean_q(a_q' R a_q)
 
 `sum_ij C_ij <K_ci, K_dj>` is then the covariance of conv2's channels c and d, averaged over the map. R, k and a are
-separable, so each mean over q is that of the rows times that of the columns. The means are those of the layer's own map
-and stride, with its borders: on a map of 7x7 cells half of the positions see the padding.
+separable, so each mean over q is a mean over the rows times one over the columns. The means are over the layer's own
+map and stride, including its borders: on a map of 7x7 cells half of the positions see the padding.
 
-**Values.** The least squares fit of channel c, `u_c = sum_i K_ci * x_i`, by `sum_i W_ci (G * x_i)` is
+**Values.** The least-squares fit of channel c, `u_c = sum_i K_ci * x_i`, by `sum_i W_ci (G * x_i)` is
 
     W_ci = <K_ci, G> / <G, G>        error_c = sum_ij C_ij (<K_ci, K_cj> - <K_ci, G> <K_cj, G> / <G, G>)
 
-The W_ci of the replaced channels are `W_v`. C is not in them: the normal equations separate.
+The W_ci of the replaced channels make up `W_v`. They do not depend on C: the normal equations separate.
 
 **Means.** The fit raises the mean of u_c by `sum_i m_i (W_ci - sum_t f_t K_cit)`, where f_t is the share of output
-positions whose tap t falls on the map. The running mean of norm2 is raised by as much.
+positions whose tap t falls on the map. The running mean of norm2 is raised by the same amount.
 
-**Choice.** What it costs to replace channel c is the product of
+**Choice.** The cost of replacing channel c is the product of
 
 - its error as a share of its variance, `error_c / sum_ij C_ij <K_ci, K_cj>`,
-- the square of norm2's weight, which is the channel's variance behind the norm,
+- the square of norm2's weight, which is the channel's variance after the norm,
 - the mean squared slope of the activation, which for ReLU is the share of positions where the channel is active,
-- `sum_e (s_e W3_ec)^2`, with conv3's weights W3 and norm3's factors s_e.
+- `sum_e (s_e W3_ec)^2`, with conv3's weights W3 and norm3's scales s_e.
 
-For each radius the channels that cost least are taken, as many as the attention has; the layer gets the radius at which
-they cost least together. Several heads choose one after the other, each among the channels that are left.
+For each radius, the channels with the lowest costs are taken, as many as the attention has; the layer gets the radius
+at which their total cost is lowest. Several heads choose one after the other, each from the channels that are left.
 
-**Correction.** Let y_c be channel c behind norm2, and y'_c the same channel in the new layer. Both are Gaussian with
-norm2's bias as their mean. The standard deviation of y_c is the modulus of norm2's weight; that of y'_c is smaller, as
-the new channel's is before the norm. Their correlations follow from the products of kernels. Of each replaced channel
-c, what is lost, `act(y_c) - act(y'_c)`, is regressed on `act(y'_d)` of all channels d, with a small ridge. With the
-expansion `act(mean + std z) = sum_n a_n he_n(z)` in orthonormal Hermite polynomials, Mehler's formula gives the
-covariances that this takes:
+**Correction.** Let y_c be channel c after norm2, and y'_c the same channel in the new layer. Both are modelled as
+Gaussian with norm2's bias as their mean. The standard deviation of y_c is the absolute value of norm2's weight; that of
+y'_c is smaller by the same factor as before the norm. Their correlations follow from the products of kernels. For each
+replaced channel c, what is lost, `act(y_c) - act(y'_c)`, is regressed on `act(y'_d)` for all channels d, with a small
+ridge penalty. With the expansion `act(mean + std z) = sum_n a_n he_n(z)` in orthonormal Hermite polynomials, Mehler's
+formula gives the covariances that the regression needs:
 
     cov(act(y_c), act(y'_d)) = sum_(n >= 1) a_cn a'_dn corr(y_c, y'_d)^n
 
-C is made in the same way, from the correlations of z. The coefficients B_cd are added to conv3's weights,
+C is computed in the same way, from the correlations of z. The coefficients B_cd are added to conv3's weights,
 `W3_ed += sum_c W3_ec B_cd`, and the constants b_c go into the running mean of norm3, which is lowered by
 `sum_c W3_ec b_c`.
 
-All sums are in float64 on the CPU, by one thread (`convert_state_dict` sees to it): the same weights give the same bits
-again on the same machine.
+All sums are in float64 on the CPU, and `convert_state_dict` runs them on one thread, so that the same weights give
+bit-identical results on the same machine.
 
-Sources: moments of activations from the norm before them as in Nagel et al., 2019, arXiv 1906.04721; channels chosen,
-and the next layer refitted, by what that layer loses as in He et al., 2017, arXiv 1707.06168, there with images. The
-stand-in by an attention is this package's own.
+Sources: deriving the moments of activations from the preceding norm follows Nagel et al., 2019, arXiv 1906.04721;
+choosing channels and refitting the next layer by what that layer loses follows He et al., 2017, arXiv 1707.06168, who
+use images. The replacement by attention is this package's own.
 """
 import functools
 import math
@@ -82,32 +84,33 @@ __all__ = [
     'activation_statistics', 'correct', 'fit_layer',
 ]
 
-# Correlation of neighbouring positions. Of 0 to 0.75, 0.4 to 0.6 kept the features of fully trained networks best
-# (docs/experiments.md); a value for each stage, or for each layer by its running variances, was no better.
+# Correlation of neighbouring positions. Of the values from 0 to 0.75, those from 0.4 to 0.6 preserved the features of
+# fully trained networks best (docs/experiments.md); a value per stage, or per layer from its running variances, was no
+# better.
 RHO = 0.5
-TERMS = 12  # of the Hermite series, which then lacks 0.3% of the variance of a rectified Gaussian of mean zero
+TERMS = 12  # of the Hermite series, which then misses 0.3% of the variance of a rectified Gaussian of mean zero
 NODES = 96  # of the quadrature for activations other than ReLU
-# Shares of each channel's own variance, so that nothing depends on how a norm and the layer behind it share a scale
-RIDGE = 1e-3  # of the activations, plus ACTIVE of what they were without the activation: rare ones are not relied on
+# Shares of each channel's own variance, so that nothing depends on how a norm and the next layer share a scale
+RIDGE = 1e-3  # of the activations, plus ACTIVE of the activations' inputs: rarely active channels are not relied on
 ACTIVE = 1e-6
 JITTER = 1e-9  # of the inputs
-SMALLEST = 1e-300  # a variance that divides
-LARGEST_MAP = 129  # queries along an axis; those in the middle of a larger map are alike
-SMALLEST_RADIUS = 0.3  # cells: below it the attention is nearly the identity, and no gradient moves the radius
-ZOOMS = (65, 33, 33, 33, 33)  # radii tried between the neighbours of the best so far; the last are 1e-6 apart
+SMALLEST = 1e-300  # lower bound of a variance to divide by
+LARGEST_MAP = 129  # queries computed along an axis; those in the middle of a larger map are all alike
+SMALLEST_RADIUS = 0.3  # in cells; below it the attention is nearly the identity, and no gradient moves the radius
+ZOOMS = (65, 33, 33, 33, 33)  # radii tried per round, between the neighbours of the best so far; 1e-6 apart in the last
 
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """What an activation makes of Gaussian channels; each tensor is float64."""
+    """Statistics of an activation's output for Gaussian channels; all tensors are float64."""
     mean: Tensor  # means, shape (C,)
     variance: Tensor  # variances, shape (C,)
-    slope: Tensor  # means of the squared derivative, shape (C,); for ReLU the share of positions that are active
+    slope: Tensor  # means of the squared derivative, shape (C,); for ReLU the share of active positions
     series: Tensor  # coefficients of the orthonormal Hermite polynomials from the first order on, shape (TERMS, C)
 
     @property
     def series_variance(self) -> Tensor:
-        """The variances, shape (C,), at least what the series has of them, so that covariances beside them fit."""
+        """The variances, shape (C,), at least those of the series, so that they are consistent with its covariances."""
         return torch.maximum(self.variance, self.series.square().sum(0))
 
 
@@ -117,7 +120,7 @@ def activation_statistics(mean: Tensor, std: Tensor, activation: nn.Module) -> A
     Args:
         mean: Means of the channels, shape (C,).
         std: Standard deviations, shape (C,), at least 0.
-        activation: An activation that works on each element; ReLU is treated in closed form, others by quadrature.
+        activation: An elementwise activation; ReLU is handled in closed form, others by quadrature.
 
     Returns:
         The statistics.
@@ -127,20 +130,20 @@ def activation_statistics(mean: Tensor, std: Tensor, activation: nn.Module) -> A
 
 
 def _rectified(mean: Tensor, std: Tensor) -> ActivationStatistics:
-    offset = (mean / std).clamp(-40, 40)  # beyond, a channel is constant in float64, or always active
+    offset = (mean / std).clamp(-40, 40)  # beyond that, a channel is constant in float64, or always active
     density = torch.exp(-offset.square() / 2) / math.sqrt(2 * math.pi)
     active = torch.erfc(-offset / math.sqrt(2)) / 2
     first = mean * active + std * density
     variance = (offset.square() + 1) * active + offset * density - (offset * active + density).square()
     variance = std.square() * variance.clamp_min(0)
     polynomials = _hermite(-offset)
-    # E[relu(z + t) He_n(z)] = density(t) He_(n-2)(-t) from n = 2 on
+    # E[relu(z + t) He_n(z)] = density(t) He_(n-2)(-t) for n >= 2
     higher = [polynomials[n - 2] * density / math.sqrt(n * (n - 1)) for n in range(2, TERMS + 1)]
     return ActivationStatistics(first, variance, active, std * torch.stack([active, *higher]))
 
 
 def _by_quadrature(mean: Tensor, std: Tensor, activation: nn.Module) -> ActivationStatistics:
-    # Gauss-Hermite nodes are the eigenvalues of the recurrence's matrix (Golub and Welsch, 1969)
+    # Gauss-Hermite nodes are the eigenvalues of the recurrence's Jacobi matrix (Golub and Welsch, 1969)
     beside = torch.arange(1, NODES, dtype=torch.float64).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     weights = vectors[0].square()
@@ -162,7 +165,7 @@ def _hermite(points: Tensor, terms: int = TERMS) -> Tensor:
 
 @dataclass(frozen=True)
 class InputModel:
-    """The model of a 3x3 convolution's inputs: a covariance of the channels, times a correlation of the positions."""
+    """A model of a 3x3 convolution's inputs: the covariance of the channels times the correlation of the positions."""
     mean: Tensor  # mean of each channel, shape (C_in,), float64
     covariance: Tensor  # covariance of the channels at one position, shape (C_in, C_in), float64
     rho: float = RHO  # correlation of two neighbouring positions; at a distance of (dy, dx) it is `rho^(|dy| + |dx|)`
@@ -171,7 +174,7 @@ class InputModel:
     def behind_norm(
             cls, weight: Tensor, bias: Tensor, activation: nn.Module, previous: Tensor, rho: float = RHO,
     ) -> 'InputModel':
-        """The model behind a 1x1 convolution of a white input, a batch norm and an activation.
+        """The model after a 1x1 convolution of a white input, a batch norm and an activation.
 
         Args:
             weight: The norm's weight, shape (C_in,).
@@ -182,7 +185,7 @@ class InputModel:
         """
         statistics = activation_statistics(bias, weight.abs(), activation)
         rows = previous.detach().cpu().double().flatten(1) * weight.detach().cpu().double().sign()[:, None]
-        rows = F.normalize(F.normalize(rows, p=math.inf, eps=SMALLEST), eps=SMALLEST)  # squares of 1e-170 are zero
+        rows = F.normalize(F.normalize(rows, p=math.inf, eps=SMALLEST), eps=SMALLEST)  # squares of 1e-170 underflow
         covariance = _series_covariance(statistics.series, statistics.series, rows @ rows.T)
         covariance.diagonal().copy_(statistics.series_variance)
         return cls(statistics.mean, covariance, rho)
@@ -215,7 +218,7 @@ class _Axis:
         return torch.einsum('q,nqt->nt', self.share, taps), (spread * weights).sum(2) @ self.share
 
     def overlaps(self, radii: Tensor) -> Tensor:
-        """Means of `a_q' R b_q` for the weights of each two of N radii, shape (N, N)."""
+        """Means of `a_q' R b_q` for the attention weights a and b of each pair of N radii, shape (N, N)."""
         weights = self._weights(radii)
         return torch.einsum('q,nqk,mqk->nm', self.share, weights @ self.correlation, weights)
 
@@ -229,12 +232,12 @@ def _axis(size: int, stride: int, rho: float, kernel: str) -> _Axis:
 
 
 class LayerModel:
-    """A trained 3x3 convolution under a model of its inputs, beside the attention that may replace its channels.
+    """A trained 3x3 convolution under a model of its inputs, and the attention that may replace its channels.
 
     Attributes:
         kernels: The convolution's weights, shape (C_out, C_in, 9), float64.
         inputs: The model of its inputs.
-        variance: Variance of each output channel under it, shape (C_out,).
+        variance: Variance of each output channel under this model, shape (C_out,).
     """
 
     def __init__(
@@ -259,7 +262,7 @@ class LayerModel:
         self._pairs = torch.kron(self._axes[0].pairs, self._axes[1].pairs)
         jitter = (JITTER * inputs.covariance.diagonal()).clamp_min(SMALLEST)
         root = torch.linalg.cholesky(inputs.covariance + jitter.diag())
-        # kernels for inputs whose channels are uncorrelated, of variance one
+        # kernels for uncorrelated input channels of unit variance
         self._whitened = torch.tensordot(self.kernels, root, dims=([1], [0])).transpose(1, 2)
         self._gram = self._whitened.transpose(1, 2) @ self._whitened
         self.variance = (self._gram * self._pairs).sum((1, 2))
@@ -270,12 +273,12 @@ class LayerModel:
         return float(max(axis.size for axis in self._axes))
 
     def _windows(self, radii: Tensor) -> tuple[Tensor, Tensor]:
-        """What `_Axis.windows` has of one axis for both: shapes (N, 9) and (N,)."""
+        """`_Axis.windows` for both axes together: shapes (N, 9) and (N,)."""
         (rows, height), (columns, width) = (axis.windows(radii) for axis in self._axes)
         return (rows[:, :, None] * columns[:, None]).flatten(1), height * width
 
     def errors(self, radii: Tensor) -> Tensor:
-        """The share of each channel's variance that the best values of N radii miss, shape (N, C_out), from 0 to 1."""
+        """The share of each channel's variance, 0 to 1, that the best values miss for N radii, shape (N, C_out)."""
         taps, norms = self._windows(radii)
         explained = (taps[:, :, None] * taps[:, None]).flatten(1) @ self._gram.flatten(1).T / norms[:, None]
         shares: Tensor = explained / self.variance.clamp_min(SMALLEST)
@@ -287,7 +290,7 @@ class LayerModel:
         return self.kernels[channels] @ (taps[0] / norms[0])
 
     def mean_shift(self, channels: Tensor, values: Tensor) -> Tensor:
-        """By how much values raise the mean of the channels that they replace, shape (len(channels),)."""
+        """How much the values raise the mean of the channels that they replace, shape (len(channels),)."""
         seen = torch.kron(*(axis.seen for axis in self._axes))
         return (values - self.kernels[channels] @ seen) @ self.inputs.mean
 
@@ -299,7 +302,7 @@ class LayerModel:
         return covariance
 
     def cross_covariance(self, values: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-        """Covariance of the convolution's channels with attention channels, and of these with each other.
+        """Covariance of the convolution's channels with attention channels, and of the latter with each other.
 
         Args:
             values: W_v of the attention channels, shape (D, C_in), head by head.
@@ -319,27 +322,27 @@ class LayerModel:
 
 @dataclass(frozen=True)
 class FollowingLayers:
-    """What the fit of a 3x3 convolution needs to know of what follows it."""
-    weight: Tensor  # weight of the norm behind it, shape (C_out,)
+    """What the fit of a 3x3 convolution needs to know about the layers after it."""
+    weight: Tensor  # weight of the norm after it, shape (C_out,)
     bias: Tensor  # bias of that norm, shape (C_out,)
-    activation: nn.Module  # the activation behind that norm
-    # weights of the 1x1 convolution behind the activation, shape (C_next, C_out), each row times the factor of the
-    # norm behind that convolution
+    activation: nn.Module  # the activation after that norm
+    # weights of the 1x1 convolution after the activation, shape (C_next, C_out), each row times the scale of the norm
+    # after that convolution
     next_weight: Tensor
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """Attention channels in place of a 3x3 convolution's; tensors are float64, in the order of `channels`."""
+    """Attention channels that replace a 3x3 convolution's; tensors are float64, in the order of `channels`."""
     channels: Tensor  # output channels that are replaced, shape (value_dim,), head by head
     radii: tuple[float, ...]  # the radius of each head, in cells of an undilated grid
     values: Tensor  # W_v, shape (value_dim, C_in)
-    mean_shift: Tensor  # what is to be added to the running means of the norm behind, shape (value_dim,)
+    mean_shift: Tensor  # to be added to the next norm's running means, shape (value_dim,)
     errors: Tensor  # the share of each channel's variance that is lost, shape (value_dim,)
-    # B, shape (value_dim, C_out), columns in the source's order: the next convolution's weights of each replaced
-    # channel, times its row, are added to the weights of all channels
+    # B, shape (value_dim, C_out), columns in the source's order: the next convolution's weights for each replaced
+    # channel, times that channel's row, are added to its weights for all channels
     correction: Tensor
-    constant: Tensor  # what each replaced channel still lacks in the mean, shape (value_dim,)
+    constant: Tensor  # what the mean of each replaced channel still lacks, shape (value_dim,)
 
 
 def fit_layer(layer: LayerModel, behind: FollowingLayers, value_dim: int, num_heads: int = 1) -> LayerFit:
@@ -347,9 +350,9 @@ def fit_layer(layer: LayerModel, behind: FollowingLayers, value_dim: int, num_he
 
     Args:
         layer: The convolution under the model of its inputs.
-        behind: What follows it.
-        value_dim: Channels to replace.
-        num_heads: Radii, each for an equal share of these channels.
+        behind: The layers after it.
+        value_dim: Number of channels to replace.
+        num_heads: Number of radii, each for an equal share of these channels.
 
     Returns:
         The fit.
@@ -378,7 +381,7 @@ def _choose(layer: LayerModel, importance: Tensor, count: int) -> tuple[float, T
     for steps in ZOOMS:
         radii = torch.logspace(math.log10(low), math.log10(high), steps, dtype=torch.float64)
         errors = layer.errors(radii)
-        # a channel that is taken costs infinitely much, even where it would lose nothing
+        # a channel that is already taken costs infinity, even if its error is zero
         costs = (errors * importance).nan_to_num(nan=math.inf, posinf=math.inf)
         best = int(costs.topk(count, largest=False).values.sum(1).argmin())
         low, high = float(radii[max(best - 1, 0)]), float(radii[min(best + 1, steps - 1)])
@@ -397,7 +400,7 @@ def correct(
 
     Args:
         layer: The convolution under the model of its inputs.
-        behind: What follows it.
+        behind: The layers after it.
         channels: Output channels that are replaced, shape (value_dim,), head by head.
         values: W_v, shape (value_dim, C_in).
         radii: The radius of each head, shape (num_heads,).
@@ -424,7 +427,7 @@ def correct(
     lost = _series_covariance(old.series[:, channels], kept.series, mixed[channels])
     lost -= _series_covariance(kept.series[:, channels], kept.series, new[channels])
     among = _series_covariance(kept.series, kept.series, new)
-    # the series of a variance converges slowest, and the moments have it
+    # the series converges slowest for a variance, which the moments give directly
     ridge = RIDGE * kept.series_variance + ACTIVE * kept_std.square()
     among.diagonal().copy_(kept.series_variance + ridge.clamp_min(SMALLEST))
     correction = torch.linalg.solve(among, lost.T).T

@@ -1,4 +1,4 @@
-"""A converted network beside its source, on images that neither was fitted to."""
+"""Comparison of a converted network with its source, on images held out from the conversion."""
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +16,7 @@ __all__ = ['class_indices', 'compare']
 
 
 def class_indices(data: DataSplit, loaded: LoadedModel) -> Tensor:
-    """The network's class of each label of the data, by WordNet id or else by readable name.
+    """The network's class for each label of the data, matched by WordNet id or else by readable name.
 
     Args:
         data: The data set.
@@ -34,7 +34,7 @@ def class_indices(data: DataSplit, loaded: LoadedModel) -> Tensor:
 
 @torch.inference_mode()
 def compare(source: Any, converted: Any, batches: Iterable[tuple[Tensor, Tensor]], answers: Tensor) -> dict[str, Any]:
-    """Compare two ResNets of timm.
+    """Compare two timm ResNets.
 
     Args:
         source: The first network, in eval mode.
@@ -43,10 +43,11 @@ def compare(source: Any, converted: Any, batches: Iterable[tuple[Tensor, Tensor]
         answers: Class index of each label, -1 for none.
 
     Returns:
-        `images`; `feature_error`, the distance of the pooled features as a share of the source's norm; with classes
-        `agree`, the images whose first answers are the same, and `divergence`, the mean Kullback-Leibler divergence
-        from the source's probabilities in nats; of the images that have a class, their number `labelled`, and how many
-        of them each network has right, `source_correct` and `correct`.
+        `images`, their number; `feature_error`, the distance between the pooled features as a share of the source's
+        norm; with a classifier, `agree`, the number of images with the same top-1 prediction, and `divergence`, the
+        mean Kullback-Leibler divergence from the source's probabilities in nats; if any images have a known class,
+        `labelled`, their number, and `source_correct` and `correct`, how many of these each network classifies
+        correctly.
     """
     device = next(source.parameters()).device
     sums: dict[str, float] = dict.fromkeys(

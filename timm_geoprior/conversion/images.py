@@ -1,4 +1,4 @@
-"""The images that a conversion is fitted to, and those kept out to measure it by."""
+"""The images that a conversion is fitted to, and the held-out images that it is measured on."""
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from ..files import first_sentence
 
 __all__ = ['FEWEST', 'ImageSets', 'PreparedImages', 'draw_images']
 
-FEWEST = 10  # images, two of which are kept out
+FEWEST = 10  # images, two of which are held out
 HELD_OUT, MOST_HELD_OUT = 1 / 5, 1000
 
 
@@ -27,14 +27,14 @@ class ImageSets:
     """Images of a folder, drawn at random."""
     data: DataSplit  # the folder as timm reads it
     fit: NDArray[np.int64]  # indices of the images to fit to, shape (images,)
-    held_out: NDArray[np.int64]  # indices of those to measure by
-    unreadable: set[str] = field(default_factory=set)  # names of those that turned out not to be readable
+    held_out: NDArray[np.int64]  # indices of the images to measure on
+    unreadable: set[str] = field(default_factory=set)  # names of images that could not be read
 
 
 def draw_images(folder: Path, limit: int) -> ImageSets:
-    """Find a folder's images, in folders of any depth, and draw those to fit to and those to keep out.
+    """Find a folder's images, at any depth, and draw those to fit to and those to hold out.
 
-    At most `limit` images are fitted to. A fifth of the folder's images is kept out, 1,000 at most.
+    At most `limit` images are fitted to. A fifth of the folder's images are held out, at most 1,000.
     """
     if limit < FEWEST:
         raise GeoPriorError(f'--limit must be at least {FEWEST}, got {limit}.')
@@ -43,7 +43,7 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
         raise GeoPriorError(f'--images must be a folder of images, got {folder}, which {fault}. Check its name.')
     try:
         data = open_split(folder, '', options=DataOptions(labelled=False))
-    except EvaluationError as error:  # without its advice, which is validate's
+    except EvaluationError as error:  # without its advice, which is meant for `validate`
         raise _too_few(folder, f'none ({first_sentence(error)})') from None
     count = len(data.labels)
     if count < FEWEST:
@@ -60,19 +60,18 @@ def _too_few(folder: Path, found: str) -> GeoPriorError:
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Batches of images as a network takes them, decoded as they are asked for."""
+    """Batches of images preprocessed for a network, decoded on demand."""
     sets: ImageSets  # the folder
     indices: NDArray[np.int64]  # the images, shape (images,)
-    config: dict[str, Any]  # timm's data configuration of the network
-    batch_size: int  # images of a batch at most
-    workers: int = 0  # processes that decode
+    config: dict[str, Any]  # timm's data config for the network
+    batch_size: int  # largest number of images in a batch
+    workers: int = 0  # worker processes for decoding
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, (N, C, H, W), and labels, (N,), of each batch, without those that cannot be read, if those are few.
-        """
+        """Images, (N, C, H, W), and labels, (N,), of each batch, without unreadable images: at most half."""
         channels, data = self.config['input_size'][0], self.sets.data
         images = Chosen(data.dataset, self.indices, data.labels[self.indices], create_transform(**self.config),
                         'L' if channels == 1 else 'RGB')

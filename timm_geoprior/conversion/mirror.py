@@ -1,7 +1,7 @@
-"""Which of timm's ResNets a GeoPrior ResNet can stand in for, and how it is built.
+"""Which of timm's ResNets have a GeoPrior counterpart, and how it is built.
 
-A network is read by its modules, not by its name: whatever timm made it from, by name, from a Hub repository or with
-options, the plain network built from what was read has to have the same modules, one by one.
+A network is identified by its modules, not by its name. Whether timm made it by name, from a Hub repository or with
+options, the plain network built from what was found must have the same modules, one by one.
 """
 import functools
 import re
@@ -28,16 +28,16 @@ BLOCKS = (Bottleneck, GeoPriorBottleneck)
 
 @dataclass(frozen=True)
 class Mirror:
-    """How timm builds the GeoPrior ResNet of a network's shape."""
+    """How timm builds the GeoPrior ResNet that has a network's shape."""
     architecture: str  # registered name, such as 'geoprior_resnet50'
-    # options beside it, as config.json holds them; empty where the architecture is the network's own
+    # further options, as in config.json; empty if the architecture has the network's shape without any
     model_args: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
     in_chans: int = 3
-    global_pool: str = 'avg'  # timm's name of the pooling
+    global_pool: str = 'avg'  # timm's name for the pooling
 
     def create(self, **kwargs: Any) -> GeoPriorResNet:
-        """Build the network, with random weights; further options of `timm.create_model` take the place of these."""
+        """Build the network with random weights; `kwargs` go to `timm.create_model` and override these options."""
         options = {**self.model_args, 'num_classes': self.num_classes, 'in_chans': self.in_chans,
                    'global_pool': self.global_pool, **kwargs}
         return cast(GeoPriorResNet, timm.create_model(self.architecture, **options))
@@ -49,7 +49,7 @@ def blocks(model: nn.Module) -> list[tuple[str, Bottleneck]]:
 
 
 def value_dim(block: nn.Module) -> int:
-    """Number of a block's 3x3 channels that an attention computes."""
+    """Number of a block's 3x3 channels that attention computes."""
     conv = block.conv2
     return conv.attn.value.out_channels if isinstance(conv, GeoPriorConv2d) else 0
 
@@ -59,10 +59,10 @@ def value_channels(width: int, share: float) -> int:
 
     Args:
         width: The layer's output channels.
-        share: Of them that are to be value channels.
+        share: Share of them that become value channels.
 
     Returns:
-        The multiple of 8 that is nearest to the share, at least 8; 0 for a share of 0, and where 8 were more than half.
+        The multiple of 8 nearest to that share, at least 8; 0 for a share of 0, or where 8 would be more than half.
     """
     return max(8 * round(width * share / 8), 8) if share and width >= 16 else 0
 
@@ -70,11 +70,11 @@ def value_channels(width: int, share: float) -> int:
 def mirror(source: nn.Module, name: str = 'The network') -> Mirror:
     """Find the GeoPrior ResNet that has a network's shape.
 
-    The architecture is the registered one that needs the fewest options beside it. Where it needs none, the value
-    channels are its own, else as many as `value_channels` gives for the large models' shares.
+    The architecture is the registered one that needs the fewest further options. If it needs none, the numbers of
+    value channels are its own; otherwise `value_channels` gives them for the large models' shares.
 
     Args:
-        source: A ResNet of timm, of bottleneck blocks with plain 3x3 convolutions.
+        source: A timm ResNet of bottleneck blocks with plain 3x3 convolutions.
         name: What to call it in messages.
 
     Returns:
@@ -98,18 +98,18 @@ def mirror(source: nn.Module, name: str = 'The network') -> Mirror:
     made = Mirror(architecture, options[architecture], **found)
     _check_same(source, made, name)
     if not any(made.model_args.get('value_dims', SHARES)):
-        raise GeoPriorError(f'{name} must have 3x3 layers of 16 channels or more behind its first stage, got narrower '
-                          f'ones. Take another source, such as resnet50.')
+        raise GeoPriorError(f'{name} must have 3x3 layers of 16 channels or more after its first stage, got narrower '
+                            f'ones. Take another source, such as resnet50.')
     return made
 
 
 def _check_kind(source: nn.Module, name: str) -> None:
     if not isinstance(source, ResNet):
         raise GeoPriorError(f'{name} must be a ResNet of timm, got a {type(source).__name__}. '
-                          f'Take one such as resnet50, resnet50d or wide_resnet50_2.')
+                            f'Take one such as resnet50, resnet50d or wide_resnet50_2.')
     if empty := [stage for stage in STAGES if not len(getattr(source, stage, ()))]:
         raise GeoPriorError(f'{name} must have blocks in each of four stages, got none in {empty[0]}. '
-                          f'Take another source, such as resnet50.')
+                            f'Take another source, such as resnet50.')
     for place, block in blocks(source):
         if isinstance(getattr(block, 'conv2', None), GeoPriorConv2d):
             raise GeoPriorError(f'{name} must be a plain ResNet, got a GeoPrior ResNet ({place} has attention '
@@ -121,7 +121,7 @@ def _check_kind(source: nn.Module, name: str) -> None:
 
 
 def _obstacle(block: nn.Module) -> str:
-    """What of a block has no counterpart, in words; empty where all has one."""
+    """The part of a block that has no counterpart, in words; '' if every part has one."""
     if type(block) not in BLOCKS:
         return {'BasicBlock': 'a basic block'}.get(type(block).__name__, f'a {type(block).__name__}')
     block = cast(Bottleneck, block)
@@ -134,11 +134,11 @@ def _obstacle(block: nn.Module) -> str:
 
 
 def _describe(model: Any, name: str) -> dict[str, Any]:
-    """The options of timm's ResNet that a network was built with, as JSON holds them."""
+    """The options of timm's ResNet that a network was built with, as JSON types."""
     stages = [getattr(model, stage) for stage in STAGES]
     first = stages[0][0]
     channels = [stage[0].conv3.out_channels // 4 for stage in stages]
-    # timm's width is floor(channels * base_width / 64): the quotient of the widest stage is the least rounded
+    # timm's width is floor(channels * base_width / 64): the widest stage is affected least by the rounding
     base_width = 64 * stages[-1][0].bn2.num_features / channels[-1]
     shape = {
         'layers': [len(stage) for stage in stages],
@@ -163,7 +163,7 @@ def _stem(conv: nn.Module) -> dict[str, Any]:
 
 
 def _shortcut(stages: list[Any]) -> dict[str, Any]:
-    """How shortcuts change the number of channels: by the first that does so under a stride, else by the first."""
+    """How shortcuts change the number of channels, from stages 2 to 4: stage 1 has 1x1 kernels in any case."""
     found = [stage[0].downsample for stage in stages[1:] if stage[0].downsample is not None]
     pooled = bool(found) and len(found[0]) == 3
     size = 1 if pooled or not found else max(shortcut[0].kernel_size[0] for shortcut in found)
@@ -171,7 +171,7 @@ def _shortcut(stages: list[Any]) -> dict[str, Any]:
 
 
 def _act_name(act: nn.Module, name: str) -> str:
-    """timm's name of an activation: its class's, in lower case, with or without underscores."""
+    """timm's name for an activation: its class name in lower case, with or without underscores."""
     words = re.sub(r'(?<=[A-Za-z])(?=[A-Z][a-z])', '_', type(act).__name__).lower()
     for known in (words, words.replace('_', '')):
         try:
@@ -199,7 +199,7 @@ def _shape(architecture: str) -> dict[str, Any]:
 
 
 def _options(shape: dict[str, Any], architecture: str) -> dict[str, Any]:
-    """What of a shape an architecture has otherwise, and the value channels where it is no longer the same network."""
+    """The options by which a shape differs from an architecture's, and if there are any, the value channels to use."""
     own = _shape(architecture)
     options = {key: value for key, value in shape.items() if value != own[key]}
     widths = [int(channels * shape['base_width'] / 64) for channels in shape['channels']]
@@ -208,7 +208,7 @@ def _options(shape: dict[str, Any], architecture: str) -> dict[str, Any]:
 
 
 def _check_same(source: nn.Module, made: Mirror, name: str) -> None:
-    """The plain network of the options has the source's modules, one by one."""
+    """Check that the plain network with these options has the source's modules, one by one."""
     with torch.device('meta'):
         plain = made.create(value_dims=(0, 0, 0, 0))
     got, expected = _leaves(source), _leaves(plain)
@@ -219,6 +219,6 @@ def _check_same(source: nn.Module, made: Mirror, name: str) -> None:
 
 
 def _leaves(model: nn.Module) -> dict[str, str]:
-    """The modules without children, in words; what only training knows (drop path) left out."""
+    """The modules without children, as text, except those that act in training only (drop path)."""
     return {name: repr(module) for name, module in model.named_modules()
             if not list(module.children()) and not name.endswith(('drop_path', 'drop_block'))}

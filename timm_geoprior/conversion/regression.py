@@ -1,18 +1,19 @@
-"""The conversion with images: least squares on activations, front to back, towards the closed form.
+"""Conversion with images: ridge regression on activations, front to back, towards the closed form.
 
-Each block is fitted where the blocks before it are converted already. Its inputs are those of the converted network,
-its targets what the trained one, the source, makes of the same images.
+Each block is fitted after the blocks before it have been converted. Its inputs are those of the converted network, its
+targets the activations of the trained one, the source, for the same images.
 
-1. For each of a few radii around the closed form's, the 3x3 convolution's outputs are regressed on the attention of
+1. For each of a few radii around the closed form's, the 3x3 convolution's outputs are regressed on the attention over
    the block's inputs, towards the closed form's value projection.
-2. The channels taken are those whose squared error after norm and activation, weighted by the squared weights of the
-   1x1 convolution and the norm behind it, is least. The radius is the one with the least sum of it.
-3. The 1x1 convolution is regressed on its new inputs towards the closed form's. Its target is what the source's block
-   has before its last activation, less the converted block's shortcut, so that it makes good what earlier blocks have
-   lost (as in pruning: He et al., 2017, arXiv 1707.06168, section 3.3). Its constant goes into the norm behind it.
-4. What both blocks make of their inputs are the inputs of the next.
+2. The channels replaced are those with the smallest squared error after norm and activation, weighted by the squared
+   weights of the 1x1 convolution and the norm after it. The radius is the one with the smallest sum of these errors.
+3. The 1x1 convolution is regressed on its new inputs, towards the closed form's weights. Its target is the output of
+   the source's block before the last activation, minus the converted block's shortcut, so that it compensates for what
+   earlier blocks lost (as in pruning: He et al., 2017, arXiv 1707.06168, section 3.3). Its constant goes into the norm
+   after it.
+4. The outputs of both blocks are the inputs of the next.
 
-The penalty of each regression is the one that predicts a fifth of the images best from the rest, over all five fifths.
+Penalties are chosen by five-fold cross-validation over the batches; the radii of a layer share one.
 """
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -35,38 +36,38 @@ from .state_dict import AttentionBlock, apply_fit, attention_blocks, layer_model
 __all__ = ['PARTS', 'LayerFit', 'activation_bytes', 'refine']
 
 Block = Any  # a Bottleneck of timm, whose parts are modules or None
-PARTS = 5  # into which the images are split to choose a penalty
+PARTS = 5  # number of parts that the batches are divided into to choose a penalty
 RADII = tuple(2.0 ** (step / 4) for step in (-2, -1, 0, 1, 2))  # times the closed form's
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What a layer was fitted to."""
+    """The result of fitting a layer."""
     name: str  # name of the block
     value_dim: int  # channels that the attention computes
     radius: float  # radius in cells of the undilated grid
-    # share of those channels' energy that the attention misses, behind norm and activation, weighted as the next
-    # convolution weighs it
+    # share of those channels' energy that the attention misses, after norm and activation, weighted by the next
+    # convolution
     lost: float
-    output: float  # share of the block's output energy that is not the source's
+    output: float  # squared error of the block's output as a share of the energy of the source's
 
 
 class _Inputs:
-    """The inputs of the block at hand for the same images, in the source and in the model."""
+    """The inputs of the current block for the same images, in the source and in the model."""
 
     def __init__(self, device: torch.device, batches: int, values: int) -> None:
         self.device = device
         self.source, self.model = Activations(batches, values), Activations(batches, values)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number, inputs in the source and inputs in the model, (N, C, H, W), of each batch."""
-        for batch in list(self.source.shapes):  # fewer than was said where all images of one cannot be read
+        """Index, inputs in the source and inputs in the model, (N, C, H, W), of each batch."""
+        for batch in list(self.source.shapes):  # fewer than announced if no image of a batch could be read
             yield batch, self.source.read(batch, self.device), self.model.read(batch, self.device)
 
     def advance(self, name: str, source: nn.Module | None, model: nn.Module) -> float:
-        """Put the outputs of a block in place of its inputs; the share of their energy that is not the source's.
+        """Replace a block's inputs with its outputs; returns their squared error as a share of the source's energy.
 
-        `source` is None where the source's outputs are in their place already.
+        `source` is None if the source's outputs are in place already.
         """
         missed = energy = 0.0
         for batch, x, y in self:
@@ -92,11 +93,11 @@ def activation_bytes(model: GeoPriorResNet, input_size: tuple[int, int, int]) ->
     finally:
         for hook in hooks:
             hook.remove()
-    return 4 * max(seen)  # two networks, two bytes a value
+    return 4 * max(seen)  # two networks, two bytes per value
 
 
 def _first(model: GeoPriorResNet) -> int:
-    """Number of the first block that has an attention layer."""
+    """Index of the first block that has an attention layer."""
     return next(index for index, (_, block) in enumerate(blocks(model)) if isinstance(block.conv2, GeoPriorConv2d))
 
 
@@ -110,16 +111,16 @@ def refine(
     Args:
         source: The trained ResNet, in eval mode.
         model: Its mirror with the closed form's weights, in eval mode, on the same device.
-        images: Batches as the network takes them, (N, C, H, W), at least two and better `PARTS`.
+        images: Batches of preprocessed images, (N, C, H, W), at least two and preferably `PARTS` or more.
         count: Number of batches.
-        batch_size: Largest number of images of a batch.
-        advanced: Called after each layer.
+        batch_size: Largest number of images in a batch.
+        advanced: Called with the fit of each layer once it is done.
 
     Returns:
         One entry for each attention layer, front to back.
 
     Raises:
-        GeoPriorError: Activations are not finite, or there is no room for the temporary files.
+        GeoPriorError: There are no images, activations do not fit float16, or the temporary files cannot be written.
     """
     start, attention = _first(model), {item.prefix: item for item in attention_blocks(model)}
     inputs, layers = _enter(source, model, images, count, batch_size, start), []
@@ -138,7 +139,7 @@ def refine(
 def _enter(
         source: nn.Module, model: GeoPriorResNet, images: Iterable[Tensor], count: int, batch_size: int, start: int,
 ) -> _Inputs:
-    """Bring the images to the first block that has attention, where both networks are still the same."""
+    """Run the images up to the first block that has attention; before it both networks are the same."""
     device = next(model.parameters()).device
     inputs = None
     for batch, part in enumerate(images):
@@ -159,13 +160,13 @@ def _enter(
 # -- one block ---------------------------------------------------------------------------------------------------------
 
 def _before(block: Block, x: Tensor) -> Tensor:
-    """What the 3x3 layer takes."""
+    """The input of the 3x3 layer."""
     maps: Tensor = block.act1(block.bn1(block.conv1(x)))
     return maps
 
 
 def _after(block: Block, x: Tensor) -> Tensor:
-    """What the 1x1 convolution behind the 3x3 layer takes."""
+    """The input of the 1x1 convolution after the 3x3 layer."""
     maps: Tensor = block.aa(block.act2(block.bn2(block.conv2(_before(block, x)))))
     return maps
 
@@ -181,13 +182,13 @@ def _rows(maps: Tensor) -> Tensor:
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a batch norm by its running statistics, float64."""
+    """Scale and shift of a batch norm in eval mode, float64."""
     scale: Tensor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale, norm.bias.double() - scale * norm.running_mean.double()
 
 
 def _fit_attention(inputs: _Inputs, old: Block, item: AttentionBlock) -> tuple[float, float]:
-    """Choose radius and channels of a block, and fit the value projection; the radius, and what is missed."""
+    """Choose a block's radius and channels and fit the value projection; returns the radius and the share missed."""
     layer, behind = layer_models(item, old.state_dict())
     importance = behind.next_weight.square().sum(0).to(inputs.device)
     radii, fits = _candidates(inputs, old, item, layer, importance)
@@ -207,14 +208,14 @@ def _fit_attention(inputs: _Inputs, old: Block, item: AttentionBlock) -> tuple[f
 
 
 def _mixed(attn: GeoPriorAttn2d, x: Tensor, radius: float) -> Tensor:
-    """The attention of a radius over what the 3x3 layer takes, as samples."""
+    """The attention with a radius over the input of the 3x3 layer, as samples."""
     return _rows(mix_values(x, x.new_tensor([math.log(radius)]), attn.stride, attn.dilation, attn.kernel))
 
 
 def _candidates(
         inputs: _Inputs, old: Block, item: AttentionBlock, layer: LayerModel, importance: Tensor,
 ) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
-    """Radii around the closed form's, and for each weights and constants for all channels of the 3x3 convolution."""
+    """Radii around the closed form's, and for each of them weights and constants for all 3x3 channels."""
     center = float(item.attn.log_radius.double().mean().exp())
     radii = [max(center * ratio, SMALLEST_RADIUS) for ratio in RADII]
     moments = [Moments(PARTS, old.conv2.in_channels, old.conv2.out_channels, inputs.device) for _ in radii]
@@ -232,11 +233,11 @@ def _candidates(
 def _errors(
         inputs: _Inputs, old: Block, item: AttentionBlock, radii: list[float], fits: list[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Squared error after norm and activation of each radius and channel, and the energy of each channel."""
+    """Squared error after norm and activation for each radius and channel, and the energy of each channel."""
     scale, shift = _affine(old.bn2)
     errors = torch.zeros(len(radii), len(scale), dtype=torch.float64, device=inputs.device)
     energy = torch.zeros_like(errors[0])
-    # the norm is a part of the weights
+    # the norm is folded into the weights
     scaled = [((weight * scale[:, None]).T.float(), (constant * scale + shift).float()) for weight, constant in fits]
     for _, x, y in inputs:
         wanted = old.act2(old.bn2(old.conv2(_before(old, x))))
@@ -249,9 +250,9 @@ def _errors(
 
 
 def _fit_next(inputs: _Inputs, name: str, old: Block, new: Block) -> None:
-    """Fit the 1x1 convolution behind the 3x3 layer to what the source's block has beyond the new block's shortcut.
+    """Fit the 1x1 convolution after the 3x3 layer to the source block's output minus the new block's shortcut.
 
-    The source's outputs, which are known then, take the place of its inputs.
+    The source's outputs, which are computed on the way, replace its inputs.
     """
     sums = Moments(PARTS, new.conv3.in_channels, new.conv3.out_channels, inputs.device)
     for batch, x, y in inputs:
@@ -262,7 +263,7 @@ def _fit_next(inputs: _Inputs, name: str, old: Block, new: Block) -> None:
     prior = new.conv3.weight.double().flatten(1) * scale[:, None]
     penalty = choose_penalty(sums, prior, torch.ones_like(scale))
     weight, constant = solve(sums, prior, penalty)
-    alive = scale.abs() > 1e-3 * scale.abs().max()  # a norm that lets nothing through cannot be undone
+    alive = scale.abs() > 1e-3 * scale.abs().max()  # a norm with a scale near zero cannot be inverted
     weight = weight[alive] / scale[alive, None]
     new.conv3.weight[alive] = weight[:, :, None, None].float()
     new.bn3.running_mean[alive] = ((old.bn3.bias - constant) / scale)[alive].float()

@@ -1,4 +1,4 @@
-"""The state dict of a trained ResNet as that of a GeoPrior ResNet, wherever timm or torch loads one."""
+"""Conversion of a trained ResNet's state dict to a GeoPrior ResNet's, wherever timm or torch loads one."""
 import functools
 import logging
 import threading
@@ -21,9 +21,9 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-IMAGE_SIZE = (3, 224, 224)  # of a model without a pretrained_cfg
+IMAGE_SIZE = (3, 224, 224)  # for a model without a pretrained_cfg
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# what is read of a block; the rest stays as it is
+# the weights of a block that are read; all others stay as they are
 _NORMS = ('bn2.weight', 'bn2.bias', 'bn2.running_mean', 'bn2.running_var')
 _READ = ('conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'conv3.weight', 'bn3.weight',
          'bn3.running_mean', 'bn3.running_var')
@@ -33,13 +33,13 @@ _ADVICE = 'Take weights of the ResNet of the same depth and options.'
 
 
 class ConversionError(GeoPriorError):
-    """A state dict is not one of the plain ResNet that a GeoPrior ResNet can be made from."""
+    """A state dict cannot be converted for, or loaded into, a GeoPrior ResNet."""
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """A bottleneck whose 3x3 layer has attention channels, and where it stands in the network."""
-    prefix: str  # what the names of its weights begin with, as 'layer2.0.'
+    """A bottleneck whose 3x3 layer has attention channels, and its place in the network."""
+    prefix: str  # what the names of its weights begin with, such as 'layer2.0.'
     block: Any  # the bottleneck
     # height and width of the 3x3 layer's input in cells, at the input size of the model's pretrained_cfg
     map_size: tuple[int, int]
@@ -49,7 +49,7 @@ class AttentionBlock:
 
     @property
     def attn(self) -> GeoPriorAttn2d:
-        """The attention beside the 3x3 convolution."""
+        """The attention next to the 3x3 convolution."""
         attn: GeoPriorAttn2d = self.block.conv2.attn
         return attn
 
@@ -60,7 +60,7 @@ class AttentionBlock:
 
 
 def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
-    """The bottlenecks of a GeoPriorResNet that have attention channels, in its order."""
+    """The bottlenecks of a GeoPriorResNet that have attention channels, in order."""
     _, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or IMAGE_SIZE
     for stage in range(1, 5):
         for index, block in enumerate(model.get_submodule(f'layer{stage}').children()):
@@ -68,7 +68,7 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
                 continue
             halves = stage > 1 and index == 0
             cell = 2 ** (stage if halves else stage + 1)
-            # an aa_layer takes the stride from the convolution
+            # an aa_layer takes over the stride of the convolution
             stride = 2 if halves and isinstance(block.aa, nn.Identity) else 1
             yield AttentionBlock(f'layer{stage}.{index}.', block, (-(-height // cell), -(-width // cell)), stride)
 
@@ -86,10 +86,10 @@ _LOCK = threading.Lock()
 
 
 def on_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Use one thread of torch's, the CPU and no gradients, whatever the caller has set.
+    """Run on a single torch thread, on the CPU and without gradients, whatever the caller has set.
 
-    The sums are then in the same order for any number of threads. One converts ResNet-152 in 1.5 s; two took 28 s
-    beside another process, because they wait for each other at each of many small products.
+    Sums are then computed in the same order for any number of threads. One thread converts ResNet-152 in 1.5 s; two
+    took 28 s while another process was running, because they wait for each other at each of many small products.
     """
     def single(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         threads = torch.get_num_threads()
@@ -102,8 +102,8 @@ def on_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 
     @functools.wraps(function)
     def alone(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        # a thread of its own sees the process's number of threads and not the caller's; one at a time, or the second
-        # of two conversions would leave the first one's 1 behind
+        # a new thread sees the process's number of threads, not the caller's; one conversion at a time, since the
+        # second of two would read the first one's 1, and restore that
         with _LOCK, ThreadPoolExecutor(1) as thread:
             return thread.submit(single, *args, **kwargs).result()
 
@@ -114,8 +114,8 @@ def on_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Turn the state dict of a plain ResNet into that of a GeoPrior ResNet, in closed form.
 
-    The formulas are in `timm_geoprior.conversion.closed_form`. The replaced channels of each 3x3 layer move behind the
-    others, in its rows, in its norm and in the columns of the 1x1 convolution behind it.
+    The formulas are in `timm_geoprior.conversion.closed_form`. The replaced channels of each 3x3 layer move after the
+    others, in its rows, in its norm and in the columns of the next 1x1 convolution.
 
     Args:
         state_dict: Weights of the ResNet that the model is made from; only the blocks that have attention in the model
@@ -123,10 +123,10 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
         model: The GeoPriorResNet that is to load them. Only its structure and its pretrained_cfg are read.
 
     Returns:
-        Name -> tensor on the source's device: matrices in the source's type, vectors in at least float32.
+        Name -> tensor on the source's device: matrices in the source's dtype, vectors in at least float32.
 
     Raises:
-        ConversionError: A weight of these blocks is missing, has another shape, or is not finite.
+        ConversionError: A weight of these blocks is missing, has the wrong shape, or is not finite.
 
     Examples:
         >>> source = timm.create_model('resnet50', pretrained=True)
@@ -159,19 +159,19 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Convert a plain ResNet's state dict while timm loads it, and leave a GeoPrior one as it is.
 
-    timm's `pretrained_filter_fn`. With another number of classes timm loads what fits and says nothing of the rest, so
-    every name and shape is checked here, of a GeoPrior ResNet's those of the 3x3 layers. Only the classifier and the
-    first convolution's input channels may differ, which timm adapts itself.
+    This is timm's `pretrained_filter_fn`. With another number of classes timm loads what fits and silently skips the
+    rest, so this checks every name and shape of a plain ResNet's weights, and that a GeoPrior ResNet's have all of the
+    3x3 layers. Only the classifier and the first convolution's input channels may differ: timm adapts them itself.
 
     Args:
-        state_dict: What timm has read.
+        state_dict: The weights that timm has read.
         model: The GeoPriorResNet that is to load it.
 
     Returns:
         The model's state dict.
 
     Raises:
-        ConversionError: It is neither, or of another ResNet.
+        ConversionError: The weights are of neither, or of a different ResNet.
     """
     if not any(True for _ in attention_blocks(model)) or any('.conv2.attn.' in key for key in state_dict):
         if missing := [key for key in model.state_dict() if '.conv2.' in key and key not in state_dict]:
@@ -205,7 +205,7 @@ def _plain_shapes(model: nn.Module) -> dict[str, tuple[int | None, ...]]:
 
 
 def _check_block(item: AttentionBlock, shapes: Mapping[str, object]) -> None:
-    """The model's block still has what is to be loaded: norms may be of another kind, or folded into convolutions."""
+    """Check that the block has the weights to load: norms may be of another kind, or folded into convolutions."""
     for name in _READ:
         if item.prefix + name not in shapes:
             raise ConversionError(f'A network that loads a plain ResNet must have batch norms with weights and '
@@ -241,7 +241,7 @@ def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int
 
 
 def layer_models(item: AttentionBlock, block: Mapping[str, Tensor]) -> tuple[LayerModel, FollowingLayers]:
-    """What the closed form knows of a plain bottleneck, whose weights go by their names in it, as 'conv2.weight'."""
+    """The closed form's models of a plain bottleneck, given its weights by local name, such as 'conv2.weight'."""
     inputs = InputModel.behind_norm(block['bn1.weight'], block['bn1.bias'], item.block.act1, block['conv1.weight'])
     layer = LayerModel(block['conv2.weight'], inputs, item.map_size, item.stride, item.attn.kernel)
     scale = block['bn3.weight'].double().cpu() / (block['bn3.running_var'].double().cpu() + item.block.bn3.eps).sqrt()
@@ -252,7 +252,7 @@ def layer_models(item: AttentionBlock, block: Mapping[str, Tensor]) -> tuple[Lay
 def fit_blocks(
         state_dict: Mapping[str, Tensor], model: nn.Module,
 ) -> Iterator[tuple[AttentionBlock, dict[str, Tensor], LayerFit]]:
-    """Each block that has attention in the model, the plain bottleneck's weights by their names in it, and the fit."""
+    """Each block that has attention in the model, the plain bottleneck's weights by local name, and the fit."""
     for item in attention_blocks(model):
         block = {name: state_dict[item.prefix + name] for name in _READ}
         layer, behind = layer_models(item, block)
@@ -260,14 +260,14 @@ def fit_blocks(
 
 
 def apply_fit(block: Mapping[str, Tensor], fit: LayerFit) -> dict[str, Tensor]:
-    """Put a fit into the weights of a bottleneck.
+    """Apply a fit to the weights of a bottleneck.
 
     Args:
-        block: The plain bottleneck's weights by their names in it, as 'conv2.weight'.
+        block: The plain bottleneck's weights by local name, such as 'conv2.weight'.
         fit: The fit of its 3x3 convolution.
 
     Returns:
-        The weights that replace 'conv2.weight' and those that change, by their names in the GeoPrior bottleneck.
+        The weights that replace 'conv2.weight' and those that change, by local name in the GeoPrior bottleneck.
     """
     conv2, conv3 = block['conv2.weight'], block['conv3.weight']
     replaced = torch.zeros(len(conv2), dtype=torch.bool).index_fill(0, fit.channels, True)

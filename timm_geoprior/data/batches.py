@@ -1,6 +1,6 @@
-"""What every loader here needs, and training batches of a timm data set in an order that can be repeated exactly.
+"""What every loader here needs, and training batches of a timm data set in an exactly reproducible order.
 
-Randomness is a function of what it is for: a resumed run draws what an uninterrupted one would have drawn.
+Random numbers are seeded by what they are for: a resumed run draws the same ones as an uninterrupted run.
 """
 import hashlib
 import os
@@ -29,10 +29,10 @@ Key = tuple[int, int, int, int]  # epoch, index, repeat, size
 @dataclass(frozen=True)
 class LoaderConfig:
     """Which images one process gets, and when."""
-    batch_size: int  # images of this process in a batch; an incomplete last batch is left out
-    device: torch.device = torch.device('cpu')  # where the batches go
-    seed: int = 0  # of order and augmentation
-    rank: int = 0  # this process
+    batch_size: int  # images per batch and process; an incomplete last batch is left out
+    device: torch.device = torch.device('cpu')  # device of the batches
+    seed: int = 0  # seed of order and augmentation
+    rank: int = 0  # rank of this process
     world_size: int = 1  # number of processes
 
 
@@ -46,7 +46,7 @@ def generator(*parts: object) -> torch.Generator:
 
 
 def seed_everything(*parts: object) -> None:
-    """Seed torch, numpy and random by a hash of the parts; timm's mixup, erasing and drop path draw from these."""
+    """Seed torch, numpy and random with a hash of the parts; timm's mixup, erasing and drop path draw from these."""
     seed = _seed_of(*parts)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -54,19 +54,19 @@ def seed_everything(*parts: object) -> None:
 
 
 def init_worker(worker: object) -> None:
-    """Leave Ctrl-C and SIGTERM to the parent process, which saves or ends in order.
+    """Leave Ctrl-C and SIGTERM to the parent process, which saves or exits cleanly.
 
-    SLURM, systemd, `timeout` and a terminal send them to all processes of a group at once. A worker that died first
-    would end its parent with a traceback. Only a SIGTERM of the parent itself ends a worker.
+    SLURM, systemd, `timeout` and a terminal send them to all processes of a group at once, and a worker that died first
+    would end its parent with a traceback. On Linux, only a SIGTERM from the parent itself ends a worker.
 
     Args:
-        worker: Its number, as `DataLoader(worker_init_fn=...)` gives it; not used.
+        worker: Its number, from `DataLoader(worker_init_fn=...)`; not used.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == 'linux':  # elsewhere Python does not tell who has sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in all threads that start from here on
+    if sys.platform == 'linux':  # elsewhere Python does not say who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also for all threads that are started later
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    elif sys.platform != 'win32':  # or the parent could not end it
+    elif sys.platform != 'win32':  # otherwise the parent could not end it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
@@ -77,9 +77,9 @@ def _end_with_parent() -> None:
 
 
 def begin(loader: DataLoader[Any]) -> Any:
-    """What iterates over a loader with `init_worker`.
+    """Return an iterator over a loader whose workers run `init_worker`.
 
-    Ctrl-C and SIGTERM wait while its workers start: they are not ready for them yet, and inherit that they are blocked.
+    Ctrl-C and SIGTERM are blocked while the workers start: they cannot handle them yet, and inherit the block.
     """
     if sys.platform == 'win32':
         return iter(loader)
@@ -91,14 +91,14 @@ def begin(loader: DataLoader[Any]) -> Any:
 
 
 def in_workers(work: Callable[[list[int]], Any], indices: Sequence[int], batch_size: int, workers: int) -> Any:
-    """What comes of each list of so many indices, in their order, from processes that work on them."""
-    # the indices are the data set: a list of them is worked on where torch would only collate it
+    """Iterate over what `work` returns for successive lists of `batch_size` indices; worker processes call it."""
+    # the indices are the data set: a list of them is processed where torch would only collate it
     data: Any = indices
     return begin(DataLoader(data, batch_size, num_workers=workers, worker_init_fn=init_worker, collate_fn=work))
 
 
 class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
-    """Images of a timm data set, each augmented by a seed of its own: workers and batches change nothing."""
+    """Images of a timm data set, each augmented with its own seed, whatever the workers and the batch size."""
 
     def __init__(self, dataset: Any, make_transform: Callable[[int], Callable[[Image.Image], torch.Tensor]], seed: int):
         self.dataset = dataset
@@ -107,7 +107,7 @@ class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
         self.transforms: dict[int, Callable[[Image.Image], torch.Tensor]] = {}
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int, bool]:
-        """As `Item`, transformed."""
+        """The fields of an `Item`, the image transformed."""
         epoch, index, repeat, size = key
         if size not in self.transforms:
             self.transforms[size] = self.make_transform(size)
@@ -130,7 +130,7 @@ class _EpochBatches(Sampler[list[Key]]):
         batch_size, world_size = self.config.batch_size, self.config.world_size
         order = torch.randperm(self.count, generator=generator(self.config.seed, 'order', self.epoch)).tolist()
         total = len(self) * batch_size * world_size
-        # repeated augmentation (Hoffer et al., 2019): repeats lie side by side, so that they spread over the processes
+        # repeated augmentation (Hoffer et al., 2019): repeats are adjacent, so that they spread over the processes
         keys = [(self.epoch, order[i // self.repeats], i % self.repeats, self.size) for i in range(total)]
         share = keys[self.config.rank::world_size]
         for batch in range(self.first_batch, len(self)):
@@ -140,7 +140,7 @@ class _EpochBatches(Sampler[list[Key]]):
 class FolderLoader:
     """Shuffled, augmented, normalised batches of a timm data set, in the order of `MemoryLoader`.
 
-    An image that cannot be read is told and its nearest readable neighbour stands in for it.
+    An image that cannot be read is reported and replaced by the next readable one.
     """
 
     def __init__(
@@ -155,13 +155,13 @@ class FolderLoader:
     ) -> None:
         """
         Args:
-            dataset: One of timm's `create_dataset`, with a reader that has an index.
-            make_transform: Gives the training transform for a size in pixels.
+            dataset: One from timm's `create_dataset`, with a reader that has an index.
+            make_transform: Returns the training transform for a size in pixels.
             config: Batch size, seed, this process and its device.
             repeats: Repeated augmentation: how often each image of an epoch's share is augmented, 0 for once.
-            workers: Processes that decode.
-            max_corrupt: Different unreadable images after which the run stops.
-            tell: Called with each sentence that a person should read.
+            workers: Number of processes that decode.
+            max_corrupt: Number of distinct unreadable images that are tolerated.
+            tell: Called with each message for the user.
         """
         self.batches = _EpochBatches(len(dataset), config, repeats)
         self.device, self.rank, self.tell = config.device, config.rank, tell
@@ -175,13 +175,13 @@ class FolderLoader:
         return len(self.batches)
 
     def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of one epoch, as `MemoryLoader.epoch` gives them."""
+        """Batches of one epoch, as in `MemoryLoader.epoch`."""
         self.batches.epoch, self.batches.size, self.batches.first_batch = epoch, size, first_batch
         turned = 0
         for number, (images, targets, bad, turned_here) in enumerate(begin(self.loader), 1):
             self.corrupt.note(bad.tolist())
             turned += int(turned_here.sum())
-            if number == len(self) and not self.rotations_told:  # of a whole epoch; no one may ask for more than that
+            if number == len(self) and not self.rotations_told:  # a whole epoch; the last yield may never return
                 self.rotations_told = True
                 total = int(reduce_sum(torch.tensor(turned, device=self.device)))
                 tell_of_rotations(0 if self.rank else total, self.tell)

@@ -1,4 +1,4 @@
-"""Opening a split of a data set: a folder, an archive, WebDataset shards, Hugging Face's, torchvision's."""
+"""Opening a split of a data set: a folder, an archive, WebDataset shards, or a Hugging Face or torchvision data set."""
 import hashlib
 import io
 import json
@@ -31,15 +31,15 @@ KINDS = ('torch', 'wds', 'hfds', 'hfids')
 @dataclass(frozen=True)
 class DataSplit:
     """A split of a data set, opened, for training, evaluation and conversion alike."""
-    dataset: Any  # a data set of timm's kind; with an index, its images are read by `read_item`
-    classes: tuple[str, ...]  # names in the order of the labels; empty where the data name none
+    dataset: Any  # a timm or torchvision data set; with an index, its images are read with `read_item`
+    classes: tuple[str, ...]  # names in the order of the labels; empty if the data have none
     labels: NDArray[np.int64]  # index into `classes` of each image, -1 for one without a class; empty for a stream
-    names: tuple[str, ...]  # file of each image, with its folder inside the data set; empty where they are not known
-    is_stream: bool = False  # the images come in an order of their own, without an index
-    sorted_names: bool = False  # the order of the classes is only that of their folders' names
-    expected: int = 0  # number of images by the data set's own description, 0 where it has none
-    containers: tuple[str, ...] = ()  # files that hold the images, where those are no files of their own
-    notes: tuple[str, ...] = ()  # what a person should know about the data, a sentence each
+    names: tuple[str, ...]  # file of each image, with its folder inside the data set; empty if unknown
+    is_stream: bool = False  # the images come in their own order, without an index
+    sorted_names: bool = False  # the classes are merely in the order of their folders' names
+    expected: int = 0  # number of images according to the data set's own description, 0 if it has none
+    containers: tuple[str, ...] = ()  # the shards that hold the images of a WebDataset
+    notes: tuple[str, ...] = ()  # what the user should know about the data, one sentence each
 
     def name_of(self, index: int) -> str:
         """What to call an image in a message."""
@@ -55,17 +55,17 @@ def open_split(
         root: Path | None, split: str = 'validation', name: str = '', options: DataOptions | None = None) -> DataSplit:
     """Open a split of a data set.
 
-    ILSVRC's validation images as they are downloaded, in one folder or in ILSVRC2012_img_val.tar, get their labels
-    from this package.
+    ILSVRC's validation images as downloaded, in one folder or in ILSVRC2012_img_val.tar, get their labels from this
+    package.
 
     Args:
         root: Folder or uncompressed archive; for `hfds` and `hfids` the cache folder, or None.
         split: Name of the split.
         name: timm's '<type>/<name>': '' for folders and archives, else torch/, wds/, hfds/ or hfids/.
-        options: How it is read, where not as usual.
+        options: How to read it; None for the defaults.
 
     Raises:
-        EvaluationError: It cannot be opened, has no images, or has classes inside of one another.
+        EvaluationError: It cannot be opened, has no images, or has class folders inside one another.
 
     Example:
         >>> open_split(Path('imagenet'), 'val').classes[0]
@@ -90,24 +90,24 @@ def open_split(
         listed = list_images(root, split, options)
     except OSError as error:
         raise EvaluationError(f'{root} cannot be read ({first_line(error)}). Check --data-dir.') from None
-    # 0 for an image without a class, as timm has it: a loader takes -1 for an image that cannot be read
+    # 0 for an image without a class, as in timm: a loader treats -1 as an image that cannot be read
     dataset = Images(Files(listed.root, listed.places, np.maximum(listed.labels, 0).tolist()), listed.names)
     return DataSplit(
         dataset, listed.classes, listed.labels, listed.names, sorted_names=listed.sorted_names, notes=listed.notes)
 
 
 def _create(name: str, root: Path | None, split: str, **options: Any) -> Any:
-    """timm's data set, or one sentence about what is wrong with it."""
+    """Create timm's data set, or say what is wrong with it."""
     try:
         return create_dataset(name, root=None if root is None else str(root), split=split, **options)
-    except Exception as error:  # each of timm's readers raises its own
+    except Exception as error:  # timm's readers raise different errors
         raise EvaluationError(f'The data set {name} cannot be opened ({type(error).__name__}: {first_line(error)}). '
                               f'Check --data-dir, --dataset and --split.') from error
 
 
 def _open_torch(root: Path, split: str, name: str, options: DataOptions) -> DataSplit:
     dataset = _create(name, root, split, download=options.download)
-    if hasattr(dataset, 'loader'):  # of files
+    if hasattr(dataset, 'loader'):  # reads files
         dataset.loader = read_image
     labels = np.asarray(dataset.targets, dtype=np.int64)
     return DataSplit(dataset, _ordered(getattr(dataset, 'class_to_idx', {})), labels, ())
@@ -118,7 +118,7 @@ def _ordered(class_to_idx: Mapping[str, int]) -> tuple[str, ...]:
     names = {int(label): str(name) for name, label in class_to_idx.items()}
     if sorted(names) != list(range(len(class_to_idx))):
         raise EvaluationError(f'The labels of the classes must be 0 to {len(class_to_idx) - 1}, each once, got '
-                              f'{sorted(names)[:5]} and so on. Number them anew.')
+                              f'{sorted(names)[:5]} and so on. Renumber them.')
     return tuple(names[label] for label in sorted(names))
 
 
@@ -127,11 +127,11 @@ def _open_hub(root: Path | None, split: str, name: str, options: DataOptions) ->
     stream = name.lower().startswith('hfids/')
     keys = {'input_key': options.input_key or 'image', 'target_key': options.target_key or 'label'}
     more = {'num_samples': options.num_samples, 'download': options.download} if stream else {}
-    # '' and below `decode` leave the decoding to the package's reader
+    # '' here and `decode = False` below leave the decoding to this package's reader
     dataset = _create(name, root, split, input_img_mode='', **keys, **more)
     reader = dataset.reader
     if not stream:
-        table = reader.dataset.data  # in which the image's column is made, empty, where there is none
+        table = reader.dataset.data  # timm's cast to images adds an empty column if there is none
         filled = [column for column in table.column_names if table.column(column).null_count < len(table)]
         _check_columns(name, keys, filled)
         labels = [-1 if label is None else label for label in reader.dataset[keys['target_key']]]
@@ -157,7 +157,7 @@ def _check_columns(name: str, keys: Mapping[str, str], columns: Iterable[str]) -
 
 
 def _open_shards(root: Path, split: str, options: DataOptions) -> DataSplit:
-    """WebDataset shards on this machine, each image with an index: every process counts its own, none twice."""
+    """Local WebDataset shards, each image with an index: every process counts its own, and none is counted twice."""
     info = _create('wds/', root, split).reader.split_info
     image_keys = (options.input_key or ';'.join(EXTENSIONS).replace('.', '')).lower().split(';')
     names, places, labels = [], [], []
@@ -182,7 +182,7 @@ def _open_shards(root: Path, split: str, options: DataOptions) -> DataSplit:
 
 
 def _samples(shard: Path) -> dict[str, dict[str, tuple[str, int, int]]]:
-    """The files of a shard by the part of their names before the first dot, and by the part after it, as WebDataset."""
+    """The files of a shard, grouped as in WebDataset: by their names before the first dot, then by what follows it."""
     samples: dict[str, dict[str, tuple[str, int, int]]] = {}
     for name, place in list_archive(shard):
         folder, base = posixpath.split(name)
@@ -226,21 +226,21 @@ class Files:
         if isinstance(place, str):
             return open(place, 'rb'), int(self.labels[index])
         path, offset, size = place
-        # opened anew each time: an open file, and its position, would be shared by all workers after a fork
+        # opened each time: after a fork, all workers would share an open file and its position
         with open(path, 'rb') as archive:
             archive.seek(offset)
             return io.BytesIO(archive.read(size)), int(self.labels[index])
 
     def size(self, index: int) -> int:
-        """Bytes of an image's file."""
+        """Size of an image's file in bytes."""
         place = self.places[index]
         if not isinstance(place, str):
             return place[2]
-        return os.path.getsize(place) if os.path.exists(place) else 0  # gone, or a link to nothing: unreadable too
+        return os.path.getsize(place) if os.path.exists(place) else 0  # missing, or a broken link: unreadable too
 
 
 class Images(ImageDataset):
-    """timm's data set, whose images are read as all others are."""
+    """timm's data set, with images read by this package's reader."""
 
     def __init__(self, reader: Any, names: Sequence[str]) -> None:
         super().__init__('', reader=reader)  # type: ignore[no-untyped-call]
@@ -257,10 +257,10 @@ class Images(ImageDataset):
 
 
 class Chosen(Dataset[tuple[Any, int]]):
-    """Some images of a data set, in an order and with targets of their own, each once.
+    """Some images of a data set, each once, in a given order and with given targets.
 
     torch's DistributedSampler repeats images until all processes have the same number of them, and timm's data set
-    puts the next image in the place of one that cannot be read. Here such an image has the target UNREADABLE.
+    replaces an image that cannot be read with the next one. Here such an image has the target UNREADABLE.
     """
 
     def __init__(
@@ -275,12 +275,12 @@ class Chosen(Dataset[tuple[Any, int]]):
     def __getitem__(self, place: int) -> tuple[Any, int]:
         try:
             image, target = read_item(self.dataset, int(self.indices[place]), self.mode), int(self.targets[place])
-        except Exception:  # what decodes by itself (torchvision's data sets) may raise anything
+        except Exception:  # torchvision's data sets, which decode themselves, may raise anything
             image, target = Image.new(self.mode, (8, 8)), UNREADABLE
         return self.transform(image), target
 
     def batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-        """Images and targets of what can be read, and indices in the data set of what cannot, batch by batch."""
+        """For each batch, the readable images, their targets, and the data set's indices of the unreadable images."""
         done = 0
         for images, targets in begin(
                 DataLoader(self, batch_size, num_workers=workers, worker_init_fn=init_worker)):
@@ -291,7 +291,7 @@ class Chosen(Dataset[tuple[Any, int]]):
 
 
 class Stream(IterableImageDataset):
-    """A stream of timm's whose images are read as all others are; what cannot be read has the target UNREADABLE."""
+    """timm's stream, with images read by this package's reader; an unreadable one has the target UNREADABLE."""
 
     def __init__(self, reader: Any) -> None:
         super().__init__(None, reader=reader)  # type: ignore[no-untyped-call]
@@ -319,17 +319,17 @@ def fingerprint(data: DataSplit, indices: NDArray[np.int64], name: str = '') -> 
 
     Returns:
         `files`, `bytes`, and `names_sha256`, the hash of the sorted names, one per line: of the images as CLASS/FILE
-        (the same from a folder and from an archive), else of the files that hold them. Empty where neither is known.
+        (the same from a folder and from an archive), else of the files that hold them. Empty if neither is known.
     """
     if data.names and not data.containers:
         sizes = _sizes(data.dataset.reader, indices)
         names = [f'{data.class_of(i)}/{posixpath.basename(data.names[i])}' for i in indices]
     else:
-        place = Path(name.partition('/')[2])  # a Hugging Face data set on this machine: a folder of parquet files
+        place = Path(name.partition('/')[2])  # a local Hugging Face data set: a folder of parquet files
         files = [Path(path) for path in data.containers] or [place, *place.rglob('*')]
         files = [path for path in files if path.is_file()]
         sizes, names = [path.stat().st_size for path in files], [path.name for path in files]
-    # a name that is no UTF-8 counts with its own bytes
+    # a name that is not UTF-8 is hashed as its raw bytes
     digest = hashlib.sha256('\n'.join(sorted(names)).encode(errors='surrogateescape')).hexdigest()
     return {'files': len(names), 'bytes': sum(sizes), 'names_sha256': digest} if names else {}
 
@@ -337,7 +337,7 @@ def fingerprint(data: DataSplit, indices: NDArray[np.int64], name: str = '') -> 
 def _sizes(reader: Any, indices: NDArray[np.int64]) -> list[int]:
     if isinstance(reader, Files):
         return [reader.size(i) for i in indices]
-    import pyarrow.compute as pc  # of a Hugging Face data set, whose images are cells of a table
+    import pyarrow.compute as pc  # for a Hugging Face data set, whose images are cells of a table
     chunks = reader.dataset.data.column(reader.image_key).chunks
     sizes = [size or 0 for chunk in chunks for size in pc.binary_length(chunk.field('bytes')).to_pylist()]
     return [sizes[i] for i in indices]

@@ -32,7 +32,7 @@ SPLITS = {
 }
 ILSVRC_FILE = re.compile(r'ILSVRC2012_val_(\d{8})(_n\d{8})?\.JPEG')
 ILSVRC_ARCHIVE = 'ILSVRC2012_img_val.tar'
-Place = str | tuple[str, int, int]  # a file, or file, offset and size of a part of one
+Place = str | tuple[str, int, int]  # a file, or the file, offset and size of a part of one
 _Found = tuple[str, Place]  # the name of a file inside the data set, and where it is
 
 
@@ -40,16 +40,16 @@ _Found = tuple[str, Place]  # the name of a file inside the data set, and where 
 class DataOptions:
     """How a data set is read; the names are those of timm's `create_dataset`."""
     class_map: str = ''  # text file with the names of the class folders, one per line, in the order of the classes
-    num_samples: int | None = None  # number of images, where a stream does not tell it
+    num_samples: int | None = None  # number of images, if a stream does not state it
     input_key: str = ''  # column or key of the image; for folders, extensions of image files, such as '.jpg;.bmp'
     target_key: str = ''  # column or key of the class
     download: bool = False  # allow timm to download the data set
-    labelled: bool = True  # refuse a folder whose images are not in class folders; else they have no class
+    labelled: bool = True  # reject images that are not in class folders; if False, they have no class
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a folder or an archive; the fields that `DataSplit` has too mean the same there."""
+    """The images of a folder or an archive; fields that `DataSplit` also has mean the same there."""
     root: Path
     places: list[Place]
     classes: tuple[str, ...]
@@ -60,16 +60,16 @@ class Listing:
 
 
 def folders_of_split(folder: Path, split: str) -> list[str]:
-    """Find the folders that a split may mean: of that very name first, then of its other names, in any case."""
+    """Find the folders that a split may mean, in any case: first of that exact name, then of its other names."""
     return names_of_split([path.name for path in folder.iterdir() if path.is_dir()], split)
 
 
 def lies_in_images(output: Path, data_dir: Path, *splits: str) -> bool:
-    """Whether what is written into a folder would be taken for images: of these splits or of another that is there."""
+    """Whether images written to `output` would be read as images of these splits, or of another that exists."""
     try:
         found = {split: folders_of_split(data_dir, split) for split in (*splits, *SPLITS)}
         place = output.resolve()
-    except (OSError, RuntimeError):  # told when the images are listed, or the folder is made
+    except (OSError, RuntimeError):  # reported when the images are listed, or the folder is made
         return False
     folders = [data_dir / name for names in found.values() for name in names]
     if not any(found[split] for split in splits):
@@ -78,7 +78,7 @@ def lies_in_images(output: Path, data_dir: Path, *splits: str) -> bool:
 
 
 def names_of_split(names: Iterable[str], split: str) -> list[str]:
-    """Which of some folders' names a split may mean, as `folders_of_split` has it."""
+    """The folder names that a split may mean, in the order of `folders_of_split`."""
     meaning = next((words for words in SPLITS.values() if split.lower() in words), (split.lower(),))
     return sorted((name for name in names if name.lower() in meaning), key=lambda name: (
         name != split, name.lower() != split.lower(), meaning.index(name.lower()), name))
@@ -86,7 +86,7 @@ def names_of_split(names: Iterable[str], split: str) -> list[str]:
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
-    """Unpack a compressed archive, in which images cannot be sought, for as long as the context lasts.
+    """Unpack a compressed archive, which allows no random access, while the context lasts.
 
     Args:
         path: A folder or an archive: .tar, .tar.gz, .tar.bz2, .tar.xz or .zip, whatever its name.
@@ -95,14 +95,14 @@ def unpacked(path: Path) -> Iterator[Path]:
         The folder or the uncompressed archive itself, else a temporary folder.
 
     Raises:
-        EvaluationError: There is no such file, it is no archive, or it is damaged.
+        EvaluationError: The file does not exist, is not an archive, or cannot be unpacked.
     """
     if not path.exists():
         raise EvaluationError(f'{path} does not exist. Name a folder or an archive with --data-dir.')
     if path.is_dir() or _is_plain_tar(path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix=f'{path.name}-') as folder:  # messages name what is in it
+    with tempfile.TemporaryDirectory(prefix=f'{path.name}-') as folder:  # messages name files in it
         try:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as packed:
@@ -111,13 +111,13 @@ def unpacked(path: Path) -> Iterator[Path]:
                 with tarfile.open(path) as archive:
                     _unpack_tar(archive, Path(folder).resolve())
         except (EOFError, OSError, RuntimeError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
-            raise EvaluationError(f'{path} cannot be unpacked ({first_line(error)}). It is no tar or zip archive, it '
+            raise EvaluationError(f'{path} cannot be unpacked ({first_line(error)}). It is not a tar or zip archive, '
                                   f'is damaged or cut off, or {tempfile.gettempdir()} is full.') from None
         yield Path(folder)
 
 
 def _unpack_tar(archive: tarfile.TarFile, folder: Path) -> None:
-    """Unpack an archive, of which nothing may land outside the folder."""
+    """Unpack an archive, with nothing written outside the folder."""
     if hasattr(tarfile, 'data_filter'):
         archive.extractall(folder, filter='data')
         return
@@ -136,7 +136,7 @@ def _is_plain_tar(path: Path) -> bool:
 
 
 def list_images(root: Path, split: str, options: DataOptions) -> Listing:
-    """List the images of a split, as `open_split` has it, and label them."""
+    """List and label the images of a split, as in `open_split`."""
     archive = root / ILSVRC_ARCHIVE
     found: Iterable[_Found]
     if root.is_dir():
@@ -167,9 +167,9 @@ def list_images(root: Path, split: str, options: DataOptions) -> Listing:
 
 
 def _check_split(root: Path, split: str, names: Iterable[str]) -> None:
-    """Refuse other splits in place of one that is not there; a class may have a split's name."""
+    """Reject a folder that has other splits but not this one; a class may have a split's name."""
     other = {word for words in SPLITS.values() if split.lower() not in words for word in words}
-    # a million names have a thousand folders
+    # a million names have only a thousand folders
     groups = {PurePosixPath(folder).parent for folder in {posixpath.dirname(name) for name in names}}
     if found := sorted({str(folder) for group in groups for folder in (group, *group.parents)
                         if folder.name.lower() in other}):
@@ -178,7 +178,7 @@ def _check_split(root: Path, split: str, names: Iterable[str]) -> None:
 
 
 def list_archive(path: Path) -> list[_Found]:
-    """The files of an uncompressed archive, and of the archives in it, as ILSVRC's training images are packed."""
+    """The files of an uncompressed archive, and of archives nested in it, as for ILSVRC's training images."""
     found: list[_Found] = []
 
     def add(archive: tarfile.TarFile, start: int, prefix: str) -> None:
@@ -200,7 +200,7 @@ def list_archive(path: Path) -> list[_Found]:
 
 
 def _choose_images(found: Iterable[_Found], extensions: tuple[str, ...]) -> tuple[list[_Found], list[str]]:
-    """The images, in natural order as timm's reader has it, and sentences on what is left out."""
+    """The images, in natural order as in timm's reader, and notes on what is left out."""
     images: list[_Found] = []
     litter: Counter[str] = Counter()
     others: Counter[str] = Counter()
@@ -223,19 +223,19 @@ def _choose_images(found: Iterable[_Found], extensions: tuple[str, ...]) -> tupl
 def natural_key(name: str) -> tuple[list[int | str], str]:
     """timm's key, which sorts 'a2' before 'a10', without its error for digits like '²'.
 
-    Names that timm's takes for equal, such as 'a1' and 'A01', are in the order of their characters, not of the disk.
+    Names with equal keys in timm, such as 'a1' and 'A01', are sorted by their characters, not left in the disk's order.
     """
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())], name
 
 
 def _enumerate(counts: Counter[str], limit: int = 5) -> str:
-    """The most frequent ones with their numbers."""
+    """The most frequent items with their counts."""
     listed = ', '.join(f'{name} ({count:,})' for name, count in counts.most_common(limit))
     return listed + (', ...' if len(counts) > limit else '')
 
 
 def _check_nesting(names: Sequence[str], root: Path) -> None:
-    """Refuse a folder of images inside of another one, and images further down than GROUP/CLASS/IMAGE."""
+    """Reject a folder of images inside another one, and images deeper than GROUP/CLASS/IMAGE."""
     folders = {PurePosixPath(folder) for folder in {posixpath.dirname(name) for name in names}}
     common = PurePosixPath(posixpath.commonpath(folders))
     for folder in sorted(folders):
@@ -249,7 +249,7 @@ def _check_nesting(names: Sequence[str], root: Path) -> None:
 
 
 def _labelled(root: Path, images: list[_Found], class_map: str, notes: list[str]) -> Listing:
-    """Label images by their folders' names, in natural order as timm's reader does, or in that of a class map."""
+    """Label images by their folders' names, in natural order as in timm's reader, or in the order of a class map."""
     folders = Counter(_class_folder(name) for name, _ in images)
     classes = _read_class_map(class_map, root) if class_map else sorted(folders, key=natural_key)
     index = {name: label for label, name in enumerate(classes)}
@@ -271,12 +271,12 @@ def _class_folder(name: str) -> str:
 
 
 def _read_class_map(file: str, root: Path) -> list[str]:
-    """Names of the class folders, one per line; blank lines at the end do not count."""
+    """Names of the class folders, one per line; blank lines at the end are ignored."""
     path = next((path for path in (Path(file), root / file) if path.is_file()), None)
     if path is None:
         raise EvaluationError(f'--class-map {file} does not exist. Check its path.')
     content = path.read_bytes()
-    # byte order marks are Windows' own, UTF-16 PowerShell's; bytes that are no UTF-8 may still be a folder's name
+    # Windows writes byte order marks, PowerShell UTF-16; bytes that are not UTF-8 may still be a folder's name
     encoding = 'utf-16' if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else 'utf-8-sig'
     lines = content.decode(encoding, errors='surrogateescape').rstrip().splitlines()
     classes = [line.strip() for line in lines]
@@ -300,14 +300,14 @@ def ilsvrc_val_labels() -> NDArray[np.int64]:
 
 
 def _ilsvrc_numbers(names: Iterable[str]) -> NDArray[np.int64]:
-    """The number in each file name, 0 for another kind of name or one that is not among the 50,000."""
+    """The number in each file name; 0 if the name is not one of the 50,000."""
     matches = (ILSVRC_FILE.fullmatch(posixpath.basename(name)) for name in names)
     numbers = np.array([int(match[1]) if match else 0 for match in matches])
     return np.where(numbers <= len(ilsvrc_val_labels()), numbers, 0)
 
 
 def _with_ilsvrc_labels(listed: Listing, labelled: bool) -> Listing:
-    """Label ILSVRC's validation images by their numbers where no class folders do it."""
+    """Label ILSVRC's validation images by their numbers if they are not in class folders."""
     if len(listed.classes) > 1 or re.fullmatch(r'n\d{8}', listed.classes[0]):
         return listed
     numbers = _ilsvrc_numbers(listed.names)
@@ -325,7 +325,7 @@ def _with_ilsvrc_labels(listed: Listing, labelled: bool) -> Listing:
 
 
 def _missing_of_ilsvrc(names: Sequence[str]) -> list[str]:
-    """A sentence about what is missing of ILSVRC's validation images of the classes that are there."""
+    """A note on which of ILSVRC's validation images are missing in the classes that are present."""
     numbers = _ilsvrc_numbers(names)
     if not len(numbers) or not numbers.all():
         return []

@@ -1,7 +1,7 @@
-"""A set of small images held in memory as uint8 and augmented in batches.
+"""A set of small images, held in memory as uint8 and augmented in batches.
 
-Decoding the same JPEG files every epoch is most of an epoch's time on a few cores, and all of it on a GPU. Crop, flip
-and resize are one sampling of the batch here (`torch.nn.functional.grid_sample`), on whatever device the images lie.
+Decoding the same JPEG files every epoch takes most of the time on a few cores, and all of it on a GPU. Here crop, flip
+and resize are one sampling of the batch (`torch.nn.functional.grid_sample`), on whatever device the images are.
 """
 import functools
 import math
@@ -26,7 +26,7 @@ __all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
 class ImageTensors:
     """Images of one size with their targets."""
     images: torch.Tensor  # uint8, shape (N, 3, H, W)
-    targets: torch.Tensor  # class indices, -1 of an image that could not be read, int64, shape (N,)
+    targets: torch.Tensor  # class indices, -1 for an image that could not be read, int64, shape (N,)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -36,12 +36,12 @@ class ImageTensors:
         return ImageTensors(self.images.to(device), self.targets.to(device))
 
     def subset(self, indices: torch.Tensor) -> 'ImageTensors':
-        """The images of some indices."""
+        """The images at these indices."""
         indices = indices.to(self.images.device)
         return ImageTensors(self.images[indices], self.targets[indices])
 
     def readable(self, indices: torch.Tensor | None = None) -> 'ImageTensors':
-        """The images of some indices, or all, without those that could not be read."""
+        """The images at these indices, or all, without those that could not be read."""
         read = (self.targets >= 0).cpu()
         if indices is None:
             return self if read.all() else self.subset(read.nonzero()[:, 0])
@@ -49,9 +49,9 @@ class ImageTensors:
 
 
 def _decode(dataset: Any, size: int, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[int], int]:
-    """Images as uint8, (N, 3, size, size), their targets, what `CorruptImages.note` takes, and how many are turned."""
+    """Images as uint8, (N, 3, size, size), targets, what `CorruptImages.note` takes, and count of ignored rotations."""
     items = [read_readable(dataset, index) for index in indices]
-    images = [item.image if item.image.size == (size, size) else  # not resampled for nothing
+    images = [item.image if item.image.size == (size, size) else  # already that size
               item.image.resize((size, size), Image.Resampling.BICUBIC) for item in items]
     targets = torch.tensor([item.target if item.replaced < 0 else -1 for item in items])
     return (torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2), targets,
@@ -64,11 +64,11 @@ def decode_images(
     """Decode a data set once.
 
     Args:
-        dataset: One of timm's, with a reader that has an index.
-        size: Side of the square that the images are kept at, in pixels; images of another size are resized to it.
-        workers: Processes that decode.
-        max_corrupt: Unreadable images after which this stops; up to then the target of each is -1.
-        tell: Called with each sentence that a person should read; None also shows no progress.
+        dataset: One of timm's data sets, with a reader that has an index.
+        size: Side of the square images, in pixels; images of another size are resized to it.
+        workers: Number of processes that decode.
+        max_corrupt: Number of unreadable images that are tolerated; the target of each is -1.
+        tell: Called with each message for the user; None also shows no progress.
 
     Returns:
         The images in the data set's order.
@@ -96,8 +96,8 @@ def decode_images(
 class CropFlip:
     """Random resized crop and horizontal flip as one affine sampling of a batch.
 
-    The aspect ratio is drawn log-uniformly, as torchvision's RandomResizedCrop does; a side longer than the image is
-    cut to it.
+    The aspect ratio is drawn log-uniformly, as torchvision's RandomResizedCrop does; a side longer than the image's
+    is cut to it.
     """
     scale: tuple[float, float] = (0.35, 1.0)  # smallest and largest share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest aspect ratio
@@ -106,7 +106,7 @@ class CropFlip:
     num_draws = 5
 
     def matrices(self, draws: torch.Tensor) -> torch.Tensor:
-        """Affine matrices for `affine_grid`, shape (B, 2, 3), of uniform draws, shape (B, 5)."""
+        """Affine matrices for `affine_grid`, shape (B, 2, 3), from uniform draws, shape (B, 5)."""
         area = self.scale[0] + (self.scale[1] - self.scale[0]) * draws[:, 0]
         log_ratio = math.log(self.ratio[0]) + math.log(self.ratio[1] / self.ratio[0]) * draws[:, 1]
         width = (area * log_ratio.exp()).sqrt().clamp(max=1.0)
@@ -145,7 +145,7 @@ class MemoryLoader:
             mean: Mean of each channel, for images from 0 to 1.
             std: Standard deviation of each channel.
             augment: Crop and flip.
-            config: Batch size, seed and this process; the batches lie where the set does.
+            config: Batch size, seed and rank; the batches are on the set's device.
         """
         self.data, self.augment, self.config = data, augment, config
         device = data.images.device
@@ -161,24 +161,24 @@ class MemoryLoader:
         Args:
             epoch: Number of the epoch, from 0.
             size: Side of the images, in pixels.
-            first_batch: Batches to leave out at the beginning, for a run that resumes in mid-epoch.
+            first_batch: Number of batches to skip, for a run that resumes in mid-epoch.
 
         Yields:
             Images, float32, (batch_size, 3, size, size), and targets, (batch_size,).
         """
         device, batch_size, world_size = self.data.images.device, self.config.batch_size, self.config.world_size
-        # drawn for all images by every process: the same numbers, whatever the share and the batch
+        # every process draws for all images: the same numbers, whatever its share and the batch size
         order = torch.randperm(len(self.data), generator=generator(self.config.seed, 'order', epoch))
         draws = torch.rand(len(self.data), CropFlip.num_draws, generator=generator(self.config.seed, 'augment', epoch))
         share = order[:len(self) * batch_size * world_size][self.config.rank::world_size]
-        # all at once: a copy to the device in each batch would wait for what the device still has to do
+        # copied at once: a copy for each batch would wait for work that is queued on the device
         batches = share.to(device).split(batch_size), draws[share].to(device).split(batch_size)
         for batch, rows in list(zip(*batches, strict=True))[first_batch:]:
             images = (self.data.images[batch].float() - self.mean) / self.std
             yield self.augment(images, rows, size), self.data.targets[batch]
 
     def in_order(self, data: ImageTensors, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of another set's images, as they are and in their order: those that this process measures."""
+        """Batches of another set's images, not augmented and in order: this process's share, for evaluation."""
         for index in torch.arange(self.config.rank, len(data), self.config.world_size).split(250):
             part = data.subset(index)
             batch = (part.images.float() - self.mean) / self.std

@@ -1,4 +1,4 @@
-"""The one reader of images: a file of any kind, from a folder, an archive or a data set, made into RGB."""
+"""The one reader of images: it reads any kind of file, from a folder, an archive or a data set, as RGB."""
 import os
 import re
 import warnings
@@ -15,12 +15,12 @@ from ..files import first_line
 __all__ = ['EXTENSIONS', 'LITTER', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'CorruptImages', 'Item', 'check_size',
            'ignores_rotation', 'read_image', 'read_item', 'read_readable', 'tell_of_rotations']
 
-Tell = Callable[[str], object]  # gets a sentence that a person should read
-MAX_PIXELS = 178_956_970  # half a GiB of RGB, where Pillow itself refuses too
-MAX_ASPECT_RATIO = 1000  # resized by its short side to 256 pixels, a thinner image would not fit into memory
+Tell = Callable[[str], object]  # gets a message for the user
+MAX_PIXELS = 178_956_970  # half a GiB of RGB; Pillow refuses larger images too
+MAX_ASPECT_RATIO = 1000  # with its short side resized to 256 pixels, a thinner image would not fit into memory
 EXTENSIONS = ('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.ppm', '.tga',
               '.tif', '.tiff', '.webp')
-# what network drives, macOS, Windows, Jupyter and programs that copy or show photographs put beside people's files
+# what network drives, macOS, Windows, Jupyter, and programs that sync or show files leave among the user's files
 LITTER = re.compile(
     r'@eaDir|#recycle|#snapshot|\.@__thumb|\.@upload_cache|@Recycle|@Recently-Snapshot|\$RECYCLE\.BIN|lost\+found|'
     r'System Volume Information|__MACOSX|\._.*|\.AppleDouble|\.DS_Store|\.Spotlight-V100|\.fseventsd|\.TemporaryItems|'
@@ -28,28 +28,28 @@ LITTER = re.compile(
     r'\.picasaoriginals')
 # as in the official archives, and with the class at the end as in copies on the Hugging Face Hub
 _ILSVRC = re.compile(r'(ILSVRC2012_(val|test)_\d{8}|n\d{8}_\d+)(_n\d{8})?\.jpe?g', re.IGNORECASE)
-_ORIENTATION = 0x0112  # of EXIF; 1 is upright
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
 def read_image(source: str | os.PathLike[str] | BinaryIO, name: str = '', mode: str = 'RGB') -> Image.Image:
-    """Read an image of any kind that Pillow knows.
+    """Read an image in any format that Pillow knows.
 
-    Palette, CMYK, grey (1 to 32 bits and floating point, scaled, not clipped) and transparent images (laid on white)
-    become RGB; of an animation the first frame is taken; a rotation that EXIF states is carried out. ILSVRC's own
-    files, known by their names, are the exception: published accuracies were measured without the rotation, so they
-    give the pixels of timm's reader.
+    Palette, CMYK, grey (1 to 32 bits and floating point, scaled, not clipped) and transparent images (on a white
+    background) become RGB; of an animation, the first frame is read; a rotation in the EXIF data is applied. ILSVRC's
+    own files, identified by their names, are the exception: published accuracies were measured without the rotation,
+    so their pixels are those of timm's reader.
 
     Args:
         source: A path, or a file open for reading.
-        name: Of an open file, for messages and for ILSVRC's exception.
-        mode: Pillow's mode of the result: 'RGB', or 'L' for networks that take grey.
+        name: Name of an open file, for messages and to identify ILSVRC's files.
+        mode: Pillow's mode of the result: 'RGB', or 'L' for networks with grey input.
 
     Returns:
-        The image, upright, at its full size.
+        The image at its full size, upright unless it is one of ILSVRC's.
 
     Raises:
-        ImageError: The file is missing, a folder, no image or damaged; it has more than `MAX_PIXELS` pixels, or a side
-            more than `MAX_ASPECT_RATIO` times the other.
+        ImageError: The file is missing, a folder, not an image, or damaged; it has more than `MAX_PIXELS` pixels, or a
+            side more than `MAX_ASPECT_RATIO` times the other.
 
     Example:
         >>> read_image('photo.jpg').mode
@@ -59,10 +59,10 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, name: str = '', mode: 
 
 
 def _read(source: str | os.PathLike[str] | BinaryIO, name: str, mode: str) -> tuple[Image.Image, bool]:
-    """An image, and whether a rotation was left out."""
+    """An image, and whether a rotation was ignored."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow warns of large images and odd metadata: both are dealt with here
+            warnings.simplefilter('ignore')  # Pillow warns about large images and odd metadata: both are handled here
             with Image.open(source) as image:
                 check_size(name, image)
                 if _is_ilsvrc(name):
@@ -105,12 +105,12 @@ def check_size(name: str, image: Image.Image) -> None:
 def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and floating-point grey, which Pillow would clip at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-    # a file of 16 bits whose brightest value is 255 holds 8; 12 bits cannot be told from a dark picture
+    # a 16-bit file whose brightest value is 255 holds 8 bits; 12 bits cannot be told from a dark image
     whites: tuple[int, ...] = (1, 255, 65535) if image.mode == 'F' else (255, 65535)
     peak, low = float(values.max()), float(values.min())
-    if low < -0.1 * abs(peak):  # no usual black either, as where the mean was subtracted
+    if low < -0.1 * abs(peak):  # black is not 0 either, as when the mean was subtracted
         values, peak, whites = values - low, peak - low, ()
-    # no file says which value is white: the least usual one, which resizing may have exceeded, else the brightest pixel
+    # no file says which value is white: the lowest usual one, which resizing may have exceeded, or the brightest pixel
     white = next((white for white in whites if peak <= 1.1 * white), peak) or 1
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
@@ -129,7 +129,7 @@ def _is_ilsvrc(name: str) -> bool:
 
 
 def ignores_rotation(image: Image.Image, name: str) -> bool:
-    """Whether an image states a rotation that `read_image` leaves out, since it is one of ILSVRC's own."""
+    """Whether an image states a rotation that `read_image` ignores, since it is one of ILSVRC's own."""
     return _is_ilsvrc(name) and image.getexif().get(_ORIENTATION, 1) in range(2, 9)
 
 
@@ -137,20 +137,20 @@ class Item(NamedTuple):
     """An image of a data set."""
     image: Image.Image  # in mode 'RGB'
     target: int  # its class index
-    replaced: int  # the index that was asked for, where that image cannot be read and this one stands in; else -1
-    turned: bool  # whether a rotation that its file states was left out
+    replaced: int  # the requested index if that image cannot be read and this one replaces it; else -1
+    turned: bool  # whether a rotation that its file states was ignored
 
 
 def read_item(dataset: Any, index: int, mode: str = 'RGB') -> Image.Image:
     """Read an image of a data set.
 
     Args:
-        dataset: One of timm's with an index, or of torchvision, which decodes by itself.
+        dataset: One of timm's with an index, or of torchvision's, which decode images themselves.
         index: Place of the image in it.
-        mode: As `read_image` has it.
+        mode: As in `read_image`.
 
     Raises:
-        ImageError: As `read_image`.
+        ImageError: As in `read_image`.
         OSError: The file cannot be opened.
     """
     if not hasattr(dataset, 'reader'):
@@ -175,14 +175,14 @@ def read_readable(dataset: Any, index: int) -> Item:
 
 
 class CorruptImages:
-    """The unreadable images of a data set, each told once, up to a limit."""
+    """The unreadable images of a data set, each reported once, up to a limit."""
 
     def __init__(self, dataset: Any, limit: int, tell: Tell = warnings.warn) -> None:
         self.dataset, self.limit, self.tell = dataset, limit, tell
         self.indices: set[int] = set()
 
     def note(self, indices: list[int]) -> None:
-        """Take note of `Item.replaced` of some images, -1 for no fault; more than the limit are CorruptImagesError."""
+        """Record `Item.replaced` of some images, -1 for no fault; more than the limit raise CorruptImagesError."""
         for index in set(indices) - self.indices - {-1}:
             self.indices.add(index)
             self.tell(f'{self.dataset.filename(index)} cannot be read as an image and is skipped.')
@@ -192,6 +192,6 @@ class CorruptImages:
 
 
 def tell_of_rotations(count: int, tell: Tell = warnings.warn) -> None:
-    """Tell how many files state a rotation that was left out, if any do."""
+    """Report how many files state a rotation that was ignored, if any do."""
     if count:
         tell(f"{count:,} of ILSVRC's files state a rotation (EXIF), which is ignored as in published accuracies.")

@@ -1,12 +1,12 @@
-"""Exact evaluation: every image counted once, as integers, whatever the batch size and the number of processes.
+"""Exact evaluation: every image is counted once, in integers, whatever the batch size and the number of processes.
 
-In the order in which `timm-geoprior validate` goes through them:
+The modules, in the order in which `timm-geoprior validate` uses them:
 
 - `validate.py`: the command, its arguments and exit code;
-- `measure.py`: one model after the other; it compares what was measured with the manifest;
-- `models.py`: a tag, any model of timm or a checkpoint becomes a network with weights and class names;
-- `classes.py`: which class of the data is which class of the model;
+- `measure.py`: measures one model after the other, and compares the results with the manifest;
+- `models.py`: loads a tag, any model of timm or a checkpoint, with weights and class names;
+- `classes.py`: matches the classes of the data with those of the model;
 - `evaluate.py`: the pass over the images, in one or several precisions and processes;
-- `metrics.py`: what is read off the scores, and where a new metric belongs;
-- `results.py`: lines for people, JSON, CSV and plots.
+- `metrics.py`: metrics computed from the scores; add new ones here;
+- `results.py`: text, JSON, CSV and plots.
 """

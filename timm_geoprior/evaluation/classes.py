@@ -1,4 +1,4 @@
-"""Which class of the data is which class of the model, by name."""
+"""Matching the classes of the data with those of the model, by name."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ __all__ = ['ClassMatch', 'match_classes']
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """How labels become the model's class indices."""
-    # the model's index of each class of the data, -1 for one that is left out; empty where labels are such indices
+    """How labels map to the model's class indices."""
+    # the model's index of each class of the data, -1 if it is left out; empty if labels already are such indices
     to_model: NDArray[np.int64]
     competing: tuple[int, ...] | None = None  # the model's classes whose scores compete, sorted; None for all of them
-    notes: tuple[str, ...] = ()  # what a person should know about it, a sentence each
+    notes: tuple[str, ...] = ()  # messages for the user, one sentence each
 
     def apply(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """The model's class index of each label, -1 where the class is left out."""
-        # an image without a class has -1, which must not become the last class
+        # an image without a class has -1, which must not index the last class
         return np.where(labels < 0, -1, self.to_model[labels]) if len(self.to_model) else labels
 
 
@@ -34,8 +34,8 @@ def match_classes(
 ) -> ClassMatch:
     """Match the data's classes with the model's, by WordNet id or else by readable name.
 
-    Where nothing can be compared, the labels are taken for the model's indices, and a note says so. So they are where
-    the data's classes are mere numbers, or stand in an order that somebody stated.
+    If there are no names to compare, the labels are assumed to be the model's indices, and a note says so. The same
+    holds if no name matches and the data's classes are only numbers, or in an order that was given explicitly.
 
     Args:
         data_classes: Names of the data's classes, in the order of the labels; may be empty.
@@ -43,13 +43,13 @@ def match_classes(
         names: Readable names of the model's classes; may be empty.
         num_classes: Number of the model's scores.
         subset: Measure only the classes that both have, and let only their scores compete.
-        sorted_names: Whether the data's classes stand in no order but that of their folders' names.
+        sorted_names: Whether the order of the data's classes is only that of their folders' names.
 
     Raises:
-        ClassMismatchError: There are classes that the model does not have, or none in common; or the order of folders'
-            names has to be taken for the model's, which has other names or could be meant in two ways.
+        ClassMismatchError: There are classes that the model does not have, or none in common; or the order of the
+            folders' names would have to be the model's, but the model has other names, or the order is ambiguous.
     """
-    # 'crane' is two of ImageNet's classes, the bird and the machine: such names cannot tell which is meant
+    # 'crane' names two of ImageNet's classes, the bird and the machine: repeated names are ambiguous
     unique = [known for known in (wnids, names) if len(set(known)) == len(known)]
     known = next((known for known in unique if set(known) & set(data_classes)), None)
     if known is None:
@@ -91,7 +91,7 @@ def _by_position(
         num_classes: int,
         subset: bool,
 ) -> ClassMatch:
-    """Labels as the model's indices, where there are no names to compare, or none that are alike."""
+    """Use labels as the model's indices, if there are no names to compare, or none that match."""
     if subset:
         raise ClassMismatchError('--subset matches classes by name, and data and model have no name in common. Leave '
                                  'it out, or rename the class folders.')
@@ -104,7 +104,7 @@ def _by_position(
                                  f'({_some(data_classes)}). Check --data-dir and --split, or take another model.')
     note = "are not the model's names" if count and wnids else "cannot be compared with the model's"
     return ClassMatch(np.empty(0, np.int64), None, (
-        f"The class names of these data {note}: their order is taken for the model's.",))
+        f"The class names of these data {note}: their order is assumed to be the model's.",))
 
 
 def _refuse_other_names(classes: Sequence[str], wnids: Sequence[str]) -> None:
@@ -115,7 +115,7 @@ def _refuse_other_names(classes: Sequence[str], wnids: Sequence[str]) -> None:
 
 
 def _refuse_two_orders(classes: Sequence[str]) -> None:
-    """timm sorts class folders by the numbers in their names, torchvision's ImageFolder by characters."""
+    """timm sorts class folders by the numbers in their names, torchvision's ImageFolder by character."""
     by_character = sorted(classes)
     first = next(place for place, name in enumerate(classes) if name != by_character[place])
     raise ClassMismatchError(

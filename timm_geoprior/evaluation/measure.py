@@ -1,4 +1,4 @@
-"""What `timm-geoprior validate` does: models over a data set, and their figures against the manifest's."""
+"""What `timm-geoprior validate` does: measure models on a data set, and compare the results with the manifest."""
 import argparse
 import contextlib
 import datetime
@@ -31,7 +31,7 @@ __all__ = ['find_metric', 'measure']
 
 @dataclass
 class _Run:
-    """What one command does, and what has come of it so far."""
+    """What one command does, and its results so far."""
     args: argparse.Namespace
     config: EvalConfig
     command: str
@@ -40,18 +40,18 @@ class _Run:
     faults: int = 0
 
     def say(self, text: str) -> None:
-        """A result, on stdout."""
+        """Print a result to stdout."""
         if not self.config.rank:
             print(text, flush=True)
 
     def fail(self, text: str) -> None:
-        """What makes the exit code 1."""
+        """Report a problem, which makes the exit code 1."""
         self.faults += 1
         self.config.tell(text)
 
 
 def measure(args: argparse.Namespace, command: str) -> int:
-    """Measure what the arguments of `validate.py` say, and write it; the number of faults, each of which is told."""
+    """Measure as the arguments of `validate.py` say, and write the results; returns the number of problems reported."""
     _check_output(args)
     run = _Run(args, _config(args, *find_device(args.device or default_device())), command)
     set_numerics(run.config.precisions)
@@ -60,22 +60,22 @@ def measure(args: argparse.Namespace, command: str) -> int:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Find out before the pass whether its results can be written."""
+    """Refuse, before the pass, an output that cannot be written."""
     if args.output:
         if importlib.util.find_spec('matplotlib') is None:
             raise EvaluationError('--output needs matplotlib for its plots. Run `pip install matplotlib` '
                                   '(the extra "train").')
         if not args.dataset and args.data_dir and args.data_dir.is_dir() and lies_in_images(
                 args.output, args.data_dir, args.split):
-            raise EvaluationError(f'The output must lie outside the folder of the images, since its pictures would be '
-                                  f'taken for some of them, got {args.output}. Name another place with --output.')
+            raise EvaluationError(f'The output must lie outside the folder of the images, since its plots would be '
+                                  f'read as some of them, got {args.output}. Name another folder with --output.')
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EvaluationError(
-                f'The folder {args.output} cannot be made ({error.strerror}). Check --output.') from None
+                f'The folder {args.output} cannot be created ({error.strerror}). Check --output.') from None
     if args.results_file and not args.results_file.absolute().parent.is_dir():
-        raise EvaluationError(f'The folder {args.results_file.parent} does not exist. Make it, or check '
+        raise EvaluationError(f'The folder {args.results_file.parent} does not exist. Create it, or check '
                               f'--results-file.')
     if args.results_file and args.results_file.is_dir():
         raise EvaluationError(f'--results-file must be a file, got the folder {args.results_file}. Name a file in it.')
@@ -119,7 +119,7 @@ def _names(args: argparse.Namespace) -> list[str | None]:
     if not _is_sweep(args):
         return [load_manifest().get(args.tag).name]
     tags = load_manifest().tags.values()
-    if args.tag == 'all':  # of the converted ones, those whose figure can be checked: each is a download
+    if args.tag == 'all':  # converted tags only if they have figures to check, since each is a download
         names = [entry.name for entry in tags if entry.is_released or entry.metrics]
     else:
         names = [entry.name for entry in tags if entry.has_weights and fnmatch.fnmatch(entry.name, args.tag)]
@@ -133,10 +133,10 @@ def _is_sweep(args: argparse.Namespace) -> bool:
 
 
 def _measure_all(run: _Run) -> None:
-    """Open the data once, and go through the models."""
+    """Open the data once, and measure the models one by one."""
     args = run.args
     names = _names(args)
-    for name in names:  # before any time is spent on the images
+    for name in names:  # before spending time on the images
         if args.checkpoint is not None:
             check_exists(args.checkpoint)
         elif name is not None:
@@ -163,7 +163,7 @@ def _measure_all(run: _Run) -> None:
 
 def _measure(run: _Run, data: DataSplit, name: str | None) -> None:
     args, config = run.args, run.config
-    if _is_sweep(args) and name is not None:  # before weights are fetched that are for other classes
+    if _is_sweep(args) and name is not None:  # before downloading weights for other classes
         labels = load_manifest().label_sets.get(load_manifest().get(name).label_set)
         if labels is None:
             raise ClassMismatchError(f'{name} must have a classifier, got a backbone without one.')
@@ -192,7 +192,7 @@ def _measure(run: _Run, data: DataSplit, name: str | None) -> None:
 
 
 def _write(run: _Run, evaluation: Evaluation) -> None:
-    """Write what has been measured so far: a sweep that is stopped keeps it."""
+    """Write all results so far, so that an interrupted sweep keeps them."""
     args, name = run.args, evaluation.loaded.name
     if args.output:
         write_results(args.output / name if _is_sweep(args) else args.output, evaluation, run.details[-1])
@@ -205,10 +205,10 @@ def _write(run: _Run, evaluation: Evaluation) -> None:
 # -- measured against claimed ------------------------------------------------------------------------------------------
 
 def find_metric(entry: ModelEntry, precision: str, img_size: int, num_images: int | None) -> Metric:
-    """The manifest's figure that a measurement at `img_size` pixels can be held against.
+    """The manifest's figure to compare a measurement at `img_size` pixels with.
 
     Raises:
-        EvaluationError: The manifest has none for that precision, size and number of images (None is any number).
+        EvaluationError: The manifest has none for that precision, size and number of images (None for any number).
     """
     if not entry.metrics:
         raise EvaluationError(f'The manifest has no figure for {entry.name}. Leave out --check, or take a tag that has '
@@ -217,7 +217,7 @@ def find_metric(entry: ModelEntry, precision: str, img_size: int, num_images: in
     if not fitting:
         known = ' and '.join(sorted({f'{m.precision} at {m.img_size} px' for m in entry.metrics}))
         raise EvaluationError(f'The manifest has no figure of {entry.name} for {precision} at {img_size} px, only for '
-                              f'{known}. Measure that.')
+                              f'{known}. Use that precision and size.')
     for metric in fitting:
         if num_images in (None, metric.num_images):
             return metric
@@ -227,7 +227,7 @@ def find_metric(entry: ModelEntry, precision: str, img_size: int, num_images: in
 
 
 def _compare_with_figures(run: _Run, data: DataSplit, loaded: LoadedModel, planned: Plan) -> None:
-    """Say before the pass, which may take hours, whether these images are the set that the manifest's figure is for."""
+    """Check before the pass, which may take hours, that these images are the set that the manifest's figure is for."""
     entry, count = loaded.entry, None if data.is_stream else len(planned.indices)
     if run.args.check:
         if entry is None:
@@ -242,7 +242,7 @@ def _compare_with_figures(run: _Run, data: DataSplit, loaded: LoadedModel, plann
           and count not in {metric.num_images for metric in entry.metrics}):
         for metric in entry.metrics:
             run.config.tell(f"These {count:,} images are not the set that the manifest's figure is for: "
-                              f'{metric.dataset} {metric.split}, {metric.num_images:,} images.')
+                            f'{metric.dataset} {metric.split}, {metric.num_images:,} images.')
 
 
 def _check_figures(run: _Run, evaluation: Evaluation) -> None:

@@ -24,13 +24,13 @@ __all__ = ['LoadedModel', 'check_source', 'find_cfg', 'load_model', 'state_dict_
 class LoadedModel:
     """A model with its weights."""
     model: nn.Module  # in eval mode, on the CPU, float32
-    name: str  # timm's name of it
-    wnids: tuple[str, ...]  # WordNet ids (or folder names) of its classes, in order; empty where not known
-    names: tuple[str, ...]  # readable names of its classes, in order; empty where not known
+    name: str  # its name in timm
+    wnids: tuple[str, ...]  # WordNet ids (or folder names) of its classes, in order; empty if unknown
+    names: tuple[str, ...]  # readable names of its classes, in order; empty if unknown
     entry: ModelEntry | None  # the manifest's, if the name is one of its tags
     weights: dict[str, Any]  # where the weights came from, and their hashes
-    img_size: int | None = None  # side of the images that a training checkpoint was measured with, in pixels
-    notes: tuple[str, ...] = ()  # what a person should know about it, a sentence each
+    img_size: int | None = None  # side of the images that a training run was evaluated on, in pixels
+    notes: tuple[str, ...] = ()  # messages for the user, one sentence each
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)  # its options
 
 
@@ -45,18 +45,18 @@ def load_model(
     """Make a model and load its weights.
 
     Args:
-        name: A model of timm, with or without a tag; None takes what the checkpoint names.
+        name: A model of timm, with or without a tag; None takes the one that the checkpoint names.
         checkpoint: Weights, read as data: a checkpoint of scripts/train.py or of timm, a state dict, or safetensors.
             None takes the model's pretrained ones.
-        weights: The checkpoint's weights to take, as `read_weights` has it.
-        num_classes: Number of classes, where it is not the model's or the checkpoint's own.
+        weights: Which weights of the checkpoint to take, as for `read_weights`.
+        num_classes: Number of classes; None takes the checkpoint's or the model's own.
         in_chans: Channels of the images.
         model_kwargs: Keyword options of the model.
 
     Raises:
         EvaluationError: The model is unknown, has no weights, or they do not fit it.
         GeoPriorError: The checkpoint cannot be read.
-        WeightsError: A tag's weights cannot be had as the manifest has them.
+        WeightsError: A tag's weights are unavailable, or are not those of the manifest.
     """
     saved = read_weights(checkpoint, weights) if checkpoint is not None else None
     name = name or (saved.model_name if saved else None)
@@ -86,17 +86,17 @@ def load_model(
     wnids, names = _class_names(model, entry, saved)
     if not wnids:
         wnids, names = _imagenet_names(model)
-        if wnids and (saved or ':' in name):  # a tag of timm's is of ImageNet
-            notes.append(f'{checkpoint or name} does not name its {len(wnids):,} classes: they are taken for those of '
-                         f'ImageNet.')
+        if wnids and (saved or ':' in name):  # timm's own tags are for ImageNet
+            notes.append(f'{checkpoint or name} does not name its {len(wnids):,} classes: they are assumed to be '
+                         f'those of ImageNet.')
     return LoadedModel(
         model.eval(), name, wnids, names, entry, source, saved.img_size if saved else None, tuple(notes),
         options)
 
 
 def check_source(name: str) -> None:
-    """Refuse a model that does not exist or has no pretrained weights, before any image is looked at."""
-    if ':' in name:  # local-dir: and hf-hub: say so themselves
+    """Refuse a model that does not exist or has no pretrained weights, before any image is read."""
+    if ':' in name:  # reported when local-dir: and hf-hub: are loaded
         return
     if not timm.is_model(name.split('.')[0]):
         raise EvaluationError(f'Unknown model {name}.{_similar(name)} Check the name.')
@@ -107,7 +107,7 @@ def check_source(name: str) -> None:
 
 
 def find_cfg(name: str) -> Any:
-    """timm's configuration of a model's weights, None where it knows none.
+    """timm's configuration of a model's weights, None if it has none.
 
     Raises:
         EvaluationError: The model has no such tag.
@@ -116,7 +116,7 @@ def find_cfg(name: str) -> Any:
         return timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise EvaluationError(f'The model must have a tag that timm knows, got {name} ({first_line(error)}). '
-                              f'timm.list_pretrained({name.split(".")[0] + "*"!r}) lists those there are.') from None
+                              f'timm.list_pretrained({name.split(".")[0] + "*"!r}) lists the known ones.') from None
 
 
 def _similar(name: str) -> str:
@@ -127,13 +127,13 @@ def _similar(name: str) -> str:
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except WeightsError:  # says by itself what to do
+    except WeightsError:  # its message says what to do
         raise
-    except Exception as error:  # timm raises whatever the model's own constructor does
+    except Exception as error:  # timm raises whatever the model's constructor does
         hint = _similar(name) if 'Unknown model' in str(error) else ''
         options = ' and its options' if kwargs else ''
         raise EvaluationError(
-            f'The model {name} cannot be made ({first_line(error)}).{hint} Check the name{options}.') from error
+            f'The model {name} cannot be created ({first_line(error)}).{hint} Check the name{options}.') from error
     return model
 
 
@@ -142,7 +142,7 @@ def _load_into(model: nn.Module, state_dict: dict[str, Tensor], name: str, sourc
         kind = state_dict[key].dtype if key in state_dict else own.dtype
         if own.dtype.is_floating_point and not kind.is_floating_point:
             raise EvaluationError(f'The weights in {source} must be floating-point numbers, got {kind} in {key}. Save '
-                                  f'them anew.')
+                                  f'them as float32.')
     try:
         model.load_state_dict(state_dict)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -155,10 +155,10 @@ def _class_names(
         entry: ModelEntry | None,
         saved: SavedModel | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """WordNet ids and readable names of a model's classes, as far as anything tells them."""
+    """WordNet ids and readable names of a model's classes, as far as they are known."""
     num_classes = int(getattr(model, 'num_classes', 0))
     label_sets = load_manifest().label_sets
-    # a checkpoint knows best: its classes need not be those of the tag that names its architecture
+    # the checkpoint comes first: its classes may differ from those of the tag that names its architecture
     if saved and saved.class_names:
         same = [labels for labels in label_sets.values() if labels.wnids == saved.class_names]
         return saved.class_names, same[0].names if same else ()
@@ -168,7 +168,7 @@ def _class_names(
     cfg = getattr(model, 'pretrained_cfg', {})
     if num_classes and len(cfg.get('label_names') or ()) == num_classes:
         names = tuple(cfg['label_names'])
-        for known in label_sets.values():  # the folder of a download has readable names alone
+        for known in label_sets.values():  # a downloaded folder has only readable names
             if known.names == names:
                 return known.wnids, names
         described = cfg.get('label_descriptions') or {}
@@ -177,7 +177,7 @@ def _class_names(
 
 
 def _imagenet_names(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Those of the subset of ImageNet that has as many classes; most of timm's configurations name none."""
+    """Names of the subset of ImageNet with as many classes; most of timm's configurations have no names."""
     subset = infer_imagenet_subset({'num_classes': int(getattr(model, 'num_classes', 0))})
     if subset is None:
         return (), ()
@@ -186,16 +186,16 @@ def _imagenet_names(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def with_channels(config: dict[str, Any], channels: int) -> dict[str, Any]:
-    """timm's preprocessing for a network of so many channels: it takes the average of the colours' mean and std."""
+    """timm's preprocessing for this many channels: a mean or std that does not fit is averaged over the colours."""
     fitting = {key: config[key] if len(config[key]) in (1, channels) else (sum(config[key]) / len(config[key]),)
                for key in ('mean', 'std')}
     return {**config, **fitting}
 
 
 def state_dict_sha256(model: nn.Module) -> str:
-    """A hash of a model's weights wherever they came from: names, types, shapes and values, in the model's order.
+    """A hash of a model's weights, whatever file they are from: names, types, shapes and values, in the model's order.
 
-    The same weights as .pt and as .safetensors are different files; this hash says that they are the same network.
+    The same weights as .pt and as .safetensors are different files, but have the same hash.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():

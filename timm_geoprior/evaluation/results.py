@@ -1,4 +1,4 @@
-"""What is printed and written of a measurement: lines for people, JSON with its provenance, CSV, plots."""
+"""The output of a measurement: text, JSON with its provenance, CSV, plots."""
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ __all__ = ['details', 'lines', 'result_rows', 'summary_row', 'write_results']
 def _accuracies(counts: Counts) -> dict[str, Any]:
     """Counts with both accuracies and their 95% intervals in percent."""
     found: dict[str, Any] = counts._asdict()
-    # four decimals of a percent still tell one image in a million
+    # four decimals of a percent resolve one image in a million
     for name, correct in (('top1', counts.top1_correct), ('top5', counts.top5_correct)):
         found[name] = round(100 * correct / counts.num_images, 4) if counts.num_images else None
         found[f'{name}_interval'] = [round(100 * end, 4) for end in wilson_interval(correct, counts.num_images)]
@@ -26,7 +26,7 @@ def _accuracies(counts: Counts) -> dict[str, Any]:
 
 
 def result_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """What was measured in each precision, the reference first; the others have their differences from it."""
+    """The results in each precision, the reference first; the others include their differences from it."""
     outcome = evaluation.outcome
     reference, *_ = outcome.predictions
     rows = []
@@ -49,7 +49,7 @@ def result_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def lines(evaluation: Evaluation) -> list[str]:
-    """The figures for people, a line each."""
+    """The results as lines of text."""
     images = len(next(iter(evaluation.outcome.predictions.values())).index)
     text = [f'{evaluation.loaded.name}: {images:,} images at {evaluation.plan.size_text} px, '
             f'{images / evaluation.seconds:,.0f} images/s; 95% intervals in brackets']
@@ -61,13 +61,14 @@ def lines(evaluation: Evaluation) -> list[str]:
         if 'difference' in row:
             gap = row['difference']
             text.append(f'{"":<12} from {gap["from"]}: top-1 {gap["top1"]:+.2f} points, top-5 {gap["top5"]:+.2f}; '
-                        f'{gap["predictions"]:,} first answers differ, scores by up to {gap["largest_of_a_score"]:.2g}')
+                        f'{gap["predictions"]:,} top-1 predictions differ, scores by up to '
+                        f'{gap["largest_of_a_score"]:.2g}')
         if row['not_finite']:
             text.append(f'{"":<12} {row["not_finite"]:,} images have scores that are not finite')
     if evaluation.real is not None:
         count = evaluation.real.num_images
         figures = _line('ReaL', _accuracies(evaluation.real)) if count else f'  {"ReaL":<10}   no figure'
-        text.append(f'{figures}   of {count:,} labelled so')
+        text.append(f'{figures}   of {count:,} with ReaL labels')
     return text
 
 
@@ -80,7 +81,7 @@ def _line(label: str, row: Mapping[str, Any]) -> str:
 
 
 def details(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
-    """What was measured and how, so that it can be measured again; plain containers for JSON."""
+    """What was measured and how, so that it can be repeated; plain containers for JSON."""
     plan, loaded = evaluation.plan, evaluation.loaded
     images = len(evaluation.outcome.predictions[config.precisions[0]].index)
     return {
@@ -92,7 +93,7 @@ def details(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
         'weights': loaded.weights, 'model_kwargs': dict(loaded.model_kwargs),
         'parameters': sum(p.numel() for p in loaded.model.parameters()),
         'classes': {'model': int(loaded.model.num_classes),  # type: ignore[arg-type]
-                    # how many are among the targets, which a stream does not tell
+                    # how many are among the targets, unknown for a stream
                     'with_images': len(np.unique(plan.targets)) if len(plan.targets) else None,
                     'competing': None if plan.match.competing is None else list(plan.match.competing)},
         'preprocessing': {**plan.config, 'steps': list(evaluation.transform),
@@ -125,9 +126,9 @@ def write_results(folder: Path, evaluation: Evaluation, found: Mapping[str, Any]
     """Write results.json, per_class.csv, confused_pairs.csv, reliability.png and per_class.png.
 
     Args:
-        folder: Where to; it is made if need be.
-        evaluation: Of one model; classes and plots are the first precision's.
-        found: For results.json.
+        folder: Where to write; it is created if it does not exist.
+        evaluation: Of one model; classes and plots are of the first precision.
+        found: The content of results.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictions = next(iter(evaluation.outcome.predictions.values()))
@@ -143,7 +144,7 @@ def write_results(folder: Path, evaluation: Evaluation, found: Mapping[str, Any]
 
 def _plot_reliability(path: Path, calibration: Calibration, title: str) -> None:
     """Accuracy by confidence, and how many images each bin has (Guo et al., 2017, figure 1)."""
-    from matplotlib.figure import Figure  # an extra
+    from matplotlib.figure import Figure  # an optional dependency
     figure = Figure(figsize=(5, 6), layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     width = calibration.edges[1]
@@ -185,6 +186,6 @@ def _plot_classes(path: Path, rows: Sequence[Mapping[str, Any]], title: str, sho
 
 
 def _short(name: str, length: int = 32) -> str:
-    """A class's first name."""
+    """The first of a class's names, shortened."""
     first = name.split(',')[0]
     return first if len(first) <= length else first[:length - 1] + '…'

@@ -1,6 +1,6 @@
 """The command `timm-geoprior validate`, which scripts/validate.py runs too.
 
-Nothing here imports torch or timm before it is needed, so that `--help` and a usage error come at once.
+torch and timm are imported only when needed, so that `--help` and usage errors appear at once.
 """
 import argparse
 import math
@@ -30,7 +30,7 @@ command."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior validate') -> int:
-    """Measure what the command line says.
+    """Measure as the command line says.
 
     Args:
         argv: Arguments; None takes those of the process.
@@ -68,23 +68,23 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior validate'
             number = int(stopped.args[0])
             if is_first():
                 name = signal.Signals(number).name
-                print(f'{prog}: stopped by {name}. What was not finished is not written.', file=sys.stderr)
+                print(f'{prog}: stopped by {name}. Unfinished results are not written.', file=sys.stderr)
             return 128 + number
 
 
 class _Stopped(BaseException):
-    """A signal came; not an `Exception`, so that nothing on the way takes it for a fault of its own."""
+    """A signal arrived. Not an `Exception`, so that no handler on the way mistakes it for an error."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Leave in order: the workers end with this process, and nothing is half-written."""
+    """Exit in order: the workers end with this process, and no file is half-written."""
     raise _Stopped(number)
 
 
-# -- the arguments: as far as timm's validate.py has them, with its names and meanings ---------------------------------
+# -- the arguments, with the names and meanings of those in timm's validate.py -----------------------------------------
 
 class _ModelKwargs(argparse.Action):
-    """timm's `ParseKwargs`, where a word without an equals sign is a wrong command."""
+    """timm's `ParseKwargs`, with a usage error for a word without an equals sign."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for value in values:
@@ -95,7 +95,7 @@ class _ModelKwargs(argparse.Action):
 
 
 def parse_arguments(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior validate') -> argparse.Namespace:
-    """Parse and check the command line, of which `main` says more; a wrong one ends the program with exit code 2."""
+    """Parse and check the command line; a wrong one ends the program with exit code 2."""
     parser = argparse.ArgumentParser(
         prog=prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_model_arguments(parser.add_argument_group('model'))
@@ -151,7 +151,8 @@ def _add_data_arguments(group: Any) -> None:
     group.add_argument('--dataset-download', action='store_true', help='download the data set (torch/ and hfids/ only)')
     group.add_argument(
         '--subset', action='store_true',
-        help='measure only the classes that data and model share, by WordNet id, and ignore the scores of all others')
+        help='measure only the classes that data and model share, by WordNet id or name, and ignore all other '
+             'scores')
     group.add_argument(
         '--real-labels', nargs='?', const='', metavar='FILE',
         help="also count by ReaL labels: timm's, or those in a file")
@@ -205,14 +206,14 @@ def _add_output_arguments(group: Any) -> None:
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse values and combinations that cannot be meant."""
+    """Refuse values and combinations that make no sense."""
     if args.tag is not None and (args.model or args.checkpoint):
         parser.error('--tag measures the weights of the tag. Use --model with --checkpoint instead')
     if args.tag is None and not (args.model or args.checkpoint):
         parser.error('nothing to measure. Name --model, --tag or --checkpoint')
     if args.amp and args.precision:
-        parser.error('--amp and --precision say the same. Use one of them')
-    # the manifest's figures are of the model's own preprocessing, and of all its classes
+        parser.error('--amp and --precision both set the precision. Use one of them')
+    # the manifest's figures are for the model's own preprocessing, and for all its classes
     overriding = ('subset', 'model_kwargs', 'num_classes', 'input_size', 'crop_pct', 'crop_mode', 'interpolation',
                   'mean', 'std')
     overridden = [name for name in overriding if getattr(args, name)]
@@ -220,7 +221,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f'--check measures a tag as it was published. Leave out --{overridden[0].replace("_", "-")}')
     for name, least in (('batch_size', 1), ('workers', 0), ('tolerance', 0), ('img_size', 1), ('num_samples', 1)):
         value = getattr(args, name)
-        if value is not None and not value >= least:  # nor NaN
+        if value is not None and not value >= least:  # NaN is refused, too
             parser.error(f'--{name.replace("_", "-")} must be {least} or more, got {value}')
     if args.input_size and min(args.input_size) < 1:
         parser.error(f'--input-size must be channels, height and width of 1 or more, got {args.input_size}')

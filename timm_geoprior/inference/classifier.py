@@ -1,4 +1,4 @@
-"""A trained network for people with pictures: pictures in, names and probabilities out."""
+"""Classification of pictures with a trained network: names and probabilities of their classes."""
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,20 +24,20 @@ Guesses = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network with what it needs to name what is in a picture."""
-    name: str  # its name, as it was loaded by
+    """A network with everything that is needed to classify pictures."""
+    name: str  # the name that it was loaded by
     model: nn.Module  # in eval mode
     # turns a picture in mode 'RGB' into the network's input, shape (3 or 1, height, width)
     transform: Callable[[Image.Image], Tensor]
     classes: tuple[tuple[str, str], ...]  # label and readable name of each class
-    device: torch.device = torch.device('cpu')  # where the model is
-    notes: tuple[str, ...] = ()  # what a person should know about it, a sentence each
+    device: torch.device = torch.device('cpu')  # where the model runs
+    notes: tuple[str, ...] = ()  # what the user should know about it, one sentence each
 
     def __call__(self, image: Image.Image, top_k: int = 5) -> Guesses:
         """The most probable classes of a picture, best first.
 
         Args:
-            image: In mode 'RGB'.
+            image: The picture, in mode 'RGB'.
             top_k: How many classes; all of them if there are fewer.
 
         Returns:
@@ -52,10 +52,10 @@ class Classifier:
         return self._classify([self.transform(image)], top_k)[0]
 
     def files(self, paths: Sequence[str], top_k: int = 5) -> Iterator[Guesses | ImageError]:
-        """Classify image files in batches, which threads read ahead.
+        """Classify image files in batches; threads read ahead.
 
         Yields:
-            For each file in turn what `__call__` returns, or why the file cannot be read.
+            For each file in turn, what `__call__` returns, or the error if the file cannot be read.
         """
         batches: deque[list[Future[Tensor | ImageError]]] = deque()
         with ThreadPoolExecutor() as threads:
@@ -91,12 +91,12 @@ class Classifier:
 
 
 def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier:
-    """Load any model of timm whose classes have names.
+    """Load any timm model whose classes have names.
 
     Args:
-        name: A model of timm, with or without a tag, or `local-dir:` and a folder that was fine-tuned, staged or
-            downloaded, or `hf-hub:` and a repository.
-        device: Where it computes.
+        name: A timm model, with or without a tag, `local-dir:` and the folder of a fine-tuned, staged or downloaded
+            model, or `hf-hub:` and a repository.
+        device: Where the model runs.
 
     Returns:
         The classifier.
@@ -104,14 +104,14 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> Classifier
     Raises:
         GeoPriorError: There is no such model, it cannot be loaded, it has no classifier, or nothing names its
             classes.
-        WeightsError: It is a tag of this package without weights, or they cannot be had.
+        WeightsError: It is a tag of this package without weights, or they cannot be obtained.
 
     Examples:
         >>> len(load_classifier('geoprior_resnet14_nano').classes)
         200
     """
     cfg = find_cfg(name)
-    if cfg and cfg.num_classes == 0:  # told before it is fetched
+    if cfg and cfg.num_classes == 0:  # reported before the weights are fetched
         raise GeoPriorError(f'The model must have a classifier, got {name}, which has none. Choose another, or '
                             f'fine-tune it: timm-geoprior finetune DIR --model {name}.')
     loaded = load_model(name)

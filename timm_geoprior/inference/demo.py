@@ -1,4 +1,4 @@
-"""A page to try the models on: a picture in, its five most probable classes out, and where the attention looks."""
+"""A web page for trying the models: the five most probable classes of a picture, and where the attention looks."""
 import html
 import os
 import platform
@@ -29,17 +29,17 @@ from .windows import draw_windows, learned_windows, to_input, view_of
 __all__ = ['build', 'serve', 'write_space']
 
 SAMPLES = [Path(skimage.data.data_dir, name) for name in ('coffee.png', 'chelsea.png', 'rocket.jpg', 'astronaut.png')]
-PREVIEW_SIDE = 1024  # pixels of what is shown, clicked into and drawn on; the network gets the picture itself
+PREVIEW_SIDE = 1024  # pixels of the preview that is shown, clicked and drawn on; the picture itself is classified
 MAX_UPLOAD = '50mb'
-SECONDS = 10  # that a message stays
+SECONDS = 10  # that a message stays on the page
 
 TITLE = 'GeoPrior ResNet: what it sees, and how far it looks'
-LEAD = ('Drop a picture or pick a sample, then click into it: what stays light is where the attention layers look from '
-        'that point. How far they look is all they have learned of it, a radius each, the same in every picture.')
-LEGEND = ('**Light**: where the position at the cross looks, in the cells of the layers. **Circle**: the learned '
+LEAD = ('Drop a picture or pick a sample, then click on it: what stays light is where the attention layers look from '
+        'that point. How far they look is all they have learned about it: one radius each, the same in every picture.')
+LEGEND = ('**Light**: where the attention looks from the cross, in cells of the layers. **Circle**: the learned '
           'radius of a layer, at which its attention has fallen to 61% of its peak (a diamond: to 37%). '
-          '**Dotted**: the cell that looks, the nearest one to the cross. The **frame** on the picture is what the '
-          'network sees of it.')
+          '**Dotted**: the cell that looks, the one nearest to the cross. The **frame** on the picture marks the part '
+          'that the network sees.')
 CSS = """
 .gradio-container {  /* Gradio's own greys are too light to read */
     --block-info-text-color: var(--block-label-text-color); --body-text-color-subdued: var(--block-label-text-color)}
@@ -52,18 +52,18 @@ CSS = """
 #samples .container {width: 72px; height: 72px}
 #samples img {width: 100%; height: 100%; object-fit: cover}
 """
-# the last input of every event: a figure is drawn to fit the window that it is for
+# the last input of every event, so that figures are drawn to fit the browser window
 WINDOW_JS = """(...inputs) => [...inputs.slice(0, -1), {
     dark: document.body.classList.contains('dark'), narrow: window.innerWidth < 640}]"""
 
-# on a telephone the windows are below the picture: bring them into view
+# on a phone the windows are below the picture: scroll to them
 SCROLL_JS = """() => {
     if (window.innerWidth < 640) {
         document.querySelector('#windows').scrollIntoView({behavior: 'smooth', block: 'start'});
     }
 }"""
 
-APP = '''"""The page of timm_geoprior, as a Hugging Face Space serves it."""
+APP = '''"""The timm_geoprior demo as a Hugging Face Space."""
 from timm_geoprior.inference.demo import serve
 
 serve({model!r})
@@ -76,7 +76,7 @@ SPACE = """---
 
 {lead}
 
-| model | licence of its weights | they were trained on |
+| model | licence of its weights | terms of their training data |
 | --- | --- | --- |
 {models}
 
@@ -91,22 +91,22 @@ class _Shown:
     """The picture on a visitor's page."""
     path: str
     size: tuple[int, int]  # its width and height, in pixels
-    preview: Image.Image  # what is shown of it and drawn on, at most `PREVIEW_SIDE` wide and high
+    preview: Image.Image  # what is displayed and drawn on, at most `PREVIEW_SIDE` wide and high
     point: tuple[float, float] | None = None  # where it was clicked, in pixels of the preview; None for the middle
 
 
 def _about(name: str) -> str:
-    """What a visitor has to know of a model: what it can tell apart, and how well."""
+    """What a visitor should know about a model: what it can tell apart, and how well."""
     classifier, entry = load(name), load_manifest().tags.get(name)
     _, height, width = resolve_model_data_config(classifier.model)['input_size']
     about = f'Knows {len(classifier.classes)} classes, sees {width} x {height} pixels'
     for metric in entry.metrics[:1] if entry else ():
-        about += f', names {metric.top1:.1f}% of the {metric.num_images:,} images of {metric.dataset} {metric.split}'
+        about += f', top-1 {metric.top1:.1f}% on the {metric.num_images:,} images of {metric.dataset} {metric.split}'
     return ' '.join([f'{about}.', *classifier.notes])
 
 
 def _guesses(classifier: Classifier, image: Image.Image) -> str:
-    """The most probable classes as HTML; of two classes with one name, the second has its label beside it."""
+    """The most probable classes as HTML; if two classes share a name, the second is shown with its label."""
     rows, seen = [], set()
     for guess in classifier(image):
         name, probability = guess['name'], guess['probability']
@@ -122,7 +122,7 @@ def _guesses(classifier: Classifier, image: Image.Image) -> str:
 def _windows(
         classifier: Classifier, image: Image.Image, point: tuple[float, float] | None,
         window: dict[str, bool]) -> Figure:
-    """The windows from a point, on a figure for a light or a dark, a wide or a narrow window of the browser."""
+    """The windows from a point, as a figure for a light or dark, wide or narrow browser window."""
     figure = draw_windows(classifier, image, point, columns=1 if window['narrow'] else 2)
     figure.patch.set_alpha(0)
     if window['dark']:
@@ -132,7 +132,7 @@ def _windows(
 
 
 def _mark(classifier: Classifier, preview: Image.Image, point: tuple[float, float] | None) -> Image.Image:
-    """A picture with a frame around what the network sees of it, the rest darker, and a cross at the point."""
+    """A picture with a frame around the part that the network sees, the rest darkened, and a cross at the point."""
     left, top, right, bottom = map(round, view_of(classifier, preview.size).box)
     inside = max(left, 0), max(top, 0), min(right, preview.width), min(bottom, preview.height)
     marked = Image.blend(preview, Image.new('RGB', preview.size), 0.5)
@@ -148,12 +148,12 @@ def _mark(classifier: Classifier, preview: Image.Image, point: tuple[float, floa
 
 
 def _tell(error: Exception, path: str = '') -> None:
-    """Put an error's sentence on the page, a file called by the name that its owner knows."""
+    """Show an error on the page, with only the name of the uploaded file, not its temporary path."""
     gr.Warning(html.escape(str(error).replace(path, Path(path).name) if path else str(error)), duration=SECONDS)
 
 
 def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
-    """Show a picture: what `_Shown` has of it, itself, the classes and the windows; a bad one leaves what was there."""
+    """Show a picture: its `_Shown`, its marked preview, the classes and the windows; a bad one changes nothing."""
     try:
         image, classifier = read_image(path), load(name)
         guesses = _guesses(classifier, image)
@@ -166,11 +166,11 @@ def _open(path: str, name: str, window: dict[str, bool]) -> tuple[Any, ...]:
 
 
 def _click(shown: _Shown, name: str, window: dict[str, bool], event: gr.SelectData) -> tuple[Any, ...]:
-    """Draw the windows at another point, and the cross there."""
+    """Move the cross to another point, and draw the windows from there."""
     try:
         classifier, (x, y) = load(name), event.index
         scale = shown.size[0] / shown.preview.width
-        # in the picture's own pixels, which its owner knows: so is the message
+        # checked in the picture's own pixels, so that the message is in pixels that the visitor knows
         to_input(view_of(classifier, shown.size), shown.size, (round(x * scale), round(y * scale)))
         moved = replace(shown, point=(x, y))
         return moved, _mark(classifier, shown.preview, (x, y)), _windows(classifier, shown.preview, (x, y), window)
@@ -180,7 +180,7 @@ def _click(shown: _Shown, name: str, window: dict[str, bool], event: gr.SelectDa
 
 
 def _switch(name: str, shown: _Shown, window: dict[str, bool]) -> tuple[Any, ...]:
-    """Ask another model the same: what it is, the picture as it sees it, the classes and the windows."""
+    """Switch to another model: its description, the part of the picture it sees, the classes and the windows."""
     try:
         classifier = load(name)
         guesses = _guesses(classifier, read_image(shown.path))
@@ -195,17 +195,17 @@ def build(model: str | None = None) -> gr.Blocks:
     """Build the page.
 
     Args:
-        model: The model that is chosen at first, as `load_classifier` takes it; the default model where it is None.
+        model: The model selected at first, in any form that `load_classifier` takes; None for the default model.
 
     Returns:
-        The page, on which all bundled and published models can be chosen, and the one that is named.
+        The page, which offers all bundled and published models and the named one.
 
     Raises:
         GeoPriorError: `load_classifier` cannot load the model, or it has no attention layers.
     """
     manifest = load_manifest()
     classifier = load(model or default_model(manifest).name)
-    learned_windows(classifier.model, view_of(classifier, (1, 1)), (0, 0))  # or there is nothing to show
+    learned_windows(classifier.model, view_of(classifier, (1, 1)), (0, 0))  # raises if there is nothing to show
     chosen = classifier.name
     names = [entry.name for entry in manifest.models.values() if entry.is_released]
     with gr.Blocks(title='timm_geoprior', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -232,18 +232,18 @@ def build(model: str | None = None) -> gr.Blocks:
         page.load(lambda *inputs: _open(str(SAMPLES[0]), *inputs), [tag, window], outputs, js=WINDOW_JS)
         samples.click(lambda index, *inputs: _open(str(SAMPLES[index]), *inputs), [samples, tag, window], outputs,
                       js=WINDOW_JS)
-        # the field that a picture was dropped into is emptied for the next
+        # the upload field is emptied for the next picture
         file.upload(lambda *inputs: (None, *_open(*inputs)), [file, tag, window], [file, *outputs], js=WINDOW_JS)
         picture.select(
             _click, [shown, tag, window], [shown, picture, windows], js=WINDOW_JS,
-            trigger_mode='always_last', show_progress='hidden'  # who clicks about wants no flicker, and the last one
+            trigger_mode='always_last', show_progress='hidden'  # no flicker on rapid clicks, of which the last counts
         ).then(None, js=SCROLL_JS)
         tag.input(_switch, [tag, shown, window], [tag, picture, guesses, windows], js=WINDOW_JS)
     return page
 
 
 def _check_port(port: int) -> None:
-    """Find out before anything is loaded: Gradio's threads outlive a port that it cannot have."""
+    """Check the port before anything is loaded: Gradio's threads would outlive a failure to open it."""
     try:
         if port < 1:
             raise OverflowError('not a port')
@@ -259,46 +259,46 @@ def serve(model: str | None = None, port: int | None = None) -> None:
 
     Args:
         model: As in `build`.
-        port: Port of this machine; where it is None the first free one from 7860 on. The environment variables
-            GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say otherwise.
+        port: Local port; None for the first free one from 7860. The environment variables GRADIO_SERVER_NAME and
+            GRADIO_SERVER_PORT change the defaults.
 
     Raises:
         GeoPriorError: The port cannot be opened.
     """
     if port is not None:
         _check_port(port)
-    for name in ('no_proxy', 'NO_PROXY'):  # Gradio asks its own server whether it is up, but not by a proxy
+    for name in ('no_proxy', 'NO_PROXY'):  # Gradio checks that its own server is up, which a proxy would break
         os.environ[name] = ','.join(filter(None, (os.environ.get(name), '127.0.0.1', 'localhost')))
     page = build(model)
     _, url, _ = page.launch(
         server_port=port, max_file_size=MAX_UPLOAD, ssr_mode=False, prevent_thread_lock=True, quiet=True, css=CSS,
         footer_links=['settings'], theme=gr.themes.Default(font=['system-ui', 'sans-serif']))
-    print(f'Open {url} (Ctrl-C ends it).', flush=True)
+    print(f'Open {url} (Ctrl-C to stop).', flush=True)
     page.block_thread()
 
 
 def _requirements() -> list[str]:
-    """What the page needs of other packages, in the versions that are here: what ran here is what runs there."""
+    """The packages that the page needs, in the versions installed here, so that the Space runs the same code."""
     needed = map(Requirement, requires('timm-geoprior') or ())
     names = {need.name for need in needed if need.marker is None or need.marker.evaluate({'extra': 'demo'})}
     return [f'{name}=={version(name).partition("+")[0]}' for name in sorted(names)]
 
 
 def write_space(folder: Path, model: str | None = None) -> None:
-    """Write the folder of a Hugging Face Space that serves the page, this package and its weights in it.
+    """Write the folder of a Hugging Face Space that serves the page, including this package and its weights.
 
     Args:
-        folder: New or empty.
-        model: A model of the manifest, the one that is chosen at first.
+        folder: A new or empty folder.
+        model: A model of the manifest, to be selected at first; None for the default model.
 
     Raises:
         GeoPriorError: The folder has something in it, or cannot be written.
-        ManifestError: No such model.
+        ManifestError: There is no such model.
     """
     manifest = load_manifest()
     first = manifest.get(model) if model else default_model(manifest)
     models = [entry for entry in manifest.models.values() if entry.is_released or entry.name == first.name]
-    models += [first] * (first not in models)  # a converted one
+    models += [first] * (first not in models)  # a converted model
     metadata = SpaceCardData(
         title='timm_geoprior', sdk='gradio', sdk_version=version('gradio'), app_file='app.py', license='apache-2.0',
         python_version='.'.join(platform.python_version_tuple()[:2]),

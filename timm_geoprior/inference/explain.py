@@ -1,7 +1,7 @@
 """What a network attends to, on one page: its windows over a photograph, Grad-CAM, its effective receptive field.
 
-Grad-CAM: Selvaraju et al., ICCV 2017, arXiv 1610.02391, by the library grad-cam. Effective receptive field: Luo et al.,
-NeurIPS 2016, arXiv 1701.04128, the gradient of the last map's central position with respect to the input.
+Grad-CAM: Selvaraju et al., ICCV 2017, arXiv 1610.02391, with the library grad-cam. Effective receptive field: Luo et
+al., NeurIPS 2016, arXiv 1701.04128, the gradient of the last map's central position with respect to the input.
 """
 import copy
 import math
@@ -42,15 +42,15 @@ from .windows import (
 
 __all__ = ['check_output', 'draw_explanation', 'effective_field', 'receptive_pair', 'save_explanation']
 
-DRAWS = 4  # random weights, and noise images, that an effective receptive field is the mean of
-FAINTEST = 1e-4  # of the strongest gradient, that is drawn
-ALIKE = 0.1  # of the plain network's reach, that two receptive fields differ by at most and look the same
+DRAWS = 4  # random weights and noise images that an effective receptive field is averaged over
+FAINTEST = 1e-4  # smallest gradient that is drawn, as a share of the largest
+ALIKE = 0.1  # share of the plain network's reach, below which a difference in reach is not visible
 
 
 def effective_field(model: nn.Module, images: Tensor) -> Tensor:
-    """The effective receptive field of the last map's central position, for inputs of shape (B, 3, H, W).
+    """The effective receptive field of the last map's central position, for inputs of shape (B, C, H, W).
 
-    It is the mean over the images of the gradient's magnitude, summed over the colours, shape (H, W).
+    It is the mean over the images of the gradient's magnitude, summed over the channels, shape (H, W).
     """
     images = images.clone().requires_grad_()
     features = model.forward_features(images)  # type: ignore[operator]
@@ -60,7 +60,7 @@ def effective_field(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _plain_twin(model: nn.Module) -> nn.Module:
-    """The ResNet of the same widths and depth: a plain convolution where there is one with attention."""
+    """The ResNet of the same widths and depth, with plain convolutions in place of those with attention."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, module in parent.named_children():
@@ -75,8 +75,8 @@ def _plain_twin(model: nn.Module) -> nn.Module:
 def receptive_pair(model: nn.Module, size: int) -> tuple[Tensor, Tensor]:
     """Effective receptive fields of a network and of the plain ResNet of its widths and depth, each (size, size).
 
-    Both have random weights, so that they compare; the first has its learned radii. Each is the mean over the same
-    draws of noise images.
+    Both have random weights, so that they are comparable; the first keeps its learned radii. Each field is the mean
+    over several draws of weights and noise images, with the same seeds.
     """
     own, plain = copy.deepcopy(model).eval(), _plain_twin(model).eval()
     radii = {name: value for name, value in model.state_dict().items() if name.endswith('log_radius')}
@@ -95,7 +95,7 @@ def receptive_pair(model: nn.Module, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _field_size(model: Any, view: View) -> int:
-    """A side with room around the input, one pixel more than whole cells: the middle cell sees around the middle."""
+    """A side with room around the input: a whole number of cells plus one pixel, so that the middle cell is centred."""
     cells: int = 2 * model.feature_info[-1]['reduction']
     return cells * math.ceil(max(256, 2 * view.width, 2 * view.height) / cells) + 1
 
@@ -110,7 +110,7 @@ def _radius_of_share(field: Tensor, share: float) -> float:
 
 
 def _first_name(name: str) -> str:
-    """The first of a class's names, as matplotlib draws it literally."""
+    """The first of a class's names, in a form that matplotlib draws literally."""
     return drawable(name.split(',')[0])
 
 
@@ -129,7 +129,7 @@ def _draw_guesses(axes: Axes, classifier: Classifier, guesses: Sequence[dict[str
 
 def _draw_grad_cam(
         axes: Axes, classifier: Classifier, image: Image.Image, view: View, guess: dict[str, Any]) -> None:
-    """Grad-CAM for a class, from the last stage whose map has four cells a side: the last of all may have fewer."""
+    """Draw Grad-CAM for a class, from the last stage whose map has at least four cells per side, else the very last."""
     model: Any = classifier.model
     sizes = [(math.ceil(view.height / info['reduction']), math.ceil(view.width / info['reduction']), info['module'])
              for info in model.feature_info]
@@ -143,7 +143,7 @@ def _draw_grad_cam(
 
 
 def _draw_field(axes: Axes, field: Tensor, view: View, lines: Sequence[str]) -> AxesImage:
-    """A receptive field, on axes in pixels around its middle, with the input's frame and a few words."""
+    """Draw a receptive field, on axes in pixels around its middle, with the input's frame and some lines of text."""
     half = len(field) / 2
     drawn = axes.imshow((field / field.max()).clamp(min=FAINTEST).numpy(), cmap='magma', norm=LogNorm(FAINTEST, 1),
                         extent=(-half, half, half, -half))
@@ -156,7 +156,7 @@ def _draw_field(axes: Axes, field: Tensor, view: View, lines: Sequence[str]) -> 
 
 
 def _draw_reach(axes: Axes, windows: Sequence[Window]) -> None:
-    """How far each layer looks, beside what a 3x3 convolution on the same map sees."""
+    """Draw how far each layer looks, compared with a 3x3 convolution on the same map."""
     stages = list(dict.fromkeys(window.stage for window in windows))
     for row, window in enumerate(windows):
         color = COLORS[stages.index(window.stage) % len(COLORS)]
@@ -164,14 +164,14 @@ def _draw_reach(axes: Axes, windows: Sequence[Window]) -> None:
         axes.plot(window.radius * window.cell[1], row, 'o', color=color, markeredgecolor='0.3')
     axes.set(box_aspect=1, xlim=(0, None), ylim=(len(windows) - 0.5, -0.5), yticks=())
     limit = axes.get_xlim()[1]
-    axes.set_xticks([place for place in axes.get_xticks() if place <= limit])  # those beyond would have room made
+    axes.set_xticks([place for place in axes.get_xticks() if place <= limit])  # ticks beyond it would extend the axis
     axes.set_axis_on()
     axes.spines[['top', 'right', 'left']].set_visible(False)
     axes.set_xlabel('px, layers from first to last', fontsize=9, color='0.35')
 
 
 def _draw_fields(panels: Sequence[Axes], model: nn.Module, view: View, windows: Sequence[Window]) -> None:
-    """The receptive field, and below it what differs: a plain network's, or else each layer's own reach."""
+    """Draw the receptive field, and below it the plain network's if that differs, else the reach of each layer."""
     own, plain = receptive_pair(model, _field_size(model, view))
     reach, plain_reach = (_radius_of_share(field, 0.99) for field in (own, plain))
     draw_heading(panels[0], 'Receptive field: GeoPrior', 'random weights, learned radii')
@@ -193,16 +193,16 @@ def _draw_fields(panels: Sequence[Axes], model: nn.Module, view: View, windows: 
 
 def draw_explanation(
         classifier: Classifier, image: Image.Image, point: tuple[float, float] | None = None) -> Figure:
-    """Draw what a network attends to in a picture, on a figure for slides of 16:9.
+    """Draw what a network attends to in a picture, as a figure for 16:9 slides.
 
     Args:
         classifier: Its model is a `GeoPriorResNet`.
-        image: In mode 'RGB'.
-        point: Where its windows are drawn, x and y in pixels of the picture, from its top left corner; None for the
+        image: The picture, in mode 'RGB'.
+        point: Where the windows are drawn, x and y in pixels of the picture, from its top left corner; None for the
             middle.
 
     Raises:
-        GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
+        GeoPriorError: The network has no attention layers, or the point is outside the part that it sees.
     """
     view = view_of(classifier, image.size)
     place = to_input(view, image.size, point)
@@ -222,7 +222,7 @@ def draw_explanation(
 
 
 def check_output(path: Path) -> None:
-    """Find out before anything is computed whether a figure may go there."""
+    """Check the extension and the folder of a figure's path, before anything is computed."""
     if path.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}. Name another.')
     if not path.parent.is_dir():
@@ -235,12 +235,12 @@ def save_explanation(
 
     Args:
         classifier: Its model is a `GeoPriorResNet`.
-        image: In mode 'RGB'.
-        path: The file, whose ending names the format: .png, .jpg, .pdf or .svg.
+        image: The picture, in mode 'RGB'.
+        path: The file, whose extension sets the format: .png, .jpg, .pdf or .svg.
         point: As for `draw_explanation`.
 
     Raises:
-        GeoPriorError: The ending is another one, the file cannot be written there, or there is nothing to draw.
+        GeoPriorError: The extension is not one of these, the file cannot be written, or there is nothing to draw.
 
     Examples:
         >>> from timm_geoprior.inference.classifier import load_classifier

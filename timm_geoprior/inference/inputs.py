@@ -1,4 +1,4 @@
-"""The images that a command is given: a file, a folder, a pattern, or the sample photograph."""
+"""The images given to a command: a file, a folder, a pattern, or the sample photograph."""
 import glob
 import os
 import re
@@ -29,20 +29,21 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(place: str) -> Iterator[str]:
-    """Files of a folder and of all below it, without hidden ones and litter, sorted, each folder's own files first."""
+    """Files in a folder and below it, without hidden ones and litter, sorted with each folder's own files first."""
     try:
         found = [(name.split('/'), path) for name, path in walk_files(place, _is_hidden)]
     except OSError as error:
-        raise ImageError(f'The folder {error.filename} cannot be read ({error.strerror}). Check its rights.') from None
+        raise ImageError(
+            f'The folder {error.filename} cannot be read ({error.strerror}). Check its permissions.') from None
     for parts, path in sorted(found, key=lambda item: (item[0][:-1], item[0][-1])):
         if not _is_hidden(parts[-1]):
             yield path
 
 
 def find_images(name: str) -> tuple[list[str], list[str]]:
-    """The image files that a word of the command line stands for, and what else is there, left out by its ending.
+    """The image files that a command-line argument stands for, and other files, left out because of their extension.
 
-    The word is a file, a folder to search with all that is below it, or a pattern such as `photos/**/*.jpg`.
+    The argument is a file, a folder to search recursively, or a pattern such as `photos/**/*.jpg`.
     """
     if os.path.isfile(name):
         return [name], []
@@ -59,9 +60,9 @@ def find_images(name: str) -> tuple[list[str], list[str]]:
 
 
 def check_header(path: str) -> None:
-    """Raise ImageError if a file is no image, without reading all of it."""
+    """Raise ImageError if a file is not an image, without reading all of it."""
     try:
         with Image.open(path):
             pass
     except Exception:
-        read_image(path)  # says why
+        read_image(path)  # raises the error that says why

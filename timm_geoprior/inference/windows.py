@@ -26,11 +26,11 @@ from .classifier import Classifier
 __all__ = ['ON_PHOTO', 'View', 'Window', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
            'fitting_size', 'learned_windows', 'new_figure', 'to_input', 'view_of']
 
-COLORS = ('#2ec4b6', '#ffb703', '#ff5d8f', '#8ecae6')  # one a stage
-PANEL_WIDTH = 2.6  # inches, that a panel's titles may take
-PHOTO_SIDE = 600  # pixels of a drawn photograph
-DARK_EDGE = [withStroke(linewidth=3, foreground='black', alpha=0.55)]  # lines are seen on anything
-ON_PHOTO: dict[str, Any] = {  # text, likewise
+COLORS = ('#2ec4b6', '#ffb703', '#ff5d8f', '#8ecae6')  # one per stage
+PANEL_WIDTH = 2.6  # inches available for a panel's titles
+PHOTO_SIDE = 600  # side of a drawn photograph, in pixels
+DARK_EDGE = [withStroke(linewidth=3, foreground='black', alpha=0.55)]  # keeps lines visible on any background
+ON_PHOTO: dict[str, Any] = {  # the same for text
     'color': 'white', 'fontsize': 9, 'ha': 'center', 'va': 'center',
     'path_effects': [withStroke(linewidth=2, foreground='black')]}
 
@@ -54,7 +54,7 @@ class Window:
     kernel: str  # 'gaussian' or 'laplacian'
 
     def outline(self, center: tuple[float, float], **style: Any) -> Patch:
-        """The radius around a place, in pixels of the input: where the weight has fallen to e^-1/2, or to e^-1."""
+        """The radius around a point, in pixels of the input: where the weight falls to e^-1/2 (Laplacian: e^-1)."""
         (x, y), across, down = center, self.radius * self.cell[0], self.radius * self.cell[1]
         if self.kernel == 'laplacian':
             return Polygon([(x - across, y), (x, y - down), (x + across, y), (x, y + down)], fill=False, **style)
@@ -62,9 +62,9 @@ class Window:
 
 
 def view_of(classifier: Classifier, size: tuple[int, int]) -> View:
-    """The part of a picture of so many pixels (width, height) that the classifier's preprocessing leaves.
+    """The part of a picture of a size (width, height) that the classifier's preprocessing keeps.
 
-    With the crop mode 'border' it reaches beyond the picture.
+    With the crop mode 'border' it may extend beyond the picture.
     """
     config = resolve_model_data_config(classifier.model)
     height, width = config['input_size'][1:]
@@ -85,7 +85,7 @@ def to_input(view: View, size: tuple[int, int], point: tuple[float, float] | Non
         point: x and y in pixels of the picture, from its top left corner; None for the middle.
 
     Raises:
-        GeoPriorError: The point is outside the picture, or of what the network sees of it.
+        GeoPriorError: The point is outside the picture, or outside the part that the network sees.
     """
     width, height = size
     x, y = point or (width / 2, height / 2)
@@ -104,7 +104,7 @@ def to_input(view: View, size: tuple[int, int], point: tuple[float, float] | Non
 def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) -> list[Window]:
     """Where each head of each attention layer looks from a point, in the network's order.
 
-    The point is x and y in pixels of the input; a layer's window stands at its query that is nearest.
+    The point is x and y in pixels of the input; a layer's window is that of its nearest query.
     """
     windows = []
     for found in learned_radii(model, (int(model.in_chans), view.height, view.width)):  # type: ignore[arg-type]
@@ -125,26 +125,26 @@ def learned_windows(model: nn.Module, view: View, point: tuple[float, float]) ->
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure whose panels keep clear of its edges, in inches."""
+    """An empty figure of a size in inches, whose panels keep clear of its edges."""
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12, rect=(0, 0, 1, 0.98)))
 
 
 def fitting_size(text: str, size: float, width: float = PANEL_WIDTH, weight: str = 'normal') -> float:
-    """The font size, at most `size` points, at which a text is no wider than so many inches."""
+    """The largest font size, up to `size` points, at which a text is at most `width` inches wide."""
     plain = ''.join(character if character.isascii() else 'W' for character in text.replace('$', 'S'))
     drawn = TextPath((0, 0), plain, size=size, prop=FontProperties(weight=weight)).get_extents().width / 72
     return size * min(1, width / drawn) if drawn > 0 else size
 
 
 def draw_heading(axes: Axes, title: str, line: str = '') -> None:
-    """A title, and a smaller line below it, each as large as the panel's width allows."""
+    """Draw a title and a smaller line below it, each shrunk if it is wider than the panel."""
     size = fitting_size(title, 12, weight='bold')
     axes.set_title(title, loc='left', fontsize=size, fontweight='bold', pad=22 if line else 8)
     axes.text(0, 1.02, line, transform=axes.transAxes, fontsize=fitting_size(line, 9.5), color='0.35', va='bottom')
 
 
 def _draw_legend(axes: Axes, stages: Sequence[str]) -> None:
-    """Which colour is which stage."""
+    """Draw a legend of the stages' colours."""
     handles = [Line2D([], [], color=color, linewidth=3) for color, _ in zip(COLORS, stages, strict=False)]
     legend = axes.legend(handles, stages, loc='lower left', fontsize=9, framealpha=0.75, facecolor='black',
                          edgecolor='none', labelcolor='white', handlelength=1.2, borderaxespad=0.4,
@@ -154,7 +154,7 @@ def _draw_legend(axes: Axes, stages: Sequence[str]) -> None:
 
 
 def draw_photo(axes: Axes, image: Image.Image, view: View) -> None:
-    """What the network sees of a picture, on axes in pixels of the input."""
+    """Draw the part of a picture that the network sees, on axes in pixels of the input."""
     left, top, right, bottom = view.box
     box = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
     photo = image.resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS, box=box)
@@ -171,11 +171,11 @@ def _draw_cross(axes: Axes, point: tuple[float, float]) -> None:
 
 
 def _draw_stage(axes: Axes, windows: Sequence[Window], color: str) -> None:
-    """Light where the query looks, in the layers' own cells, and the radius of each layer around it."""
+    """Shade all but where the query looks, in the layers' own cells, and draw the radius of each layer around it."""
     rows, columns = max(tuple(window.weights.shape) for window in windows)
     across, down = min(window.cell for window in windows)
     weights = torch.stack([
-        torch.kron(window.weights / window.weights.max(),  # a coarser layer's cells are whole numbers of finer ones
+        torch.kron(window.weights / window.weights.max(),  # a coarser layer's cell is a whole number of finer ones
                    torch.ones(round(window.cell[1] / down), round(window.cell[0] / across)))[:rows, :columns]
         for window in windows]).mean(0)
     shade = np.zeros((rows, columns, 4))
@@ -193,7 +193,7 @@ def _range(values: Sequence[float], digits: int) -> str:
 
 
 def _radii_line(windows: Sequence[Window]) -> str:
-    """The radii of a stage's layers in pixels, and in cells where its maps have the same number of them."""
+    """The radii of a stage's layers in pixels, and in cells if all its maps have the same size."""
     pixels = f'{_range([window.radius * window.cell[1] for window in windows], 0)} px'
     if len({window.weights.shape for window in windows}) > 1:
         return f'radius {pixels}'
@@ -230,12 +230,12 @@ def draw_windows(
 
     Args:
         classifier: Its model is a GeoPrior ResNet.
-        image: In mode 'RGB'.
+        image: The picture, in mode 'RGB'.
         point: x and y in pixels of the picture, from its top left corner; None for the middle.
-        columns: Panels beside each other.
+        columns: Number of panels side by side.
 
     Raises:
-        GeoPriorError: The network has no attention layers, or the point is outside of what it sees.
+        GeoPriorError: The network has no attention layers, or the point is outside the part that it sees.
     """
     view = view_of(classifier, image.size)
     place = to_input(view, image.size, point)

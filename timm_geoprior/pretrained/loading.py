@@ -1,6 +1,6 @@
 """Verified loading: the bytes that the manifest names become a model's tensors, or an error says why not.
 
-The source of a converted tag that the manifest does not pin is the newest on the Hub, and is not checked.
+If the manifest does not pin a converted tag's source, the newest one on the Hub is loaded, unchecked.
 """
 import json
 import warnings
@@ -37,14 +37,14 @@ def build_with_verified_weights(
         pretrained_filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
         **kwargs: Any,
 ) -> _Model:
-    """timm's `build_model_with_cfg`, with verified weights where they are the manifest's own.
+    """timm's `build_model_with_cfg`, with verified weights if the manifest describes them.
 
-    The file is read and hashed in a thread while timm makes the model; then timm's own `load_pretrained` takes the
-    tensors, so that heads, input channels, strictness and feature extraction adapt as for any of its models. A source
-    of the user's own (`pretrained_cfg_overlay`, `hf-hub:`, `local-dir:`) stays timm's business.
+    The file is read and hashed in a thread while timm builds the model; then timm's own `load_pretrained` takes the
+    tensors, so that heads, input channels, strictness and feature extraction work as for any of its models. timm loads
+    a source that the user names (`pretrained_cfg_overlay`, `hf-hub:`, `local-dir:`), without verification.
 
     Raises:
-        WeightsError: The tag has no weights, or they cannot be had as the manifest has them.
+        WeightsError: The tag has no weights, or they cannot be fetched, read or converted, or do not match.
     """
     entry = _own_entry(variant, kwargs) if pretrained else None
     if entry is None:
@@ -52,7 +52,7 @@ def build_with_verified_weights(
             model_cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
     asset = weights_asset(entry)
     kernel = kwargs.get('attn_kernel', 'gaussian')
-    if not entry.source and kernel != 'gaussian':  # no tensor would show it; a conversion fits the kernel that it finds
+    if not entry.source and kernel != 'gaussian':  # no tensor shows it; a conversion fits either kernel
         warnings.warn(f'{entry.name} was trained with the Gaussian kernel, and computes something else with '
                       f'attn_kernel={kernel!r}. Leave out attn_kernel, or train the network further.', stacklevel=5)
     cache_dir = kwargs.get('cache_dir')
@@ -60,7 +60,7 @@ def build_with_verified_weights(
     with ThreadPoolExecutor(1) as thread:
         tensors = thread.submit(_load, asset, path, cache_dir)
 
-        # timm calls it where it would convert a file that it has read itself
+        # timm calls this where it would convert a state dict that it has read itself
         def take_verified(placeholder: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
             model.pretrained_cfg.pop('state_dict')  # type: ignore[operator,union-attr]
             try:
@@ -68,10 +68,10 @@ def build_with_verified_weights(
             except WeightsError:
                 raise
             except GeoPriorError as error:
-                source = f'made of {asset.hub_id}' if asset.hub_id else 'loaded'
+                source = f'made from {asset.hub_id}' if asset.hub_id else 'loaded'
                 raise WeightsError(f'{asset.title} cannot be {source}: {error}') from error
 
-        # timm deep-copies its cfg, so the tensors cannot go that way: a placeholder keeps it from looking for a file
+        # timm deep-copies its cfg, so the tensors are not in it: a placeholder keeps timm from looking for a file
         overlay = {**(kwargs.pop('pretrained_cfg_overlay', None) or {}), 'state_dict': {'verified': True}}
         return build_model_with_cfg(
             model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=take_verified,
@@ -79,12 +79,12 @@ def build_with_verified_weights(
 
 
 def _own_entry(variant: str, kwargs: dict[str, Any]) -> ModelEntry | None:
-    """The manifest's entry that timm would load from, or None where the source is not the manifest's."""
+    """The manifest's entry that timm would load, or None if the source is not the manifest's."""
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     entry = load_manifest().tags.get(f'{variant}.{cfg.tag}')
     if entry is None:
         return None
-    # whoever names another file for a known tag wants that file, of which the manifest has no hash
+    # a user who names another file for a known tag wants that file, and the manifest has no hash of it
     source = {key: value for key in _SOURCE_KEYS if (value := getattr(cfg, key))}
     return entry if source == source_keys(entry) else None
 
@@ -92,24 +92,24 @@ def _own_entry(variant: str, kwargs: dict[str, Any]) -> ModelEntry | None:
 def load_verified(entry: ModelEntry, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
     """Load a tag's tensors: the package's file, else the Hub's at the pinned revision.
 
-    A cached file that is not as the manifest has it is fetched afresh once. No network is used once it is cached.
+    A cached file that does not match the manifest is fetched again once. A pinned file that is cached needs no network.
 
     Args:
         entry: The manifest's entry.
-        cache_dir: Cache of huggingface_hub, where it is not to be the user's own.
+        cache_dir: The cache of huggingface_hub; None for the default one.
 
     Returns:
-        Name -> tensor on the CPU, in the file's types; all share one block of memory.
+        Name -> tensor on the CPU, in the file's dtypes; all share one block of memory.
 
     Raises:
-        WeightsError: The tag has no weights, they cannot be fetched, or size or SHA-256 are not the manifest's.
+        WeightsError: The tag has no weights, they cannot be fetched, or size or SHA-256 do not match.
     """
     asset = weights_asset(entry)
     return _load(asset, asset.locate(cache_dir), cache_dir)
 
 
 def load_golden(entry: ModelEntry, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
-    """Load a tag's golden 'input' (N, C, H, W) and 'logits' (N, classes), as `load_verified` does its weights."""
+    """Load a tag's golden 'input' (N, C, H, W) and 'logits' (N, classes), as `load_verified` loads its weights."""
     return _tensors(read_asset(golden_asset(entry), None, cache_dir))
 
 

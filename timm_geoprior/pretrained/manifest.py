@@ -1,8 +1,8 @@
-"""The manifest of the weights: which tags exist, what their bytes are, and what was measured with them.
+"""The weights manifest: which tags exist, the hashes of their files, and what was measured with them.
 
-`weights_manifest.json` is the one source: timm's `default_cfgs`, the README's table, model cards and the Hub's
+`weights_manifest.json` is the single source: timm's `default_cfgs`, the README's table, model cards and the Hub's
 config.json are generated from it. It is read from the package in a wheel and from the project's root in an editable
-install. Everything here is standard library: the manifest is read when the package is imported.
+install. Reading it needs only the standard library.
 """
 import functools
 import json
@@ -33,7 +33,7 @@ _T = TypeVar('_T')
 
 
 class ManifestError(GeoPriorError):
-    """The manifest is malformed, or asked for a name that it does not have."""
+    """The manifest is missing or malformed, cannot be written, or does not have the requested name."""
 
 
 def _check(condition: bool, where: str, got: object, wanted: str) -> None:
@@ -45,7 +45,7 @@ def _hex(digits: int) -> tuple[Callable[[str], object], str]:
     return re.compile(f'[0-9a-f]{{{digits}}}').fullmatch, f'{digits} lower-case hexadecimal digits'
 
 
-# what the values of a key must be beyond their type, wherever in the file it stands
+# requirements beyond the type, for the values of a key wherever it is in the file
 _RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(('num_classes', 'num_images', 'img_size', 'parameters', 'bytes'),
                     (lambda value: value > 0, 'above 0')),
@@ -62,12 +62,12 @@ _RULES: dict[str, tuple[Callable[[Any], object], str]] = {
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The classes of a data set, in class order; each label set stands once in the manifest."""
-    title: str  # what people call the data set
+    """The classes of a data set, in class order; the manifest has each label set once."""
+    title: str  # the usual name of the data set
     hub_dataset: str  # its name among the Hub's data sets
-    source: Literal['timm', 'manifest']  # 'timm' where timm ships the classes under the same name, else 'manifest'
+    source: Literal['timm', 'manifest']  # 'timm' if timm ships the classes under the same name, else 'manifest'
     num_classes: int
-    # WordNet id -> name, in class order; empty where timm has them
+    # WordNet id -> name, in class order; empty if timm has them
     classes: dict[str, str] = field(default_factory=dict)
     name: str = field(default='', metadata={'key': True})
 
@@ -97,7 +97,7 @@ class LabelSet:
 
 @dataclass(frozen=True)
 class InputConfig:
-    """How an image becomes the network's input at evaluation, in timm's words."""
+    """How an image becomes the network's input at evaluation, in timm's terms."""
     input_size: tuple[int, int, int]
     interpolation: str
     crop_pct: float
@@ -108,12 +108,12 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a tag gave on a data set: whole counts, so that it can be reproduced exactly.
+    """A tag's result on a data set, as whole counts, so that it can be reproduced exactly.
 
     Attributes:
-        precision: What the network computed in: 'float32', 'bfloat16' or 'float16'.
+        precision: The dtype of the computation: 'float32', 'bfloat16' or 'float16'.
         img_size: Height and width of the input, in pixels.
-        software: Package -> version of the measurement.
+        software: Package -> version used for the measurement.
     """
     dataset: str
     split: str
@@ -142,7 +142,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A plain network trained by the same recipe on the same data, for comparison."""
+    """A plain network trained with the same recipe on the same data, for comparison."""
     architecture: str
     parameters: int
     metric: Metric
@@ -167,15 +167,15 @@ class Golden:
 @dataclass(frozen=True)
 class Source:
     """The trained ResNet that a tag's weights are converted from."""
-    name: str  # timm's name of it, such as 'resnet50.a1_in1k'
-    # top-1 accuracy on ImageNet-1k in percent at the tag's input size and crop, as timm has published it
+    name: str  # timm's name for it, such as 'resnet50.a1_in1k'
+    # top-1 accuracy on ImageNet-1k in percent at the tag's input size and crop, as published by timm
     top1: float | None = None
     top5: float | None = None  # top-5 accuracy likewise
 
 
 @dataclass(frozen=True)
 class ConvertedEntry:
-    """What the manifest holds of a converted tag; timm's registry has the rest."""
+    """What the manifest stores about a converted tag; the rest comes from timm's registry."""
     # commit of the source's repository on the Hub that the tag is pinned to, 40 hexadecimal digits
     revision: str | None = None
     sha256: str | None = None  # SHA-256 of the source's model.safetensors
@@ -184,7 +184,7 @@ class ConvertedEntry:
 
     def __post_init__(self) -> None:
         pin = (self.revision, self.sha256, self.bytes)
-        _check(all(pin) or pin == (None, None, None), 'revision, sha256 and bytes', pin, 'given all three or none')
+        _check(all(pin) or pin == (None, None, None), 'revision, sha256 and bytes', pin, 'all given or all left out')
 
 
 @dataclass(frozen=True)
@@ -194,21 +194,21 @@ class ModelEntry:
     Attributes:
         status: 'planned' (no weights yet), 'staged' (made, not released), 'bundled' (in this package), 'published', or
             'converted' (from a trained ResNet of timm, when it is loaded).
-        default: Whether the bare architecture's name means this tag.
+        default: Whether the architecture's name alone means this tag.
         hub_id: 'owner/name' of the Hub repository.
         revision: Commit of that repository, 40 hexadecimal digits.
         file: Name of the weights file, in the package's weights folder if bundled, in the repository if published.
         sha256: SHA-256 of that file.
         bytes: Its size.
-        dtype: Type of its tensors of two dimensions and more; the others are float32.
+        dtype: Dtype of its tensors with two or more dimensions; the others are float32.
         license: SPDX identifier of the weights' licence.
-        data_terms: Terms of the data that the weights have seen.
+        data_terms: Terms of the data that the weights were trained on.
         label_set: Name of the label set.
         first_conv: Name of the network's first convolution, which timm adapts to other numbers of input channels.
-        recipe: Name of the recipe, a file of timm_geoprior/training/recipes without its ending.
-        recipe_commit: Commit of this project that trained it.
+        recipe: Name of the recipe, a file of timm_geoprior/training/recipes without its extension.
+        recipe_commit: Commit of this project that it was trained with.
         base_model: Tag or Hub id of the weights that training started from, if any.
-        num_classes: Number of classes, the label set's.
+        num_classes: Number of classes; 0 for a backbone.
         source: What the weights are converted from; the file, its size and its hash are then the source's.
     """
     status: Status
@@ -273,7 +273,7 @@ class Manifest:
 
     Attributes:
         models: The tags that the file describes.
-        converted: What the file holds of converted tags; those that it does not name exist too.
+        converted: What the file stores about converted tags; it need not name all of them.
     """
     schema_version: int
     label_sets: dict[str, LabelSet]
@@ -284,14 +284,14 @@ class Manifest:
         for architecture in {entry.architecture for entry in self.models.values()}:
             defaults = [e.name for e in self.models.values() if e.architecture == architecture and e.default]
             if architecture in SOURCES:
-                _check(not defaults, f'default of {architecture}', defaults, "no tag, since timm's, converted, is it")
+                _check(not defaults, f'default of {architecture}', defaults, 'left to a converted tag')
             else:
                 _check(len(defaults) == 1, f'default of {architecture}', defaults, 'one tag')
 
     @functools.cached_property
     def tags(self) -> dict[str, ModelEntry]:
         """All tags, those of `models` and the converted ones, by architecture."""
-        from .cfgs import converted_entries  # asks timm
+        from .cfgs import converted_entries  # imports timm
 
         entries = [*self.models.values(), *converted_entries(self)]
         order = {architecture: place for place, architecture in enumerate(dict.fromkeys(
@@ -299,7 +299,7 @@ class Manifest:
         return {entry.name: entry for entry in sorted(entries, key=lambda entry: order[entry.architecture])}
 
     def find(self, name: str) -> ModelEntry | None:
-        """As `get`, but None where there is no such name."""
+        """Like `get`, but returns None if there is no such name."""
         return next((entry for entry in self.tags.values()
                      if name == entry.name or (name == entry.architecture and entry.default)), None)
 
@@ -307,7 +307,7 @@ class Manifest:
         """Look up 'architecture.tag', or an architecture for its default tag.
 
         Raises:
-            ManifestError: There is no such name; the message lists those there are.
+            ManifestError: There is no such name; the message lists valid ones.
         """
         if entry := self.find(name):
             return entry
@@ -326,7 +326,7 @@ def to_json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses to JSON's types, without absent values and without what stands in a key already."""
+    """Convert dataclasses to JSON's types, without absent values and without fields that the file does not store."""
     if is_dataclass(value):
         stored = {f.name: getattr(value, f.name) for f in fields(value) if not f.metadata.get('key')}
         return {name: _plain(item) for name, item in stored.items() if item is not None and item not in ({}, ())}
@@ -336,7 +336,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parse(kind: Any, value: Any, where: str, **given: Any) -> Any:
-    """Turn JSON's types into the type `kind`, or say where they do not fit."""
+    """Convert a JSON value to the type `kind`, or say where it does not fit."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
         return _parse_dataclass(cast(type, kind), value, where, given)
@@ -347,7 +347,7 @@ def _parse(kind: Any, value: Any, where: str, **given: Any) -> Any:
         return value
     if origin is dict:
         _check(isinstance(value, dict), where, value, 'an object')
-        # the models and label sets of an object are named by its keys
+        # the keys of an object of models or label sets are their names
         named = is_dataclass(args[1]) and any(f.name == 'name' for f in fields(args[1]))
         return {key: _parse(args[1], item, f'{where}.{key}', **{'name': key} if named else {})
                 for key, item in value.items()}
@@ -385,7 +385,7 @@ def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
     except ValueError as error:
         raise ManifestError(f'{where} must be JSON, got a text that is not ({error}).') from None
     _check(isinstance(data, dict), where, data, 'an object')
-    version = data.get('schema_version')  # before all else, which a newer one may have changed
+    version = data.get('schema_version')  # first, since a newer version may have changed all else
     _check(version == SCHEMA_VERSION, f'schema_version of {where}', version, f'{SCHEMA_VERSION} (update timm_geoprior)')
     manifest = cast(Manifest, _parse(Manifest, data, where))
     models = {name: _with_classes(entry, manifest.label_sets) for name, entry in manifest.models.items()}
@@ -393,7 +393,7 @@ def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
 
 
 def parse_entry(name: str, data: Any, label_sets: dict[str, LabelSet]) -> ModelEntry:
-    """Parse and check what a manifest has under a model's name, as `parse_manifest` does."""
+    """Parse and check a manifest's entry of one model, as `parse_manifest` does."""
     return _with_classes(cast(ModelEntry, _parse(ModelEntry, data, f'models.{name}', name=name)), label_sets)
 
 
@@ -424,7 +424,7 @@ def _load(path: Path) -> Manifest:
 
 
 def load_manifest(path: Path | None = None) -> Manifest:
-    """Read the manifest, the package's own or another file, once in each process.
+    """Read the manifest, the package's own or another file, once per process.
 
     Raises:
         ManifestError: It is missing or malformed.
@@ -433,20 +433,21 @@ def load_manifest(path: Path | None = None) -> Manifest:
 
 
 def update_manifest(path: Path | None, entry: ModelEntry, *, replace_weights: bool = False) -> Manifest:
-    """Write one entry: new, or in place of the one of the same name. Writers wait for each other.
+    """Add an entry, or replace the one of the same name. Writers wait for each other.
 
-    The file is replaced at once (temporary file, fsync, rename), so that a reader sees the old or the new one.
+    The file is replaced atomically (temporary file, fsync, rename), so that a reader sees the old or the new one.
 
     Args:
-        path: The manifest, else the package's own.
+        path: The manifest; None for the package's own.
         entry: What to write.
-        replace_weights: Allow other bytes under a released tag's name; for a tag that nobody has loaded yet.
+        replace_weights: Allow other bytes under a released tag's name, for a tag that nobody has loaded yet.
 
     Returns:
         The manifest as written.
 
     Raises:
-        ManifestError: The file is malformed, the entry does not fit into it, or it would change a released tag's bytes.
+        ManifestError: The file is malformed or cannot be written, or the entry is invalid or would change a released
+            tag's bytes.
     """
     def change(manifest: Manifest) -> Manifest:
         if not replace_weights:
@@ -457,7 +458,7 @@ def update_manifest(path: Path | None, entry: ModelEntry, *, replace_weights: bo
 
 
 def update_converted(path: Path | None, name: str, **changes: Any) -> Manifest:
-    """Change fields of a tag's `ConvertedEntry`, as `update_manifest` writes an entry."""
+    """Change fields of a tag's `ConvertedEntry`; the file is written as by `update_manifest`."""
     def change(manifest: Manifest) -> Manifest:
         entry = replace(manifest.converted.get(name, ConvertedEntry()), **changes)
         return replace(manifest, converted=dict(sorted({**manifest.converted, name: entry}.items())))
@@ -466,24 +467,24 @@ def update_converted(path: Path | None, name: str, **changes: Any) -> Manifest:
 
 
 def _rewrite(path: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
-    from filelock import FileLock  # of torch's dependencies; not needed to read
+    from filelock import FileLock  # a dependency of torch, needed only to write
 
     try:
         with FileLock(path.with_name(f'.{path.name}.lock')):
             text = change(parse_manifest(path.read_text(encoding='utf-8'), str(path))).to_json()
             updated = parse_manifest(text, str(path))
-            for left in path.parent.glob(f'.{path.name}.*.tmp'):  # by a writer that was killed
+            for left in path.parent.glob(f'.{path.name}.*.tmp'):  # left by a writer that was killed
                 left.unlink()
             write_atomically(path, text.encode('utf-8'))
     except OSError as error:
-        raise ManifestError(f'{path} could not be written ({first_line(error)}) and is as it was. Make room, or run '
-                            f'this in a checkout of your own.') from None
+        raise ManifestError(f'{path} could not be written ({first_line(error)}) and is unchanged. Free some space, '
+                            f'or run this in a checkout of your own.') from None
     _load.cache_clear()
     return updated
 
 
 def check_bytes_stay(manifest: Manifest, entry: ModelEntry) -> None:
-    """Raise ManifestError if an entry has other bytes than the released tag of its name, which never change."""
+    """Raise ManifestError if an entry would change the bytes of the released tag of its name."""
     old = manifest.models.get(entry.name)
     if old is not None and old.has_weights and old.sha256 != entry.sha256:
         raise ManifestError(f"{entry.name} must keep the sha256 {old.sha256}, since a tag's bytes never change, got "
@@ -491,10 +492,9 @@ def check_bytes_stay(manifest: Manifest, entry: ModelEntry) -> None:
 
 
 def default_model(manifest: Manifest) -> ModelEntry:
-    """The model that commands take where none is named: of the bundled tags the most accurate, else a published one.
-    """
+    """The model that commands use by default: the most accurate bundled tag, else the most accurate published one."""
     for status in ('bundled', 'published'):
         entries = [entry for entry in manifest.models.values() if entry.status == status]
-        if entries:  # of equals the first
+        if entries:  # the first of equals
             return max(entries, key=lambda entry: entry.metrics[0].top1 if entry.metrics else 0)
-    raise ManifestError('The manifest must have a bundled or a published tag, got none. Name a model by --model.')
+    raise ManifestError('The manifest must have a bundled or a published tag, got none. Name a model with --model.')

@@ -1,4 +1,4 @@
-"""Are the weights what the manifest says, and what does this installation look like?"""
+"""Checks of the weights against the manifest, and a report on this installation."""
 import copy
 import os
 import platform
@@ -21,8 +21,8 @@ from .manifest import ModelEntry, load_manifest, manifest_path
 
 __all__ = ['GOLDEN_TOLERANCES', 'Check', 'doctor', 'golden_error', 'verify_tags']
 
-# Of the largest logit, on a CPU, by the type of the weights: several times what `timm-geoprior verify` prints for the
-# bundled network with AVX-512. No GPU has been measured.
+# relative to the largest logit, on a CPU, by the dtype of the weights: several times what `timm-geoprior verify` prints
+# for the bundled network with AVX-512; not measured on a GPU
 GOLDEN_TOLERANCES = {'float32': 1e-5, 'float16': 1e-2, 'bfloat16': 5e-2}
 
 PACKAGES = ('timm_geoprior', 'timm', 'torch', 'torchvision', 'huggingface_hub', 'safetensors', 'transformers')
@@ -31,10 +31,10 @@ VARIABLES = ('HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'HF_HUB
 
 @dataclass(frozen=True)
 class Check:
-    """What came of one check of one tag."""
+    """The result of one check of one tag."""
     name: str
-    what: str  # 'bundled file', 'cached file', 'file on the Hub' or 'golden outputs'
-    ok: bool | None  # whether it is as the manifest says; None where there was nothing to check
+    what: str  # 'source', 'bundled file', 'cached file', 'file on the Hub' or 'golden outputs'
+    ok: bool | None  # whether it matches the manifest; None if it was not checked
     detail: str
 
 
@@ -42,7 +42,7 @@ class Check:
 def golden_error(model: nn.Module, golden: dict[str, Tensor]) -> float:
     """How far a model's logits are from the golden ones: the largest difference over the largest logit, or NaN.
 
-    The model is judged in its own type and on its own device, with 'input' (N, C, H, W) and 'logits' (N, classes).
+    The model runs in its own dtype and on its own device. `golden` has 'input' (N, C, H, W) and 'logits' (N, classes).
     """
     parameter = next(model.parameters())
     logits = model.eval()(golden['input'].to(parameter)).float().cpu()
@@ -50,17 +50,17 @@ def golden_error(model: nn.Module, golden: dict[str, Tensor]) -> float:
 
 
 def verify_tags(names: Iterable[str] = ()) -> list[Check]:
-    """Hold bundled, cached and Hub files and golden outputs against the manifest.
+    """Check bundled, cached and Hub files and golden outputs against the manifest.
 
     Args:
-        names: Tags, or architectures for their default tags; none for all that the manifest has a hash of.
+        names: Tags, or architectures for their default tags; if empty, all tags with a hash in the manifest.
 
     Returns:
-        The checks, in order; a failed one is no exception.
+        The checks, in order; a failed one raises no exception.
 
     Raises:
         ManifestError: A name is unknown.
-        WeightsError: A tag that was named has no weights.
+        WeightsError: A named tag has no weights.
     """
     manifest = load_manifest()
     entries = [manifest.get(name) for name in names] or [
@@ -71,7 +71,7 @@ def verify_tags(names: Iterable[str] = ()) -> list[Check]:
 
 
 def _checks(entry: ModelEntry) -> Iterator[tuple[str, bool | None, str]]:
-    """What of a tag is checked, and what came of it, as `Check` has it."""
+    """Check a tag, and yield the fields of each `Check` except its name."""
     path = bundled_path(entry)
     if entry.status == 'converted' and entry.sha256 is None:
         yield 'source', None, f'{entry.hub_id} is not pinned: the manifest has no hash of it'
@@ -95,7 +95,7 @@ def _check_file(entry: ModelEntry, path: Path) -> tuple[bool, str]:
 
 
 def _check_hub(entry: ModelEntry) -> tuple[bool | None, str]:
-    """What the Hub says it would send, without fetching it."""
+    """Compare what the Hub says it would send with the manifest, without fetching it."""
     if constants.HF_HUB_OFFLINE:
         return None, 'HF_HUB_OFFLINE is set'
     place = f'{entry.hub_id} at {entry.revision}'
@@ -110,23 +110,23 @@ def _check_hub(entry: ModelEntry) -> tuple[bool | None, str]:
 
 
 def _check_golden(entry: ModelEntry) -> tuple[bool, str]:
-    """The whole way that a user goes: timm's own call, then the fixed input, on the CPU in each precision."""
+    """Load the model as a user does, through timm's own call, and run the fixed input on the CPU in each precision."""
     try:
         golden = load_golden(entry)
         model = timm.create_model(entry.name, pretrained=True)
     except WeightsError as problem:
         return False, str(problem)
-    # each from the weights as they were loaded: float16 would round a bfloat16 made after it
+    # each from the weights as loaded: a bfloat16 model made from the float16 one would be rounded twice
     errors = {name: golden_error(copy.deepcopy(model).to(getattr(torch, name)), golden) for name in GOLDEN_TOLERANCES}
     found = ', '.join(f'{errors[name]:.1e} in {name} (tolerance {at_most:.0e})'
                       for name, at_most in GOLDEN_TOLERANCES.items())
     return (all(errors[name] <= at_most for name, at_most in GOLDEN_TOLERANCES.items()),
-            f'logits differ, as shares of the largest, by {found}')
+            f'logits differ, relative to the largest, by {found}')
 
 
 def doctor() -> dict[str, Any]:
-    """What a report of a problem needs: versions, places, and which tags load. No token or password is in it."""
-    cache = Path(constants.HF_HUB_CACHE)  # if it does not exist, the nearest folder above it is what must be writable
+    """What a bug report needs: versions, locations, and which tags load. It contains no token or password."""
+    cache = Path(constants.HF_HUB_CACHE)  # if it does not exist, the nearest folder above it must be writable
     return {
         'platform': f'{platform.platform()}, Python {platform.python_version()}',
         'packages': {name: _version(name) for name in PACKAGES},
@@ -137,7 +137,7 @@ def doctor() -> dict[str, Any]:
         'cache_writable': os.access(next(filter(Path.exists, (cache, *cache.parents))), os.W_OK),
         'logged_in': get_token() is not None,
         'environment': {name: redact(os.environ[name]) for name in VARIABLES if name in os.environ},
-        # of the converted tags those that are here: of the others each would be a question to the Hub
+        # only cached converted tags: each other one would need a request to the Hub
         'tags': {entry.name: _load_report(entry) for entry in load_manifest().tags.values()
                  if entry.status != 'converted' or weights_asset(entry).cached()},
     }
@@ -151,7 +151,7 @@ def _version(package: str) -> str:
 
 
 def _load_report(entry: ModelEntry) -> str:
-    """Whether a tag loads; nothing large is fetched for it."""
+    """Whether a tag loads; weights that are not cached are not downloaded."""
     if not entry.has_weights:
         return f'{entry.status}, no weights'
     if not bundled_path(entry).exists() and entry.hub_id and not weights_asset(entry).cached():

@@ -1,4 +1,4 @@
-"""What is written about the models, generated from the manifest: config.json, model card, the README's tables."""
+"""What is written about the models: model cards and the README's tables, from the manifest, and a plot of the radii."""
 from collections.abc import Collection
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def converted_table(manifest: Manifest) -> str:
 
 
 def runs_table(manifest: Manifest) -> str:
-    """The README's table of how the weights were made, in Markdown: those that the manifest has a training log of."""
+    """The README's table of how the weights were made, in Markdown: those with a training log in the manifest."""
     rows = []
     for entry in manifest.models.values():
         if not (log := entry.train_log):
@@ -116,7 +116,7 @@ def readme_tables(manifest: Manifest) -> str:
 
 
 def update_readme(path: Path, manifest: Manifest) -> bool:
-    """Put the tables of models and runs between their markers in a README; whether it was changed."""
+    """Write all tables between their markers in a README; returns whether it was changed."""
     text = path.read_text(encoding='utf-8')
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -131,12 +131,12 @@ def update_readme(path: Path, manifest: Manifest) -> bool:
 def model_card(
         entry: ModelEntry, manifest: Manifest, recipe: str = '', beside: Collection[str] = (), experiments: str = '',
 ) -> ModelCard:
-    """The model card of a tag, README.md of its repository.
+    """The model card of a tag: the README.md of its repository.
 
     Args:
         recipe: The recipe as YAML, to be quoted.
-        beside: Files of the run that lie beside the card, of `train_log.csv` and `curves.png`.
-        experiments: Markdown of what else was found with this architecture, to be quoted.
+        beside: Which of the files `train_log.csv` and `curves.png` are next to the card.
+        experiments: Markdown with further results for this architecture, to be quoted.
     """
     data_set = manifest.label_sets[entry.label_set]
     data = ModelCardData(
@@ -193,7 +193,7 @@ probabilities = model(transform(Image.open('image.jpg').convert('RGB'))[None]).s
 
 Loaded by this name, the weights come from a pinned commit and are checked against the SHA-256 that the package carries.
 `hf-hub:` names of timm and transformers' `TimmWrapperForImageClassification` and `pipeline` load this repository too,
-after `import timm_geoprior`, but do not check it. For features take timm's `features_only=True`: `TimmBackbone` of
+after `import timm_geoprior`, but do not check it. For features use timm's `features_only=True`: `TimmBackbone` of
 transformers 5.24 loads the weights of any timm network, then resets the running statistics of its batch norms."""
 
 
@@ -212,7 +212,7 @@ def _figures(entry: ModelEntry) -> str:
     precisions = ' '.join(dict.fromkeys(metric.precision for metric in entry.metrics))
     return text + f"""
 
-To measure again, in a checkout of the project (the command fails if a figure differs):
+To reproduce the figures, in a checkout of the project (the command fails if one differs):
 
 ```bash
 python scripts/validate.py --check --data-dir DIR \\
@@ -247,7 +247,7 @@ For research on image classification and as a starting point for fine-tuning. It
 of {title} and answers with one of them whatever it is shown; its errors and biases are those of that data set, and it
 has not been tested for any decision about people.
 
-The weights are under {entry.license}. Terms of the data they have seen: {entry.data_terms}."""
+The weights are under {entry.license}. Terms of the data they were trained on: {entry.data_terms}."""
 
 
 def plot_radii(layers: list[LayerRadii], path: Path) -> None:
@@ -260,7 +260,7 @@ def plot_radii(layers: list[LayerRadii], path: Path) -> None:
         axes.plot([index] * len(layer.relative), layer.relative, 'o', color='C0')
     axes.set_yscale('log')
     lowest, highest = axes.get_ylim()
-    axes.set_ylim(min(lowest, 0.01), max(highest, 5))  # so that the plots of different networks compare
+    axes.set_ylim(min(lowest, 0.01), max(highest, 5))  # so that the plots of different networks are comparable
     axes.yaxis.set_major_formatter('{x:g}')
     axes.yaxis.set_minor_formatter('')
     axes.axhline(1, color='0.7', linewidth=1)
@@ -272,7 +272,7 @@ def plot_radii(layers: list[LayerRadii], path: Path) -> None:
 
 
 def main() -> None:
-    """Write the README's tables anew."""
+    """Update the README's tables."""
     update_readme(manifest_path().parent / 'README.md', load_manifest())
 
 

@@ -1,4 +1,4 @@
-"""What the project keeps of the sources of converted tags: pins, and the figures that timm has published.
+"""What the project records about the sources of converted tags: pins, and the figures that timm has published.
 
     python -m timm_geoprior.release.pin results-imagenet.csv
 
@@ -29,20 +29,20 @@ COLUMNS = ('model', 'img_size', 'crop_pct', 'top1', 'top5')
 
 
 def pin_sources(names: Iterable[str] = (), manifest_file: Path | None = None) -> Iterator[str]:
-    """Write revision, SHA-256 and size of the newest file of each source into the manifest.
+    """Write the revision, SHA-256 and size of each source's newest file into the manifest.
 
-    From then on a converted tag loads exactly these bytes, and its figures are of them: those of other bytes go.
+    From then on a converted tag loads exactly these bytes; figures that were measured with other bytes are removed.
 
     Args:
-        names: Converted tags, or architectures for their default tags; none for all.
-        manifest_file: The manifest, else the package's own.
+        names: Converted tags, or architectures for their default tags; empty for all converted tags.
+        manifest_file: The manifest; None for the package's own.
 
     Yields:
         A line about each tag, once it is pinned.
 
     Raises:
         ManifestError: There is no such tag.
-        GeoPriorError: A tag is not converted, or the Hub does not say what its source's file is.
+        GeoPriorError: A tag is not a converted one, or its source's file cannot be looked up on the Hub.
     """
     manifest = load_manifest(manifest_file)
     entries = [manifest.get(name) for name in names] or [
@@ -66,14 +66,14 @@ def _pin(entry: ModelEntry, manifest_file: Path | None) -> str:
     metrics = entry.metrics if found.etag == entry.sha256 else ()
     update_converted(manifest_file, entry.name, revision=found.commit_hash, sha256=found.etag, bytes=found.size,
                      metrics=metrics)
-    dropped = ', its figures were of other bytes and are gone' if metrics != entry.metrics else ''
+    dropped = ', its figures, measured with other bytes, were removed' if metrics != entry.metrics else ''
     return f'{entry.name}: {entry.hub_id} at {found.commit_hash}, sha256 {found.etag}{dropped}'
 
 
 def write_published_results(table: Path, output: Path = PUBLISHED_RESULTS) -> int:
-    """Take the figures of the sources, each at the size and crop of its cfg, out of timm's results-imagenet.csv.
+    """Extract the figures of the sources, each at the size and crop of its cfg, from timm's results-imagenet.csv.
 
-    Returns the number of sources that the table has a figure of.
+    Returns the number of sources that the table has figures for.
     """
     wanted = {(f'{source}.{cfg.tag}', cfg.input_size[-1], cfg.crop_pct)
               for source in SOURCES.values() for cfg in get_arch_pretrained_cfgs(source).values()}

@@ -1,6 +1,6 @@
 """The command `timm-geoprior publish`, which scripts/publish.py runs too.
 
-Nothing here imports torch or timm before it is needed, so that `--help` and a usage error come at once.
+Nothing here imports torch or timm before it is needed, so that `--help` and usage errors appear at once.
 """
 import argparse
 import sys
@@ -55,7 +55,7 @@ def _parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespac
 
 
 def _problem(args: argparse.Namespace) -> str:
-    """What is wrong with the options together; '' if nothing is."""
+    """What is wrong with the combination of options; '' if nothing is."""
     staging = {'results': args.results, 'baseline': args.baseline, 'experiments': args.experiments,
                'use-ema': args.weights == 'ema', 'raw': args.weights == 'raw'}
     unused = [name for name, value in staging.items() if value]
@@ -74,7 +74,7 @@ def _problem(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior publish') -> int:
-    """Stage, bundle or push a model; the exit code: 0, or 1 after a message on stderr."""
+    """Stage, bundle or push a model; returns the exit code: 0, or 1 after a message on stderr."""
     args = _parse_arguments(argv, prog)
     try:
         with needs_extra('train', 'matplotlib'):

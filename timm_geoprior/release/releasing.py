@@ -1,6 +1,6 @@
-"""From a checkpoint to a staged folder, then into the package, or onto the Hub.
+"""From a checkpoint to a staged folder, then into the package or onto the Hub.
 
-`bundle` and `push` write the manifest in their last step only.
+`bundle` and `push` write the manifest only in their last step.
 """
 import argparse
 import tempfile
@@ -41,7 +41,7 @@ __all__ = ['bundle', 'push', 'record_results', 'release']
 
 
 def release(args: argparse.Namespace) -> None:
-    """Do what the arguments of `publish.py` say, and print what was done."""
+    """Do what the arguments of `timm-geoprior publish` say, and print what was done."""
     if not args.output:
         _report(record_results(load_manifest().get(args.tag), args.results))
     elif args.checkpoint:
@@ -60,13 +60,13 @@ def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: boo
     """Put a staged folder's weights and golden outputs into the package, and its entry into the manifest.
 
     Args:
-        folder: What `stage` made.
-        manifest_file: The manifest, else the package's own.
-        replace_weights: Allow other bytes under a bundled tag's name, before it is released.
+        folder: A folder made by `stage`.
+        manifest_file: The manifest; None for the package's own.
+        replace_weights: Allow new weights for a bundled tag that is not released yet.
 
     Raises:
-        GeoPriorError: It is no staged folder.
-        ManifestError: The manifest does not take it.
+        GeoPriorError: It is not a staged folder.
+        ManifestError: The entry would make the manifest invalid, or changes a tag's weights.
     """
     manifest = load_manifest(manifest_file)
     entry = read_staged(folder, manifest)
@@ -76,7 +76,7 @@ def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: boo
     golden = path.with_suffix('.golden.safetensors')
     assert entry.golden is not None, 'the manifest checks that a staged tag has them'
     entry = replace(entry, status='bundled', file=path.name, golden=Golden(golden.name, entry.golden.sha256))
-    # what the manifest would refuse is refused before the package's files are others
+    # check what the manifest would refuse before the package's files change
     parse_manifest(to_json(replace(manifest, models={**manifest.models, entry.name: entry})), f'{folder}')
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, (folder / WEIGHTS).read_bytes())
@@ -90,18 +90,18 @@ def bundle(folder: Path, manifest_file: Path | None = None, replace_weights: boo
 def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path | None = None) -> ModelEntry:
     """Create the repository, commit a staged folder, read the commit back, and only then write the manifest.
 
-    A push that was interrupted can be run again: what is there already is not sent twice. The token is the
-    environment's (HF_TOKEN) or the login's.
+    An interrupted push can be run again: files that are there already are not sent twice. The token comes from
+    HF_TOKEN or `hf auth login`.
 
     Args:
-        folder: What `stage` made.
+        folder: A folder made by `stage`.
         repo_id: 'owner/name'.
-        public: Make a new repository public; one that exists stays as it is.
-        manifest_file: The manifest, else the package's own.
+        public: Make a new repository public; an existing one stays as it is.
+        manifest_file: The manifest; None for the package's own.
 
     Raises:
-        GeoPriorError: There is no token, it may not write, the network broke, or what came back is not what was sent.
-        ManifestError: The manifest does not take it.
+        GeoPriorError: There is no token, it has no write access, the network failed, or the files read back differ.
+        ManifestError: The entry would make the manifest invalid, or changes a tag's weights.
     """
     manifest = load_manifest(manifest_file)
     entry = read_staged(folder, manifest)
@@ -115,7 +115,7 @@ def push(folder: Path, repo_id: str, public: bool = False, manifest_file: Path |
         raise
     except Exception as error:
         raise GeoPriorError(f'{entry.name} could not be pushed to {repo_id}: {_describe_push_error(error)}. '
-                            f'The manifest is as it was; run it again to go on.') from None
+                            f'The manifest is unchanged; run the command again to continue.') from None
     entry = replace(entry, status='published', hub_id=repo_id, revision=revision)
     update_manifest(manifest_file, entry)
     return entry
@@ -127,26 +127,26 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _commit(entry: ModelEntry, folder: Path, repo_id: str, public: bool) -> tuple[str, str]:
-    """Send the folder in one commit; the repository's full name and the commit."""
+    """Push the folder in one commit; returns the repository's full name and the commit."""
     api = HfApi(library_name='timm_geoprior')
-    repo_id = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id  # with its owner, if left out
+    repo_id = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id  # includes the owner
     head = api.model_info(repo_id).sha
     files = [CommitOperationAdd(name, path) for name, path in _files(folder).items()]
-    # the parent makes a push at the same time from elsewhere fail instead of mixing with this one
+    # with the parent given, one of two concurrent pushes fails instead of mixing with the other
     commit = api.create_commit(repo_id, files, commit_message=f'Add {entry.name}', parent_commit=head)
     return repo_id, commit.oid
 
 
 def _read_back(entry: ModelEntry, folder: Path, repo_id: str, revision: str) -> None:
-    """Fetch the commit into an empty cache, and compare every file, and the logits."""
+    """Fetch the commit into an empty cache, and compare every file and the logits."""
     with tempfile.TemporaryDirectory() as cache:
         root = Path(cache)
-        for name, path in _files(folder).items():  # as a stranger would get them: not from this machine's cache
+        for name, path in _files(folder).items():  # as anyone else would get them, not from this machine's cache
             fetched = Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache))
             root = fetched.parent if name == WEIGHTS else root
             if fetched.read_bytes() != path.read_bytes():
                 raise GeoPriorError(f'{name} of {repo_id} at {revision} came back with other bytes than were sent. The '
-                                    f'manifest is as it was; run it again.')
+                                    f'manifest is unchanged; run the command again.')
         check_loads(entry, root)
 
 
@@ -156,13 +156,13 @@ def _describe_push_error(error: Exception) -> str:
     if status == 412:
         return 'another commit came in between'
     if status in (401, 403):
-        return (f'the Hub answered {status}: the token must have write rights for it '
+        return (f'the Hub answered {status}: the token must have write access to it '
                 f'(`hf auth whoami` says whose it is)')
     return describe_hub_error(cause)
 
 
 def record_results(entry: ModelEntry, results: Path, manifest_file: Path | None = None) -> ModelEntry:
-    """Take what `timm-geoprior validate` measured with a converted tag into the manifest."""
+    """Write what `timm-geoprior validate` measured with a converted tag into the manifest."""
     if entry.status != 'converted':
         raise GeoPriorError(f'--results alone must be figures of a converted tag, got those of {entry.name}. '
                             f'Stage a checkpoint with --results and --output.')

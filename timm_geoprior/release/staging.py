@@ -1,6 +1,6 @@
-"""From a checkpoint to a staged folder, which is the Hub repository before it is one.
+"""From a checkpoint to a staged folder, which has the content of the Hub repository to be.
 
-It holds the weights as they are released, golden outputs, config.json, the manifest's entry in results.json, a model
+It holds the weights as released, golden outputs, config.json, the manifest's entry in results.json, a model
 card and the run's log.
 """
 import copy
@@ -44,28 +44,27 @@ __all__ = ['Evidence', 'check_loads', 'export_weights', 'read_metrics', 'read_st
 
 WEIGHTS, RESULTS, TRAIN_LOG, CURVES = 'model.safetensors', 'results.json', 'train_log.csv', 'curves.png'
 STAGED = {WEIGHTS, RESULTS, TRAIN_LOG, CURVES, 'golden', 'config.json', 'README.md', 'radii.png'}
-GOLDEN = 'golden/outputs.safetensors'  # a second such file beside the weights confuses timm up to 1.0.27
+GOLDEN = 'golden/outputs.safetensors'  # a second such file next to the weights confuses timm up to 1.0.27
 
 ROUNDING_TOLERANCE = 2e-2  # of the largest logit, for weights rounded to float16
 
-# what a network may be trained with and still be its architecture
+# options that may be set in training without changing the architecture
 TRAINING_OPTIONS = {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'attn_radius', 'zero_init_last', 'num_classes'}
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a staged folder tells besides the weights."""
-    # what `timm-geoprior validate` measured with the staged weights; without it the figures stay the entry's
+    """What a staged folder documents besides the weights."""
+    # what `timm-geoprior validate` measured with the staged weights; None keeps the entry's figures
     results: Path | None = None
-    # what it measured with the plain network of the same recipe; without it that stays the entry's
+    # what it measured with the plain network of the same recipe; None keeps the entry's
     baseline: Path | None = None
     run: Path | None = None  # folder of the training run, for its log, its summary and its curves
-    experiments: Sequence[Path] = ()  # Markdown files of what else was found with this architecture, for the model card
+    experiments: Sequence[Path] = ()  # Markdown files with further results for this architecture, for the model card
 
 
 def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they are released: float16, but float32 below two dimensions, where radii and variances keep digits.
-    """
+    """Tensors as released: float16, but float32 below two dimensions, so that radii and variances keep their digits."""
     released = {}
     for name, tensor in state_dict.items():
         dtype = torch.float32 if tensor.ndim < 2 else torch.float16
@@ -78,7 +77,7 @@ def release_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> str:
-    """Write weights as they are released, the same always as the same bytes, and return the file's SHA-256."""
+    """Write weights as released, the same weights as the same bytes, and return the file's SHA-256."""
     content = save(release_tensors(state_dict), {'format': 'pt', **metadata})
     size = int.from_bytes(content[:8], 'little')
     header = json.loads(content[8:8 + size])
@@ -94,22 +93,22 @@ def export_weights(state_dict: dict[str, Tensor], path: Path, metadata: dict[str
 
 @torch.no_grad()
 def golden_tensors(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Tensor]:
-    """A fixed input, smooth as a picture is, and the logits that the model gives for it in float32 on the CPU."""
+    """A fixed input, smooth like a photograph, and the model's logits for it in float32 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(2, input_size[0], 8, 8, generator=generator)
     smooth = nn.functional.interpolate(coarse, input_size[1:], mode='bicubic')
     noise = 0.2 * torch.randn(2, *input_size, generator=generator)
-    images = (smooth + noise).half()  # half the file, and every value exact in float32 too
+    images = (smooth + noise).half()  # halves the file, and every value is exact in float32 too
     return {'input': images, 'logits': model.eval()(images.float())}
 
 
 def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evidence | None = None) -> ModelEntry:
-    """Make the folder that is the Hub repository.
+    """Write the folder that becomes the Hub repository.
 
     Args:
         entry: The manifest's entry: input, label set, licence, terms, recipe.
         checkpoint: The weights.
-        folder: Where to; a folder staged there before is replaced, anything else is not.
+        folder: Where to write it; a folder staged there before is replaced, anything else is refused.
         evidence: Figures, the run's log, experiments.
 
     Returns:
@@ -117,7 +116,7 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
 
     Raises:
         GeoPriorError: The tag is a converted one, the checkpoint is not of this architecture, the results are of other
-            weights, the baseline's of other images or otherwise prepared ones, the experiments cannot be read, or the
+            weights, the baseline is of other images or other preprocessing, the experiments cannot be read, or the
             folder is something else.
     """
     evidence = evidence or Evidence()
@@ -135,7 +134,7 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
     described = _described(entry, checkpoint, run)
     with new_folder(folder) as new:
         staged = _write_weights(described, checkpoint, model, new)
-        if entry.sha256 not in (None, staged.sha256):  # nothing that was measured or said of other weights stays
+        if entry.sha256 not in (None, staged.sha256):  # keep nothing that was measured or recorded of other weights
             described = replace(
                 described, recipe_commit=checkpoint.commit, seed=checkpoint.seed, metrics=(), baseline=None,
                 train_log=described.train_log if run else None)
@@ -155,7 +154,7 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Nothing is at this place, or what `stage` made and nothing else: all of it will be deleted."""
+    """Check that there is nothing, or only what `stage` made: all of it will be deleted."""
     if folder.exists():
         try:
             is_staged = {'name', 'entry'} <= json.loads((folder / RESULTS).read_bytes()).keys()
@@ -163,13 +162,14 @@ def _check_replaceable(folder: Path) -> None:
             is_staged = False
         others = sorted({path.name for path in folder.iterdir()} - STAGED) if is_staged else []
         if not is_staged or others or folder == Path.cwd():
-            what = f'one with {others[0]} in it' if others else 'the current one' if is_staged else 'no staged folder'
+            what = (f'one with {others[0]} in it' if others else 'the current one' if is_staged else
+                    'not a staged folder')
             raise GeoPriorError(f'The output must be a new folder or one that was staged, got {folder}, which is '
                                 f'{what}. Name another.')
 
 
 def _described(entry: ModelEntry, checkpoint: SavedModel, run: Path | None) -> ModelEntry:
-    """The entry with what the checkpoint and the run say of the training."""
+    """The entry with what the checkpoint and the run say about the training."""
     return replace(
         entry, recipe=checkpoint.recipe.get('name', entry.recipe),
         recipe_commit=checkpoint.commit or entry.recipe_commit,
@@ -186,14 +186,14 @@ def _read_markdown(path: Path) -> str:
 
 
 def _load_released(model: nn.Module, entry: ModelEntry, checkpoint: SavedModel) -> None:
-    """Load the weights as they are released."""
+    """Load the weights as released."""
     if checkpoint.model_name.partition('.')[0] not in ('', entry.architecture):
         raise GeoPriorError(f'The checkpoint for {entry.name} must be of {entry.architecture}, got one of '
                             f'{checkpoint.model_name}. Name another checkpoint or tag.')
     if options := set(checkpoint.model_kwargs) - TRAINING_OPTIONS:
         raise GeoPriorError(f"The checkpoint must be of {entry.architecture} as it is, since a tag's weights must fit "
-                            f'the plain name, got one trained with {", ".join(sorted(options))}. Train without.')
-    if is_plain_resnet(checkpoint.state_dict, model):  # which loading would convert, each time
+                            f'the plain name, got one trained with {", ".join(sorted(options))}. Train without them.')
+    if is_plain_resnet(checkpoint.state_dict, model):  # loading would convert it each time
         raise GeoPriorError(f"The checkpoint must be of {entry.architecture}, got a plain ResNet's weights. Convert "
                             f'them first: timm-geoprior convert CHECKPOINT --model NAME --output OUT.')
     tensors = release_tensors(checkpoint.state_dict)
@@ -204,7 +204,7 @@ def _load_released(model: nn.Module, entry: ModelEntry, checkpoint: SavedModel) 
 
 
 def _write_weights(entry: ModelEntry, checkpoint: SavedModel, model: nn.Module, folder: Path) -> ModelEntry:
-    """Weights and golden outputs, and the entry that describes them."""
+    """Write weights and golden outputs; returns the entry that describes them."""
     metadata = {'architecture': entry.architecture, 'tag': entry.tag}
     metadata |= {key: value for key, value in (('recipe', entry.recipe), ('commit', entry.recipe_commit)) if value}
     sha256 = export_weights(checkpoint.state_dict, folder / WEIGHTS, metadata)
@@ -227,7 +227,7 @@ def _write_weights(entry: ModelEntry, checkpoint: SavedModel, model: nn.Module, 
 
 
 def _copy_logs(entry: ModelEntry, run: Path | None, folder: Path) -> list[str]:
-    """Copy the run's log and curves, or the log of the package's own weights; the names of those there are."""
+    """Copy the run's log and curves, or the log of the package's own weights; returns the names of those found."""
     logs = {}
     if run:
         logs = {TRAIN_LOG: run / 'summary.csv', CURVES: run / CURVES}
@@ -258,7 +258,7 @@ def check_loads(entry: ModelEntry, folder: Path) -> None:
 
 
 def _measurements(path: Path, entry: ModelEntry) -> list[tuple[dict[str, Any], tuple[Metric, ...]]]:
-    """What `timm-geoprior validate` measured: of each network its description and its figures."""
+    """What `timm-geoprior validate` measured: the description and the figures of each network."""
     dataset = load_manifest().label_sets[entry.label_set].title
     try:
         data = json.loads(path.read_text(encoding='utf-8'))
@@ -290,9 +290,9 @@ def read_metrics(path: Path, entry: ModelEntry, network: str = f'the staged {WEI
 
 
 def _check_measured(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_size: int, network: str) -> None:
-    """Refuse figures of a part of the set, or of images that were prepared otherwise than for the entry.
+    """Refuse figures of a part of the set, or of images that were preprocessed differently from the entry's.
 
-    The size may be another one, which the figure then says.
+    The size may differ: the figure records it.
     """
     part = list(item.get('problems', ()))
     if competing := item.get('classes', {}).get('competing'):
@@ -313,9 +313,9 @@ def _check_measured(path: Path, item: Mapping[str, Any], entry: ModelEntry, img_
 
 
 def _read_baseline(path: Path, entry: ModelEntry) -> Baseline:
-    """The plain network's figure, on the images of the entry's own and prepared as they are.
+    """The plain network's figure, on the same images as the entry's own, with the same preprocessing.
 
-    timm's plain networks have other crops and interpolations of their own, by which figures differ as well.
+    timm's plain networks have other default crops and interpolations, which change figures as well.
     """
     (item, metrics), *_ = _measurements(path, entry)
     own = entry.metrics[0] if entry.metrics else None

@@ -19,10 +19,10 @@ __all__ = [
     'SavedModel', 'check_exists', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
 ]
 
-# timm's names first: 'model_ema' beside 'model' is what its own loading takes before the raw weights
+# timm's names first; its own loading prefers averaged weights, too
 AVERAGED = ('model_ema', 'state_dict_ema', 'ema')
 RAW = ('model', 'state_dict')
-# what `train` saves beside them; another program's value under such a name may be of another type
+# what `train` saves besides; another program may save a value of another type under the same name
 SAID: dict[str, type | tuple[type, ...]] = {
     'model_name': str, 'model_kwargs': dict, 'num_classes': int, 'class_names': (list, tuple), 'recipe': dict,
     'commit': str, 'seed': int}
@@ -30,21 +30,21 @@ SAID: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The weights of a file, and what the file says of them; a bare state dict says nothing else."""
+    """The weights of a file with its metadata; a bare state dict has none."""
     state_dict: dict[str, Tensor]  # weights, raw or averaged
-    averaged: bool = False  # whether they are the averaged ones
-    note: str = ''  # which weights were taken, for people; '' where the file holds one kind only
-    model_name: str = ''  # the model that was trained, with or without a tag
+    averaged: bool = False  # whether they are averaged
+    note: str = ''  # message about which weights are used; '' if the file holds only one kind
+    model_name: str = ''  # timm's name of the model, with or without a tag
     model_kwargs: dict[str, Any] = field(default_factory=dict)  # its options
     num_classes: int | None = None
-    class_names: tuple[str, ...] = ()  # names of its classes, in their order
+    class_names: tuple[str, ...] = ()  # names of its classes, in order
     recipe: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None  # of the code that trained it
     seed: int | None = None
 
     @property
     def img_size(self) -> int | None:
-        """Side of the images that the run was measured with, in pixels."""
+        """Side of the images that the run was evaluated on, in pixels."""
         size = self.recipe.get('eval_size') or self.recipe.get('img_size')
         return size if isinstance(size, int) else None
 
@@ -54,11 +54,11 @@ def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') ->
 
     Args:
         path: The file. It is read as data: no pickled code is run.
-        weights: 'ema' for averaged weights, 'raw' for those that the optimizer left, 'auto' for averaged ones where
-            there are any. Every command takes 'auto' unless it is told otherwise.
+        weights: 'ema' for averaged weights, 'raw' for those that are not averaged, 'auto' for averaged ones if there
+            are any. Every command defaults to 'auto'.
 
     Raises:
-        GeoPriorError: The file is missing or damaged, or has no averaged weights where they are asked for.
+        GeoPriorError: The file is missing, damaged or not a checkpoint, or has no averaged weights for 'ema'.
     """
     content = _read(path)
     averaged = next((key for key in AVERAGED if isinstance(content.get(key), Mapping)), None)
@@ -73,7 +73,7 @@ def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') ->
     state_dict = content if key is None else content[key]
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise GeoPriorError(f'{path} must hold a state dict of tensors, got the keys '
-                              f'{", ".join(map(str, list(content)[:5])) or "of an empty file"}. Name a checkpoint.')
+                            f'{", ".join(map(str, list(content)[:5])) or "of an empty file"}. Name a checkpoint.')
     said = {name: content[name] for name, kind in SAID.items() if key and isinstance(content.get(name), kind)}
     if 'class_names' in said:
         said['class_names'] = tuple(said['class_names'])
@@ -82,13 +82,13 @@ def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') ->
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load all that `save_checkpoint` saved, for a run to resume from."""
+    """Load everything that a run saved with `save_checkpoint`, to resume it."""
     if not path.is_file():
         raise GeoPriorError(f'There is no checkpoint {path}. Start without --resume, or name another folder.')
     state = _read(path)
     if 'model' not in state:
         raise GeoPriorError(f'{path} must hold the state of a run, got the keys {", ".join(map(str, state))[:80]}. '
-                              f'Name the folder of a run of `timm-geoprior train`.')
+                            f'Name the folder of a run of `timm-geoprior train`.')
     return state
 
 
@@ -96,18 +96,18 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Save tensors and plain containers with `torch.save`."""
     try:
         write_atomically(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:  # torch's comes after the file system's, and says less
+    except (OSError, RuntimeError) as error:  # torch's own error follows the file system's, and says less
         cause: BaseException = error
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(cause)
-        raise GeoPriorError(f'The checkpoint {path} could not be written ({reason}); the one before it is '
-                              f'untouched. Free some space and run again with --resume.') from error
+        raise GeoPriorError(f'The checkpoint {path} could not be written ({reason}); the previous one is '
+                            f'untouched. Free some space and run again with --resume.') from error
 
 
 def check_exists(path: Path) -> None:
-    """Refuse a checkpoint that is not there."""
-    if not os.path.isfile(path):  # also of a name that no file may have
+    """Refuse a checkpoint that does not exist."""
+    if not os.path.isfile(path):  # Path.is_file raises if the name is too long
         raise GeoPriorError(f'The checkpoint {path} does not exist. Check its path.')
 
 
@@ -119,30 +119,30 @@ def _read(path: Path) -> dict[str, Any]:
             raise GeoPriorError(f'{path} must hold weights, got a Git LFS pointer to them. Run `git lfs pull`.')
         if path.suffix == '.safetensors':
             return load_file(path, device='cpu')
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what timm's own checkpoints hold
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints contain one
             content = torch.load(path, map_location='cpu', weights_only=True)
     except GeoPriorError:
         raise
     except Exception as error:  # torch and safetensors raise half a dozen types for a damaged file
         if pickled := re.search(r'Unsupported global: GLOBAL (\S+)', str(error)):
             raise GeoPriorError(f'{path} must hold tensors and plain containers, got a pickled {pickled[1]}, whose '
-                                  f'code is not run. Save `model.state_dict()` instead of the model.') from None
+                                f'code is not run. Save `model.state_dict()` instead of the model.') from None
         raise GeoPriorError(f'{path} cannot be read as a checkpoint ({first_sentence(error)}). It is '
-                              f'damaged or of another kind: copy it again.') from None
+                            f'damaged or not a checkpoint: copy it again.') from None
     if not isinstance(content, dict):
         raise GeoPriorError(f'{path} must hold a dictionary, got a {type(content).__name__}. Name a checkpoint.')
     return content
 
 
 def take_prefix_off(state_dict: Mapping[str, Tensor], names: Collection[str]) -> tuple[dict[str, Tensor], str]:
-    """Find a network's tensors below a prefix, as Lightning saves those of `self.model` below 'model.'.
+    """Remove a prefix from tensor names, such as the 'model.' that Lightning saves for `self.model`.
 
     Args:
         state_dict: Tensors by name.
         names: Names of the network's own tensors.
 
     Returns:
-        The tensors below the prefix with which most names are found, and that prefix; '' and all where none helps.
+        The tensors below the prefix under which most names are known, and the prefix; all tensors and '' if none helps.
     """
     known = set(names)
     prefixes = {'': 0} | {name[:match.end()]: 0 for name in state_dict for match in re.finditer(r'\.', name)}

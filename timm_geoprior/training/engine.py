@@ -1,7 +1,7 @@
-"""The training loop: one process or many under torchrun, killed and resumed to the same bits.
+"""The training loop, in one process or many under torchrun.
 
-Whatever is random is a function of the seed, the epoch and the position in it (`data/batches.py`), so that a checkpoint
-needs no random states: a resumed run draws what an uninterrupted one would have drawn.
+All randomness is a function of the seed, the epoch and the position in it (`data/batches.py`), so a checkpoint needs no
+random states: a resumed run draws the same numbers as an uninterrupted one, and on a CPU ends with the same bits.
 """
 import math
 import os
@@ -45,16 +45,16 @@ class Trainer:
     def __init__(self, recipe: Recipe, config: RunConfig, decoded: ImageTensors | None = None) -> None:
         """
         Args:
-            recipe: What is trained, and how.
-            config: Where.
-            decoded: The images of the training split, as `open_training_data` takes them.
+            recipe: What to train, and how.
+            config: Where and how to run it.
+            decoded: The decoded training split, as for `open_training_data`.
         """
         recipe, config, note = start_from_folder(recipe, config)
         parts.check_recipe(recipe)
         _check_config(config)
         self.recipe, self.config = recipe, config
         self._join()
-        if self.rank:  # what all processes find is told by the first
+        if self.rank:  # only the first process reports what all of them find
             self.config = replace(config, tell=lambda text: None)
         if note:
             self.config.tell(note)
@@ -69,9 +69,9 @@ class Trainer:
         if not self.updates_per_epoch:
             raise GeoPriorError(
                 f'{config.data_dir} has fewer training images than one batch of {recipe.batch_size}. Lower batch_size.')
-        seed_everything(config.seed, 'init')  # here, since what decodes draws too
+        seed_everything(config.seed, 'init')  # only now, since loading the data draws random numbers too
         self._build_model()
-        self.epoch = self.update = 0  # epochs and, within this one, updates that are behind us
+        self.epoch = self.update = 0  # completed epochs, and completed updates of the current one
         # mps has no float64
         self.loss_sum = torch.zeros(
             (), dtype=torch.float32 if self.device.type == 'mps' else torch.float64, device=self.device)
@@ -85,13 +85,13 @@ class Trainer:
             self._resume()
 
     def _join(self) -> None:
-        """Find this process's device, and its place among the others."""
+        """Find this process's device and rank, and the number of processes."""
         self.device, self.rank, self.world_size = find_device(self.config.device)
         if self.recipe.sync_bn and self.world_size > 1 and self.device.type == 'cpu':
-            raise GeoPriorError('sync_bn must be false on CPUs, got true, which torch has for GPUs only. Add '
+            raise GeoPriorError('sync_bn must be false on CPUs, got true, which torch supports on GPUs only. Add '
                                 '--set sync_bn=false.')
         if self.device.type == 'cuda':
-            torch.backends.cudnn.benchmark = True  # sizes are few
+            torch.backends.cudnn.benchmark = True  # there are few sizes
 
     def _check_output(self) -> None:
         if not self.config.resume and self.last.exists():
@@ -99,25 +99,25 @@ class Trainer:
         config = self.config
         if config.data_dir.is_dir() and lies_in_images(
                 config.output, config.data_dir, *filter(None, (config.train_split, config.val_split))):
-            raise GeoPriorError(f'The output must lie outside the folders of the images, since its pictures would be '
-                                f'taken for some of them, got {config.output}. Name another place with --output.')
+            raise GeoPriorError(f'The output must lie outside the folders of the images, since its plots would be '
+                                f'read as some of them, got {config.output}. Name another folder with --output.')
         try:
             str(self.config.output).encode()
         except UnicodeEncodeError:
-            raise GeoPriorError(f'The name of the folder {self.config.output} must be UTF-8, since TensorBoard writes '
-                                f'into no other. Name another one with --output.') from None
-        if not self.config.resume:  # or the checkpoint that is missing leaves an empty folder
+            raise GeoPriorError(f'The name of the folder {self.config.output} must be UTF-8, since TensorBoard cannot '
+                                f'write to any other. Name another one with --output.') from None
+        if not self.config.resume:  # else --resume without a checkpoint would leave an empty folder
             try:
                 self.config.output.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise GeoPriorError(f'The folder {self.config.output} cannot be made ({error.strerror}). Check '
-                                    f'--output.') from None
+                raise GeoPriorError(f'The folder {self.config.output} cannot be created ({error.strerror}). '
+                                    f'Check --output.') from None
         if self.config.output.exists() and not os.access(self.config.output, os.W_OK):
-            raise GeoPriorError(f'The folder {self.config.output} must be one to write in, got one that is read-only. '
-                                f'Check its rights, or name another with --output.')
+            raise GeoPriorError(f'The folder {self.config.output} must be writable, got one that is read-only. Check '
+                                f'its permissions, or name another with --output.')
 
     def _batch_share(self) -> int:
-        """Images of one process's batch."""
+        """Images per batch of one process."""
         recipe = self.recipe
         share, rest = divmod(recipe.batch_size, self.world_size * recipe.grad_accum_steps)
         if rest or not share:
@@ -133,7 +133,7 @@ class Trainer:
         return share
 
     def _check_single_images(self) -> None:
-        """Batch norm has no statistics of a single value, which a single image is where the last map is one cell."""
+        """Refuse single images whose last map is one cell: batch norm needs more than one value per channel."""
         size = min(self.recipe.size_at(epoch) for epoch in range(self.recipe.epochs))
         with torch.device('meta'):
             model = parts.build_model(self.recipe, 2).train()
@@ -141,11 +141,11 @@ class Trainer:
                 model(torch.empty(1, 3, size, size))
             except ValueError as error:
                 raise GeoPriorError(
-                    f'batch_size must give each process at least 2 images at {size} px, got 1, of which batch norm has '
-                    f'no statistics ({first_line(error)}). Raise batch_size or img_size.') from None
+                    f'batch_size must give each process at least 2 images at {size} px, got 1, for which batch norm '
+                    f'has no statistics ({first_line(error)}). Raise batch_size or img_size.') from None
 
     def _from_first(self, value: Any) -> Any:
-        """What the first process has: only its machine needs to see the run's folder."""
+        """The first process's value in all processes: only its machine needs access to the run's folder."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, device=self.device)
@@ -170,7 +170,7 @@ class Trainer:
         if self.world_size > 1:
             ids = [self.device] if self.device.type == 'cuda' else None
             network = self.replica = nn.parallel.DistributedDataParallel(network, device_ids=ids)
-        # sizes are few and fixed: a graph for each is faster than a dynamic one
+        # there are few sizes, all fixed: one graph for each is faster than a dynamic one
         self.network: Any = torch.compile(network, dynamic=False) if recipe.torchcompile else network
         teacher = _load(
             lambda: parts.build_teacher(recipe, classes).to(self.device), f'The teacher {recipe.teacher}'
@@ -178,7 +178,7 @@ class Trainer:
         self.task = parts.build_task(recipe, self.network, teacher, self.device)
 
     def _start(self, classes: int) -> nn.Module:
-        """The model with the weights that it starts from."""
+        """The model with its starting weights."""
         finetune = '' if self.resume else self.config.finetune
         start = None
         if finetune and finetune != 'pretrained':
@@ -198,10 +198,10 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Any]:
-        """What a reader of the weights wants: them, their average, and where they are from."""
+        """The weights, their average, and where they come from, without the optimizer."""
         return {
             'model': self.model.state_dict(),
-            # timm's own loading knows this name, and takes these weights before the raw ones
+            # a name that timm's own loading knows, and prefers to the raw weights
             'model_ema': self.ema.module.state_dict() if self.ema else None,
             'recipe': self.recipe.to_dict(), 'seed': self.config.seed,
             'model_name': self.recipe.model, 'model_kwargs': self.recipe.model_kwargs,
@@ -210,7 +210,7 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Any]:
-        """The weights, and all else that a resumed run needs."""
+        """The weights, and everything else that a resumed run needs."""
         return {
             **self.weights(),
             'optimizer': self.optimizer.state_dict(),
@@ -235,7 +235,7 @@ class Trainer:
             setattr(self, key, state[key])
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
-        """Refuse to resume a checkpoint with another recipe, seed, other classes or images."""
+        """Refuse to resume a checkpoint with another recipe or seed, or with other classes or images."""
         if missing := self.state().keys() - state.keys():
             raise GeoPriorError(f'{self.last} must be a checkpoint of this version of train, got one without '
                                 f'{", ".join(sorted(missing))}. Train into another folder.')
@@ -249,9 +249,9 @@ class Trainer:
             raise GeoPriorError(f'{self.last} was trained with seed {state["seed"]}, this run has {self.config.seed}. '
                                 f'Add --seed {state["seed"]}, or train into another folder.')
         if state['class_names'] != list(self.data.class_names):
-            raise GeoPriorError(f'{self.last} was trained on {len(state["class_names"])} other classes than the '
-                                f'{len(self.data.class_names)} in {self.config.data_dir}. Check --data-dir.')
-        # none where nothing was measured until now
+            raise GeoPriorError(f'{self.last} was trained on {len(state["class_names"])} classes that differ from '
+                                f'the {len(self.data.class_names)} in {self.config.data_dir}. Check --data-dir.')
+        # empty if nothing has been measured so far
         held_names, same_images = state['held_names'], state['train_sha256'] == self.data.train_sha256
         if same_images and held_names and not self.data.held_names:
             raise GeoPriorError(f'{self.last} was measured on {len(held_names):,} images, and this run would measure '
@@ -263,9 +263,9 @@ class Trainer:
                 f'train into another folder.')
 
     def save(self, path: Path, whole: bool = True) -> None:
-        """Write a checkpoint, as a `whole` what a run resumes from too, which is several times the weights.
+        """Write a checkpoint; a `whole` one has everything that a resumed run needs, and is larger than the weights.
 
-        Only the first process does. Weights that are not finite replace no good ones.
+        Only the first process writes it. Weights that are not finite do not replace good ones.
         """
         if self.rank == 0 and bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()):
             save_checkpoint(self.state() if whole else self.weights(), path)
@@ -276,14 +276,15 @@ class Trainer:
         """Train to the end.
 
         Args:
-            stop: Gets the rows of the epochs so far before each further one; training ends where it answers True.
+            stop: Called before each further epoch with the rows of those so far; training ends if it returns True.
 
         Returns:
             The run's results, as written to results.json.
 
         Raises:
-            GeoPriorError: The loss was not finite for too many steps in a row.
-            SystemExit: 128 plus the signal's number, after a checkpoint, on SIGTERM or Ctrl-C.
+            GeoPriorError: The loss was not finite for too many steps in a row or for a whole epoch, images cannot be
+                read, or a checkpoint cannot be written.
+            SystemExit: On SIGTERM or Ctrl-C, once a checkpoint is saved; the code is 128 plus the signal's number.
         """
         with handled_signals(self._note_signal, signal.SIGTERM, signal.SIGINT), self._start_log() as events:
             while not (stop and self.history and stop(self.history)) and self.epoch < self.recipe.epochs:
@@ -292,7 +293,7 @@ class Trainer:
                 if events:
                     report.log_epoch(events, self.history, self.config.output)
                     self.config.tell(report.describe_epoch(self.history))
-            if self.stop_signal:  # it came while the last epoch was measured; a resumed run has only results to write
+            if self.stop_signal:  # came while the last epoch was measured: a resumed run only writes the results
                 self._leave(self.stop_signal)
             results = self._results()
             if self.rank == 0:
@@ -301,7 +302,7 @@ class Trainer:
             return results
 
     def _results(self) -> dict[str, Any]:
-        """What was run and what came of it."""
+        """The content of results.json: what was run, and the outcome."""
         return {
             'recipe': self.recipe.to_dict(), 'seed': self.config.seed, 'world_size': self.world_size,
             'epochs': self.epoch, 'images_per_epoch': self.updates_per_epoch * self.recipe.batch_size,
@@ -312,23 +313,23 @@ class Trainer:
         }
 
     def _start_log(self) -> AbstractContextManager[SummaryWriter | None]:
-        """TensorBoard's events of the first process; those of epochs that a resumed run repeats are dropped."""
+        """The first process's TensorBoard writer; it purges the events of epochs that a resumed run repeats."""
         if self.rank:
             return nullcontext()
         report.write_recipe(self.recipe, self.config.output, self.commit)
         if self.data.held_out is None:
             self.config.tell('No images are held out of this run: its accuracy is not measured, and best.pt is not '
-                             'written. Name --val-split, or set holdout.')
+                             'written. Add --val-split, or set holdout.')
         return SummaryWriter(str(self.config.output / 'tensorboard'), purge_step=self.epoch or None)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        # not by print, which a second signal could interrupt in itself
+        # not print, which is not reentrant if a second signal arrives
         if not self.stop_signal and self.rank == 0:
             os.write(2, f'\n{signal.Signals(number).name}: stopping as soon as a checkpoint is saved.\n'.encode())
         self.stop_signal = number
 
     def _leave(self, number: int) -> None:
-        """End the process as a signal would, once all is saved."""
+        """Exit with a signal's exit code, once the checkpoint is saved."""
         how = self.config.command or 'the same command and --resume'
         self.config.tell(f'Saved {self.last}. Resume with: {how}')
         raise SystemExit(128 + number)
@@ -348,9 +349,9 @@ class Trainer:
                 self.update += 1
                 now = time.perf_counter()
                 self.seconds, started = self.seconds + now - started, now
-                # the loss is asked for, and so waited for, only when it is shown
+                # reading the loss waits for the device, so it is read only when it is shown
                 progress.update(recipe.batch_size, lambda: f'loss {self._mean_loss():.3f}')
-                # alone, a process stops now; many stop at the step that all have agreed on
+                # a single process stops at once, several at the step that all have agreed on
                 if number := self.agreed_signal if self.replica else self.stop_signal:
                     self.save(self.last)
                     self._leave(number)
@@ -358,7 +359,7 @@ class Trainer:
                     self.save(self.last)
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One update, and its loss into the sum. An update whose loss is not finite is left out."""
+        """Make one update, and add its loss to the sum. An update whose loss is not finite is skipped."""
         recipe = self.recipe
         done = self.epoch * self.updates_per_epoch + self.update
         self.schedule.step_update(done)
@@ -366,17 +367,17 @@ class Trainer:
         total = torch.zeros_like(self.loss_sum)
         for micro_step in range(recipe.grad_accum_steps):
             images, targets = next(batches)
-            # after the batch was made, which may draw too: when an epoch is entered decides about those draws
+            # only after loading, which may draw too, and how much depends on where the epoch is entered
             seed_everything(self.config.seed, 'step', done, micro_step, self.rank)
             images, targets = self._augment(images, targets)
             last = micro_step == recipe.grad_accum_steps - 1
-            # gradients are summed over the processes once, after the last part of the batch
+            # gradients are reduced over the processes once, after the last part of the batch
             with nullcontext() if last or self.replica is None else self.replica.no_sync():
                 with self._autocast():
                     loss = self.task(images, targets)['loss'] / recipe.grad_accum_steps
                 total += loss.detach()
                 if last:
-                    answer = self._agree(total)  # before the backward pass, during which it travels to the host
+                    answer = self._agree(total)  # before the backward pass, which hides the copy to the host
                 self.scaler.scale(loss).backward()
         mean = answer.mean
         finite, self.agreed_signal = answer.wait()
@@ -386,13 +387,13 @@ class Trainer:
             self.loss_sum += mean
             self.loss_count += 1
         else:
-            statistics.restore()  # norms have seen what was not finite
+            statistics.restore()  # norms may have seen values that are not finite
             self._skip(done)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _mean_loss(self) -> float:
-        """Of the epoch's updates so far, those left out excepted."""
-        return self.loss_sum.item() / max(self.loss_count, 1)  # at an epoch's end there are some
+        """The mean loss of the epoch's updates so far, without skipped ones."""
+        return self.loss_sum.item() / max(self.loss_count, 1)  # at an epoch's end there is at least one
 
     def _augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         off = self.recipe.mixup_off_epoch
@@ -401,7 +402,7 @@ class Trainer:
         return images.contiguous(memory_format=self.memory_format), targets
 
     def _agree(self, loss: Tensor) -> '_Answer':
-        """The mean loss of all processes, and a signal that any of them got: all stop at the same step."""
+        """The mean loss of all processes, and a signal if any of them got one: all stop at the same step."""
         facts = torch.stack([loss, torch.full_like(loss, self.stop_signal)])
         if self.world_size > 1:
             gathered = [torch.empty_like(facts) for _ in range(self.world_size)]
@@ -422,7 +423,7 @@ class Trainer:
 
     def _skip(self, done: int) -> None:
         self.skipped += 1
-        no_loss = not self.loss_count and self.update + 1 == self.updates_per_epoch  # of a whole epoch
+        no_loss = not self.loss_count and self.update + 1 == self.updates_per_epoch  # in the whole epoch
         if self.skipped >= self.recipe.max_skipped_steps or no_loss:
             which = f'any step of epoch {self.epoch + 1}' if no_loss else f'{self.skipped} steps in a row'
             lr = self.optimizer.param_groups[-1]['lr']
@@ -455,12 +456,12 @@ class Trainer:
         self.save(self.last)
 
     def _measure(self) -> dict[str, float]:
-        """Top-1 in percent of the held-out images, by the weights and by their average."""
+        """Top-1 accuracy on the held-out images in percent, with the weights and with their average."""
         measured = {}
         networks = {'top1': self.model, **({'ema_top1': self.ema.module} if self.ema else {})}
         for name, network in networks.items():
             if self.world_size > 1:
-                distribute_bn(network, self.world_size)  # what the first process saves is what all measure
+                distribute_bn(network, self.world_size)  # all measure what the first process saves
             if self.data.held_out is not None:
                 with self._autocast():
                     batches = ((x.contiguous(memory_format=self.memory_format), y) for x, y in self.data.held_out())
@@ -473,7 +474,7 @@ class Trainer:
 
 
 class _Answer:
-    """Mean loss and signal on the device, copied to the host while the device works on."""
+    """Mean loss and signal, copied to the host while the device works on."""
 
     def __init__(self, facts: Tensor) -> None:
         self.mean = facts[0]
@@ -484,7 +485,7 @@ class _Answer:
             self.arrived.record(torch.cuda.current_stream(facts.device))
 
     def wait(self) -> tuple[bool, int]:
-        """Whether the loss is finite, and the signal; on a GPU only the forward pass is waited for."""
+        """Whether the loss is finite, and the signal. On a GPU, this waits for the forward pass only."""
         if self.arrived is not None:
             self.arrived.synchronize()
         loss, number = self.facts.tolist()
@@ -492,7 +493,7 @@ class _Answer:
 
 
 class Statistics:
-    """A network's buffers before an update, one flat copy for each type of number."""
+    """A network's buffers before an update, in one flat copy per dtype."""
 
     def __init__(self, model: nn.Module) -> None:
         self.groups: dict[torch.dtype, list[Tensor]] = {}
@@ -502,7 +503,7 @@ class Statistics:
                        for dtype, buffers in self.groups.items()}
 
     def restore(self) -> None:
-        """Put them back."""
+        """Copy them back into the network."""
         for dtype, buffers in self.groups.items():
             parts = self.copies[dtype].split([buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
@@ -516,28 +517,28 @@ def _check_config(config: RunConfig) -> None:
 
 
 def _load(make: Callable[[], Any], what: str) -> Any:
-    """What `make` gives; what goes wrong with its weights is one sentence."""
+    """Call `make`, and turn whatever it raises into one sentence."""
     try:
         return make()
     except GeoPriorError:
         raise
-    except Exception as error:  # timm's loading, and a Hub's, fail in many ways
+    except Exception as error:  # loading by timm, or from a Hub, fails in many ways
         raise GeoPriorError(f'{what} cannot be loaded ({first_line(error)}). Check the name, the options '
                             f'(model_kwargs), the weights and the connection.') from error
 
 
 def train(recipe: Recipe, config: RunConfig) -> dict[str, Any]:
-    """Run a recipe, or what is left of it.
+    """Run a recipe, or the rest of an interrupted run.
 
     Args:
-        recipe: What is trained, and how.
-        config: Where.
+        recipe: What to train, and how.
+        config: Where and how to run it.
 
     Returns:
-        The results, as `Trainer.fit` gives them.
+        The results, as from `Trainer.fit`.
 
     Raises:
-        GeoPriorError: As `Trainer` and `Trainer.fit` have it.
+        GeoPriorError: As in `Trainer` and `Trainer.fit`.
     """
     with group_of_processes():
         return Trainer(recipe, config).fit()

@@ -1,4 +1,4 @@
-"""Recovery: a run that starts from a folder of `timm-geoprior convert`, taught by the network that it was made from."""
+"""Recovery: training that starts from a folder of `timm-geoprior convert`, with its source as the teacher."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +22,21 @@ def start_from_folder(recipe: Recipe, config: RunConfig) -> tuple[Recipe, RunCon
 
     Args:
         recipe: A recipe; its teacher is replaced if it is 'source', its model in any case.
-        config: Where it is run.
+        config: Where and how it is run.
 
     Returns:
-        Both with what the folder says, and a sentence for people; as they are, and '', where no folder is named.
+        Both, completed from the folder, and a message for the user; unchanged, and '', if no folder is named.
 
     Raises:
-        GeoPriorError: The folder is not one of `timm-geoprior convert`, its source is no longer there, or the recipe
-            needs a folder and none is named.
+        GeoPriorError: The folder is not one of `timm-geoprior convert`, its source is missing or has changed, or the
+            recipe needs a folder and none is named.
     """
     folder = Path(config.finetune)
     if config.finetune in ('', 'pretrained') or not folder.is_dir():
         if recipe.teacher == SOURCE:
-            raise GeoPriorError(f'--finetune must name the folder that `timm-geoprior convert` wrote, since the recipe '
-                                f'{recipe.name} is taught by its source, got {config.finetune or "nothing"}.')
+            raise GeoPriorError(f'--finetune must name the folder that `timm-geoprior convert` wrote, since the '
+                                f'teacher of the recipe {recipe.name} is its source, got '
+                                f'{config.finetune or "nothing"}.')
         return recipe, config, ''
     written, source = _read(folder)
     model, model_kwargs = _model(written)
@@ -53,7 +54,7 @@ def start_from_folder(recipe: Recipe, config: RunConfig) -> tuple[Recipe, RunCon
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.json says, and the source by results.json."""
+    """The content of config.json, and the source named in results.json."""
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise _other_folder(folder, f'one without {missing[0]}')
@@ -67,15 +68,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     _check(folder, 'results.json', results['source'], name=str)
     if written['num_classes'] < 1:
         raise GeoPriorError(f'{folder} must have a classifier to be trained, got a network without classes. '
-                            f'Convert one that has some.')
+                            f'Convert one that has classes.')
     return written, results['source']
 
 
 def _check(folder: Path, name: str, content: Any, /, **kinds: type) -> None:
-    """Refuse a file in which something is missing or of another type."""
+    """Refuse a file in which a key is missing, empty or of another type."""
     for key, kind in kinds.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind) or content[key] == '':
-            raise _other_folder(folder, f'one whose {name} names no {key}')
+            raise _other_folder(folder, f'one whose {name} has no valid {key}')
 
 
 def _other_folder(folder: Path, got: str) -> GeoPriorError:
@@ -83,12 +84,12 @@ def _other_folder(folder: Path, got: str) -> GeoPriorError:
 
 
 def _model(written: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and options of the network; among them how its images are prepared, where its name does not say so."""
+    """Name and options of the network, including its preprocessing where that differs from the name's."""
     cfg, name, options = written.get('pretrained_cfg') or {}, written['architecture'], written.get('model_args') or {}
     tagged = f'{name}.{cfg.get("tag")}'
     if not options and tagged in get_arch_pretrained_cfgs(name):
         name = tagged
-    known = json.loads(json.dumps(model_cfg(name)))  # lists in place of tuples
+    known = json.loads(json.dumps(model_cfg(name)))  # tuples become lists, as in config.json
     other = {key: cfg[key] for key in PREPARATION if cfg.get(key) not in (None, known.get(key))}
     return name, {**options, **({'pretrained_cfg_overlay': other} if other else {})}
 
@@ -96,7 +97,7 @@ def _model(written: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def _check_teacher(path: Path, folder: Path, source: dict[str, Any]) -> None:
     if not path.is_file():
         raise GeoPriorError(f'The teacher {path}, from which {folder} was converted, does not exist. Put it back, or '
-                            f'say where it is by --set teacher_path=FILE.')
+                            f'give its path with --set teacher_path=FILE.')
     if file_sha256(path) != source.get('sha256'):
         raise GeoPriorError(f'The teacher {path} must be the file from which {folder} was converted, got another '
-                            f'SHA-256. Convert it again, or name another teacher by --set teacher=NAME.')
+                            f'SHA-256. Convert it again, or name another teacher with --set teacher=NAME.')

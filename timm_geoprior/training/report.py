@@ -1,4 +1,4 @@
-"""What a run says and leaves for people: a line and a CSV row for each epoch, the recipe echoed, curves."""
+"""Reports of a run: a line and a CSV row per epoch, the recipe with every key, curves."""
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def describe_epoch(history: list[dict[str, Any]]) -> str:
 
 
 def log_epoch(events: SummaryWriter, history: list[dict[str, Any]], output: Path) -> None:
-    """Write the last row of the history to TensorBoard's events, and all of it to summary.csv."""
+    """Write the last row of the history to TensorBoard, and all rows to summary.csv."""
     for key, value in history[-1].items():
         for head, number in enumerate(value if isinstance(value, list) else [value]):
             suffix = f'.{head}' if isinstance(value, list) else ''
@@ -37,7 +37,7 @@ def log_epoch(events: SummaryWriter, history: list[dict[str, Any]], output: Path
 
 
 def plot_history(history: list[dict[str, Any]], output: Path) -> None:
-    """Draw curves.png (loss, accuracy, learning rate) and, where the model has radii, radii.png."""
+    """Plot curves.png (loss, accuracy, learning rate) and, if the model has radii, radii.png."""
     epochs = [row['epoch'] + 1 for row in history]
     radii = [key for key in history[0] if key.startswith('radius.')]
     curves = [
@@ -53,7 +53,7 @@ def _plot(epochs: list[int], history: list[dict[str, Any]], panels: list[tuple[s
     for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for index, key in enumerate(keys):
             label = key.removeprefix('radius.').removesuffix('.conv2.attn')
-            style = ('-', '--', ':', '-.')[index // 10 % 4]  # there are ten colours
+            style = ('-', '--', ':', '-.')[index // 10 % 4]  # matplotlib cycles through ten colours
             axes.plot(epochs, [row[key] for row in history], style, label=label)
         axes.set(title=title, xlabel='epoch')
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -64,7 +64,7 @@ def _plot(epochs: list[int], history: list[dict[str, Any]], panels: list[tuple[s
 
 
 def write_recipe(recipe: Recipe, output: Path, commit: str) -> None:
-    """Write recipe.yaml, every key with its value, below what it runs with."""
+    """Write recipe.yaml with every key, below a comment with the versions and the commit."""
     used = ', '.join(f'{name} {version}' for name, version in versions().items())
     plain = json.loads(json.dumps(recipe.to_dict()))  # tuples as lists
     text = f'# {used}, commit {commit or "unknown"}\n{yaml.safe_dump(plain, sort_keys=False)}'

@@ -1,6 +1,6 @@
 """The command line of training: `scripts/train.py` and `timm-geoprior train`.
 
-Nothing here imports torch or timm before it is needed, so that `--help` and a usage error come at once.
+torch and timm are imported only when needed, so that `--help` and usage errors appear at once.
 """
 import argparse
 import json
@@ -66,13 +66,13 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior train') -> int:
-    """Train what the command line says.
+    """Train as the command line says.
 
     Returns:
-        The exit code: 0 after the last epoch, 1 if something is wrong, 130 after Ctrl-C while images are read.
+        The exit code: 0 after the last epoch, 1 after an error, 130 after Ctrl-C while the images are being read.
 
     Raises:
-        SystemExit: 130 or 143, once all is saved, after Ctrl-C or SIGTERM in a run; 2 for a wrong command line.
+        SystemExit: 130 or 143 after Ctrl-C or SIGTERM in training, once all is saved; 2 for a wrong command line.
     """
     args = parse_arguments(argv, prog)
     try:
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior train') -
             if tells(error):
                 print(f'{prog}: {message_of(error)}', file=sys.stderr)
             return 1
-        except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+        except KeyboardInterrupt:  # while the images are read; training saves and exits by itself
             return 130
         if is_first():
             print(json.dumps({key: results[key] for key in ('last', 'best', 'hours')}, indent=2))
