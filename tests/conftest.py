@@ -1,13 +1,14 @@
-"""What several test files share: a Hub of the tests' own, a release, a small folder of real photographs."""
+"""Fixtures that several test files share: a local Hub, a release, a small folder of real photographs."""
 import atexit
 import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: two processes test at once, and start others
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: two processes run tests at once, and start others
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from PIL import Image
 
 from hub_server import HubServer
 
-# a shell's background jobs ignore it, and so would the programs that tests start and interrupt
+# background jobs of a shell ignore SIGINT, and so would the programs that tests start and interrupt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# before huggingface_hub is imported anywhere: no test sees the real Hub, or the user's own cache and token
+# before huggingface_hub is imported anywhere, so that no test sees the real Hub or the user's own cache and token
 HUB = HubServer()
 HF_HOME = tempfile.mkdtemp(prefix='timm-geoprior-tests-')
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
@@ -32,7 +33,7 @@ PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket')
 
 @pytest.fixture(scope='session')
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder of four classes, crops of four photographs at 64 px: 12 a class in train, 5 in val."""
+    """An image folder of four classes, crops of four photographs at 64 px: 12 per class in train, 5 in val."""
     data = pytest.importorskip('skimage.data')
     root = tmp_path_factory.mktemp('photos')
     places = torch.Generator().manual_seed(0)
@@ -63,7 +64,7 @@ def checkpoint(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A weights folder of the test's own, in place of the package's; it does not exist yet."""
+    """A weights folder for the test, in place of the package's; it does not exist yet."""
     from timm_geoprior.pretrained import cfgs
 
     monkeypatch.setattr(cfgs, 'WEIGHTS_DIR', tmp_path / 'weights')
@@ -72,15 +73,23 @@ def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hub(weights_dir: Path) -> HubServer:
-    """The Hub, empty, with an empty cache, and a package without weights."""
+    """An empty Hub, with an empty cache and a package without weights."""
     HUB.reset()
     shutil.rmtree(Path(HF_HOME, 'hub'), ignore_errors=True)
     return HUB
 
 
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Record how long retries would wait, without waiting."""
+    noted: list[float] = []
+    monkeypatch.setattr(time, 'sleep', noted.append)
+    return noted
+
+
 @pytest.fixture(scope='session')
 def forkserver() -> multiprocessing.context.ForkServerContext:
-    """A context whose processes start at once: one server has imported all that they need."""
+    """A context whose processes start quickly, since its server has already imported what they need."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['pytest', 'timm_geoprior.release.releasing', 'timm_geoprior.training.report'])
     return context
@@ -88,7 +97,7 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 
 @pytest.fixture(scope='session')
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the nano network. Not to be changed."""
+    """The folder of a finished run of the nano network. Do not modify."""
     from releases import make_run
 
     return make_run(tmp_path_factory.mktemp('run'))
@@ -96,7 +105,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='session')
 def staged(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The staged folder of that run. Not to be changed."""
+    """The staged folder of that run. Do not modify."""
     from releases import stage_run
 
     return stage_run(run_folder, tmp_path_factory.mktemp('staged') / 'nano')

@@ -1,4 +1,4 @@
-"""Releases for tests: a run, its staged folder, a manifest that has it, processes to load it in."""
+"""Releases for tests: a run, its staged folder, a manifest that contains it, processes that load it."""
 import ctypes
 import json
 import resource
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import _registry, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
 from hub_server import HubServer
 from timm_geoprior import geoprior_resnet
@@ -33,14 +33,14 @@ WEIGHTS_DIR = cfgs.WEIGHTS_DIR
 
 
 def planned(name: str = NANO) -> ModelEntry:
-    """A network's entry as it was before it had weights."""
+    """A network's entry as it was before there were weights."""
     return replace(
         load_manifest().get(name), status='planned', hub_id=None, revision=None, file=None, sha256=None, bytes=None,
         dtype=None, golden=None, metrics=(), baseline=None, train_log=None, recipe_commit=None, seed=None)
 
 
 def make_run(folder: Path) -> Path:
-    """Write what a finished run of the nano network leaves; its weights are random, its norms not all alike."""
+    """Write the files of a finished run of the nano network, with random weights and norms."""
     torch.manual_seed(0)
     model = timm.create_model('geoprior_resnet14_nano', num_classes=200)
     for module in model.modules():
@@ -61,7 +61,7 @@ def make_run(folder: Path) -> Path:
 
 
 def stage_run(run: Path, folder: Path) -> Path:
-    """Stage its averaged weights, with the figures that scripts/validate.py would have measured."""
+    """Stage a run's averaged weights, with figures as scripts/validate.py would write them."""
     checkpoint = read_weights(run / 'last.pt')
     entry = stage(planned(), checkpoint, folder, Evidence(run=run))
     write_results(run / 'val.json', str(entry.sha256))
@@ -70,7 +70,7 @@ def stage_run(run: Path, folder: Path) -> Path:
 
 
 def write_results(path: Path, sha256: str) -> None:
-    """Write a results file of scripts/validate.py: what a release reads of it."""
+    """Write a results file like that of scripts/validate.py, with only what a release reads."""
     counts = {'num_images': 10_000, 'top1_correct': 5432, 'top5_correct': 7654}
     path.write_text(json.dumps({
         'results': [{'precision': 'float32', **counts}], 'data': {'split': 'validation'}, 'weights': {'sha256': sha256},
@@ -78,45 +78,40 @@ def write_results(path: Path, sha256: str) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    """Names of all files in a folder and below it."""
+    """Relative paths of all files in a folder and its subfolders."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
 
 
 def put_on(server: HubServer, folder: Path, repo_id: str = 'owner/nano', private: bool = False) -> ModelEntry:
-    """Put a staged folder on the Hub, past the client; the published entry."""
+    """Put a staged folder on the Hub without the client, and return the published entry."""
     revision = server.publish(repo_id, {name: (folder / name).read_bytes() for name in files(folder)}, private)
     return replace(read_staged(folder, load_manifest()), status='published', hub_id=repo_id, revision=revision)
 
 
 def with_entry(entry: ModelEntry) -> Manifest:
-    """The manifest with an entry in place of the one of its name; no other has weights."""
+    """The manifest with this entry in place of the one of the same name; no other entry has weights."""
     whole = load_manifest()
     return replace(whole, models={**{name: planned(name) for name in whole.models}, entry.name: entry})
 
 
 @contextmanager
 def using_manifest(path: Path) -> Iterator[None]:
-    """Let the package and timm's registry have another manifest."""
+    """Make the package and timm's registry use another manifest."""
     def register() -> None:
         geoprior_resnet.default_cfgs = generate_default_cfgs(pretrained_cfgs())
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # timm says that it overwrites
+            warnings.simplefilter('ignore')  # timm warns that it overwrites models
             for name in geoprior_resnet.default_cfgs:
                 register_model(getattr(geoprior_resnet, name))
-        tags = load_manifest().tags.values()
-        loadable = {name for entry in tags if entry.has_weights
-                    for name in (entry.name, *[entry.architecture] * entry.default)}
-        named = {name for entry in tags for name in (entry.name, entry.architecture)}
-        _registry._model_has_pretrained -= named - loadable  # timm up to 1.0.27 forgets nothing
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            # not `manifest_path`, which other modules import: publishing would write the tables of the real README
+            # not `manifest_path`, which other modules have imported: publishing would write tables to the real README
             patch.setattr(manifest, 'FILE_NAME', str(path.resolve()))
             register()
             yield
     finally:
-        with pytest.MonkeyPatch.context() as patch:  # a fixture may undo its folder only later
+        with pytest.MonkeyPatch.context() as patch:  # a fixture may restore its folder only later
             patch.setattr(cfgs, 'WEIGHTS_DIR', WEIGHTS_DIR)
             register()
 
@@ -131,7 +126,7 @@ def _report(
 
 
 def start(context: ForkServerContext, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Connection]:
-    """Call a function in a process of its own; the process, and where its result or traceback will come."""
+    """Call a function in a new process; returns the process, and the connection for its result or traceback."""
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(there, cfgs.WEIGHTS_DIR, function, arguments))
     process.start()
@@ -140,7 +135,7 @@ def start(context: ForkServerContext, function: Callable[..., Any], *arguments: 
 
 
 def finish(process: Any, connection: Connection) -> tuple[Any, str]:
-    """Its result and its traceback; both empty where it was killed."""
+    """Its result and its traceback; both are empty if it was killed."""
     try:
         outcome = connection.recv()
     except EOFError:
@@ -150,12 +145,12 @@ def finish(process: Any, connection: Connection) -> tuple[Any, str]:
 
 
 def as_mere_mortal() -> None:
-    """Let file permissions hold for this process, though it be root: drop every capability (Linux)."""
+    """Make file permissions apply to this process even if it is root, by dropping every capability (Linux)."""
     if sys.platform == 'linux':
         header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         ctypes.CDLL(None).capset(header, data)
 
 
 def limit_file_size(count: int) -> None:
-    """Let no file of this process grow beyond a size: what a write does then is what it does on a full disk."""
+    """Limit the size of this process's files, so that a longer write fails as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))

@@ -1,12 +1,12 @@
-"""scripts/experiments/benchmark.py and what it is made of. How fast anything is, is no matter here."""
+"""scripts/experiments/benchmark.py and its parts. Actual speeds do not matter here."""
 import csv
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_layer import contestants
 
 from benchmark import (
     ENGINES,
@@ -74,7 +74,7 @@ def test_repetitions_are_interleaved():
 
 
 def test_memory_is_that_of_the_network():
-    """A wider network on larger images takes more; what the parent process took before does not count."""
+    """Larger batches of larger images take more; the memory of the parent process does not count."""
     ballast = torch.ones(100_000_000)
     small, = measure_startup([NANO], setting(), 1)
     large, = measure_startup([NANO], setting(img_size=256, batch_size=16), 1)
@@ -101,7 +101,7 @@ def test_a_ratio_within_its_spread_is_no_difference(values, differs):
 
 def test_what_cannot_be_measured_is_refused():
     count = torch.cuda.device_count()
-    with pytest.raises(BenchmarkError, match=f'this machine has {count} CUDA devices: take --device cpu'):
+    with pytest.raises(BenchmarkError, match=f'this machine has {count} CUDA devices: use --device cpu'):
         setting(device=f'cuda:{count}').check()
     with pytest.raises(BenchmarkError, match='The engine onnxruntime must run inference in float32, got bfloat16'):
         setting(engine='onnxruntime', precision='bfloat16').check()
@@ -113,7 +113,7 @@ def test_what_cannot_be_measured_is_refused():
 
 
 def test_another_gpu_is_torchs_current_device(monkeypatch):
-    """torch.cuda.synchronize and torch's timers are about the current device."""
+    """torch.cuda.synchronize and torch's timers refer to the current device."""
     used = []
     monkeypatch.setattr(torch.cuda, 'set_device', used.append)
     for device in ('cpu', 'cuda', 'cuda:1'):
@@ -150,6 +150,9 @@ def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     done = run([SCRIPT, 'nonesuch', '--output', tmp_path / 'out'])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith('benchmark.py: nonesuch is left out')
+    done = run([SCRIPT, 'resnet10t', 'resnet14t', '--repeats', '0', '--output', tmp_path / 'out'])
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith('must be 0 or more, and one of them at least 1, got 0 and 0.')
     assert not (tmp_path / 'out').exists()
 
 
@@ -167,11 +170,6 @@ def test_the_layer_alone(tmp_path):
 
 
 def test_the_layers_beside_it_compute_the_same():
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        from benchmark_layer import contestants
-    finally:
-        sys.path.pop(0)
     layers = contestants(dim=4, value_dim=2, size=5, max_bytes=1e9)
     x = torch.randn(1, 4, 5, 5)
     torch.testing.assert_close(layers['dense map'](x), layers['GeoPriorAttn2d'](x))

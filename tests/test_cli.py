@@ -46,7 +46,7 @@ real = partial(subprocess.run, capture_output=True, text=True)
 
 
 def output(capsys, *arguments, code=0):
-    """Run a command in this process; its stdout and stderr."""
+    """Run a command in this process, and return its stdout and stderr."""
     assert main(list(arguments)) == code
     return capsys.readouterr()
 
@@ -63,7 +63,7 @@ def test_list_names_every_tag(capsys):
 
 @pytest.mark.parametrize('name', PLANNED)
 def test_a_data_set_has_one_name_everywhere(capsys, name):
-    assert MODELS[name].label_set == 'imagenet-1k'  # as timm has it; people read the title
+    assert MODELS[name].label_set == 'imagenet-1k'  # as in timm; users see the title
     shown = output(capsys, 'list').out + output(capsys, 'list', '--json').out + output(capsys, 'info', name).out
     assert 'ImageNet-1k' in shown
     assert 'imagenet-1k' not in shown
@@ -119,7 +119,7 @@ def test_classify_takes_the_sample_photograph_and_the_default_model(capsys):
 
 
 def test_the_sample_photograph_is_classified_right(capsys):
-    """By the model that a newcomer sees first, and by a margin."""
+    """By the model that a new user sees first, and by a wide margin."""
     first, second, *_ = classify(capsys)[0]['predictions']
     assert first['name'] == 'espresso'
     assert first['probability'] > 0.9 > 10 * second['probability']
@@ -180,7 +180,7 @@ def test_a_bad_image_does_not_keep_the_others_from_being_classified(capsys, tmp_
 
 @pytest.fixture(scope='module')
 def album(tmp_path_factory):
-    """70 crops of the photograph below a folder, more than two batches, and what is no image. Not to be changed."""
+    """70 crops of the photograph in subfolders, more than two batches, and files that are not images. Do not modify."""
     root = tmp_path_factory.mktemp('album')
     for number in range(70):
         folder = root / 'album' / f'part {number % 3}'
@@ -213,7 +213,7 @@ def test_linked_folders_are_classified_too(capsys, album, tmp_path):
     (folder / 'linked').symlink_to(album / 'part 1', target_is_directory=True)
     (folder / 'back').symlink_to(folder, target_is_directory=True)
     (folder / '.hidden').mkdir()
-    (folder / '.hidden' / 'root').symlink_to('/', target_is_directory=True)  # not looked into
+    (folder / '.hidden' / 'root').symlink_to('/', target_is_directory=True)  # not searched
     assert len(classify(capsys, '--top', '1', str(folder))) == 23
 
 
@@ -244,7 +244,7 @@ def test_the_compact_form_is_a_line_for_each_image(capsys, photo):
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    """timm's own networks as folders: one of 1,000 classes, which timm has the names of, and one of 7."""
+    """timm's own networks as folders: one with 1,000 classes, whose names timm knows, and one with 7."""
     root = tmp_path_factory.mktemp('models')
     for num_classes in (1000, 7):
         model = timm.create_model('resnet10t', num_classes=num_classes)
@@ -274,7 +274,7 @@ def test_an_unknown_tag_is_told(capsys, tmp_path, photo, command):
     given = [photo] if command == 'classify' else ['--data-dir', str(tmp_path)]
     told = output(capsys, command, *given, '--model', 'resnet50.nonsense', code=1).err
     assert 'The model must have a tag that timm knows, got resnet50.nonsense (Invalid pretrained tag' in told
-    assert "timm.list_pretrained('resnet50*') lists those there are." in told
+    assert "timm.list_pretrained('resnet50*') lists the known ones." in told
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
@@ -308,7 +308,7 @@ def test_top_is_a_number(capsys, top):
 
 
 def test_results_come_one_by_one_and_a_bar_shows_how_far_it_is(album):
-    """The bar is on the terminal only, here a real one; the lines go to a pipe."""
+    """The bar is shown only on a terminal, here a real one; the lines go to a pipe."""
     terminal, end = os.openpty()
     termios.tcsetwinsize(end, (24, 80))
     with Program([*COMMAND, 'classify', '--compact', album], stderr=end) as process:
@@ -328,7 +328,7 @@ def test_results_come_one_by_one_and_a_bar_shows_how_far_it_is(album):
 def _read(terminal):
     try:
         return os.read(terminal, 65536)
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # how Linux reports that the other end is closed
         return b''
 
 
@@ -357,6 +357,7 @@ def test_an_extra_that_is_needed_at_the_end_is_missed_at_the_beginning(capsys, m
     (['run', '-m', 'json.decoder.nowhere'], 'got json.decoder.nowhere.'),
     (['run', '-m', 'xml'], 'got xml.'),
     (['run', '-m', '.json'], 'got .json.'),
+    (['train', 'r64_tin200', '--data-dir', '.', '--output', 'x' * 300], 'A file name must be shorter, got xxx'),
     (['run', os.path.dirname(__file__)], 'A folder to run must have a __main__.py'),
 ])
 def test_an_error_is_one_sentence(capsys, arguments, words):
@@ -377,7 +378,7 @@ def test_a_wrong_use_is_exit_code_2(capsys, arguments):
 
 
 def test_the_default_model_is_the_best_of_those_at_hand(tmp_path):
-    """Of the bundled tags the most accurate, measured; without any, of the published ones."""
+    """The most accurate bundled tag, as measured; without bundled tags, the most accurate published one."""
     data = json.loads(load_manifest().to_json())
     weights = {'file': 'model.safetensors', 'sha256': '0' * 64, 'bytes': 1, 'dtype': 'float16',
                'golden': {'file': 'golden.safetensors', 'sha256': '0' * 64}, 'hub_id': 'a/b', 'revision': '0' * 40}
@@ -407,7 +408,7 @@ def test_damaged_weights_are_told(tmp_path):
     shutil.copy(manifest_path(), tmp_path)
     weights = copy / 'pretrained' / 'weights' / f'{default_model(load_manifest()).name}.safetensors'
     weights.write_bytes(weights.read_bytes()[:-1])
-    told = run([*COMMAND, 'classify'], cwd=tmp_path)  # `python -m` takes the package of the folder it runs in
+    told = run([*COMMAND, 'classify'], cwd=tmp_path)  # `python -m` imports the package from its working directory
     assert told.returncode == 1
     assert told.stdout == ''
     assert told.stderr.count('\n') == 1
@@ -442,7 +443,7 @@ def test_run_cures_unknown_model(script, tmp_path):
 
 @pytest.fixture
 def as_a_process(monkeypatch):
-    """Undo what `run` does to the process that it is alone in."""
+    """Undo the changes that `run` makes to its process."""
     monkeypatch.setattr(sys, 'argv', list(sys.argv))
     monkeypatch.setattr(sys, 'path', list(sys.path))
     monkeypatch.setenv('PYTHONPATH', os.environ.get('PYTHONPATH', ''))
@@ -462,7 +463,7 @@ def test_an_error_of_the_script_is_its_own(script, capsys):
     script.write_text('raise ValueError("wrong data")')
     with pytest.raises(ValueError, match='wrong data'):
         main(['run', str(script)])
-    script.write_text('raise BrokenPipeError("a worker died")')  # no reader of ours went away
+    script.write_text('raise BrokenPipeError("a worker died")')  # not from a closed stdout
     assert main(['run', str(script)]) == 1
     assert 'BrokenPipeError: a worker died' in capsys.readouterr().err
 
@@ -508,7 +509,7 @@ def test_a_network_of_one_channel(photo, tmp_path, capsys):
 def test_a_network_that_does_not_name_its_1000_classes(photo, tmp_path, capsys):
     place = f'local-dir:{tmp_path / "unnamed"}'
     timm.models.save_for_hf(timm.create_model('geoprior_resnet14_nano', num_classes=1000), tmp_path / 'unnamed')
-    told = f'timm-geoprior: {place} does not name its 1,000 classes: they are taken for those of ImageNet.\n'
+    told = f'timm-geoprior: {place} does not name its 1,000 classes: they are assumed to be those of ImageNet.\n'
     for arguments in (['classify'], ['explain', '-o', str(tmp_path / 'e.png')]):
         assert main([*arguments, '--model', place, photo]) == 0
         assert capsys.readouterr().err == told
@@ -533,10 +534,10 @@ def test_the_examples_in_docstrings_run():
         assert tested.failed == 0
 
 
-# -- the start: what is imported when ----------------------------------------------------------------------------------
+# -- startup: what is imported when ------------------------------------------------------------------------------------
 
 def python(code, **options):
-    """Run code in a process of its own that has imported nothing before; its stdout."""
+    """Run code in a new process that has imported nothing yet, and return its stdout."""
     return real([sys.executable, '-c', code], check=True, **options).stdout
 
 
@@ -608,7 +609,7 @@ def test_the_models_are_registered_however_the_two_are_imported():
         'from timm_geoprior import GeoPriorConv2d; import timm',
         'import timm_geoprior, importlib.util; importlib.util.find_spec("timm"); import timm',
         'import timm_geoprior, importlib; timm = importlib.import_module("timm")',
-        # the modules that the models are made of, each one before timm
+        # the modules that define the models, each one before timm
         'import timm_geoprior.layers; import timm',
         'from timm_geoprior.layers import GeoPriorConv2d; import timm',
         'from timm_geoprior.pretrained.loading import load_verified; import timm',
@@ -616,7 +617,7 @@ def test_the_models_are_registered_however_the_two_are_imported():
         'from timm_geoprior import layers; import timm; assert layers is sys.modules["timm_geoprior.layers"]',
         'import timm_geoprior.inference.classifier, timm',
     ]
-    # a class that was imported before is the one that the model is made of
+    # the model uses the class that was imported before
     same = ("conv2 = timm.create_model('geoprior_resnet14_nano').layer2[0].conv2;"
             "assert isinstance(conv2, globals().get('GeoPriorConv2d', object))")
     for statements in imports:
@@ -624,7 +625,7 @@ def test_the_models_are_registered_however_the_two_are_imported():
 
 
 def test_timm_is_as_if_nothing_had_found_it():
-    """The module's loader, source and resources, and the list of finders."""
+    """The module's loader and source, and the list of finders."""
     look = ('import inspect, sys; print(timm.__loader__ is timm.__spec__.loader, type(timm.__loader__),'
             'inspect.getsource(timm)[:99], [str(finder).split(" at ")[0] for finder in sys.meta_path])')
     assert (run(['-c', f'import timm_geoprior, timm; {look}'], check=True).stdout
@@ -704,20 +705,20 @@ print(json.dumps([sys.path, getattr(sitecustomize, '__file__', None), sorted(sys
 """
 
 
-# flushed at once: whose output comes first must not depend on PYTHONUNBUFFERED
+# flushed at once, so that the order of outputs does not depend on PYTHONUNBUFFERED
 SPEAKING = 'print("theirs", flush=True)'
 
 
 @pytest.mark.parametrize('theirs', [SPEAKING, None, 'raise ValueError("theirs is broken")', 'import nowhere'])
 def test_a_sitecustomize_of_theirs_runs_as_without_run(tmp_path, theirs):
-    """Path, module, output and errors of a child: those without `run`, and what it adds to the modules is tiny."""
+    """Path, module, output and errors of a child are the same as without `run`, which adds only few modules."""
     if theirs is not None:
         (tmp_path / 'site').mkdir()
         (tmp_path / 'site' / 'sitecustomize.py').write_text(theirs)
     look = LOOK if theirs == SPEAKING else LOOK.replace('import sitecustomize\n', 'sitecustomize = None\n')
     (tmp_path / 'child.py').write_text(look)
     (tmp_path / 'parent.py').write_text('import subprocess, sys; subprocess.run([sys.executable, "child.py"])')
-    inherited = os.pathsep.join([str(tmp_path / 'site'), os.environ.get('PYTHONPATH', ''), ''])  # '': where it runs
+    inherited = os.pathsep.join([str(tmp_path / 'site'), os.environ.get('PYTHONPATH', ''), ''])  # '': working directory
     options = {'cwd': tmp_path, 'env': {**os.environ, 'PYTHONPATH': inherited}}
     plain = real([sys.executable, 'parent.py'], **options)
     ours = real([sys.executable, *COMMAND, 'run', 'parent.py'], **options)

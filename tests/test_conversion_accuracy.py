@@ -1,11 +1,19 @@
-"""scripts/experiments/conversion_accuracy.py: conversions and their control, measured beside the source."""
+"""scripts/experiments/conversion_accuracy.py: conversions and their control, compared with the source."""
 import json
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 import conversion_accuracy as script
+
+
+def test_what_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [
+        'conversion_accuracy.py', 'missing', '--images', str(tmp_path), '--data-dir', str(tmp_path), '--output', 'out'])
+    with pytest.raises(SystemExit, match='^conversion_accuracy.py: The model missing cannot be created'):
+        script.main()
 
 
 def test_conversions_stand_beside_their_control(checkpoint, photo_folder, tmp_path, monkeypatch, capsys):

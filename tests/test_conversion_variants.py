@@ -1,5 +1,6 @@
 """scripts/experiments/conversion_variants.py: it converts as the package does, and reads Keras' network."""
 import json
+import sys
 
 import pytest
 import timm
@@ -42,6 +43,15 @@ def test_each_variant_runs(source, name):
     assert not torch.equal(answers, source(images))
 
 
+@pytest.mark.parametrize('limit', ['100', '0'])
+def test_no_images_are_refused(limit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, 'load_source', lambda name: (nn.Identity(), script.KERAS_CONFIG))
+    monkeypatch.setattr(sys, 'argv', ['conversion_variants.py', 'any', '--images', str(tmp_path), '--limit', limit])
+    with pytest.raises(SystemExit, match='2'):
+        script.main()
+    assert f'got 0 files in {tmp_path} and {limit}' in capsys.readouterr().err
+
+
 def test_a_network_of_tensorflow_js_is_read(tmp_path):
     values = torch.arange(10, dtype=torch.float32).numpy().tobytes()
     (tmp_path / 'one').write_bytes(values[:24])
@@ -55,7 +65,7 @@ def test_a_network_of_tensorflow_js_is_read(tmp_path):
 
 @torch.no_grad()
 def test_keras_network_gives_keras_answers(tmp_path, monkeypatch):
-    """As Keras computes it: blue first, a bias in every convolution, 1e-3 in its norms."""
+    """As Keras computes it: BGR, a bias in every convolution, norms with eps=1e-3."""
     model = script.stride_first(timm.create_model('resnet50')).eval()
     assert [layer.stride for layer in (model.layer2[0].conv1, model.layer2[0].conv2)] == [(2, 2), (1, 1)]
     draw, weights = torch.Generator().manual_seed(0), {}

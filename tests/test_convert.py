@@ -1,4 +1,4 @@
-"""`timm-geoprior convert`, as a user calls it: what the folder holds, who loads it, and what is refused."""
+"""`timm-geoprior convert`, as a user calls it: what the folder holds, what loads it, and what is rejected."""
 import json
 import os
 import shutil
@@ -35,7 +35,7 @@ def convert(*arguments: object, code: int = 0) -> None:
 
 @pytest.fixture(scope='session')
 def converted(checkpoint: Path, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of that network, fitted to the photographs. Not to be changed."""
+    """The checkpoint, converted and fitted to the photographs. Do not modify."""
     output = tmp_path_factory.mktemp('converted') / 'nano'
     convert(checkpoint, '-o', output, '--images', photo_folder / 'train')
     return output
@@ -54,7 +54,7 @@ def test_without_images_it_is_the_closed_form(checkpoint, tmp_path, capsys):
     results = json.loads((tmp_path / 'new' / 'closed' / 'results.json').read_text())
     assert 'measured' not in results
     assert [0 < layer['lost'] < 1 for layer in results['layers']] == [True] * 3
-    assert 'closed form, without an image' in (tmp_path / 'new' / 'closed' / 'README.md').read_text()
+    assert 'closed form, without images' in (tmp_path / 'new' / 'closed' / 'README.md').read_text()
 
 
 def test_the_folder_says_where_it_is_from(converted, checkpoint):
@@ -67,7 +67,7 @@ def test_the_folder_says_where_it_is_from(converted, checkpoint):
     assert results['images']['held_out']['files'] == 10
     assert len(results['images']['fit']['names_sha256']) == 64
     assert results['software']['timm'] == timm.__version__
-    assert results['source']['license'] is None  # a checkpoint says nothing of it
+    assert results['source']['license'] is None  # a checkpoint states none
     text = (converted / 'README.md').read_text()
     assert '38 images' in text
     assert 'On 10 images that it was not fitted to' in text
@@ -176,7 +176,7 @@ def test_unreadable_images_are_left_out_and_told(checkpoint, photo_folder, tmp_p
 
 
 def test_a_batch_of_unreadable_images_only(checkpoint, photo_folder, tmp_path):
-    """Of eleven images, nine are fitted to, each a batch."""
+    """Nine of the eleven images are used for fitting, each as a batch."""
     images = shutil.copytree(photo_folder / 'train' / 'astronaut', tmp_path / 'images')
     (images / '11.jpg').unlink()
     for number in range(3):
@@ -219,7 +219,7 @@ def test_the_folder_has_the_pooling_and_the_channels_of_the_source(options, num_
 
 
 def test_the_closed_form_is_told_on_one_thread(checkpoint, tmp_path, monkeypatch):
-    """Two threads take many times as long for its small products."""
+    """Two threads take many times as long for its small matrix products."""
     counts, threads = [], torch.get_num_threads()
 
     def fit(*args):
@@ -232,7 +232,7 @@ def test_the_closed_form_is_told_on_one_thread(checkpoint, tmp_path, monkeypatch
         convert(checkpoint, '-o', tmp_path / 'out')
     finally:
         torch.set_num_threads(threads)
-    assert counts == 6 * [1]  # three layers are converted, and told
+    assert counts == 6 * [1]  # three layers are fitted to convert them, and again to report them
 
 
 @pytest.mark.parametrize('output', ['dangling', 'link', 'missing/../there'])
@@ -264,7 +264,7 @@ def test_a_path_of_a_variable_that_is_not_set(option, checkpoint, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='other file systems take no such names')
+@pytest.mark.skipif(sys.platform != 'linux', reason='other file systems reject such names')
 def test_names_that_are_not_utf_8(checkpoint, photo_folder, tmp_path, capsys):
     root = tmp_path / os.fsdecode(b'caf\xe9')
     root.mkdir()
@@ -299,8 +299,8 @@ def source_of_timm(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(('source', 'options', 'message'), [
     ('resnet18', [], 'No pretrained weights|resnet18'),
-    ('resnetblur18', [], 'The model resnetblur18 cannot be made (No pretrained weights exist for resnetblur18'),
-    ('no_such_net', [], 'The model no_such_net cannot be made (Unknown model'),
+    ('resnetblur18', [], 'The model resnetblur18 cannot be created (No pretrained weights exist for resnetblur18'),
+    ('no_such_net', [], 'The model no_such_net cannot be created (Unknown model'),
     ('missing.pt', [], 'The checkpoint missing.pt does not exist. Check its path.'),
     ('runs/missing', [], 'The checkpoint runs/missing does not exist. Check its path.'),
     ('r14', [], 'does not name its architecture'),
@@ -312,7 +312,7 @@ def source_of_timm(tmp_path: Path) -> Path:
     ('nano', ['--images', 'few'], 'few must hold at least 10 images, got 3. Add some, name another folder or'),
     ('nano', ['--images', 'broken'], 'Most images must be readable, got 6 of 10 that are not, such as '),
     ('nano', ['--images', 'photos', '--limit', '5'], '--limit must be at least 10, got 5.'),
-    ('nano', ['--output', 'full'], 'full must be a new folder or an empty one, got one that holds something. Name'),
+    ('nano', ['--output', 'full'], 'full must be a new folder or an empty one, got one that is not empty. Name'),
     ('nano', ['--output', 'r14.safetensors'], 'must be a new folder or an empty one, got a file. Name another'),
     ('nano', ['--output', 'r14.safetensors/out'], 'must be a folder that can be made, got '),
     ('nano', ['--workers', '-1', '--images', 'photos'], '--workers must be 0 or more, got -1.'),
@@ -323,22 +323,23 @@ def source_of_timm(tmp_path: Path) -> Path:
     ('weighted', [], 'must have activations without weights, got PReLU in layer2.0. Take another act_layer.'),
     ('four channels', ['--images', 'photos'], '--images must be left out for a network of 4 channels, got photos'),
     ('nano', ['--images', 'r14.safetensors'], 'r14.safetensors must hold at least 10 images, got none (r14.s'),
-    ('nano', ['--output', '.'], '. must be a new folder or an empty one, got one that holds something. Name another'),
+    ('nano', ['--output', '.'], '. must be a new folder or an empty one, got one that is not empty. Name another'),
     ('nano', ['--output', 'x' * 300], 'x must be a folder that can be made, got | could not be written (['),
-    ('x' * 300, [], 'xxx cannot be made (Unknown model'),
+    ('x' * 300, [], 'xxx cannot be created (Unknown model'),
     ('x' * 300 + '.pt', [], 'xxx.pt does not exist. Check its path.'),
     ('nan', [], 'Weights to be converted must be finite'),
     ('nan elsewhere', [], 'Weights to be converted must be finite, got inf or nan in layer2.0.bn1.running_var.'),
+    ('large', ['--half'], 'fc.weight must be finite as torch.float16, got some that are not. Leave out --half.'),
     ('infinite', ['--images', 'photos'], 'The activations at the input of the first attention layer must be finite'),
 ])
 def test_bad_input_is_one_sentence_and_nothing_is_written(
         source, options, message, checkpoint, photo_folder, source_of_timm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sources = {'r14': source_of_timm, 'nano': checkpoint}
-    for name in ('nan', 'nan elsewhere', 'infinite'):
+    for name in ('nan', 'nan elsewhere', 'large', 'infinite'):
         state = torch.load(checkpoint, weights_only=True)
         key, value = {'nan': ('layer2.0.bn1.bias', float('nan')), 'infinite': ('bn1.bias', 1e6),
-                      'nan elsewhere': ('layer2.0.bn1.running_var', float('nan'))}[name]
+                      'nan elsewhere': ('layer2.0.bn1.running_var', float('nan')), 'large': ('fc.weight', 1e5)}[name]
         state['model'][key].fill_(value)
         torch.save(state, tmp_path / f'{name}.pt')
         sources[name] = tmp_path / f'{name}.pt'

@@ -1,10 +1,9 @@
-"""Converted tags: timm's list and cfgs, loading from the Hub and without it, pins, and what is said of them."""
+"""Converted tags: timm's list and cfgs, loading with and without the Hub, pins, and recorded figures."""
 import io
 import json
 import logging
 import pickle
 import shutil
-import time
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -38,7 +37,7 @@ BACKBONE = f'{LARGE}.from_bamboo'
 
 
 def source(name: str) -> dict[str, torch.Tensor]:
-    """Random weights of a plain ResNet, its norms not all alike."""
+    """Random weights of a plain ResNet, with random norms."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     for module in model.modules():
@@ -51,13 +50,13 @@ def source(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope='module')
 def plain():
-    """The source of the default tag, as a file's bytes. Not to be changed."""
+    """The source of the default tag, as a file's bytes."""
     return save(source('resnet50'), {'format': 'pt'})
 
 
 @pytest.fixture
 def published(hub, plain):
-    """The source on the Hub; the commit."""
+    """Publish the source on the Hub; the commit."""
     return hub.publish(REPO, {'model.safetensors': plain})
 
 
@@ -69,16 +68,8 @@ def expected(plain, tmp_path_factory):
 
 
 @pytest.fixture
-def waits(monkeypatch):
-    """Retries wait for seconds: note how long, and do not."""
-    noted = []
-    monkeypatch.setattr(time, 'sleep', noted.append)
-    return noted
-
-
-@pytest.fixture
 def manifest(tmp_path):
-    """A copy of the manifest, which the package takes for its own."""
+    """A copy of the manifest, which the package uses instead of its own."""
     path = Path(shutil.copy(manifest_path(), tmp_path / 'weights_manifest.json'))
     with using_manifest(path):
         yield path
@@ -166,7 +157,7 @@ def test_a_bare_name_loads_its_source_converted(hub, plain_name, tmp_path, caplo
     assert caplog.messages[0].startswith('Converted the weights of a plain ResNet')
     assert same(model, convert_state_dict(state, model))
     assert hub.count('GET /objects/') == 1
-    if plain_name != 'resnet50':  # the same again for each
+    if plain_name != 'resnet50':  # the rest would be the same for each
         return
     hub.stop()
     try:
@@ -183,7 +174,7 @@ ADAPTATIONS = [{'num_classes': 7}, {'num_classes': 0}, {'in_chans': 1}, {'featur
 def test_adapts_as_timm_does(published, expected, options, tmp_path):
     torch.manual_seed(1)
     model = timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path, **options)
-    torch.manual_seed(1)  # what is not loaded is drawn
+    torch.manual_seed(1)  # what is not loaded is random
     wanted = timm.create_model(
         LARGE, pretrained=True, pretrained_cfg_overlay={'state_dict': dict(expected)}, **options)
     assert same(model, wanted.state_dict())
@@ -210,7 +201,7 @@ def test_segmentation_models_and_transformers(published, expected, tmp_path, mon
 def test_a_model_of_other_options_is_converted_for_them(published, tmp_path):
     options = {'value_dims': (8, 16, 32, 64), 'attn_heads': 4, 'attn_kernel': 'laplacian'}
     with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)  # the conversion fits the kernel that it finds
+        warnings.simplefilter('error', UserWarning)  # no warning about the kernel, for which the weights are fitted
         model = timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path, **options)
     radii = [layer.radius() for layer in model.modules() if isinstance(layer, GeoPriorAttn2d)]
     assert len(radii) == 16
@@ -247,7 +238,7 @@ def test_without_a_network_one_sentence_says_so(hub, tmp_path, waits, caplog, ca
     text = str(caught.value)
     assert text.startswith(f'The weights of {TAG} (model.safetensors of {REPO}) could not be fetched: http://127.0.0.1')
     assert text.endswith(
-        'Check the network, the proxy and HF_ENDPOINT, or take geoprior_resnet50.r128_tin200, which needs no network.')
+        'Check the network, the proxy and HF_ENDPOINT, or use geoprior_resnet50.r128_tin200, which needs no network.')
     assert '\n' not in text
     assert sum(waits) == 0
     assert caplog.text + ''.join(capfd.readouterr()) == ''
@@ -255,7 +246,7 @@ def test_without_a_network_one_sentence_says_so(hub, tmp_path, waits, caplog, ca
 
 def test_offline_by_its_variable(published, hub, expected, tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(WeightsError, match=f'{REPO}.*HF_HUB_OFFLINE is set.*take geoprior_resnet50.r128_tin200'):
+    with pytest.raises(WeightsError, match=f'{REPO}.*HF_HUB_OFFLINE is set.*use geoprior_resnet50.r128_tin200'):
         timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
     timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path)
@@ -277,8 +268,8 @@ WRONG = {
     'nothing': (b'', 'must be a safetensors file, got another in'),
     'a cut file': (save({'fc.weight': torch.zeros(9)})[:-3], 'must be a safetensors file, got another in'),
     'another width': (save({'conv1.weight': torch.zeros(32, 3, 7, 7)}),
-                      r'cannot be made of timm/resnet50.a1_in1k: .* conv1.weight of the shape 64 x any x 7 x 7, got 3'),
-    'a deeper one': (save({'layer3.6.bn1.weight': torch.zeros(1)}), 'cannot be made of .* got layer3.6.bn1.weight am'),
+                      'cannot be made from timm/resnet50.a1_in1k: .* conv1.weight of the shape 64 x any x 7 x 7'),
+    'a deeper one': (save({'layer3.6.bn1.weight': torch.zeros(1)}), 'cannot be made from .* got layer3.6.bn1.weight'),
 }
 
 
@@ -303,7 +294,7 @@ def test_pickled_weights_are_never_taken(hub, tmp_path, waits):
     'action', [broken_after(100_000, reset=False), broken_after(100_000, reset=True), status(503)])
 def test_a_broken_download(published, hub, expected, tmp_path, waits, action):
     hub.fault('GET /objects/', action, times=1000)
-    with pytest.raises(WeightsError, match=r'could not be fetched: .*(broke off|answered 503).*, or take geoprior'):
+    with pytest.raises(WeightsError, match=r'could not be fetched: .*(broke off|answered 503).*, or use geoprior'):
         timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path)
     hub.faults.clear()
     hub.fault('GET /objects/', action)
@@ -415,7 +406,7 @@ def test_measured_figures_are_recorded_until_the_bytes_change(published, hub, ma
     assert load_manifest(manifest).get(TAG).metrics == entry.metrics
     hub.publish(REPO, {'model.safetensors': b'newer'})
     (line,) = pin_sources([TAG], manifest)
-    assert line.endswith('its figures were of other bytes and are gone')
+    assert line.endswith('its figures, measured with other bytes, were removed')
     assert load_manifest(manifest).get(TAG).metrics == ()
 
 
@@ -424,7 +415,7 @@ def test_nothing_of_a_converted_tag_is_published(tmp_path):
         stage(load_manifest().get(LARGE), SavedModel({}), tmp_path / 'staged')
 
 
-# -- what has no classifier --------------------------------------------------------------------------------------------
+# -- without a classifier ----------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(BACKBONE not in CONVERTED, reason='timm has the weights from 1.0.31 on')
 def test_a_backbone_is_no_classifier(hub, tmp_path, capsys):

@@ -31,6 +31,7 @@ from timm_geoprior.evaluation.classes import match_classes
 from timm_geoprior.evaluation.evaluate import EvalConfig, Forward, predict
 from timm_geoprior.evaluation.measure import find_metric
 from timm_geoprior.evaluation.metrics import (
+    NO_RANK,
     Counts,
     Predictions,
     calibrate,
@@ -50,10 +51,10 @@ OFFICIAL_LABELS = Path(__file__).parents[2] / 'shared' / 'data' / 'ilsvrc2012_va
 @pytest.mark.parametrize(('scores', 'target', 'rank'), [
     ([1, 3, 2], 1, 0),
     ([1, 3, 2], 0, 2),
-    ([5, 5, 5], 0, 0),  # of equal scores the lower index stands first
+    ([5, 5, 5], 0, 0),  # of equal scores the lower index comes first
     ([5, 5, 5], 2, 2),
     ([1, NAN, 2], 2, 1),
-    ([1, NAN, 2], 1, 3),  # never right
+    ([1, NAN, 2], 1, NO_RANK),  # never right
     ([-math.inf, -math.inf, 0], 1, 2),
 ])
 def test_the_rank_of_a_target(scores, target, rank):
@@ -95,7 +96,7 @@ def test_the_labels_of_ilsvrc():
     labels = ilsvrc_val_labels()
     assert labels.shape == (50_000,)
     assert set(np.bincount(labels)) == {50}
-    # what Imagenette's folders say of the validation images that are in it
+    # from the folders of Imagenette, which contains these validation images
     known = {293: 0, 665: 217, 557: 482, 537: 491, 4939: 497, 957: 566, 1144: 569, 732: 571, 2314: 574, 1440: 701}
     assert {number: labels[number - 1] for number in known} == known
     if OFFICIAL_LABELS.exists():
@@ -111,9 +112,9 @@ WNIDS, NAMES = ('n01', 'n02', 'n03', 'n04'), ('cat', 'crane', 'dog', 'crane')
     (['n02', 'n04'], False, [1, 3], None, "2 of the model's 4 classes"),
     (['n02', 'n04'], True, [1, 3], (1, 3), '2 classes are in both'),
     (['n09', 'n03', 'n01'], True, [-1, 2, 0], (0, 2), '2 classes are in both, of 3'),
-    (['cat', 'crane', 'dog', 'crane'], False, [], None, ''),  # names that stand twice, in the model's order
-    (['0', '1', '2', '3'], False, [], None, 'their order is taken'),
-    ([], False, [], None, 'their order is taken'),
+    (['cat', 'crane', 'dog', 'crane'], False, [], None, ''),  # with a repeated name, in the model's order
+    (['0', '1', '2', '3'], False, [], None, 'their order is assumed'),
+    ([], False, [], None, 'their order is assumed'),
 ])
 def test_classes_are_matched_by_name(data, subset, to_model, competing, note):
     match = match_classes(data, WNIDS, NAMES, 4, subset)
@@ -129,7 +130,7 @@ def test_classes_are_matched_by_name(data, subset, to_model, competing, note):
     (['a', 'b', 'c'], False, r"the model's 4 classes, which begin with n01, got 3 \(a, b, c\)"),
     (['a', 'b', 'c', 'd'], True, 'no name in common'),
     (['a', 'b', 'c', 'd'], False, r"must have the model's names \(n01, n02, n03 and 1 more\), got none of them \(a, b"),
-    (['cat', 'crane', 'dog', 'fox'], False, "must have the model's names"),  # 'crane' stands twice
+    (['cat', 'crane', 'dog', 'fox'], False, "must have the model's names"),  # 'crane' is repeated
 ])
 def test_classes_that_do_not_match_are_refused(data, subset, message):
     with pytest.raises(ClassMismatchError, match=message):
@@ -140,14 +141,14 @@ def test_folders_are_sorted_as_timm_sorts_them():
     names = ['b', 'A10', 'a2', '10', '9', 'x1y20', 'x1y3', 'é', '٣']
     assert sorted(names, key=natural_key) == sorted(names, key=timm.utils.natural_key)
     assert sorted(['②', '①', 'x²'], key=natural_key) == ['x²', '①', '②']  # which timm cannot sort
-    alike = ['a01', 'A1', 'a001', 'a1']  # to timm, which leaves them in the order of the disk
+    alike = ['a01', 'A1', 'a001', 'a1']  # to timm, which leaves them in file system order
     assert len({tuple(sorted(names, key=natural_key)) for names in itertools.permutations(alike)}) == 1
 
 
 def test_an_order_that_was_stated_is_taken():
     match = match_classes(['a', 'b', 'c', 'd'], WNIDS, NAMES, 4)
-    assert match.notes == ("The class names of these data are not the model's names: their order is taken for the "
-                           "model's.",)
+    assert match.notes == ("The class names of these data are not the model's names: their order is assumed to be "
+                           "the model's.",)
 
 
 def encoded(form: str, height: int = 40, width: int = 40, **options) -> bytes:
@@ -172,6 +173,13 @@ def encoded(form: str, height: int = 40, width: int = 40, **options) -> bytes:
 def test_an_unreadable_image_is_found(content, fault):
     found = image_fault(io.BytesIO(content))
     assert found is None if fault is None else fault in found
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_large_image_is_no_fault():
+    content = io.BytesIO()
+    Image.new('1', (10_000, 10_000)).save(content, 'PNG')
+    assert image_fault(content) is None
 
 
 def make_folder(root: Path, *names: str) -> Path:
@@ -236,7 +244,7 @@ def tar_of(content: bytes) -> bytes:
 
 @pytest.fixture(params=[True, False], ids=['new', 'old'])
 def tar_filters(request, monkeypatch):
-    """Python's filters of archives, and their absence: before 3.10.12 and 3.11.4 there are none."""
+    """Python's archive filters, and their absence before 3.10.12 and 3.11.4."""
     if not request.param:
         monkeypatch.delattr(tarfile, 'data_filter', raising=False)
         extractall = tarfile.TarFile.extractall
@@ -266,7 +274,7 @@ def test_an_archive_unpacks_into_its_own_folder(name, kind, tmp_path):
 @pytest.mark.parametrize(('name', 'content', 'message'), [
     ('cut.tar.xz', lzma.compress(tar_of(encoded('JPEG')))[:-200], 'cannot be unpacked .* damaged or cut off'),
     ('cut.tar.gz', gzip.compress(np.random.default_rng(0).bytes(999), mtime=0)[:500], 'cannot be unpacked'),
-    ('photo.tar', encoded('JPEG'), r'\(file could not be opened successfully\)\. It is no tar or zip archive'),
+    ('photo.tar', encoded('JPEG'), r'\(file could not be opened successfully\)\. It is not a tar or zip archive'),
     ('empty.tar', b'', 'cannot be unpacked'),
     ('missing.tar', None, 'does not exist'),
 ], ids=['xz', 'gzip', 'photo', 'empty', 'missing'])
@@ -282,7 +290,7 @@ def test_a_file_that_is_no_archive(name, content, message, tmp_path):
 def test_ilsvrc_as_downloaded_is_labelled(packed, tmp_path):
     names = [f'ILSVRC2012_val_{number:08d}.JPEG' for number in (957, 293, 1440)]
     make_folder(tmp_path / 'val', *names)
-    if packed:  # beside the archive of training images, as people keep them
+    if packed:  # next to the archive of training images, as is usual
         with tarfile.open(tmp_path / 'ILSVRC2012_img_val.tar', 'w') as archive:
             for name in names:
                 archive.add(tmp_path / 'val' / name, name)
@@ -370,9 +378,9 @@ except EvaluationError as error:
 """
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason="the limit on memory is Linux's")
+@pytest.mark.skipif(sys.platform != 'linux', reason='the memory limit needs Linux')
 def test_the_batch_is_halved_when_memory_runs_out():
-    # in a process of its own: torch maps its libraries to tell where it failed, and threads of other tests map more
+    # in a new process: torch maps its libraries to report where it failed, and threads of other tests map more memory
     done = run(['-c', HUNGRY], check=True)
     told = done.stdout.splitlines()
     assert told[:2] == ['Not enough memory for 30 images at a time: going on with 15.',
@@ -484,7 +492,7 @@ def test_the_hash_of_a_state_dict_is_of_its_values(tmp_path):
 
 
 class Payload:
-    """Would write a file if it were unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""scripts/experiments/gpu_report.py, rehearsed on the CPU: what it measures, and that it tells what it does not."""
+"""scripts/experiments/gpu_report.py, rehearsed on the CPU: what it measures, and that it lists what it does not."""
 import csv
 import json
 from pathlib import Path
@@ -28,8 +28,11 @@ def test_what_there_is_no_time_for_is_told(tmp_path, minutes):
         assert bool(rows) or not minutes or part == 'speed'
 
 
-def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+def test_what_is_not_there_is_refused(tmp_path):
     done = run([SCRIPT, '--output', tmp_path / 'out', '--device', 'cuda:99'])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith('gpu_report.py: device is cuda:99, this machine has')
+    done = run([SCRIPT, '--output', tmp_path / 'out', '--rehearse', '--data-dir', tmp_path])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f'--data-dir must be a folder with val/ in it, got {tmp_path}')
     assert not (tmp_path / 'out').exists()

@@ -1,4 +1,4 @@
-"""Loading: verified, as timm adapts it, and through everything that can go wrong between here and the Hub."""
+"""Loading: verified, adapted as by timm, and despite everything that can go wrong between here and the Hub."""
 import gc
 import hashlib
 import json
@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,19 +55,11 @@ def published(hub, staged):
 
 @pytest.fixture
 def plain_name(tmp_path, published):
-    """timm.create_model of the published tag by its plain name, into an empty cache."""
+    """timm.create_model for the published tag by its plain name, with an empty cache."""
     path = tmp_path / 'manifest.json'
     path.write_text(with_entry(published).to_json(), encoding='utf-8')
     with using_manifest(path):
         yield partial(timm.create_model, NANO, pretrained=True, cache_dir=tmp_path / 'cache')
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Retries wait for seconds: note how long, and do not."""
-    noted = []
-    monkeypatch.setattr(time, 'sleep', noted.append)
-    return noted
 
 
 def same(tensors, others):
@@ -81,7 +72,7 @@ def digest(tensors):
 
 
 def leftovers(cache):
-    """Files among the cache's blobs that are not whole, but for the one that an older huggingface_hub resumes."""
+    """Incomplete files among the cache's blobs, except for the one that an older huggingface_hub resumes."""
     blobs = [path for path in cache.rglob('blobs/*') if path.is_file() and len(path.name) != len(f'{"":64}.incomplete')]
     return [path.name for path in blobs if hashlib.sha256(path.read_bytes()).hexdigest() != path.name]
 
@@ -109,7 +100,7 @@ def test_a_default_device_moves_no_file(plain_name, published, staged, tmp_path,
         empty = module._tensors(memoryview(save({'nothing': torch.empty(0, 4, device='cpu')})))
         model = plain_name()
     finally:
-        torch.set_default_device(None)  # any device, 'cpu' too, would leave a mode on that later tests see
+        torch.set_default_device(None)  # any device, even 'cpu', would leave a mode on for later tests
     assert same(tensors, load_file(staged / 'model.safetensors'))
     assert same(golden, load_file(staged / 'golden/outputs.safetensors'))
     assert empty['nothing'].device.type == 'cpu'
@@ -132,7 +123,7 @@ def test_the_file_is_opened_once_and_its_bytes_are_the_tensors(published, tmp_pa
     def listen(event, arguments):
         if listening and event == 'open' and os.path.realpath(str(arguments[0])) == blob:
             opened.append(arguments)
-    sys.addaudithook(listen)  # stays for good, so it is told when to stop
+    sys.addaudithook(listen)  # cannot be removed, so a flag stops it
     tensors = load_verified(published, tmp_path)
     listening = False
     assert len(opened) == 1
@@ -169,7 +160,7 @@ def test_adapts_as_timm_does(plain_name, staged, options):
     """Against the same folder through timm's own `local-dir:`."""
     torch.manual_seed(1)
     ours = plain_name(**options)
-    torch.manual_seed(1)  # what is not loaded is drawn
+    torch.manual_seed(1)  # what is not loaded is random
     timms = timm.create_model(f'local-dir:{staged}', pretrained=True, **options)
     assert type(ours) is type(timms)
     assert same(ours.state_dict(), timms.state_dict())
@@ -228,6 +219,13 @@ def test_planned_tag_names_those_that_have_weights(plain_name):
         timm.create_model('geoprior_resnet101.paper_in1k', pretrained=True)
     assert isinstance(caught.value, RuntimeError)
     assert NANO in timm.list_pretrained('*geoprior*')
+
+
+def test_a_default_tag_without_weights_is_not_named(tmp_path):
+    path = tmp_path / 'manifest.json'
+    path.write_text(with_entry(planned()).to_json(), encoding='utf-8')
+    with using_manifest(path), pytest.raises(WeightsError, match='Tags with weights: none in this version'):
+        timm.create_model(NANO, pretrained=True)
 
 
 @pytest.fixture
@@ -291,7 +289,7 @@ def other_bytes(content):
     ('HEAD /owner/nano/resolve', status(500), 1),
 ])
 def test_passing_trouble_is_survived(hub, published, tmp_path, staged, waits, pattern, action, fetches):
-    hub.fault(pattern, action, times=2 if 'HEAD' in pattern else 1)  # the first HEAD only asks whether the Hub is there
+    hub.fault(pattern, action, times=2 if 'HEAD' in pattern else 1)  # the first HEAD only checks that the Hub is up
     assert same(load_verified(published, tmp_path), load_file(staged / 'model.safetensors'))
     assert hub.count('GET /objects/') == fetches
     assert leftovers(tmp_path) == []
@@ -300,7 +298,7 @@ def test_passing_trouble_is_survived(hub, published, tmp_path, staged, waits, pa
 
 @pytest.fixture
 def large(hub, staged):
-    """The entry of a file of 24 MB: huggingface_hub writes, and so resumes, in pieces of 10."""
+    """The entry of a file of 24 MB, since huggingface_hub writes, and therefore resumes, in chunks of 10 MB."""
     tensors = {f'w{number}': torch.full((1000, 3000), float(number), dtype=torch.float16) for number in range(4)}
     content = save(tensors, {'format': 'pt'})
     revision = hub.publish('owner/large', {'model.safetensors': content})
@@ -313,7 +311,7 @@ def test_a_broken_download_is_resumed(hub, large, tmp_path, waits, reset):
     hub.fault('GET /objects/', broken_after(15_000_000, reset))
     assert sum(tensor.nbytes for tensor in load_verified(large, tmp_path).values()) == 24_000_000
     assert hub.count('GET /objects/') == 2
-    # huggingface_hub resumes a connection that was closed; after a reset (no retry of its own) ours begins anew
+    # huggingface_hub resumes a closed connection; it does not retry after a reset, so that our own retry starts over
     assert hub.requests[-1].endswith(f'bytes={10 << 20}-') != reset
 
 
@@ -331,7 +329,7 @@ FAULTS = {
     'store down': ('GET /objects', status(503), 'answered 503. Try again later'),
     'always cut': ('GET /objects', broken_after(0, reset=False), 'broke off.*Check the network'),
     'always reset': ('GET /objects', broken_after(100_000, reset=True), 'broke off.*Check the network'),
-    'no Hub at all': ('HEAD', status(200), 'could not be reached or broke off.*HF_ENDPOINT'),
+    'no Hub at all': ('HEAD', status(200), 'could not be reached, or the connection broke off.*HF_ENDPOINT'),
 }
 
 
@@ -396,7 +394,7 @@ def test_wrong_bytes_are_fetched_afresh_once_and_then_refused(hub, published, tm
     (pickle.dumps({'model': 1}), r'must be \d+ bytes, got \d+'),
 ])
 def test_another_file_at_the_pinned_revision_is_refused(hub, published, tmp_path, content, message):
-    """The Hub's metadata fit what it serves, but not the manifest."""
+    """The Hub's metadata match what it serves, but not the manifest."""
     commit = hub.repos['owner/nano'].find(published.revision)
     commit.files['model.safetensors'] = hub.store(content)
     with pytest.raises(WeightsError, match=message):
@@ -554,7 +552,7 @@ def test_offline_with_and_without_the_file(hub, published, tmp_path):
 
 
 def _peak(entry, cache):
-    """Highest resident memory of a load above that before it, in bytes."""
+    """Peak resident memory of a load minus that before it, in bytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tensors = load_verified(entry, cache)
     assert tensors
@@ -580,7 +578,7 @@ def test_download_makes_what_local_dir_loads(hub, published, plain_name, tmp_pat
     download_tag(NANO, tmp_path / 'offline')
     assert (folder / 'model.safetensors').read_bytes() == (staged / 'model.safetensors').read_bytes()
     assert (folder / 'golden/outputs.safetensors').stat().st_mtime_ns == written
-    (folder / 'config.json').unlink()  # as a download that was stopped
+    (folder / 'config.json').unlink()  # as after an interrupted download
     download_tag(NANO, tmp_path / 'offline')
     assert (folder / 'config.json').exists()
     assert hub.requests == []

@@ -36,7 +36,7 @@ FILES = {'model.safetensors', 'golden/outputs.safetensors', 'config.json', 'READ
 
 @pytest.fixture
 def manifest(tmp_path):
-    """A manifest of the test's own, in which the nano network is planned."""
+    """A manifest for the test, in which the nano network is planned."""
     path = tmp_path / 'weights_manifest.json'
     path.write_text(with_entry(planned()).to_json(), encoding='utf-8')
     return path
@@ -46,14 +46,6 @@ def manifest(tmp_path):
 def login(monkeypatch):
     """A token that may write."""
     monkeypatch.setenv('HF_TOKEN', 'hf_writetoken')
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Retries wait for seconds: note how long, and do not."""
-    noted = []
-    monkeypatch.setattr(time, 'sleep', noted.append)
-    return noted
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -192,7 +184,7 @@ def test_staging_again_gives_the_same_bytes(staged, run_folder, tmp_path):
     shutil.copytree(staged, tmp_path / 'nano')
     (tmp_path / 'nano' / 'config.json').write_text('changed')
     checkpoint = read_weights(run_folder / 'last.pt')
-    named = altered(checkpoint, model_name=f'{checkpoint.model_name}.of_any_tag')  # as recipes for ImageNet name it
+    named = altered(checkpoint, model_name=f'{checkpoint.model_name}.of_any_tag')  # as in the recipes for ImageNet
     stage(planned(), named, tmp_path / 'nano', Evidence(run_folder / 'val.json', run=run_folder))
     assert files(tmp_path / 'nano') == files(staged)
     assert all((tmp_path / 'nano' / name).read_bytes() == (staged / name).read_bytes() for name in files(staged))
@@ -230,7 +222,7 @@ def alter_results(path, **changes):
     (lambda c, run: (run / 'results.json').unlink(), 'must hold the results.json of a finished run'),
 ])
 def test_what_cannot_be_staged_leaves_nothing(staged, run_folder, tmp_path, change, message):
-    # `staged` has measured: the figures are in val.json
+    # the fixture `staged` has written the figures to val.json
     run = tmp_path / 'run'
     shutil.copytree(run_folder, run)
     checkpoint = read_weights(run / 'last.pt')
@@ -244,22 +236,22 @@ def test_what_cannot_be_staged_leaves_nothing(staged, run_folder, tmp_path, chan
 
 def test_a_folder_of_something_else_is_left_alone(run_folder, tmp_path):
     (tmp_path / 'photos').mkdir()
-    with pytest.raises(GeoPriorError, match='which is no staged folder'):
+    with pytest.raises(GeoPriorError, match='which is not a staged folder'):
         stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'photos')
     assert list(tmp_path.iterdir()) == [tmp_path / 'photos']
 
 
 def test_a_run_is_no_staged_folder(run_folder):
-    """Its results have the name of a staged folder's, and `--output RUN` is soon typed."""
+    """Its results have the same file name as a staged folder's, and `--output RUN` is easily typed."""
     before = sorted(run_folder.iterdir())
     assert run_folder / 'results.json' in before
-    with pytest.raises(GeoPriorError, match='which is no staged folder'):
+    with pytest.raises(GeoPriorError, match='which is not a staged folder'):
         stage(planned(), read_weights(run_folder / 'last.pt'), run_folder)
     assert sorted(run_folder.iterdir()) == before
 
 
 def test_a_staged_folder_that_holds_more_is_left_alone(staged, run_folder, tmp_path):
-    """A run that was trained into it, or figures to be named with `--results`."""
+    """Such as a run that was trained into it, or figures for `--results`."""
     folder = Path(shutil.copytree(staged, tmp_path / 'staged'))
     (folder / 'val.json').write_text('{}')
     with pytest.raises(GeoPriorError, match=r'which is one with val.json in it\. Name another'):
@@ -332,7 +324,7 @@ def test_a_bundled_tag_is_staged_from_its_own_file(staged, manifest, weights_dir
 
 
 def test_other_weights_keep_nothing_of_the_old_ones(staged, manifest, weights_dir, run_folder, tmp_path):
-    """Neither figures nor where they are from, where the file itself does not say."""
+    """Neither figures nor their origin, if the file itself does not state it."""
     write_baseline(tmp_path / 'plain.json')
     first = stage(planned(), read_weights(run_folder / 'last.pt'), tmp_path / 'first',
                   Evidence(run_folder / 'val.json', tmp_path / 'plain.json', run_folder))
@@ -355,7 +347,7 @@ def test_other_weights_keep_nothing_of_the_old_ones(staged, manifest, weights_di
 def test_what_the_manifest_refuses_changes_no_weights(staged, manifest, weights_dir, run_folder, tmp_path):
     entry = bundle(staged, manifest)
     before = {path: path.read_bytes() for path in (*weights_dir.iterdir(), manifest)}
-    second = replace(entry, name='geoprior_resnet14_nano.other')  # both its architecture's default
+    second = replace(entry, name='geoprior_resnet14_nano.other')  # a second default of its architecture
     raw = read_weights(run_folder / 'last.pt', 'raw')
     stage(second, raw, tmp_path / 'other')
     with pytest.raises(ManifestError, match='default'):
@@ -367,8 +359,8 @@ def test_what_the_manifest_refuses_changes_no_weights(staged, manifest, weights_
 
 
 def _load_by_plain_name(manifest, cache):
-    time.sleep = lambda seconds: None  # huggingface_hub's retries wait; this process is ours alone
-    os.environ['HF_TOKEN'] = 'hf_writetoken'  # the process that this one is forked from may be older than the login
+    time.sleep = lambda seconds: None  # huggingface_hub's retries wait; this process does nothing else
+    os.environ['HF_TOKEN'] = 'hf_writetoken'  # the parent of this process may be older than the login
     with using_manifest(manifest):
         model = timm.create_model('geoprior_resnet14_nano', pretrained=True, cache_dir=cache)
         return golden_error(model, load_golden(load_manifest().get(NANO), cache))
@@ -430,7 +422,7 @@ def test_the_same_repository_in_timm_and_transformers(hub, staged, manifest, log
 
         backbone = transformers.TimmBackbone.from_pretrained(timms, out_indices=(1, 2, 3, 4)).eval()
         features = timm.create_model(timms, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
-        # transformers 5.23 puts the running statistics of every timm network back to their start (resnet50's too)
+        # transformers 5.23 resets the running statistics of every timm network (also resnet50's)
         backbone._backbone.load_state_dict(dict(features.named_buffers()), strict=False)
         with torch.no_grad():
             for ours, theirs in zip(features(images), backbone(images).feature_maps, strict=True):
@@ -438,7 +430,7 @@ def test_the_same_repository_in_timm_and_transformers(hub, staged, manifest, log
 
 
 class _Logits(torch.nn.Module):
-    """A wrapper of transformers as a plain network."""
+    """A transformers wrapper as a plain network."""
     def __init__(self, wrapped):
         super().__init__()
         self.wrapped = wrapped
@@ -467,7 +459,7 @@ def _push(folder, manifest, *preparations):
 
 
 def _die_at_rename():
-    """Let this process be killed when the new manifest is written, and not yet in the old one's place."""
+    """Kill this process when the new manifest is written but has not yet replaced the old one."""
     rename = os.replace
 
     def replace(source, target):
@@ -512,8 +504,8 @@ def test_push_killed_at_a_step(hub, staged, manifest, login, forkserver, step, s
 
 
 @pytest.mark.parametrize(('step', 'action', 'message'), [
-    ('repos/create', status(401), 'answered 401: the token must have write rights'),
-    ('preupload', status(403), 'answered 403: the token must have write rights'),
+    ('repos/create', status(401), 'answered 401: the token must have write access'),
+    ('preupload', status(403), 'answered 403: the token must have write access'),
     ('lfs/objects', status(500), 'answered 500. Try again later'),
     ('PUT /objects', status(503), 'answered 503. Try again later'),
     ('commit/main', status(412), 'another commit came in between'),
@@ -528,7 +520,7 @@ def test_a_push_that_fails(hub, staged, manifest, login, waits, caplog, capfd, s
     with pytest.raises(GeoPriorError, match=message) as caught:
         push(staged, 'owner/nano', manifest_file=manifest)
     assert f'{NANO} could not be pushed to owner/nano' in str(caught.value)
-    assert 'run it again' in str(caught.value)
+    assert 'run the command again' in str(caught.value)
     assert manifest.read_bytes() == before
     assert 'hf_writetoken' not in ''.join((str(caught.value), caplog.text, *capfd.readouterr()))
     hub.faults.clear()
@@ -551,7 +543,7 @@ def test_a_push_needs_a_token_that_may_write(hub, staged, manifest, monkeypatch)
         push(staged, 'owner/nano', manifest_file=manifest)
     assert hub.requests == []
     monkeypatch.setenv('HF_TOKEN', 'hf_readtoken')
-    with pytest.raises(GeoPriorError, match='answered 403: the token must have write rights') as caught:
+    with pytest.raises(GeoPriorError, match='answered 403: the token must have write access') as caught:
         push(staged, 'owner/nano', manifest_file=manifest)
     assert 'readtoken' not in str(caught.value)
     assert load_manifest(manifest).get(NANO).status == 'planned'
@@ -563,7 +555,7 @@ def test_two_pushes_at_once(hub, staged, manifest, login, forkserver):
     (won, no_problem), (lost, problem) = sorted((finish(*child) for child in running), key=lambda outcome: outcome[1])
     assert (no_problem, lost) == ('', None)
     assert 'GeoPriorError' in problem
-    assert 'another commit came in between. The manifest is as it was; run it again' in problem
+    assert 'another commit came in between. The manifest is unchanged; run the command again' in problem
     assert len(hub.repos['owner/nano'].commits) == 2
     entry = load_manifest(manifest).get(NANO)
     assert entry.revision == won == push(staged, 'owner/nano', manifest_file=manifest).revision
@@ -574,7 +566,7 @@ def test_two_pushes_at_once(hub, staged, manifest, login, forkserver):
 
 
 def script(monkeypatch, *arguments):
-    """Run scripts/publish.py in this process; its exit code."""
+    """Run scripts/publish.py in this process, and return its exit code."""
     monkeypatch.setattr(sys, 'argv', ['publish.py', *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(ROOT / 'scripts' / 'publish.py'), run_name='__main__')
@@ -638,7 +630,7 @@ def test_script_refuses_what_it_would_not_use(tmp_path, monkeypatch, capsys):
 
 
 def test_results_file_is_what_validation_writes():
-    """The keys that a release reads of scripts/validate.py's JSON."""
+    """It has the keys that a release reads from the JSON of scripts/validate.py."""
     from timm_geoprior.evaluation import results, validate
     source = ''.join(Path(module.__file__).read_text(encoding='utf-8') for module in (results, validate))
     assert all(f"'{key}'" in source for key in ('results', 'data', 'preprocessing', 'software', 'weights', 'model'))

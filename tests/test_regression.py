@@ -1,5 +1,6 @@
-"""The conversion with images: least squares on sums, activations in files, and what a fit makes of a network."""
+"""The conversion with images: least squares on sums, activations in files, and the effect of a fit on a network."""
 import copy
+import tempfile
 
 import pytest
 import timm
@@ -103,8 +104,8 @@ class TestRidge:
 
 
 class TestActivations:
-    def test_what_is_written_is_read(self, tmp_path):
-        kept = Activations(3, 2 * 4 * 5 * 6, tmp_path)
+    def test_what_is_written_is_read(self):
+        kept = Activations(3, 2 * 4 * 5 * 6)
         maps = [torch.randn(2, 4, 5, 6), torch.randn(1, 4, 5, 6)]
         for batch, some in enumerate(maps):
             kept.write(batch, some, 'somewhere')
@@ -113,16 +114,17 @@ class TestActivations:
         torch.testing.assert_close(kept.read(1, CPU), maps[1], atol=2e-3, rtol=1e-3)
         assert kept.read(1, CPU).is_contiguous(memory_format=torch.channels_last)
 
-    def test_the_file_has_no_name(self, tmp_path):
-        kept = Activations(1, 10, tmp_path)
+    def test_the_file_has_no_name(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+        kept = Activations(1, 10)
         kept.write(0, torch.zeros(1, 10, 1, 1), 'somewhere')
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(('value', 'got'), [
         (float('nan'), 'values that are not finite'), (float('inf'), 'values that are not finite'), (1e5, '1e+05')])
-    def test_values_that_float16_cannot_hold_are_told(self, value, got, tmp_path):
+    def test_values_that_float16_cannot_hold_are_told(self, value, got):
         with pytest.raises(GeoPriorError) as raised:
-            Activations(1, 10, tmp_path).write(0, torch.full((1, 10, 1, 1), value), 'the output of layer2.0')
+            Activations(1, 10).write(0, torch.full((1, 10, 1, 1), value), 'the output of layer2.0')
         assert str(raised.value) == (
             f'The activations at the output of layer2.0 must be finite and within ±65,504, got {got}. Check the '
             f'weights of the source, and its mean and std.')
@@ -135,7 +137,7 @@ def smooth_images(count: int, size: int = 48, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope='module')
 def trained() -> nn.Module:
-    """A plain network of the nano's shape whose norms have the statistics of images, as training leaves them."""
+    """A plain network of the nano's shape whose norms have the statistics of images, as after training."""
     torch.manual_seed(0)
     model = timm.create_model('geoprior_resnet14_nano', value_dims=(0, 0, 0, 0))
     for module in model.modules():
@@ -237,7 +239,7 @@ def test_norms_that_let_nothing_through_keep_their_weights(trained):
 
 @pytest.mark.parametrize('name', ['bn2.weight', 'conv2.weight'])
 def test_channels_that_never_change_leave_the_weights_of_the_next_layer(trained, name):
-    """Their variance is zero, and not what rounding makes of it."""
+    """Their variance is zero, not a rounding error."""
     source = copy.deepcopy(trained)
     for stage in (source.layer3, source.layer4):
         nn.init.zeros_(stage[0].get_parameter(name))

@@ -21,7 +21,7 @@ OPTIONS = {'channels': [8, 16, 16, 16], 'stem_width': 8}
 
 @pytest.fixture(scope='module')
 def pairs(photo_folder, tmp_path_factory):
-    """Checkpoints with and without the prior, of three seeds."""
+    """Checkpoints with and without the prior, for three seeds."""
     root = tmp_path_factory.mktemp('pairs')
     found = []
     for seed in range(3):
@@ -68,7 +68,7 @@ def test_every_condition_changes_the_images():
 
 
 def test_the_interval_is_that_of_paired_images():
-    """Of 400 images the first network has 40 more than the other, which it is otherwise equal to."""
+    """Of 400 images, the first network has 40 more right than the other; apart from that they are equal."""
     rank = np.arange(400) % 2
 
     def answers(right):
@@ -102,14 +102,19 @@ def test_the_report(pairs, photo_folder, tmp_path, monkeypatch):
         '--results-file', str(results)])
     with results.open() as file:
         assert own[1] == pytest.approx(float(next(csv.DictReader(file))['top1']))
-    assert text.count('±') == 12  # the head's, and one a condition
+    assert text.count('±') == 12  # one in the header, and one per condition
     call(monkeypatch, photo_folder, tmp_path / 'one', pairs[0])
     assert '±' not in (tmp_path / 'one' / 'robustness.md').read_text()
 
 
 def test_what_is_no_pair_is_refused(pairs, photo_folder, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match='must have one recipe, but for the network, and one seed'):
+    with pytest.raises(SystemExit, match='must have the same recipe but for the network, and the same seed'):
         call(monkeypatch, photo_folder, tmp_path / 'out', [pairs[0][0], pairs[1][1]])
+    longer = torch.load(pairs[1][0], weights_only=True)
+    longer['recipe']['eval_size'] = 64
+    torch.save(longer, tmp_path / 'longer.pt')
+    with pytest.raises(SystemExit, match='All pairs must have the same recipe, got another one in .*longer.pt'):
+        call(monkeypatch, photo_folder, tmp_path / 'out', pairs[0], [str(tmp_path / 'longer.pt')] * 2)
     other = tmp_path / 'other' / 'val'
     other.mkdir(parents=True)
     for name in ('astronaut', 'chelsea', 'coffee'):
@@ -124,7 +129,7 @@ def test_what_is_no_pair_is_refused(pairs, photo_folder, tmp_path, monkeypatch):
 
 
 def test_a_control_sees_the_images_of_its_pair(photo_folder, tmp_path, monkeypatch):
-    """timm resizes for resnet10t by another interpolation than this package for its networks."""
+    """timm uses another interpolation for resnet10t than this package for its networks."""
     saved = []
     for model in ('geoprior_resnet14_nano', 'resnet10t'):
         recipe = make_recipe({**TINY, 'model': model, 'model_ema': False, 'epochs': 1})

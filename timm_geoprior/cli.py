@@ -1,10 +1,11 @@
 """The command line: `timm-geoprior`, or `python -m timm_geoprior`.
 
-A subcommand is a function below `@_command`, which names its arguments; it takes them parsed and returns the exit code.
-Nothing here imports torch or timm before it is needed, so that `--help` and a usage error come at once.
+A subcommand is a function decorated with `@_command`, which declares its arguments; the function takes the parsed
+arguments and returns the exit code. torch and timm are imported only where they are needed, so that `--help` and usage
+errors appear at once.
 
-A GeoPriorError is printed as one sentence on stderr, with exit code 1. Wrong usage is 2, Ctrl-C 130, a pipe whose
-reader has gone 141, as in a shell.
+The message of a GeoPriorError is printed on stderr, with exit code 1. The exit code is 2 for wrong usage, 130 for
+Ctrl-C, and 141 for a closed pipe, as in a shell.
 """
 import argparse
 import errno
@@ -33,10 +34,10 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]  # what `add_argument` takes
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
-_COMMANDS: dict[str, tuple[Function, str, tuple[Argument, ...]]] = {}  # Name -> function, what it does, its arguments
-# Commands with a parser of their own: the module whose `main` takes the arguments, and what it does
+_COMMANDS: dict[str, tuple[Function, str, tuple[Argument, ...]]] = {}  # name -> function, description, arguments
+# commands with their own parser: name -> module whose `main` takes the arguments, description
 _MODULES = {
-    'train': ('training.train', 'train a model by a recipe'),
+    'train': ('training.train', 'train a model with a recipe'),
     'validate': ('evaluation.validate', 'measure the accuracy of any timm model, or of a checkpoint'),
     'publish': ('release.publish', 'stage, bundle or push trained weights'),
 }
@@ -47,7 +48,7 @@ def _argument(*names: str, **options: Any) -> Argument:
 
 
 def _command(name: str, text: str, *arguments: Argument) -> Callable[[Function], Function]:
-    """Make a function the subcommand `name`; `text` says what it does, in the list of commands and in its own help."""
+    """Register a function as the subcommand `name`; `text` describes it in the list of commands and in its own help."""
     def add(function: Function) -> Function:
         _COMMANDS[name] = function, text, arguments
         return function
@@ -55,7 +56,7 @@ def _command(name: str, text: str, *arguments: Argument) -> Callable[[Function],
 
 
 def _print_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print rows with aligned columns, the first `left` of them to the left."""
+    """Print rows in columns: the first `left` are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.ljust(width) if place < left else cell.rjust(width)
@@ -68,7 +69,7 @@ def _radii(values: Sequence[float], digits: int) -> str:
 
 
 def _fields(value: dict[str, Any], indent: str = '') -> Iterator[str]:
-    """Lines of `key: value`, deeper ones indented; what is not known yet is left out."""
+    """Lines of `key: value`, nested ones indented; None, () and {} are left out."""
     for key, item in value.items():
         if isinstance(item, dict) and item:
             yield f'{indent}{key}:'
@@ -83,7 +84,7 @@ def _fields(value: dict[str, Any], indent: str = '') -> Iterator[str]:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 def _summary(entry: 'ModelEntry', title: str) -> dict[str, Any]:
-    """What `list` says of a tag; the accuracy is that of the first metric."""
+    """What `list` shows for a tag; the accuracy is that of the first metric."""
     metric = entry.metrics[0] if entry.metrics else None
     return {
         'name': entry.name,
@@ -238,7 +239,7 @@ def _classify(args: argparse.Namespace) -> int:
     from .inference.inputs import sample_image
     sample = None if args.images else sample_image()
     faults = _find_images(args.images)
-    if faults and all(faults.values()):  # no model is loaded for nothing
+    if faults and all(faults.values()):  # nothing to classify: load no model
         for path, fault in faults.items():
             _print_result(args, {'image': path, 'error': str(fault)})
         return 1
@@ -250,7 +251,7 @@ def _classify(args: argparse.Namespace) -> int:
         return 0
     failed = False
     guesses = classify.files([path for path, fault in faults.items() if not fault], args.top)
-    quiet = len(faults) == 1 or sys.stdout.isatty()  # the results themselves show how far it is
+    quiet = len(faults) == 1 or sys.stdout.isatty()  # the results themselves show the progress
     with Progress('classifying', len(faults), tell=None if quiet else tell_on_stderr) as progress:
         for path, fault in faults.items():
             found = fault or next(guesses)
@@ -270,7 +271,7 @@ def _load_classifier(args: argparse.Namespace, device: 'torch.device | str' = 'c
 
 
 def _find_images(names: Sequence[str]) -> dict[str, GeoPriorError | None]:
-    """Path -> what is wrong with it, of all images that the names stand for."""
+    """Map the path of each image that the names stand for to what is wrong with it, or None."""
     from .errors import ImageError
     from .inference.inputs import check_header, find_images
     faults: dict[str, GeoPriorError | None] = {}
@@ -333,8 +334,8 @@ def _explain(args: argparse.Namespace) -> int:
         from .inference.explain import check_output, save_explanation
     check_output(args.output)
     if args.image and args.output.exists() and args.output.samefile(args.image):
-        raise GeoPriorError(f'The output must be another file than the image, got {args.output}. Name one with '
-                            f'--output.')
+        raise GeoPriorError(f'The output must be a file other than the image, got {args.output}. Name one '
+                            f'with --output.')
     save_explanation(_load_classifier(args), image, args.output, args.point)
     print(f'Wrote {args.output}.')
     return 0
@@ -410,7 +411,7 @@ def _convert(args: argparse.Namespace) -> int:
     _argument('--output', type=Path, help='folder to write (default: DIR-finetuned in the current folder)'),
     _argument('--model', help='model to start from: a tag, any timm model, or local-dir: and a folder (default: the '
                               'bundled model with the best accuracy)'),
-    _argument('--from-scratch', action='store_true', help='start from random weights, to compare'),
+    _argument('--from-scratch', action='store_true', help='start from random weights, for comparison'),
     _argument('--set', action='append', default=[], metavar='KEY=VALUE', help='override a key of the recipe'),
     _argument('--patience', type=_count, default=5, metavar='N',
               help='stop after this many epochs without improvement (default: 5)'),
@@ -433,7 +434,7 @@ def _finetune(args: argparse.Namespace) -> int:
     print(f'{measured["split"]}: {measured["top1_correct"]:,} of {measured["num_images"]:,} images right, '
           f'{measured["top1"]:.2f}% (95% interval {", ".join(f"{end:.2f}" for end in measured["top1_interval"])})')
     for pair in measured['confused']:
-        print(f'  {pair["class"]} taken for {pair["taken_for"]}: {pair["count"]}')
+        print(f'  {pair["class"]} mistaken for {pair["taken_for"]}: {pair["count"]}')
     print(f"timm.create_model('local-dir:{output}', pretrained=True)\n"
           f'timm-geoprior classify --model local-dir:{output} IMAGE')
     return 0
@@ -448,15 +449,15 @@ def _is_runnable(module: str) -> bool:
         spec = find_spec(module)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = find_spec(f'{module}.__main__')
-    except (ImportError, ValueError):  # also of a relative or an empty name
+    except (ImportError, ValueError):  # also for a relative or an empty name
         return False
     return spec is not None
 
 
 def _reach_children() -> None:
-    """Register the models in Python processes that this one starts, too: see startup/sitecustomize.py."""
+    """Also register the models in Python processes that this one starts: see startup/sitecustomize.py."""
     folder = str(Path(__file__).absolute().with_name('startup'))
-    inherited = os.environ.get('PYTHONPATH')  # an empty entry in it is the current folder
+    inherited = os.environ.get('PYTHONPATH')  # an empty entry in it means the current folder
     others = [entry for entry in inherited.split(os.pathsep) if entry != folder] if inherited else []
     os.environ['PYTHONPATH'] = os.pathsep.join([folder, *others])
 
@@ -487,7 +488,7 @@ def _run(args: argparse.Namespace) -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError) and error.errno not in FULL_DISK:
             raise
-        # not ours to explain: a data loader's workers may have died, or the script's own disk be full
+        # the script's own error, which `main` would misreport: a pipe to a worker broke, or its disk is full
         traceback.print_exc()
         return 1
     return 0
@@ -514,7 +515,7 @@ def _complain(error: Exception | str, script: str = '') -> None:
 
 
 def _split_off_arguments(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """The words up to the target of `run`, and its own arguments, in which argparse would drop a first `--`."""
+    """Split the words up to the target of `run` from the target's arguments: argparse would drop their first `--`."""
     if not argv or argv[0] != 'run':
         return argv, ()
     target = next((place for place, word in enumerate(argv) if place and not word.startswith('-')), len(argv))
@@ -534,7 +535,7 @@ def _dispatch(argv: Sequence[str], script: str = '') -> int:
         return cast(int, module.main(argv[1:], prog=script or f'timm-geoprior {argv[0]}'))
     parser = _build_parser()
     args, unknown = parser.parse_known_args(argv)
-    if unknown:  # told by the command itself, with its own usage
+    if unknown:  # reported by the subcommand, with its own usage
         getattr(args, 'parser', parser).error(f'unrecognized arguments: {" ".join(unknown)}')
     if 'function' not in args:
         parser.print_help()
@@ -548,20 +549,20 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
     """Run the command line.
 
     Args:
-        argv: A command and its arguments; None takes those of the process.
-        script: Name of the program that runs a command of its own name, for its messages.
+        argv: The command and its arguments; None for those of the process.
+        script: Name of the script that runs this, such as train.py, for messages.
 
     Returns:
         The exit code.
     """
-    for stream in (sys.stdout, sys.stderr):  # a file's name may have what no terminal can print
+    for stream in (sys.stdout, sys.stderr):  # a file name may have characters that it cannot encode
         cast(TextIOWrapper, stream).reconfigure(errors='backslashreplace')
     try:
         try:
             with enough_memory('Use smaller images, a smaller batch, or another device.'):
                 return _dispatch(sys.argv[1:] if argv is None else argv, script)
         finally:
-            sys.stdout.flush()  # a closed pipe shows here, where it is dealt with, not at the interpreter's end
+            sys.stdout.flush()  # a closed pipe raises here, where it is handled, and not at exit
     except GeoPriorError as error:
         _complain(message_of(error), script)
         return 1
@@ -571,6 +572,9 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
         _drop_output()
         return 141
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _complain(f'A file name must be shorter, got {error.filename}. Shorten it.', script)
+            return 1
         if error.errno not in FULL_DISK:
             raise
         _drop_output()
@@ -579,5 +583,5 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
 
 
 def _drop_output() -> None:
-    """Let what could not be printed go, or Python complains when it flushes at its end."""
+    """Discard what could not be printed, since Python would complain when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

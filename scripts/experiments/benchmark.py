@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure speed, start and memory of models side by side.
+"""Compare the speed, startup and memory of models.
 
     python scripts/experiments/benchmark.py geoprior_resnet50 resnet50 --channels-last --output bench
 
-The speed of a machine drifts by more than the networks differ. So each repetition measures each network once, in
-alternating order, in one process. The first model is compared with each of the others by the ratio of each repetition;
-the median is printed, with the interquartile range in brackets. Above one, the first model is faster (images per
-second) or needs more (seconds, bytes).
+A machine's speed drifts by more than the networks differ, so each repetition measures every network once, in one
+process and in alternating order. The first model is compared with each of the others by the ratio within each
+repetition; the median ratio is printed, with the interquartile range in brackets. A ratio above one means that the
+first model is faster (images per second) or needs more (seconds, bytes).
 """
 import argparse
 import contextlib
@@ -38,14 +38,14 @@ from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 
 ENGINES = ('eager', 'compile', 'cudagraphs', 'torchscript', 'onnxruntime', 'aotinductor')
-COMPILED = {'compile': None, 'cudagraphs': 'reduce-overhead'}  # the mode of torch.compile
+COMPILED = {'compile': None, 'cudagraphs': 'reduce-overhead'}  # engine -> mode of torch.compile
 PROCESS = Path('/proc/self')
 
 Step = Callable[[], object]
 
 
 class BenchmarkError(GeoPriorError):
-    """What was asked for cannot be measured here; the message says why and what to do."""
+    """A workload that cannot be measured; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,16 @@ class Workload:
 
     Attributes:
         device: 'cpu', 'cuda' or 'cuda:N'.
-        precision: 'float32', or the type of autocast.
-        channels_last: Memory format of network and images.
+        precision: 'float32', or the autocast dtype.
+        channels_last: Whether the network and the images use the channels-last memory format.
         engine: What runs the network, one of `ENGINES`.
-        train: Forward, backward and an SGD step, instead of the forward pass alone.
-        img_size: Side of the images, pixels.
-        batch_size: Images a step.
-        num_threads: Threads of a CPU.
-        reparameterize: By `timm.utils.reparameterize_model`, which leaves networks that have nothing of the kind alone.
-        model_kwargs: Options of every network.
+        train: Whether to run forward, backward and an SGD step instead of only the forward pass.
+        img_size: Side of the images, in pixels.
+        batch_size: Images per step.
+        num_threads: CPU threads.
+        reparameterize: Whether to call `timm.utils.reparameterize_model`, which leaves networks that do not support it
+            unchanged.
+        model_kwargs: Keyword arguments of every network.
     """
 
     device: str = 'cpu'
@@ -77,18 +78,18 @@ class Workload:
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self) -> str:
-        """Refuse what cannot run here.
+        """Reject a workload that cannot run here.
 
         Returns:
-            A remark on what runs but should not be taken for more than it is; mostly empty.
+            A warning about a workload whose result may mislead; usually empty.
 
         Raises:
-            BenchmarkError: The device is not there, or the engine cannot do what is asked of it.
+            BenchmarkError: The device or the engine does not support the workload.
         """
         device = torch.device(self.device)
         if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
             raise BenchmarkError(f'device is {self.device}, this machine has {torch.cuda.device_count()} CUDA devices: '
-                                 f'take --device cpu.')
+                                 f'use --device cpu.')
         if self.engine not in ('eager', *COMPILED) and (self.train or self.precision != 'float32'):
             raise BenchmarkError(f'The engine {self.engine} must run inference in float32, got '
                                  f'{"training" if self.train else self.precision}. Leave out --train and --amp.')
@@ -98,11 +99,11 @@ class Workload:
         if self.engine == 'onnxruntime' and device.type != 'cpu':
             raise BenchmarkError(f'The engine onnxruntime must run on the cpu, got {self.device}. Leave out --device.')
         if device.type == 'cuda' and self.precision == 'bfloat16' and not torch.cuda.is_bf16_supported(False):
-            raise BenchmarkError(f'{torch.cuda.get_device_name(device)} has no bfloat16: take --amp-dtype float16.')
+            raise BenchmarkError(f'{torch.cuda.get_device_name(device)} has no bfloat16: use --amp-dtype float16.')
         capabilities: dict[str, Any] = getattr(torch.cpu, 'get_capabilities', dict)()  # from torch 2.11 on
         if device.type == 'cpu' and self.precision == 'bfloat16' and not (
                 capabilities.get('avx512_bf16', True) or capabilities.get('amx_bf16', True)):
-            return 'this CPU has no bfloat16 instructions: it is emulated'
+            return 'this CPU has no bfloat16 instructions: bfloat16 is emulated'
         return ''
 
     def __str__(self) -> str:
@@ -111,7 +112,7 @@ class Workload:
             self.precision, f'batch {self.batch_size}', f'{self.img_size} px')))
 
     def use_device(self) -> None:
-        """Make the device torch's current one, which `synchronize`, timers and memory statistics are about."""
+        """Make the device torch's current one, which `synchronize`, timers and memory statistics refer to."""
         if torch.device(self.device).type == 'cuda':
             torch.cuda.set_device(torch.device(self.device).index or 0)
 
@@ -123,10 +124,10 @@ class Workload:
 
 
 def usable_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Models that this timm has, and sentences about those that it has not.
+    """The models that the installed timm has, and a message about each one that it lacks.
 
     Raises:
-        BenchmarkError: The first, which the others are compared with, is not there.
+        BenchmarkError: The first model, with which the others are compared, is missing.
     """
     missing = [name for name in names if not timm.is_model(name.split('.')[0])]
     reasons = [f'{name} is left out: timm {timm.__version__} has no such model.' for name in missing]
@@ -143,7 +144,7 @@ def create_network(name: str, workload: Workload) -> nn.Module:
     layout = torch.channels_last if workload.channels_last else torch.contiguous_format
     model = model.to(device=workload.device).train(workload.train)
     for parameter in model.parameters():
-        if parameter.dim() == 4:  # `model.to(memory_format=...)` fails at the five axes of a lambda layer's weights
+        if parameter.dim() == 4:  # `model.to(memory_format=...)` fails on the 5D weights of a lambda layer
             parameter.data = parameter.data.contiguous(memory_format=layout)
     return reparameterize_model(model) if workload.reparameterize else model
 
@@ -152,9 +153,9 @@ def prepare_step(model: nn.Module, workload: Workload, folder: Path) -> Step:
     """A function that runs a network once on a fixed batch.
 
     Args:
-        model: The network, as `create_network` makes it.
+        model: The network, from `create_network`.
         workload: How it is run.
-        folder: For files of the engine.
+        folder: Folder for the engine's files.
     """
     layout = torch.channels_last if workload.channels_last else torch.contiguous_format
     shape = (workload.batch_size, 3, workload.img_size, workload.img_size)
@@ -203,11 +204,11 @@ def _engine(
     if workload.engine == 'eager':
         return model
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # TorchScript's deprecation; the exporter's remarks on its own code
+        warnings.simplefilter('ignore')  # TorchScript's deprecation, and the exporter's warnings about its own code
         if workload.engine == 'torchscript':
             return torch.jit.freeze(torch.jit.trace(model, images))  # type: ignore[no-any-return]
         if workload.engine == 'aotinductor':
-            from torch._inductor import aoti_compile_and_package, aoti_load_package  # torch's documented entry
+            from torch._inductor import aoti_compile_and_package, aoti_load_package  # the documented entry point
 
             package = aoti_compile_and_package(
                 torch.export.export(model, (images,)), package_path=str(folder / f'{id(model)}.pt2'))
@@ -241,10 +242,10 @@ def measure_speed(
         names: The networks.
         workload: How they are run.
         repeats: Repetitions.
-        min_seconds: Least time that one network is run in one repetition, seconds.
+        min_seconds: Minimum time that each network runs in each repetition, in seconds.
 
     Yields:
-        'model', 'repetition' and 'images_per_second', as soon as measured.
+        'model', 'repetition' and 'images_per_second' of each measurement, as soon as it is done.
     """
     workload.use_device()
     with tempfile.TemporaryDirectory() as folder:
@@ -263,7 +264,7 @@ def measure_speed(
 # -- model creation, first call, memory --------------------------------------------------------------------------------
 
 def measure_startup(names: Sequence[str], workload: Workload, repeats: int) -> Iterator[dict[str, Any]]:
-    """Creation, first call and peak memory of each network, each in a process of its own.
+    """Creation, first call and peak memory of each network, each measured in its own process.
 
     Args:
         names: The networks.
@@ -271,8 +272,8 @@ def measure_startup(names: Sequence[str], workload: Workload, repeats: int) -> I
         repeats: Repetitions.
 
     Yields:
-        'model', 'repetition', 'create_seconds', 'first_call_seconds' and 'peak_bytes' (of a GPU what was allocated, of
-        a CPU what the process grew by), as soon as measured.
+        'model', 'repetition', 'create_seconds', 'first_call_seconds' and 'peak_bytes' of each measurement, as soon as
+        it is done. On a GPU the bytes are those allocated, on a CPU those by which the process grew.
     """
     context = multiprocessing.get_context('spawn')
     for repetition in range(repeats):
@@ -294,13 +295,13 @@ def _startup(name: str, workload: Workload) -> dict[str, float]:
         if torch.device(workload.device).type == 'cuda':
             torch.cuda.synchronize()
         called = time.perf_counter()
-        step()  # momentum and workspaces are there from the second on
+        step()  # momentum and workspaces exist only from the second step on
     return {'create_seconds': created - started, 'first_call_seconds': called - created,
             'peak_bytes': peak_bytes(workload) - before}
 
 
 def reset_peak(workload: Workload) -> int:
-    """Let the peak of memory start from what is in use now; that, in bytes."""
+    """Reset the peak memory to what is in use now, and return it in bytes."""
     if torch.device(workload.device).type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     elif PROCESS.exists():
@@ -309,10 +310,10 @@ def reset_peak(workload: Workload) -> int:
 
 
 def peak_bytes(workload: Workload) -> int:
-    """The peak of memory, in bytes: of a GPU what was allocated, else of the process."""
+    """Peak memory in bytes: allocated memory on a GPU, else that of the process."""
     if torch.device(workload.device).type == 'cuda':
         return torch.cuda.max_memory_allocated()
-    if PROCESS.exists():  # Linux: getrusage would give the parent's peak where that was higher
+    if PROCESS.exists():  # Linux: getrusage would report the parent's peak if that was higher
         lines = (PROCESS / 'status').read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith('VmHWM')).split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
@@ -322,7 +323,7 @@ def peak_bytes(workload: Workload) -> int:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and interquartile range of some repetitions."""
+    """Median and interquartile range over repetitions."""
 
     median: float
     low: float
@@ -341,10 +342,10 @@ def summarize(values: Sequence[float]) -> Spread:
 
 
 def ratios(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) -> dict[str, list[float]]:
-    """A quantity of the first model over that of each other one, repetition by repetition.
+    """A quantity of the first model divided by that of each other one, per repetition.
 
     Args:
-        rows: What `measure_speed` or `measure_startup` gave; a repetition that one of two models lacks is left out.
+        rows: Rows of `measure_speed` or `measure_startup`. Repetitions that only one of the two models has are ignored.
         names: The models.
         quantity: Key of the rows.
     """
@@ -361,7 +362,7 @@ def median_speeds(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def describe(rows: Sequence[dict[str, Any]], names: Sequence[str], quantity: str) -> Iterator[str]:
-    """Lines about a quantity: of each model, and of the first as a ratio to each other one."""
+    """Lines with a quantity of each model, and with the ratio of the first model to each other one."""
     for name in names:
         spread = summarize([row[quantity] for row in rows if row['model'] == name])
         yield f'{quantity} of {name}: {spread.median:,.4g} [{spread.low:,.4g}, {spread.high:,.4g}]'
@@ -395,7 +396,7 @@ def plot_speed(speeds: dict[str, dict[str, float]], path: Path) -> None:
     """Draw images per second over the number of parameters.
 
     Args:
-        speeds: Title of a panel -> model -> images per second. Ours are drawn in another color than the others.
+        speeds: Title of a panel -> model -> images per second. GeoPrior networks have a color of their own.
         path: A PNG file to write.
     """
     from matplotlib.figure import Figure  # extra `train`
@@ -405,7 +406,7 @@ def plot_speed(speeds: dict[str, dict[str, float]], path: Path) -> None:
         axes = figure.add_subplot(1, len(speeds), index + 1)
         for name, images_per_second in by_model.items():
             parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) / 1e6
-            ours = name.startswith('geoprior')  # labelled below and to the left: the plain network is close by
+            ours = name.startswith('geoprior')  # labelled below and to the left, since the plain network is close by
             axes.plot(parameters, images_per_second, 'o', color='C1' if ours else 'C0')
             axes.annotate(name, (parameters, images_per_second), xytext=(-4, -11) if ours else (4, 4), fontsize=7,
                           textcoords='offset points', horizontalalignment='right' if ours else 'left')
@@ -418,7 +419,7 @@ def plot_speed(speeds: dict[str, dict[str, float]], path: Path) -> None:
 
 
 class OutputFolder:
-    """The output folder. Rows are written as they are measured: a benchmark that is killed keeps those it has."""
+    """The output folder. Rows are written as they are measured, so that a killed benchmark keeps them."""
 
     def __init__(self, folder: Path, workload: Workload, command: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -453,9 +454,9 @@ QUANTITIES = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('models', nargs='+', metavar='MODEL', help='models of timm, ours first')
+    parser.add_argument('models', nargs='+', metavar='MODEL', help='timm models; the first is compared with the others')
     parser.add_argument(
-        '--output', type=Path, required=True, help='folder to write: CSV files, results.json, pictures')
+        '--output', type=Path, required=True, help='folder to write: CSV files, results.json, plots')
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N')
     parser.add_argument('--amp', action='store_true', help='autocast to --amp-dtype')
     parser.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'), help='default: bfloat16')
@@ -478,11 +479,14 @@ def parse_args() -> argparse.Namespace:
         help='also measure creation, first call and peak memory, N times each')
     parser.add_argument(
         '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-        help='keyword arguments of all models')
+        help='keyword arguments for all models')
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace) -> None:
+    if min(args.repeats, args.startup) < 0 or args.repeats == args.startup == 0:
+        raise BenchmarkError(f'--repeats and --startup must be 0 or more, and one of them at least 1, got '
+                             f'{args.repeats} and {args.startup}.')
     workload = Workload(
         args.device, args.amp_dtype if args.amp else 'float32', args.channels_last,
         'compile' if args.compile else args.engine, args.train, args.img_size, args.batch_size, args.threads,

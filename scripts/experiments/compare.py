@@ -4,12 +4,12 @@
     python scripts/experiments/compare.py scripts/experiments/nano_variants.yaml --data-dir tiny-imagenet-200 \\
         --seeds 1 2 3 4 --output out
 
-Runs of one seed see the same images in the same order with the same crops. So differences are taken within a seed: the
-report gives their mean and Student's interval. The validation set takes no part.
+Runs with the same seed see the same images in the same order with the same crops. Differences are therefore taken
+within each seed, and the report gives their mean with Student's t interval. The validation set is not used.
 
-Seeds are run one after the other, each with all variants, so the runs are paired at any time. An interrupted comparison
-continues with the same command. Further seeds or variants are added to the existing runs. After each run the folder has
-comparison.md (tables), comparison.png and runs.csv, and the files of each run in runs/.
+Seeds run one after the other, each with all variants, so that an unfinished comparison has paired runs too. An
+interrupted comparison resumes with the same command. Further seeds or variants are added to the existing runs. After
+each run, --output has comparison.md (tables), comparison.png and runs.csv, and the files of each run in runs/.
 
 Variants may also be named on the command line:
 
@@ -53,33 +53,32 @@ from timm_geoprior.training.loaders import open_images, open_training_data
 from timm_geoprior.training.parts import check_recipe
 from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe, make_recipe
 
-FACTORS = (0.75, 1, 2)  # sizes that the networks are measured at, as multiples of the recipe's own
-LEAST_SEEDS = 3  # Student's factor for a mean of two is 12.7
+FACTORS = (0.75, 1, 2)  # evaluation sizes, as multiples of the recipe's own
+LEAST_SEEDS = 3  # with two, the interval would use a t quantile of 12.7
 Row = dict[str, Any]
 
 
 class ComparisonError(GeoPriorError):
-    """Variants, or runs of an earlier start, that cannot be compared; the message says why and what to do."""
+    """Variants or earlier runs that cannot be compared; the message says why and what to do."""
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str, Recipe]:
-    """Read what is to be compared.
+    """Read the variants to compare.
 
     Args:
-        source: A YAML file with the keys `recipe`, `set` (other values for its keys, as `overrides`) and `variants`
-            (for each name the keys that it changes; options of `model_kwargs` and `opt_kwargs` are added to the
-            recipe's), or a recipe.
+        source: A recipe, or a YAML file with the keys `recipe`, `set` (overrides of the recipe's keys) and `variants`
+            (the keys that each name changes; `model_kwargs` and `opt_kwargs` are merged with the recipe's).
         overrides: 'key=value' strings for every variant.
-        variants: 'name: {key: value, ...}' strings, in place of the file's; the first is the base.
+        variants: 'name: {key: value, ...}' strings that replace those of the file; the first is the base.
 
     Returns:
         The recipe of each variant by its name, the base first.
 
     Raises:
-        ComparisonError: Fewer than two variants, or such as cannot be compared.
-        GeoPriorError: Keys or values that a recipe refuses.
+        ComparisonError: There are fewer than two variants, or they cannot be compared.
+        GeoPriorError: A key or value is not valid in a recipe.
     """
     path = Path(source)
     plan = _mapping(path.read_text(), source) if path.suffix in ('.yaml', '.yml') and path.is_file() else {}
@@ -135,21 +134,17 @@ def _vary(base: Recipe, name: str, changes: Mapping[str, Any]) -> Recipe:
 def _check_comparable(recipes: Mapping[str, Recipe]) -> None:
     for name, recipe in recipes.items():
         if not re.fullmatch(r'\w[\w.-]*', name):
-            raise ComparisonError(f'The name of a variant must be of letters, digits, _, - and dots, got {name!r}.')
+            raise ComparisonError(f'A variant name must consist of letters, digits, _, - and dots, got {name!r}.')
         if not (recipe.holdout and recipe.in_memory):
             raise ComparisonError(
-                f'Variant {name} must hold out images to compare by and keep images in memory, got '
+                f'Variant {name} must hold out images for the comparison and keep images in memory, got '
                 f'holdout={recipe.holdout} and in_memory={recipe.in_memory}. Add --set holdout=50 '
                 f'--set in_memory=true.')
     for key in ('holdout', 'memory_size', 'eval_size'):
-        values = {_eval_size(recipe) if key == 'eval_size' else getattr(recipe, key) for recipe in recipes.values()}
+        values = {recipe.measured_size if key == 'eval_size' else getattr(recipe, key) for recipe in recipes.values()}
         if len(values) > 1:
             raise ComparisonError(f'{key} must be the same in all variants, which are compared on the same images, got '
                                   f'{" and ".join(map(str, sorted(values)))}.')
-
-
-def _eval_size(recipe: Recipe) -> int:
-    return recipe.eval_size or recipe.img_size
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -157,23 +152,23 @@ def _eval_size(recipe: Recipe) -> int:
 def compare(
         recipes: Mapping[str, Recipe], seeds: Sequence[int], config: RunConfig, tell: Callable[[str], None] = print,
 ) -> Iterator[list[Row]]:
-    """Run every variant with every seed, seed by seed, so that what is there at any time is paired.
+    """Run every variant with every seed, seed by seed, so that an unfinished comparison has paired runs too.
 
-    A finished run is kept, an unfinished one goes on. The images are decoded once, and only if there is a run to do.
+    Finished runs are kept and unfinished ones resumed. The images are decoded once, and only if there is a run to do.
 
     Args:
         recipes: The variants' recipes.
-        seeds: Of weights, order and augmentation.
-        config: Where the runs are done; each gets the folder `runs/VARIANT/SEED` of its `output`.
+        seeds: Seeds of weights, order and augmentation.
+        config: Settings of the runs; each run writes to the folder `runs/VARIANT/SEED` in its `output`.
         tell: Called with a sentence for each run.
 
     Yields:
-        The rows of all runs so far, those of other seeds in `output` too, at the start and after each run: by variant,
-        the base first.
+        The rows of all finished runs, including those in `output` with other seeds, at the start and after each run:
+        by variant, the base first.
 
     Raises:
-        ComparisonError: A finished run had another recipe, or other images than those that further ones would have.
-        RuntimeError: As `Trainer` has it.
+        ComparisonError: A finished run used another recipe, or other images than the remaining runs would.
+        RuntimeError: See `Trainer`.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
     order = list(recipes)
@@ -208,7 +203,7 @@ def compare(
 
 
 def _finished(name: str, recipe: Recipe, path: Path) -> dict[str, Any] | None:
-    """The results of a run that was done and measured."""
+    """The results of a run, if it was finished and measured."""
     results: dict[str, Any] = json.loads(path.read_text())
     if 'measured' not in results:
         return None
@@ -222,19 +217,19 @@ def _finished(name: str, recipe: Recipe, path: Path) -> dict[str, Any] | None:
 
 
 def run(name: str, recipe: Recipe, place: RunConfig, decoded: ImageTensors, images: Mapping[str, Any]) -> Row:
-    """Do one run, or what is left of it, and measure what it has learned.
+    """Do or resume one run, and measure the trained network.
 
     Args:
-        name: The variant's.
-        recipe: The variant's.
-        place: Where the run is done.
-        decoded: The training images, held-out ones among them.
-        images: Their `fingerprint`, to be kept with the results.
+        name: The variant's name.
+        recipe: The variant's recipe.
+        place: Settings of the run.
+        decoded: The training images, including the held-out ones.
+        images: Their `fingerprint`, stored with the results.
 
     Returns:
         The run's row.
     """
-    torch.compiler.reset()  # after eight networks, torch.compile would run the next one as it is
+    torch.compiler.reset()  # after eight networks, torch.compile would run the next one uncompiled
     trainer = Trainer(recipe, replace(place, resume=(place.output / 'last.pt').exists()), decoded)
     results = trainer.fit()
     network = trainer.ema.module if trainer.ema else trainer.model
@@ -246,34 +241,34 @@ def run(name: str, recipe: Recipe, place: RunConfig, decoded: ImageTensors, imag
 def measure(
         network: nn.Module, recipe: Recipe, place: RunConfig, device: torch.device, decoded: ImageTensors,
 ) -> dict[str, Any]:
-    """Measure the held-out images at several sizes, with radii in cells and as shares of the map.
+    """Measure accuracy on the held-out images at several sizes, with radii in cells and as shares of the map.
 
-    A radius is learned in cells. At another size it either stays the same in cells or grows with the map.
+    A radius is learned in cells. At another size it either stays the same in cells or scales with the map.
 
     Args:
-        network: The trained network; its radii are as they were when this returns.
-        recipe: Says what is held out, and the size that the factors multiply.
-        place: Says where the images are.
-        device: Where the network is.
-        decoded: The images, decoded.
+        network: The trained network; its radii are restored at the end.
+        recipe: Defines the held-out images, and the size that `FACTORS` multiply.
+        place: Settings of the run, with the location of the images.
+        device: The network's device.
+        decoded: The decoded images.
 
     Returns:
         Accuracies in percent, as `top1` and `top1_xFACTOR_UNIT`, and the radii of each layer.
     """
-    size = _eval_size(recipe)
+    size = recipe.measured_size
     radii = learned_radii(network, (3, size, size))
     measured: dict[str, Any] = {'eval_size': size}
     for factor in FACTORS:
         other = replace(recipe, eval_size=round(factor * size))
         held_out = open_training_data(other, place, LoaderConfig(1, device), decoded).held_out
-        assert held_out is not None  # as load_variants has seen to
+        assert held_out is not None  # load_variants requires a holdout
         for unit in ('cells', 'share') if radii and factor != 1 else ('cells',):
             with _scaled_radii(network, other.eval_size / size if unit == 'share' else 1):
                 counts = count_correct(network, held_out())
             key = 'top1' if factor == 1 else f'top1_x{factor}_{unit}'
             measured[key] = 100 * counts.top1_correct / counts.num_images
             measured['num_images'] = counts.num_images
-        del held_out  # on a GPU, before the next size's are there
+        del held_out  # frees GPU memory before the next size is prepared
     measured['radii'] = {layer.name: {'map': max(layer.height, layer.width), 'cells': layer.cells,
                                       'share': layer.relative} for layer in radii}
     return measured
@@ -293,7 +288,7 @@ def _scaled_radii(network: nn.Module, scale: float) -> Iterator[None]:
 
 
 def _row(name: str, results: Mapping[str, Any]) -> Row:
-    """One run as a flat row; a layer's heads stand side by side."""
+    """One run as a flat row, with the values of a layer's heads separated by spaces."""
     row = {'variant': name, 'seed': results['seed'], 'parameters': results['parameters'], **results['measured']}
     del row['images']
     for layer, radii in row.pop('radii').items():
@@ -311,7 +306,7 @@ def _row(name: str, results: Mapping[str, Any]) -> Row:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 class Interval(NamedTuple):
-    """A mean, and half the width of its 95% interval by Student's t; NaN where there are too few values for one."""
+    """A mean, and half the width of its 95% interval by Student's t, which is NaN if there are too few values."""
     mean: float
     half: float
 
@@ -320,7 +315,7 @@ class Interval(NamedTuple):
 
 
 def paired_interval(differences: Sequence[float]) -> Interval:
-    """The mean of differences between runs of the same seed, and how far it may be from the true one."""
+    """The mean of differences between runs with the same seed, and its 95% interval."""
     count = len(differences)
     if count < LEAST_SEEDS:
         return Interval(statistics.fmean(differences) if count else math.nan, math.nan)
@@ -329,7 +324,7 @@ def paired_interval(differences: Sequence[float]) -> Interval:
 
 
 def differences(rows: Sequence[Row], name: str, base: str, key: str = 'top1', other: str = '') -> list[float]:
-    """What a variant's runs have of `key` beyond the base's runs of the same seeds (of `other`, where named)."""
+    """`key` of a variant's runs minus `key` (or `other`, if given) of the base's runs with the same seeds."""
     own, others = ({row['seed']: row for row in rows if row['variant'] == wanted} for wanted in (name, base))
     return [own[seed][key] - others[seed][other or key] for seed in own if seed in others]
 
@@ -338,9 +333,9 @@ def write_comparison(rows: Sequence[Row], output: Path, command: str) -> str:
     """Write runs.csv, comparison.md and comparison.png.
 
     Args:
-        rows: Of all runs so far; the first row's variant is the base.
-        output: Folder to write them in.
-        command: How they were made, for the report.
+        rows: Rows of all runs so far; the first row's variant is the base.
+        output: Folder to write to.
+        command: Command line of the comparison, for the report.
 
     Returns:
         The text of comparison.md.
@@ -361,7 +356,7 @@ def write_comparison(rows: Sequence[Row], output: Path, command: str) -> str:
     if len(commits) > 1:
         head += f' The runs are of {len(commits)} commits: {", ".join(commits)}.'
     if len(seeds) < LEAST_SEEDS:
-        head += f' No intervals yet, with {len(seeds)} of the {LEAST_SEEDS} seeds that they take.'
+        head += f' No intervals yet, with {len(seeds)} of the {LEAST_SEEDS} seeds that they need.'
     sections = [f'`{command}`', head, _accuracy_table(rows, names, seeds)]
     if radii := _radii_table(rows, names):
         sections += ['Radii at the end, averaged over the seeds, in cells (and as a share of the map); heads are '
@@ -379,12 +374,12 @@ def write_comparison(rows: Sequence[Row], output: Path, command: str) -> str:
 
 
 def distinct(rows: Sequence[Row], key: str) -> str:
-    """What all runs have, or each of what they have."""
+    """The distinct values of a column, joined by 'and'."""
     return ' and '.join(dict.fromkeys(str(row.get(key) or 'unknown') for row in rows))
 
 
 def _layers(rows: Sequence[Row]) -> list[str]:
-    """Layers with attention, the tenth after the ninth."""
+    """Layers with attention in natural order, the tenth after the ninth."""
     layers = {key.removeprefix('radius.') for row in rows for key in row if key.startswith('radius.')}
     return sorted(layers, key=lambda layer: [int(part) if part.isdigit() else part
                                              for part in re.split(r'(\d+)', layer)])
@@ -404,13 +399,13 @@ def _accuracy_table(rows: Sequence[Row], names: Sequence[str], seeds: Sequence[i
 
 
 def _heads(rows: Iterable[Row], key: str) -> list[float]:
-    """The means over runs of what a column has for each head."""
+    """Each head's value in a column, averaged over runs."""
     values = [[float(part) for part in row[key].split()] for row in rows if row.get(key)]
     return [statistics.fmean(column) for column in zip(*values, strict=True)]
 
 
 def _radii_table(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """A line a variant with attention, a column a layer; nothing where no variant has any."""
+    """One line per variant with attention and one column per layer; empty if no variant has attention."""
     layers, lines = _layers(rows), []
     for name in names:
         own = [row for row in rows if row['variant'] == name]
@@ -447,7 +442,7 @@ def _size_table(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 
 def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
-    """Differences to the base, radii over their maps, and what the radius' unit does, a line a variant."""
+    """Draw differences to the base, relative radii, and the effect of the radius's unit, with one line per variant."""
     figure = Figure(figsize=(13, 1.8 + 0.36 * len(names)), layout='constrained')
     accuracy, radii, sizes = figure.subplots(1, 3, sharey=True)
     for place, name in enumerate(names):
@@ -478,14 +473,14 @@ def _plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         axes.grid(alpha=0.3)
         handles, labels = axes.get_legend_handles_labels()
         if handles:
-            by_label = dict(zip(labels, handles, strict=True))  # one of each
+            by_label = dict(zip(labels, handles, strict=True))  # one entry per label
             axes.legend(by_label.values(), by_label.keys(), fontsize='small', loc='lower center',
                         bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     save_figure(path, figure, dpi=130)
 
 
 def _draw_spread(axes: Axes, place: float, values: Sequence[float], color: str, label: str = '') -> None:
-    """Each seed's value, faint, and their mean with its interval."""
+    """Draw each seed's value faintly, and their mean with its interval."""
     if values:
         mean, half = paired_interval(values)
         axes.plot(values, [place] * len(values), '|', color=color, alpha=0.6)
@@ -501,7 +496,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='default: 0 1 2')
     parser.add_argument(
         '--variant', action='append', default=[], metavar="'NAME: {KEY: VALUE}'",
-        help="a variant, in place of the file's; the first is the base")
+        help="a variant, instead of the file's; the first is the base")
     parser.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE', help='override a recipe key, in all variants')
     parser.add_argument('--device', default=default_device(), help='default: cuda if there is one, else cpu')
@@ -523,7 +518,7 @@ def main() -> None:
                 text = write_comparison(rows, args.output, command_line())
     except GeoPriorError as error:
         sys.exit(f'compare.py: {message_of(error)}')
-    except KeyboardInterrupt:  # while images are read; a run saves and leaves by itself
+    except KeyboardInterrupt:  # while images are read; a run saves a checkpoint and exits by itself
         sys.exit(130)
     print(f'\n{text}')
 

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Measure what a conversion costs in accuracy, by the number of images that `convert` is given.
+"""Measure how much accuracy a conversion costs, by the number of images given to `convert`.
 
     python scripts/experiments/conversion_accuracy.py runs/plain/last.pt --images tiny-imagenet-200/train \\
         --data-dir tiny-imagenet-200 --output runs/conversion
 
-Each conversion is measured beside a control in which the same number of channels is left out: the least important ones.
-The control is corrected as far as the other channels predict them, in closed form or by the same least squares on the
-same images.
+Each conversion is compared with a control that leaves out the same number of channels, the least important ones. The
+control is corrected as far as the other channels predict them, in closed form or by the same least squares on the same
+images.
 
---output gets one folder per network, from which `train.py warm_tin200 --finetune` can train further, conversion.json
-with the counts, and conversion.md with the table. Existing folders are not made again.
+--output receives one folder per network, from which `train.py warm_tin200 --finetune` can train further,
+conversion.json with the counts, and conversion.md with the table. Existing folders are reused.
 """
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from timm_geoprior.conversion import job, regression, state_dict
 from timm_geoprior.conversion.comparison import class_indices, compare
 from timm_geoprior.conversion.images import ImageSets, PreparedImages
 from timm_geoprior.data.dataset import open_split
+from timm_geoprior.errors import GeoPriorError, message_of
 from timm_geoprior.evaluation.metrics import wilson_interval
 from timm_geoprior.evaluation.models import LoadedModel, load_model
 from timm_geoprior.files import markdown_table, write_json
@@ -34,13 +36,13 @@ from timm_geoprior.provenance import git_commit, hardware, versions
 
 
 def leave_out(layer: Any, behind: Any, value_dim: int, heads: int = 1) -> Any:
-    """In place of `fit_layer`."""
+    """Replaces `fit_layer`."""
     return removal(layer, behind, value_dim)
 
 
 @torch.no_grad()
 def leave_out_of_block(inputs: Any, old: Any, item: Any) -> tuple[float, float]:
-    """In place of the fit of an attention layer to images."""
+    """Replaces the fit of an attention layer to images."""
     fit = removal(*state_dict.layer_models(item, old.state_dict()), item.value_dim)
     new = item.block.state_dict()
     for name, tensor in state_dict.apply_fit(old.state_dict(), fit).items():
@@ -50,7 +52,7 @@ def leave_out_of_block(inputs: Any, old: Any, item: Any) -> tuple[float, float]:
 
 @contextmanager
 def channels_left_out() -> Iterator[None]:
-    """Within it, conversions are the control."""
+    """Within this context, conversions produce the control."""
     with patch.object(state_dict, 'fit_layer', leave_out), \
             patch.object(regression, '_fit_attention', leave_out_of_block):
         yield
@@ -81,7 +83,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(header, lines, left=(0, 3)) + '\n'
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', help='checkpoint of a plain ResNet, or a model of timm with weights')
     parser.add_argument('--images', type=Path, required=True, help='folder of images to fit to, without labels')
@@ -90,7 +92,11 @@ def main() -> None:
     parser.add_argument('--limit', type=int, nargs='*', default=[30, 100, 300, 1000, 3000, 10000],
                         help='numbers of images to fit to (default: 30 to 10000)')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> str:
+    """Make and measure all networks, write the results, and return the table."""
     source = load(args.source)
     data, config = open_split(args.data_dir, args.split), job._data_config(source)
     every = np.arange(len(data.labels))
@@ -110,8 +116,17 @@ def main() -> None:
     write_json(args.output / 'conversion.json', {
         'source': args.source, 'rows': rows, 'commit': git_commit(), 'software': versions(),
         'hardware': hardware(torch.device('cpu'))})
-    (args.output / 'conversion.md').write_text(table(rows), encoding='utf-8')
-    print(table(rows))
+    text = table(rows)
+    (args.output / 'conversion.md').write_text(text, encoding='utf-8')
+    return text
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        print(run(args))
+    except GeoPriorError as error:
+        sys.exit(f'conversion_accuracy.py: {message_of(error)}')
 
 
 if __name__ == '__main__':

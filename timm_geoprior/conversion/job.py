@@ -1,4 +1,4 @@
-"""A trained ResNet in, a folder that timm loads out: what `timm-geoprior convert` does."""
+"""What `timm-geoprior convert` does: turn a trained ResNet into a folder that timm loads."""
 import json
 import os
 import signal
@@ -15,7 +15,6 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
@@ -24,11 +23,11 @@ from ..data.dataset import fingerprint
 from ..distributed import find_device
 from ..errors import GeoPriorError
 from ..evaluation.models import LoadedModel, load_model, with_channels
-from ..files import file_sha256, first_line, new_folder, write_json
+from ..files import file_sha256, first_line, first_sentence, new_folder, write_json
 from ..geoprior_resnet import GeoPriorResNet
 from ..progress import Progress, handled_signals, tell
 from ..provenance import git_commit, hardware, versions
-from ..release.staging import release_tensors
+from ..release.staging import export_weights
 from ..training.checkpoint import read_weights
 from .comparison import class_indices, compare
 from .images import ImageSets, PreparedImages, draw_images
@@ -42,36 +41,36 @@ __all__ = ['ConvertJob', 'convert']
 BATCH_SIZE = 32
 WEIGHTS = 'model.safetensors'
 CHECKPOINTS = ('.pt', '.pth', '.bin', '.safetensors', '.tar', '.ckpt')
-# of a pretrained_cfg: where the source's weights are, and what is written at the root of config.json
+# entries of a pretrained_cfg that are left out: where the source's weights are, and what is at config.json's root
 _LEFT_OUT = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'label_names', 'label_descriptions',
              'architecture', 'custom_load', 'tag')
 
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """What is converted, and where to."""
-    source: str  # any name that timm loads with its weights, or a checkpoint's path
-    output: Path  # folder to write; there must be nothing in it
+    """What to convert, and where to write it."""
+    source: str  # any model name that timm loads with weights, or the path of a checkpoint
+    output: Path  # folder to write; must be new or empty
     images: Path | None = None  # folder of images to fit to; None for the closed form
     model: str | None = None  # the architecture of a checkpoint that does not name its own
-    limit: int = 1000  # images to fit to at most
+    limit: int = 1000  # largest number of images to fit to
     half: bool = False  # write float16 weights; vectors stay float32
     device: str = 'cpu'  # where the networks run
-    workers: int = 2  # processes that decode images
-    tell: Callable[[str], None] = tell  # called with each sentence that a person should read
+    workers: int = 2  # worker processes for decoding images
+    tell: Callable[[str], None] = tell  # called with each message for the user
 
 
 def convert(job: ConvertJob) -> dict[str, Any]:
-    """Convert a trained ResNet, and write the folder of the GeoPrior ResNet.
+    """Convert a trained ResNet and write the GeoPrior ResNet to a folder.
 
     Args:
-        job: What is converted, and where to.
+        job: What to convert, and where to write it.
 
     Returns:
-        What results.json holds.
+        The content of results.json.
 
     Raises:
-        GeoPriorError: The source, the images or the output are not what they must be; nothing was written.
+        GeoPriorError: The source, the images or the output folder cannot be used; the folder is not written.
     """
     output = _check_output(job.output)
     if job.workers < 0:
@@ -84,7 +83,7 @@ def convert(job: ConvertJob) -> dict[str, Any]:
     config = _data_config(loaded)
     if sets and made.in_chans not in (1, 3):
         raise GeoPriorError(f'--images must be left out for a network of {made.in_chans} channels, got '
-                           f'{job.images}: images have 1 or 3.')
+                            f'{job.images}: images have 1 or 3.')
     model = made.create(pretrained_cfg_overlay={'input_size': config['input_size']}).eval()
     model.load_state_dict(checkpoint_filter_fn(loaded.model.state_dict(), model))
     for network in (loaded.model, model):
@@ -107,10 +106,10 @@ def convert(job: ConvertJob) -> dict[str, Any]:
     return results
 
 
-# -- what comes in -----------------------------------------------------------------------------------------------------
+# -- input -------------------------------------------------------------------------------------------------------------
 
 def _check_output(output: Path) -> Path:
-    """Where the folder goes: the path without links, below a folder that is there."""
+    """Check that the folder can be made; returns its path with links resolved."""
     try:
         place = output.resolve()
         if str(place).encode(errors='replace') != os.fsencode(place):
@@ -121,21 +120,21 @@ def _check_output(output: Path) -> Path:
         parent = next(parent for parent in place.parents if parent.exists())
     except OSError as error:
         raise GeoPriorError(f'{output} must be a folder that can be made, got an error ({first_line(error)}). Name '
-                           f'another by --output.') from None
+                            f'another by --output.') from None
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise GeoPriorError(f'{output} must be a folder that can be made, got {parent} above it, which is '
-                           f'{"not writable" if parent.is_dir() else "a file"}. Name another by --output.')
+                            f'{"not writable" if parent.is_dir() else "a file"}. Name another by --output.')
     return place
 
 
 def _obstacle(place: Path) -> str:
-    """What stands where the new folder is to be put, in words; '' where nothing does."""
+    """What is in the way of the new folder, in words; '' if nothing is."""
     if not place.exists():
         return ''
     if not place.is_dir():
         return 'a file'
     if any(place.iterdir()):
-        return 'one that holds something'
+        return 'one that is not empty'
     # neither can be replaced by another folder
     return 'the current one' if place == Path.cwd() else 'a mount point' if os.path.ismount(place) else ''
 
@@ -154,8 +153,8 @@ def _load_source(job: ConvertJob) -> LoadedModel:
     return loaded
 
 
-def _num_classes(path: Path) -> int | None:
-    """Classes of a checkpoint by its classifier, 0 without one; None where the checkpoint says it itself."""
+def _num_classes(path: Path) -> int:
+    """Number of classes that a checkpoint states, else that of its classifier, 0 without one."""
     saved = read_weights(path)
     heads = [len(tensor) for name, tensor in saved.state_dict.items() if name.split('.')[-2:] == ['fc', 'weight']]
     return saved.num_classes or (heads[0] if heads else 0)
@@ -163,13 +162,13 @@ def _num_classes(path: Path) -> int | None:
 
 def _cfg(loaded: LoadedModel) -> dict[str, Any]:
     cfg: Any = loaded.model.pretrained_cfg
-    # of other weights than a checkpoint's
+    # these describe other weights than the checkpoint's
     left_out = ('hf_hub_id', 'hf_hub_filename', 'license', 'tag') if 'checkpoint' in loaded.weights else ()
     return {key: value for key, value in cfg.items() if key not in left_out}
 
 
 def _data_config(loaded: LoadedModel) -> dict[str, Any]:
-    """How images are prepared for the source: as timm has it, at the size that a checkpoint was measured with."""
+    """timm's data config for the source, with the image size that a training checkpoint was evaluated at."""
     config: dict[str, Any] = resolve_data_config(pretrained_cfg=_cfg(loaded))
     model: Any = loaded.model
     size = (loaded.img_size,) * 2 if loaded.img_size else config['input_size'][1:]
@@ -178,7 +177,7 @@ def _data_config(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _origin(loaded: LoadedModel) -> dict[str, Any]:
-    """Where the weights come from, with the revision and the hash of a file of the Hub."""
+    """Where the weights come from; for a file from the Hub, with its revision and SHA-256."""
     cfg = _cfg(loaded)
     found: dict[str, Any] = {
         'name': loaded.name, 'parameters': sum(p.numel() for p in loaded.model.parameters()),
@@ -193,7 +192,7 @@ def _origin(loaded: LoadedModel) -> dict[str, Any]:
     return found
 
 
-# -- in between --------------------------------------------------------------------------------------------------------
+# -- fitting -----------------------------------------------------------------------------------------------------------
 
 def _fit(
         job: ConvertJob, sets: ImageSets, source: nn.Module, model: GeoPriorResNet, config: dict[str, Any],
@@ -203,20 +202,20 @@ def _fit(
     images = PreparedImages(sets, sets.fit, config, size, job.workers)
     disk = len(sets.fit) * activation_bytes(model, config['input_size'])
     job.tell(f'Fitting to {len(sets.fit):,} images at {config["input_size"][-1]} px, with temporary files of '
-             f'{disk / 1e6:,.0f} MB in {tempfile.gettempdir()}; {len(sets.held_out):,} further images are kept out.')
+             f'{disk / 1e6:,.0f} MB in {tempfile.gettempdir()}; {len(sets.held_out):,} further images are held out.')
     with Progress('converting', len(list(attention_blocks(model))), 'layers') as progress:
         return refine(source, model, (batch for batch, _ in images), len(images), size, lambda _: progress.update())
 
 
 @on_one_thread
 def _closed_form_layers(source: nn.Module, model: GeoPriorResNet) -> list[dict[str, Any]]:
-    """What the closed form has chosen, and what it loses under its model of the inputs."""
+    """What the closed form chose, and what it loses under its model of the inputs."""
     return [{'name': item.prefix.rstrip('.'), 'value_dim': item.value_dim, 'radius': fit.radii[0],
              'lost': float(fit.errors.mean())} for item, _, fit in fit_blocks(source.state_dict(), model)]
 
 
 def _images(job: ConvertJob, sets: ImageSets) -> dict[str, Any]:
-    """What a second person's images can be compared by."""
+    """Counts and fingerprints of the images, for others to compare theirs with."""
     if sets.unreadable:
         job.tell(f'{len(sets.unreadable)} of {len(sets.fit) + len(sets.held_out):,} images could not be read and were '
                  f'left out, such as {min(sets.unreadable)}.')
@@ -227,11 +226,11 @@ def _images(job: ConvertJob, sets: ImageSets) -> dict[str, Any]:
     return {**found, 'unreadable': sorted(sets.unreadable)}
 
 
-# -- what goes out -----------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def _new_folder(output: Path, place: Path) -> Iterator[Path]:
-    """A folder that takes its place only when all is in it; nothing is left of it on SIGTERM and Ctrl-C."""
+    """A folder that is moved into place only when complete; SIGTERM and Ctrl-C leave no part of it."""
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
@@ -256,13 +255,16 @@ def _write_model(
     labels: dict[str, Any] = {'label_names': list(loaded.wnids)} if loaded.wnids else {}
     if loaded.names:
         labels['label_descriptions'] = dict(zip(loaded.wnids, loaded.names, strict=True))
-    model.cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    model.cpu().to(memory_format=torch.contiguous_format)  # safetensors requires it
     save_for_hf(model, str(folder), model_config=labels, safe_serialization=True)
     if job.half:
-        save_file(release_tensors(model.state_dict()), folder / WEIGHTS, {'format': 'pt'})
-    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it the user's own
+        try:
+            export_weights(model.state_dict(), folder / WEIGHTS, {})
+        except GeoPriorError as error:  # without its advice, which is about training
+            raise GeoPriorError(f'{first_sentence(error)}. Leave out --half.') from None
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
     config_file = folder / 'config.json'
-    # without what timm repeats of the root, which transformers refuses among the options
+    # without the root entries that timm repeats here, which transformers rejects among the options
     options = {**made.model_args, **({'in_chans': made.in_chans} if made.in_chans != 3 else {}),
                **({'global_pool': made.global_pool} if made.global_pool != 'avg' else {})}
     write_json(config_file, {**json.loads(config_file.read_text()), 'model_args': options})
@@ -270,7 +272,7 @@ def _write_model(
 
 def _measure(
         job: ConvertJob, sets: ImageSets, loaded: LoadedModel, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Compare the written folder, as timm loads it, with the source on the images kept out."""
+    """Compare the written folder, as timm loads it, with the source on the held-out images."""
     converted: nn.Module = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     converted.to(next(loaded.model.parameters()).device).to(memory_format=torch.channels_last)
     batches = PreparedImages(sets, sets.held_out, config, BATCH_SIZE, job.workers)

@@ -1,4 +1,4 @@
-"""Least squares towards known weights, on sums that are gathered batch by batch in float64."""
+"""Ridge regression towards known weights, from sums accumulated batch by batch in float64."""
 import torch
 from torch import Tensor
 
@@ -8,11 +8,10 @@ PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 5))
 
 
 class Moments:
-    """What a regression needs of its samples: sums and products of inputs and outputs, in parts.
+    """The sums and products of inputs and outputs that a regression needs, in parts.
 
-    Each part has images of its own, so that a part can be left out and predicted. The sums are those of differences
-    from the first samples' means: the variance of an input that never changes is then zero, and not what rounding
-    leaves.
+    Each part has its own images, so that one part can be left out and predicted. The sums are of differences from the
+    first samples' means, so that the variance of a constant input is zero instead of a rounding error.
     """
 
     def __init__(self, parts: int, inputs: int, outputs: int, device: torch.device | None = None) -> None:
@@ -58,12 +57,12 @@ class Moments:
         return self.x_origin + self.x.sum(0) / count, self.y_origin + self.y.sum(0) / count
 
     def covariances(self, x: Tensor, y: Tensor, part: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean products of what the inputs and outputs have beyond some values, over a part or all.
+        """Mean products of the differences of inputs and outputs from some values, over one part or all.
 
         Args:
-            x: Values of the inputs, (inputs,).
-            y: Values of the outputs, (outputs,).
-            part: The part.
+            x: Values to subtract from the inputs, (inputs,).
+            y: Values to subtract from the outputs, (outputs,).
+            part: The part; None for all.
 
         Returns:
             Products of the inputs with each other, (inputs, inputs), and of outputs with inputs, (outputs, inputs).
@@ -78,19 +77,19 @@ class Moments:
 
 
 class _Path:
-    """The weights for every penalty, on the eigenvectors of the inputs' covariance."""
+    """The terms of the solution that all penalties share, in the eigenbasis of the inputs' covariance."""
 
     def __init__(self, moments: Moments, prior: Tensor) -> None:
-        x, y = moments.means()
+        x, y = self.means = moments.means()
         xx, yx = moments.covariances(x, y)
         self.values, self.vectors = torch.linalg.eigh(xx)
         self.left = (yx - prior @ xx) @ self.vectors
-        # inputs that hardly change leave the prior as it is: their variance is rounding
+        # inputs that hardly vary leave the prior as it is: their variance is rounding error
         least = (1e-6 * x.square().mean()).clamp(min=torch.finfo(torch.float64).tiny)
         self.scale = torch.maximum(self.values.mean(), least)
 
     def damped(self, penalty: float) -> Tensor:
-        """What the inputs' variances along the eigenvectors are divided by."""
+        """The inputs' variances along the eigenvectors, plus the penalty."""
         damped: Tensor = self.values.clamp(min=0) + penalty * self.scale
         return damped
 
@@ -98,27 +97,28 @@ class _Path:
 def solve(moments: Moments, prior: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Ridge regression towards known weights.
 
-    What is least is the mean squared error, plus the penalty times the inputs' mean variance times the squared distance
-    from the prior.
+    It minimizes the mean squared error plus the penalty times the inputs' mean variance times the squared distance from
+    the prior.
 
     Args:
-        moments: Of the samples.
+        moments: Moments of the samples.
         prior: Weights to stay near, float64, (outputs, inputs).
-        penalty: How near.
+        penalty: Strength of the penalty.
 
     Returns:
         Weights, (outputs, inputs), and constants, (outputs,).
     """
-    path, (x, y) = _Path(moments, prior), moments.means()
+    path = _Path(moments, prior)
+    x, y = path.means
     weight = prior + (path.left / path.damped(penalty)) @ path.vectors.T
     return weight, y - weight @ x
 
 
 def choose_penalty(moments: Moments, prior: Tensor, importance: Tensor) -> float:
-    """The penalty whose weights, fitted without a part, predict that part best, over all parts.
+    """Choose the penalty with the smallest cross-validation error, leaving out one part at a time.
 
     Args:
-        moments: Of the samples, with some in two parts or more.
+        moments: Moments of the samples, which must be in at least two parts.
         prior: Weights to stay near, (outputs, inputs).
         importance: Weight of each output's squared error, (outputs,).
     """
@@ -127,7 +127,7 @@ def choose_penalty(moments: Moments, prior: Tensor, importance: Tensor) -> float
         rest = moments.without(part)
         path = _Path(rest, prior)
         xx, yx = moments.covariances(*rest.means(), part)
-        # of the part's error, what depends on the penalty: linear and quadratic in the step from the prior
+        # the terms of the part's error that depend on the penalty: linear and quadratic in the step from the prior
         linear = (importance[:, None] * path.left * ((yx - prior @ xx) @ path.vectors)).sum(0)
         quadratic = (path.left.T * importance) @ path.left * (path.vectors.T @ xx @ path.vectors)
         for place, penalty in enumerate(PENALTIES):

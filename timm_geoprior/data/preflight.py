@@ -1,7 +1,8 @@
-"""What is wrong with a data set, found before any time is spent on the network."""
+"""Checks of a data set, before any time is spent on the network."""
 import functools
 import os
 import posixpath
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +21,19 @@ from .reading import LITTER, MAX_PIXELS, check_size, ignores_rotation, tell_of_r
 
 __all__ = ['check_data', 'empty_folders', 'image_fault', 'repeated_classes']
 
-TURNED = ''  # in place of a fault: a rotation that is left out
+TURNED = ''  # in place of a fault: a rotation that is ignored
 _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
 
 
 def check_data(
         data: DataSplit, workers: int, tell: Callable[[str], None] = print, rank: int = 0, world_size: int = 1) -> None:
-    """Check a data set, whatever the model. Each process takes its share of the images.
+    """Check a data set, whatever the model. Each process checks its share of the images.
 
     Args:
         data: The data set.
-        workers: Processes that read.
-        tell: Called with each sentence that a person should read.
-        rank: This process.
+        workers: Number of processes that read.
+        tell: Called with each message for the user.
+        rank: Rank of this process.
         world_size: Number of processes.
 
     Raises:
@@ -55,7 +56,7 @@ def check_data(
     folders = {posixpath.dirname(name) for name in data.names} if _root(data) is not None else set()
     if nested := sorted(folder for folder in folders if '/' in folder):
         tell(f'Class folders lie deeper than one level, as {nested[0]} does: there is no folder of this split, or '
-             f'classes are grouped. All of them are taken.')
+             f'classes are grouped. All of them are used.')
     if empty := empty_folders(data):
         tell(f'Folders without images: {", ".join(empty[:10])}{" and others" if len(empty) > 10 else ""}.')
     own = range(rank, len(data.labels), world_size)
@@ -69,46 +70,53 @@ def check_data(
 
 
 def image_fault(file: BinaryIO, name: str = '') -> str | None:
-    """Say why a file cannot be read as an image: a reason, `TURNED` for a good one that is not turned, or None.
+    """Say why a file cannot be read as an image: a reason, `TURNED` for a good one whose rotation is ignored, or None.
 
-    A JPEG or PNG file with a good head and its format's end is taken to be whole; any other is decoded. That is a
-    fraction of what decoding every image costs, and finds the files that were cut off, emptied or are no images.
+    A JPEG or PNG file with a valid header and its format's end marker is assumed to be complete; any other is decoded.
+    This costs a fraction of decoding every image, and finds files that are truncated, empty or not images.
     """
     try:
-        with Image.open(file) as image:
-            check_size('it', image)
-            end = _ENDS.get(image.format or '')
-            whole = False
-            if end is not None:
-                position = file.tell()
-                file.seek(-len(end), os.SEEK_END)
-                whole = file.read() == end
-                file.seek(position)
-            if not whole:
-                image.load()
-            return TURNED if ignores_rotation(image, name) else None
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # as in `read_image`
+            with Image.open(file) as image:
+                check_size('it', image)
+                if not _is_whole(file, image):
+                    image.load()
+                return TURNED if ignores_rotation(image, name) else None
     except Image.DecompressionBombError:
         return f'it must have at most {MAX_PIXELS:,} pixels, got more. Scale it down'
     except Exception as error:  # a decoder fed with damaged bytes may raise anything
         return first_line(error).replace(repr(file), 'it')
 
 
+def _is_whole(file: BinaryIO, image: Image.Image) -> bool:
+    """Whether a JPEG or PNG file ends with its format's end marker."""
+    end = _ENDS.get(image.format or '')
+    if end is None:
+        return False
+    position = file.tell()
+    file.seek(-len(end), os.SEEK_END)
+    found = file.read()
+    file.seek(position)
+    return found == end
+
+
 def _faults(data: DataSplit, indices: list[int]) -> list[tuple[int, str]]:
-    """Index of each image of which there is something to say, and what."""
+    """Index and fault of each image that has one, by `image_fault`."""
     faults: list[tuple[int, str]] = []
     for index in indices:
         fault: str | None
         try:
             with data.dataset.reader[index][0] as file:
                 fault = image_fault(file, data.name_of(index))
-        except Exception as error:  # a missing right to read it, a damaged archive
+        except Exception as error:  # no permission to read it, a damaged archive
             fault = first_line(error)
         faults += [] if fault is None else [(index, fault)]
     return faults
 
 
 def _look_at(data: DataSplit, indices: Any, workers: int, quiet: bool) -> list[tuple[int, str]]:
-    """Index and reason of each image that cannot be read or is not turned; none of torchvision's, no files."""
+    """Index and fault of each image that has one; none for torchvision's data sets, which have no reader."""
     if not hasattr(data.dataset, 'reader'):
         return []
     found: list[tuple[int, str]] = []
@@ -120,13 +128,13 @@ def _look_at(data: DataSplit, indices: Any, workers: int, quiet: bool) -> list[t
 
 
 def _root(data: DataSplit) -> Any:
-    """The folder whose folders are the classes; None where the data are no folder."""
+    """The folder that contains the class folders; None if the data are not a folder."""
     root = getattr(getattr(data.dataset, 'reader', None), 'root', None)
     return root if data.names and root is not None and os.path.isdir(root) and not data.containers else None
 
 
 def empty_folders(data: DataSplit) -> list[str]:
-    """Folders beside the class folders that hold no image, by name; none where the data are no folder."""
+    """Names of the folders beside the class folders that hold no image; none if the data are not a folder."""
     root = _root(data)
     if root is None:
         return []
@@ -138,8 +146,8 @@ def empty_folders(data: DataSplit) -> list[str]:
 def repeated_classes(data: DataSplit) -> list[tuple[str, list[str]]]:
     """Classes that have several folders, and those folders.
 
-    The last folder's name is the class, so folders of the same name in different places would become one class
-    silently; and folders that differ only in case or blanks are two classes where one was meant.
+    The last folder's name is the class, so folders of the same name in different places would silently become one
+    class; and folders that differ only in case or outer blanks are two classes where one was meant.
     """
     folders: dict[str, set[str]] = defaultdict(set)
     for index, name in enumerate(data.names):

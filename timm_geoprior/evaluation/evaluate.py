@@ -1,4 +1,4 @@
-"""One model over one data set: match the classes, choose the images, run every precision, count."""
+"""Evaluate one model on one data set: match the classes, choose the images, run every precision, count."""
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,26 +26,26 @@ from .models import LoadedModel, with_channels
 __all__ = ['EvalConfig', 'Evaluation', 'Forward', 'Pass', 'Plan', 'evaluate', 'plan', 'predict',
            'set_numerics']
 
-SKIPPED, OUT_OF_RANGE = -1, -3  # in place of a class index, as UNREADABLE
+SKIPPED, OUT_OF_RANGE = -1, -3  # in place of a class index, like UNREADABLE
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How to measure; the names are those of timm's validation."""
+    """How to measure; the names are those of timm's validate.py."""
     device: torch.device = torch.device('cpu')
     rank: int = 0  # this process
     world_size: int = 1  # number of processes
     precisions: tuple[str, ...] = ('float32',)  # float32, bfloat16 or float16; the reference first
-    batch_size: int = 256  # images of a batch of one process
-    workers: int = 4  # processes that decode, for each process
+    batch_size: int = 256  # images per batch of one process
+    workers: int = 4  # processes that decode images, per process
     channels_last: bool = False
     torchcompile: str | None = None  # backend of `torch.compile`; None not to compile
     subset: bool = False  # measure only the classes that data and model both have
     real_labels: str | None = None  # file of ReaL labels, '' for timm's own; None not to use them
-    # what replaces the model's own preprocessing, in the words of timm's `resolve_data_config`
+    # overrides of the model's own preprocessing, with the keys of timm's `resolve_data_config`
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    tell: Callable[[str], None] = print  # called with each sentence that a person should read
+    tell: Callable[[str], None] = print  # called with each message for the user
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pass:
-    """What came out of a pass over the data, of all processes together."""
+    """The outcome of a pass over the data, of all processes together."""
     predictions: dict[str, Predictions]  # by precision
-    largest_difference: dict[str, float]  # by precision: of a score from the first precision's
-    unreadable: list[int]  # index of each image that could not be decoded; -1 for each one of a stream
+    largest_difference: dict[str, float]  # by precision: of any score from the first precision's
+    unreadable: list[int]  # index of each image that could not be decoded; -1 for each in a stream
     left_out: int  # number of a stream's images whose class is not measured
-    out_of_range: int  # number of a stream's labels that the model has no class for
+    out_of_range: int  # number of a stream's labels for which the model has no class
 
     @property
     def counts(self) -> dict[str, Counts]:
-        """Correct answers by precision."""
+        """Counts by precision."""
         return {precision: predictions.counts for precision, predictions in self.predictions.items()}
 
 
@@ -89,18 +89,18 @@ class Evaluation:
     loaded: LoadedModel
     plan: Plan
     outcome: Pass
-    real: Counts | None  # by ReaL labels, of the images that have any
+    real: Counts | None  # with ReaL labels, over the images that have any
     transform: tuple[str, ...]  # the preprocessing's steps before the normalisation
     seconds: float  # time of the pass
-    problems: tuple[str, ...] = ()  # why the figures are not those of the whole set, a sentence each
+    problems: tuple[str, ...] = ()  # what is missing from or wrong with the results, one sentence each
 
 
 def set_numerics(precisions: Sequence[str]) -> None:
-    """Make float32 strict: no TF32 or bfloat16 inside, and algorithms that are not chosen by a race.
+    """Make float32 strict: no TF32 or bfloat16 internally, and no cuDNN algorithms chosen by benchmarking.
 
-    Where float32 is not measured, cuDNN may try its algorithms out, as in timm's validation.
+    If float32 is not measured, cuDNN may benchmark its algorithms, as in timm's validation.
     """
-    # not torch.backends.fp32_precision: after that torch.export and the compiler fail to read these
+    # not torch.backends.fp32_precision: torch.export and the compiler would then fail to read these
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.benchmark = 'float32' not in precisions
@@ -126,7 +126,7 @@ def plan(data: DataSplit, loaded: LoadedModel, config: EvalConfig) -> Plan:
     overrides = {'img_size': loaded.img_size, **{k: v for k, v in config.overrides.items() if v is not None}}
     try:
         preprocessing = resolve_data_config(overrides, model=loaded.model, use_test_size=True)
-    except AssertionError:  # of timm
+    except AssertionError:  # from timm
         raise EvaluationError('--mean and --std must have one number, or one for each channel of the images. Correct '
                               'them.') from None
     channels = int(getattr(loaded.model, 'in_chans', preprocessing['input_size'][0]))
@@ -149,7 +149,7 @@ def _check_real_labels(data: DataSplit, loaded: LoadedModel, config: EvalConfig)
 
 
 class _RealLabels:
-    """timm's ReaL labels of this process's images, in their order, and how many of its answers are among them."""
+    """ReaL labels of this process's images, in their order, and counts of the predictions that are among them."""
 
     def __init__(self, names: list[str], file: str) -> None:
         count = len(ilsvrc_val_labels())
@@ -157,13 +157,13 @@ class _RealLabels:
             every: Any = RealLabelsImagenet(range(count), file or None).real_labels
         except (OSError, ValueError, AssertionError) as error:
             raise EvaluationError(f'--real-labels must be a JSON list of {count:,} lists, got {file} '
-                                  f"({error or 'another number'}). Leave the name out for timm's own.") from None
-        # timm looks an image up by its number, which copies on the Hub write a class behind
+                                  f"({error or 'another length'}). Leave out the name to use timm's own.") from None
+        # timm's keys are the original names; copies on the Hub append the class
         self.labels = iter([every[name[:len('ILSVRC2012_val_00000001')] + '.JPEG'] for name in names])
-        self.own = [0, 0, 0]  # as `Counts`
+        self.own = [0, 0, 0]  # in the order of `Counts`
 
     def add(self, scores: Tensor, targets: Tensor) -> None:
-        """Count a batch; an image that could not be read has scores of something else."""
+        """Count a batch. Unreadable images are left out: their scores are those of a blank image."""
         for answers, target in zip(scores.topk(5).indices.tolist(), targets.tolist(), strict=True):
             labels = next(self.labels)
             if labels and target != UNREADABLE:
@@ -186,29 +186,27 @@ def _to_model_class(to_model: NDArray[np.int64], num_classes: int, label: int) -
 
 
 def _seed_worker(worker: Any) -> int:
-    """What timm's loader calls in each worker, whose own seed it wants back."""
+    """Called by timm's loader in each worker; returns the worker's own seed, as timm expects."""
     init_worker(worker)
     return int(worker.seed)
 
 
 def _make_loader(dataset: Any, plan: Plan, config: EvalConfig) -> Iterable[Batch]:
-    """Batches as timm's validation makes them: its transform, its collation, its normalisation on the device."""
-    if isinstance(dataset, Chosen) and not len(dataset):  # torch refuses a loader of nothing
-        return ()
+    """Batches as in timm's validation: its transform, its collation, its normalisation on the device."""
     loader: Any = create_loader(
         dataset, batch_size=config.batch_size, num_workers=config.workers, device=config.device,
         pin_memory=config.device.type == 'cuda', worker_seeding=_seed_worker,  # type: ignore[arg-type]
-        persistent_workers=config.workers > 0,  # the time of their end is not the pass's
+        persistent_workers=config.workers > 0,  # so that the pass does not include the time to stop them
         **plan.config)
-    loader.loader = begin(loader.loader)  # torch's, which is gone through once
+    loader.loader = begin(loader.loader)  # torch's own, which is iterated once
     return cast(Iterable[Batch], loader)
 
 
 @dataclass
 class Forward:
-    """A model's forward pass that halves the batch when memory runs out, and goes on with the halves."""
+    """A model's forward pass that halves the batch when memory runs out, and continues with the halves."""
     model: nn.Module  # gives scores of shape (batch, classes)
-    tell: Callable[[str], None] = print  # called with a sentence when a batch is halved
+    tell: Callable[[str], None] = print  # called with a message when a batch is halved
     limit: int | None = None  # images at a time, once memory has run out
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -216,7 +214,7 @@ class Forward:
             size = min(self.limit or len(images), len(images))
             try:
                 return torch.cat([self.model(part) for part in torch.split(images, size)])
-            except Exception as error:  # a model raises what it likes
+            except Exception as error:  # a model may raise anything
                 if not out_of_memory(error):
                     size_of = ' x '.join(map(str, images.shape[1:]))
                     raise ProcessError(f'The model cannot be run on images of {size_of} ({first_line(error)}). Check '
@@ -224,7 +222,7 @@ class Forward:
                 if size == 1:
                     raise ProcessError('There is not enough memory for one image. Use a smaller --img-size, a lower '
                                        'precision or another device.') from None
-            # outside of the handler, where the failed attempt's tensors are free
+            # outside the handler, where the failed attempt's tensors are freed
             self.limit = (size + 1) // 2
             if images.is_cuda:
                 torch.cuda.empty_cache()
@@ -234,7 +232,7 @@ class Forward:
 # -- the pass ----------------------------------------------------------------------------------------------------------
 
 def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfig) -> Evaluation:
-    """Run a model over the data set, every image once; every process gets the figures of all."""
+    """Run a model on every image of the data set once; each process gets the results of all."""
     model: Any = loaded.model.to(config.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -242,7 +240,7 @@ def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfi
         model = torch.compile(model, backend=config.torchcompile)
     share = slice(config.rank, None, config.world_size)
     dataset: Any = data.dataset if data.is_stream else Chosen(data.dataset, plan.indices[share], plan.targets[share])
-    dataset.mode = 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as timm's validation
+    dataset.mode = 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as in timm's validation
     if data.is_stream:
         dataset.target_transform = functools.partial(
             _to_model_class, plan.match.to_model, int(loaded.model.num_classes))  # type: ignore[arg-type]
@@ -256,7 +254,7 @@ def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfi
     def after_batch(scores: Tensor, targets: Tensor) -> None:
         if real is not None:
             real.add(scores, targets)
-        count = len(targets) * config.world_size  # the other processes are taken to be as far as this one
+        count = len(targets) * config.world_size  # assumes that the other processes are as far as this one
         progress.update(min(count, total - progress.done) if total else count)
 
     start = time.perf_counter()
@@ -280,17 +278,17 @@ def predict(
     """Evaluate every batch in every precision.
 
     Args:
-        forward: Images to scores.
+        forward: Maps images to scores.
         loader: This process's batches, on the device.
-        config: Says in which precisions, of which 'float32' runs as it is, the others under autocast.
-        indices: Index in the data set of each image that the loader gives, in its order; None in a stream.
+        config: Its `precisions` are run, 'float32' as it is, the others under autocast.
+        indices: Index in the data set of each image from the loader, in its order; None for a stream.
         competing: Classes whose scores compete; None for all.
         after_batch: Called with the first precision's scores of each batch, and its targets.
 
     Returns:
         The predictions of all processes together, the same in each.
     """
-    batches: list[Tensor] = []  # of each, shape (1 + 3 precisions, batch): targets, then `_answers` in each precision
+    batches: list[Tensor] = []  # each of shape (1 + 3 * precisions, batch): targets, then `_answers` per precision
     largest = torch.zeros(len(config.precisions), device=config.device)
     with torch.inference_mode():
         for images, targets in loader:
@@ -301,16 +299,16 @@ def predict(
             largest = torch.maximum(largest, torch.stack([_largest(own - scores[0], targets) for own in scores]))
             if after_batch is not None:
                 after_batch(scores[0], targets)
-    # only now, since processes may have different numbers of batches: one with fewer would keep the others waiting
+    # only now: processes may have different numbers of batches, and one with fewer would keep the others waiting
     own = torch.cat(batches, 1).cpu().numpy().T if batches else np.empty((0, 1 + 3 * len(config.precisions)))
     place = np.full(len(own), -1) if indices is None else indices[:len(own)]
-    rows = gather(np.column_stack([place, own.astype(np.float64)]))  # in which an index is exact too
+    rows = gather(np.column_stack([place, own.astype(np.float64)]))  # float64 holds indices exactly
     largest_of_all = gather(largest.cpu().numpy()[None]).max(0).tolist()
     return _read_rows(rows, dict(zip(config.precisions, largest_of_all, strict=True)))
 
 
 def _read_rows(rows: NDArray[np.float64], largest: dict[str, float]) -> Pass:
-    """Predictions of rows of index, target, and three answers in each precision."""
+    """Predictions from rows of index, target, and the three `_answers` in each precision."""
     rows = rows[np.argsort(rows[:, 0], kind='stable')]
     index, target = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int32)
     counted = target >= 0
@@ -326,7 +324,7 @@ def _read_rows(rows: NDArray[np.float64], largest: dict[str, float]) -> Pass:
 
 def _scores(
         forward: Callable[[Tensor], Tensor], images: Tensor, precision: str, competing: Sequence[int] | None) -> Tensor:
-    """float32 scores; a class that does not compete has minus infinity."""
+    """float32 scores; those of classes that do not compete are minus infinity."""
     lower = precision != 'float32'
     with torch.autocast(images.device.type, getattr(torch, precision)) if lower else nullcontext():
         scores = forward(images).float()
@@ -341,17 +339,17 @@ def _answers(scores: Tensor, targets: Tensor) -> Tensor:
     """Rank of the target, predicted class and its probability, float32, shape (3, batch)."""
     confidence, predicted = scores.softmax(1).max(1)
     ranks = target_ranks(scores, targets.clamp(min=0))
-    return torch.stack([ranks.float(), predicted.float(), confidence])  # exact for 2 ** 24 classes
+    return torch.stack([ranks.float(), predicted.float(), confidence])  # float32 is exact up to 2 ** 24 classes
 
 
 def _largest(difference: Tensor, targets: Tensor) -> Tensor:
-    """The largest finite magnitude in the rows of images that count; infinities that cancel leave a NaN."""
+    """The largest finite magnitude in the rows of counted images; the difference of two infinities is NaN."""
     counted = (targets >= 0)[:, None] & difference.isfinite()
     return difference.abs().where(counted, 0).max()
 
 
 def _problems(data: DataSplit, plan: Plan, outcome: Pass) -> tuple[str, ...]:
-    """Compare the images that came with those that were to come."""
+    """Compare the images that were evaluated with those expected, and describe what is wrong."""
     if outcome.out_of_range:
         raise EvaluationError(f"Each label must be one of the model's classes, got {outcome.out_of_range} others. "
                               f'Check --dataset and --target-key, or take another model.')
@@ -362,9 +360,9 @@ def _problems(data: DataSplit, plan: Plan, outcome: Pass) -> tuple[str, ...]:
         came = len(first.index) + outcome.left_out + len(outcome.unreadable)
     else:
         seen = np.sort(np.concatenate([first.index, np.array(outcome.unreadable, dtype=np.int64)]))
-        # of this module itself: no accuracy may rest on an image that was counted twice
+        # a check of this module itself: no accuracy may rest on an image that was counted twice
         if not np.array_equal(seen, plan.indices):
-            raise EvaluationError('Some images were evaluated twice or not at all. Please report this fault.')
+            raise EvaluationError('Some images were evaluated twice or not at all. Please report this bug.')
     if data.expected not in (0, came):
         problems.append(f'The data must have {data.expected:,} images, got {came:,}. Some are missing, or the number '
                         f'is wrong.')

@@ -1,4 +1,4 @@
-"""What a network's scores say: counts, intervals, calibration, accuracy of each class, confusions."""
+"""Metrics computed from scores: counts, intervals, calibration, accuracy per class, confusions."""
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,47 +14,50 @@ from ..distributed import reduce_sum
 __all__ = ['Calibration', 'Counts', 'Predictions', 'calibrate', 'confused_pairs', 'count_correct', 'per_class',
            'target_ranks', 'wilson_interval']
 
+NO_RANK = 2 ** 20  # exact in float32
+
 
 class Counts(NamedTuple):
-    """How many images were seen, and of how many the class was the first, or among the first five."""
+    """Numbers of images: all, those whose class has the highest score, and those with it among the top five."""
     num_images: int
     top1_correct: int
     top5_correct: int
 
 
 def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """The place of each target in its row's order, 0 for the first.
+    """The rank of each target among the scores of its row, 0 for the highest.
 
-    Of equal scores the lower class index stands first, on every device and in every precision (`topk` leaves the order
-    of equal scores open). A NaN stands before every number, and a target whose own score is NaN behind all classes: a
-    network that gives NaN is not right by chance.
+    Of equal scores, the lower class index ranks first, on every device and in every precision (`topk` leaves the order
+    of equal scores undefined). A NaN ranks before every number, and a target whose own score is NaN is never right: its
+    rank is `NO_RANK`.
 
     Args:
         logits: Scores, shape (batch, classes).
         targets: Class indices, shape (batch,).
 
     Returns:
-        int64, shape (batch,), 0 to the number of classes.
+        int64, shape (batch,), below the number of classes, or NO_RANK.
     """
     own = logits.gather(1, targets[:, None])
-    # not `logits > own`: each comparison with a NaN is false, and this way a NaN counts as before the target
+    # not `logits > own`: comparisons with NaN are false, and this way a NaN ranks before the target
     before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
-    return (~(logits <= own) | ((logits == own) & before)).sum(1)
+    return (~(logits <= own) | ((logits == own) & before)).sum(1).masked_fill(own[:, 0].isnan(), NO_RANK)
 
 
 def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Counts:
-    """Count a model's correct answers over this process's batches, summed over all processes.
+    """Count a model's correct predictions over this process's batches, summed over all processes.
 
-    The sum is right if every image is in one process's batches once; processes may have different numbers of them, or
-    none. Precision is the caller's: call it under `torch.autocast` for a lower one.
+    The sum is right if every image is in the batches of exactly one process; processes may have different numbers of
+    batches, or none. For a lower precision, call this under `torch.autocast`.
 
     Args:
-        model: Gives logits of shape (batch, classes), not wrapped for several processes, since each has its own number
-            of batches; evaluated in eval mode, each module left in the mode it was in.
+        model: Returns logits of shape (batch, classes). It must not be wrapped in DistributedDataParallel, since
+            processes may have different numbers of batches. It runs in eval mode; each module's mode is restored.
         batches: Pairs of images and class indices (batch,), on the model's device.
 
     Returns:
-        The counts, the same in every process. With five classes or fewer, every image counts for the top five.
+        The counts, the same in every process. With five classes or fewer, every image with finite scores counts as
+        correct in the top five.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=next(model.parameters()).device)
     modes = [(module, module.training) for module in model.modules()]  # frozen norms may be in eval mode already
@@ -74,22 +77,22 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was answered for each image, in the order of the data set where that has one."""
+    """The predictions for each image, in the order of the data set if it has one."""
     index: NDArray[np.int64]  # in the data set, -1 in a stream
     target: NDArray[np.int32]  # the model's index of the true class
-    rank: NDArray[np.int32]  # place of the true class in the order of the scores, 0 for the first
+    rank: NDArray[np.int32]  # rank of the true class among the scores, 0 for the highest
     predicted: NDArray[np.int32]  # the class with the highest score
     confidence: NDArray[np.float32]  # its softmax probability; NaN where a score is not finite
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Whether the first answer is right."""
+        """Whether the top-1 prediction is correct."""
         correct: NDArray[np.bool_] = self.rank == 0
         return correct
 
     @property
     def counts(self) -> Counts:
-        """Correct answers. With five classes or fewer, every image counts for the top five."""
+        """The counts, as from `count_correct`."""
         return Counts(len(self.rank), int(self.correct.sum()), int((self.rank < 5).sum()))
 
 
@@ -105,20 +108,20 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far confidence and accuracy are apart, by bins of confidence."""
+    """Confidence compared with accuracy, by bins of confidence."""
     edges: NDArray[np.float64]  # of the bins, shape (bins + 1,)
     counts: NDArray[np.int64]  # images in each bin, shape (bins,)
-    accuracy: NDArray[np.float64]  # share of right answers in each bin; NaN where it is empty
-    confidence: NDArray[np.float64]  # mean confidence in each bin; NaN where it is empty
+    accuracy: NDArray[np.float64]  # share of correct predictions in each bin; NaN if it is empty
+    confidence: NDArray[np.float64]  # mean confidence in each bin; NaN if it is empty
     error: float  # expected calibration error, from 0 to 1; NaN without images
 
 
 def calibrate(predictions: Predictions, bins: int = 15) -> Calibration:
-    """Expected calibration error of the first answers in bins of equal width (Guo et al., 2017, section 2).
+    """Expected calibration error of the top-1 predictions, in bins of equal width (Guo et al., 2017, section 2).
 
     Args:
         predictions: Those whose confidence is NaN are left out.
-        bins: Number of bins; the upper edge belongs to a bin.
+        bins: Number of bins; each includes its upper edge.
 
     Returns:
         The bins and the error.
@@ -140,8 +143,8 @@ def per_class(predictions: Predictions, wnids: Sequence[str], names: Sequence[st
 
     Args:
         predictions: Of all images.
-        wnids: WordNet id of each class, or nothing.
-        names: Readable name of each class, or nothing.
+        wnids: WordNet id of each class; may be empty.
+        names: Readable name of each class; may be empty.
 
     Returns:
         A row for each class, in class order: `class`, `wnid`, `name`, `num_images`, `top1_correct`, `top5_correct`,
@@ -168,9 +171,9 @@ def confused_pairs(
 
     Args:
         predictions: Of all images.
-        wnids: WordNet id of each class, or nothing.
-        names: Readable name of each class, or nothing.
-        limit: Rows at most.
+        wnids: WordNet id of each class; may be empty.
+        names: Readable name of each class; may be empty.
+        limit: Maximum number of rows.
 
     Returns:
         A row for each pair of true and predicted class, the most frequent first: index, `wnid` and `name` of both,

@@ -1,8 +1,8 @@
-"""The files of a tag: where they are, how they come from the Hub, and whether they are what the manifest says.
+"""The files of a tag: where they are, how they are fetched from the Hub, and whether they match the manifest.
 
 A file comes from the package's `weights` folder, else from the Hugging Face Hub at the manifest's revision, through
-huggingface_hub and its cache. It is read once, and size and SHA-256 are checked on the very bytes that were read. The
-source of a converted tag that the manifest does not pin has no hash to check.
+huggingface_hub and its cache. It is read once, and the size and SHA-256 of the bytes read are checked. If the
+manifest does not pin a converted tag's source, there is no hash to check.
 """
 import contextlib
 import errno
@@ -37,26 +37,26 @@ __all__ = [
     'read_asset', 'redact', 'require_weights', 'weights_asset',
 ]
 
-PATIENCE = 6  # seconds that the Hub may take to answer at all
-ATTEMPTS = 3  # of a download that the network broke; huggingface_hub's own retries come before
+PATIENCE = 6  # seconds to wait for the Hub's answer
+ATTEMPTS = 3  # at a download that the network interrupts, each with huggingface_hub's own retries
 CHUNK = 1 << 20
 
 
 class _DigestError(WeightsError):
-    """A file is there, but not as the manifest has it."""
+    """A file exists, but does not match the manifest."""
 
 
 @dataclass(frozen=True)
 class Asset:
     """A file of a tag, in the package or in a repository of the Hub."""
-    title: str  # what messages call it
+    title: str  # its name in messages
     bundled: Path  # its path if it is in the package
     hub_id: str | None  # 'owner/name' of the repository
     revision: str | None  # commit of the repository; None for the newest
     file: str  # its name in the repository
-    sha256: str | None  # its SHA-256; None if it is not to be checked
+    sha256: str | None  # its SHA-256; None if it is not checked
     size: int | None  # its size in bytes; None if the manifest does not say
-    instead: str = ''  # a tag that messages name, which needs no network
+    instead: str = ''  # a tag that messages suggest, which needs no network
 
     def cached(self, cache_dir: str | Path | None = None) -> Path | None:
         """The path of the file in the cache of huggingface_hub; None if it is not there."""
@@ -64,7 +64,7 @@ class Asset:
         return Path(found) if isinstance(found, str) else None
 
     def locate(self, cache_dir: str | Path | None, force: bool = False) -> Path:
-        """The path of the file on this machine; it is fetched if it is not there, or by `force` in any case."""
+        """The local path of the file, fetched unless it is bundled or cached; `force` fetches a cached file again."""
         if self.hub_id is None or self.bundled.exists():
             return self.bundled
         return _download(self, cache_dir, force)
@@ -74,7 +74,8 @@ def require_weights(entry: ModelEntry) -> None:
     """Raise WeightsError, naming the tags that have weights, if this one has none."""
     if not entry.has_weights:
         known = [other.name for other in load_manifest().tags.values()
-                 if other.is_released or (other.default and other.architecture == entry.architecture)]
+                 if other.is_released
+                 or (other.has_weights and other.default and other.architecture == entry.architecture)]
         raise WeightsError(
             f'{entry.name} has no weights (its status is {entry.status}). Tags with weights: '
             f'{", ".join(known) or "none in this version"}. Name one of them, or use pretrained=False.')
@@ -88,7 +89,7 @@ def weights_asset(entry: ModelEntry) -> Asset:
 
 
 def _bundled_instead(entry: ModelEntry) -> str:
-    """A bundled tag, of the same architecture if there is one."""
+    """Another bundled tag, of the same architecture if possible; '' if there is none."""
     bundled = [other for other in load_manifest().models.values()
                if other.status == 'bundled' and other.name != entry.name]
     same = [other.name for other in bundled if other.architecture == entry.architecture]
@@ -105,15 +106,15 @@ def golden_asset(entry: ModelEntry) -> Asset:
 
 
 def read_asset(asset: Asset, path: Path | None = None, cache_dir: str | Path | None = None) -> memoryview:
-    """Read and verify a file. A file in the cache that is not what the manifest says is fetched again, once.
+    """Read and verify a file. A cached file that does not match the manifest is fetched again, once.
 
     Args:
         asset: What to read.
         path: Where `Asset.locate` found it; None locates it.
-        cache_dir: The cache of huggingface_hub, if not the user's own.
+        cache_dir: The cache of huggingface_hub; None for the default one.
 
     Raises:
-        WeightsError: The file cannot be had, or is not what the manifest says.
+        WeightsError: The file cannot be fetched or read, or does not match the manifest.
     """
     path = path or asset.locate(cache_dir)
     try:
@@ -128,14 +129,14 @@ def read_asset(asset: Asset, path: Path | None = None, cache_dir: str | Path | N
     try:
         return _read_verified(asset, path)
     except _DigestError:
-        for item in (path.resolve(), path):  # the blob and its name, so that nothing else loads it
+        for item in (path.resolve(), path):  # the blob and the link to it, so that nothing else loads it
             with contextlib.suppress(OSError):
                 item.unlink(missing_ok=True)
         raise
 
 
 def _read_verified(asset: Asset, path: Path) -> memoryview:
-    """Read a file once, and check size and hash on what was read."""
+    """Read a file once, and check the size and hash of what is read."""
     advice = 'Install timm_geoprior again.' if path == asset.bundled else 'Try again; if it recurs, report it.'
     where, digest = f'{asset.title} in {path}', hashlib.sha256()
     try:
@@ -145,7 +146,7 @@ def _read_verified(asset: Asset, path: Path) -> memoryview:
                 if is_lfs_pointer(path):
                     raise _DigestError(f'{where} must be the file, got a Git LFS pointer to it. Run `git lfs pull`.')
                 raise _DigestError(f'{where} must be {asset.size} bytes, got {size}. {advice}')
-            # not a bytearray: filling it with zeros would take as long as reading, beside the model's creation;
+            # not a bytearray: filling it with zeros, while the model is built, would take as long as reading;
             # the device is named because torch.set_default_device may have set another
             content, position = torch.empty(size, dtype=torch.uint8, device='cpu').numpy().data, 0
             while count := file.readinto(content[position:position + CHUNK]):
@@ -164,19 +165,19 @@ def check_file(entry: ModelEntry, path: Path) -> None:
 
 
 def download_tag(name: str, folder: str | Path) -> Path:
-    """Make a folder that `local-dir:` loads without a network. Files that are there and right are kept.
+    """Make a folder that `local-dir:` loads without a network. Existing files that match the manifest are kept.
 
     Args:
         name: 'architecture.tag', or an architecture for its default tag.
         folder: Where the folder of the tag goes.
 
     Returns:
-        The folder of the tag, with model.safetensors and config.json. The weights of a converted tag are converted;
-        golden/outputs.safetensors is beside those of the others.
+        The folder of the tag, with model.safetensors and config.json. A converted tag's weights are saved converted;
+        other tags also have golden/outputs.safetensors.
 
     Raises:
         ManifestError: There is no such tag.
-        WeightsError: It has no weights, they cannot be had, or the folder holds another network.
+        WeightsError: It has no weights, they cannot be fetched or written, or the folder holds another network.
     """
     entry = load_manifest().get(name)
     target = Path(folder) / entry.name
@@ -198,13 +199,13 @@ def download_tag(name: str, folder: str | Path) -> Path:
 
 
 def _holds_another(target: Path, entry: ModelEntry) -> bool:
-    """Whether there are weights in a folder that are not an earlier download of a tag."""
+    """Whether a folder holds weights other than an earlier download of this tag."""
     weights = target / 'model.safetensors'
     if (target / 'last.pt').exists():  # of a training run
         return True
     if not weights.exists():
         return False
-    # config.json is written last: a download that was stopped has none
+    # config.json is written last: an interrupted download has none
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         config = json.loads((target / 'config.json').read_text(encoding='utf-8'))
         return bool((config['architecture'], config['pretrained_cfg'].get('tag')) != (entry.architecture, entry.tag))
@@ -242,7 +243,7 @@ def _download(asset: Asset, cache_dir: str | Path | None, force: bool) -> Path:
         except Exception as error:
             if attempt + 1 == ATTEMPTS or not _is_transient(error, time.monotonic() - begun):
                 raise _not_fetched(asset, error, cache_dir) from None
-            force = force or type(error) is OSError  # a part of the wrong size must not be resumed
+            force = force or type(error) is OSError  # a partial file of the wrong size must not be resumed
         time.sleep(2 ** attempt)
     raise AssertionError('unreachable')
 
@@ -250,7 +251,7 @@ def _download(asset: Asset, cache_dir: str | Path | None, force: bool) -> Path:
 def _cached_without_hub(asset: Asset, cache_dir: str | Path | None) -> Path | None:
     """The cached file if the Hub does not answer; None if it does or need not be asked.
 
-    huggingface_hub itself asks five times, for half a minute and with a line for each, before it looks into the cache
+    huggingface_hub itself tries five times in half a minute, with a log line for each, before it looks into the cache
     or gives up.
     """
     known = asset.cached(cache_dir)
@@ -259,7 +260,7 @@ def _cached_without_hub(asset: Asset, cache_dir: str | Path | None) -> Path | No
     try:
         get_hf_file_metadata(hf_hub_url(str(asset.hub_id), asset.file, revision=asset.revision), timeout=PATIENCE)
     except HfHubHTTPError:
-        return None  # an answer, which hf_hub_download understands
+        return None  # an answer, which hf_hub_download handles
     except Exception as error:
         if known is None:
             raise _not_fetched(asset, error, cache_dir) from None
@@ -269,13 +270,13 @@ def _cached_without_hub(asset: Asset, cache_dir: str | Path | None) -> Path | No
 
 def _not_fetched(asset: Asset, error: Exception, cache_dir: str | Path | None) -> WeightsError:
     place = f'{asset.file} of {asset.hub_id}' + (f' at {asset.revision}' if asset.revision else '')
-    instead = f', or take {asset.instead}, which needs no network' if asset.instead else ''
+    instead = f', or use {asset.instead}, which needs no network' if asset.instead else ''
     reason = describe_hub_error(error, cache_dir)
     return WeightsError(f'{asset.title} ({place}) could not be fetched: {reason}{instead}.')
 
 
 def _sweep(path: Path, started: float) -> None:
-    """Remove what a killed process left of the same file once the whole file is there; nothing else does."""
+    """Once a file is complete, remove the partial ones that killed processes left; nothing else does."""
     blob = path.resolve()
     with contextlib.suppress(OSError):
         if blob.stat().st_mtime >= started:
@@ -284,7 +285,7 @@ def _sweep(path: Path, started: float) -> None:
 
 
 def _is_transient(error: Exception, seconds: float) -> bool:
-    """Whether to try again after an attempt of so many seconds: huggingface_hub retries some failures itself."""
+    """Whether to retry after an attempt that took so many seconds: huggingface_hub retries some failures itself."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         return http_status(error.__cause__) >= 500 and seconds < 5  # older versions give up at once
     if isinstance(error, HfHubHTTPError):
@@ -294,14 +295,14 @@ def _is_transient(error: Exception, seconds: float) -> bool:
 
 
 def http_status(error: BaseException) -> int:
-    """The status with which the Hub answered; 0 if it did not answer."""
+    """The HTTP status of the Hub's answer; 0 if there was none."""
     return getattr(getattr(error, 'response', None), 'status_code', None) or 0
 
 
 def describe_hub_error(error: Exception, cache_dir: str | Path | None = None) -> str:
-    """Say in one sentence, or two, why huggingface_hub failed and what to do about it, without the last full stop.
+    """Say in a sentence or two why huggingface_hub failed and what to do about it, without the final full stop.
 
-    No token is in the text. `cache_dir` is the cache that it was told to use.
+    The text contains no token. `cache_dir` is the cache that was used; None is the default one.
     """
     cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) and error.__cause__ else error
     status = http_status(cause)
@@ -312,8 +313,8 @@ def describe_hub_error(error: Exception, cache_dir: str | Path | None = None) ->
     if isinstance(cause, EntryNotFoundError):
         return 'the Hub has no such file at the pinned revision. Update timm_geoprior'
     if isinstance(cause, (GatedRepoError, RepositoryNotFoundError)) or status in (401, 403):
-        return (f'the Hub answered {status}: the repository is private, gated or gone, or the token lacks a right. '
-                f'Check the name, log in with `hf auth login`, or set HF_TOKEN')
+        return (f'the Hub answered {status}: the repository is private, gated or gone, or the token lacks a '
+                f'permission. Check the name, log in with `hf auth login`, or set HF_TOKEN')
     if status == 429:
         return 'the Hub answered 429, too many requests. Wait some minutes, or log in for a higher limit'
     if status:
@@ -322,8 +323,8 @@ def describe_hub_error(error: Exception, cache_dir: str | Path | None = None) ->
         place = cache_dir or constants.HF_HUB_CACHE
         hint = 'Free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Make it writable'
         return f'the cache {place} cannot be written ({cause.strerror}). {hint}, or set HF_HOME or cache_dir'
-    return (f'{endpoint()} could not be reached or broke off ({type(cause).__name__}: {redact(str(cause))}). '
-            f'Check the network, the proxy and HF_ENDPOINT')
+    return (f'{endpoint()} could not be reached, or the connection broke off ({type(cause).__name__}: '
+            f'{redact(str(cause))}). Check the network, the proxy and HF_ENDPOINT')
 
 
 def endpoint() -> str:

@@ -1,7 +1,7 @@
-"""Fine-tuning on a folder of one's own images: the training of this package, and what a user wants before and after.
+"""Fine-tuning on a folder of images: this package's training, with what a user needs before and after it.
 
-Before: the folder is looked at, images are held out where no split is there for it, sizes are chosen. After: a folder
-that `timm.create_model('local-dir:...')` loads, measured as it is loaded from there, and a confusion matrix.
+Before: the folder is checked, images are held out if it has no split for that, and sizes are chosen. After: a folder
+that `timm.create_model('local-dir:...')` loads, its accuracy when loaded from there, and a confusion matrix.
 """
 import functools
 import json
@@ -40,45 +40,45 @@ from .recipe import Recipe, RunConfig, load_recipe
 __all__ = ['Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
 
 HELD_OUT_SHARE = 0.2
-# what the recipe's learning rate was found for
+# what the recipe's learning rate was tuned for
 RATED_BATCH, RATED_PARAMETERS = 64, 1.1e6
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Folders of a data set, below its own."""
-    train: str = ''  # images to train on; '' where the class folders lie in the data set's own folder
+    """Folders of the splits, inside the folder of the data set."""
+    train: str = ''  # images to train on; '' if the class folders are in the data set's own folder
     val: str = ''  # images to choose the epoch by; '' for a share of the training images
-    measured: str = ''  # images for the figures at the end; '' for those that the epoch is chosen by
+    measured: str = ''  # images for the final evaluation; '' for those that the epoch is chosen by
 
 
 @dataclass(frozen=True)
 class Job(RunConfig):
-    """What is fine-tuned, and where; the splits are found in the folder."""
+    """What to fine-tune, and where; the splits are found in `data_dir`."""
     model: str = ''  # any model of timm: a tag, or `local-dir:` and a folder
     overrides: tuple[str, ...] = ()  # 'key=value' strings for the recipe
-    patience: int = 5  # epochs without a better accuracy after which training ends
+    patience: int = 5  # epochs without improvement after which training stops
     finetune: str = 'pretrained'  # '' starts from random weights, for a comparison
     tell: Callable[[str], None] = tell
 
 
 def finetune(job: Job) -> dict[str, Any]:
-    """Train, choose the best epoch, and leave a folder that timm loads.
+    """Train, choose the best epoch, and write a folder that timm loads.
 
     Returns:
-        The run's results, as in results.json, with the figures of the finished folder under 'measured'.
+        The run's results, as in results.json, with the evaluation of the finished folder under 'measured'.
 
     Raises:
-        GeoPriorError: The folder holds too little, the model cannot be loaded, the output is in the way, or whatever
-            else stops a run.
-        SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
+        GeoPriorError: The folder has too few classes or images, the model cannot be loaded, the output cannot be
+            used, or the training fails.
+        SystemExit: On SIGTERM or Ctrl-C, once a checkpoint is saved.
     """
-    # each sentence once: what is wrong with images is found before, and again when they are read
+    # each message once: the check reports faulty images, and so does reading them
     job = replace(job, tell=functools.cache(job.tell), command=command_line(resume=True))
     splits = find_splits(job.data_dir)
     for name in unused_folders(job.data_dir, splits):
-        job.tell(f'{job.data_dir / name} is not used: it is no split, or has no class folders.')
+        job.tell(f'{job.data_dir / name} is not used: it is not a split, or has no class folders.')
     _check_places(job)
     recipe = _recipe(job, splits)
     if not job.resume:
@@ -87,13 +87,13 @@ def finetune(job: Job) -> dict[str, Any]:
     trainer = Trainer(recipe, replace(
         job, train_split=splits.train, val_split=splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE))
     if isinstance(trainer.data.train, FolderLoader):
-        trainer.data.train.rotations_told = True  # when the images were checked
+        trainer.data.train.rotations_told = True  # by the check of the images
     results = trainer.fit(lambda history: _gets_no_better(job, history))
     try:
         export(trainer, job.output)
         results['measured'] = _measure(job, splits, trainer)
     except KeyboardInterrupt:
-        job.tell(f'The training is done, its figures are not. Resume with: {job.command}')
+        job.tell(f'Training is finished, but its evaluation is not. Resume with: {job.command}')
         raise
     write_json(job.output / 'results.json', results)
     _tell_disk_use(job)
@@ -103,7 +103,7 @@ def finetune(job: Job) -> dict[str, Any]:
 # -- before ------------------------------------------------------------------------------------------------------------
 
 def find_splits(folder: Path) -> Splits:
-    """Find the splits of a data set's folder: `train` and the like are splits if there are class folders in them."""
+    """Find the splits in a data set's folder: `train` and the like are splits if they have class folders."""
     if not folder.is_dir():
         raise GeoPriorError(f'{folder} must be a folder with one folder of images for each class. Check its name.')
     train, val, test = (next((name for name in folders_of_split(folder, split) if _folders(folder / name)), '')
@@ -118,7 +118,7 @@ def find_splits(folder: Path) -> Splits:
 
 
 def unused_folders(folder: Path, splits: Splits) -> list[str]:
-    """Folders beside the splits that are taken for none of them."""
+    """Names of the folders beside the splits that are not used."""
     used = (splits.train, splits.val, splits.measured)
     return [name for name in _folders(folder) if splits.train and name not in used]
 
@@ -131,16 +131,16 @@ def _folders(folder: Path) -> list[str]:
 def _check_places(job: Job) -> None:
     if job.patience < 1:
         raise GeoPriorError(f'--patience must be 1 or more, got {job.patience}.')
-    if job.workers < 0:  # before the images are looked at, which takes workers too
+    if job.workers < 0:  # here, since the check of the images uses workers too
         raise GeoPriorError(f'--workers must be 0 or more, got {job.workers}.')
     output, data = job.output.resolve(), job.data_dir.resolve()
     if output == data or data in output.parents:
-        raise GeoPriorError(f'The output must lie outside the folder of the images, since its pictures would be taken '
-                            f'for one more class, got {job.output}. Name another place with --output.')
+        raise GeoPriorError(f'The output must lie outside the folder of the images, since its plots would be read as '
+                            f'one more class, got {job.output}. Name another folder with --output.')
     if output.exists() and not output.is_dir():
         raise GeoPriorError(f'The output must be a folder, or a new one, got the file {job.output}. Name another with '
                             f'--output.')
-    # a run is refused by the Trainer, which says how to resume it
+    # the Trainer refuses a folder with a run, and says how to resume it
     held = [name for name in (WEIGHTS, CONFIG) if (output / name).exists()]
     if held and not job.resume and not (output / 'last.pt').exists():
         raise GeoPriorError(f'The output must be a new folder, got {job.output}, which has another {held[0]}. Name '
@@ -148,11 +148,11 @@ def _check_places(job: Job) -> None:
 
 
 def _recipe(job: Job, splits: Splits) -> Recipe:
-    """The recipe `finetune` at the model's own size, with a batch that suits the images and a rate that suits both."""
+    """The recipe `finetune` at the model's own size, with batch size and learning rate for these images and model."""
     own = [f'model={json.dumps(job.model)}']
     chosen = {override.partition('=')[0] for override in job.overrides}
-    if 'model' in chosen:  # whose size and class names would be another's
-        raise GeoPriorError('The model must be named by --model, got it by --set. Use --model.')
+    if 'model' in chosen:  # the size below is that of --model
+        raise GeoPriorError('The model must be named with --model, got it with --set. Use --model.')
     if 'img_size' not in chosen:
         own.append(f'img_size={_cfg(job.model).get("input_size", (3, 224, 224))[-1]}')
     recipe = load_recipe('finetune', own + list(job.overrides))
@@ -160,7 +160,7 @@ def _recipe(job: Job, splits: Splits) -> Recipe:
         images = len(_open(job, splits.train).labels)
         batch_size = recipe.batch_size
         while batch_size > 2 and 5 * batch_size > images:
-            batch_size //= 2  # so that an epoch has a few steps, also without those held out
+            batch_size //= 2  # so that an epoch has a few steps, even without the held-out images
         recipe = replace(recipe, batch_size=batch_size)
     if 'lr' not in chosen:
         check_recipe(recipe)
@@ -172,10 +172,10 @@ def _recipe(job: Job, splits: Splits) -> Recipe:
 
 
 def rate_factor(batch_size: int, parameters: int) -> float:
-    """What a learning rate of Adam's kind is multiplied by for smaller batches and larger networks; at most one.
+    """Factor for the learning rate of an optimizer like Adam, with smaller batches or larger networks; at most 1.
 
-    It goes with the root of the batch (Malladi et al., 2022, arXiv 2205.10287) and against the width of the network
-    (Yang et al., 2022, arXiv 2203.03466), whose square the number of parameters goes with.
+    It is proportional to the square root of the batch size (Malladi et al., 2022, arXiv 2205.10287), and inversely to
+    the network's width (Yang et al., 2022, arXiv 2203.03466); the number of parameters grows with the width's square.
     """
     return min(1, math.sqrt(batch_size / RATED_BATCH)) * min(1, math.sqrt(RATED_PARAMETERS / parameters))
 
@@ -200,7 +200,7 @@ def _open(job: Job, split: str) -> DataSplit:
     place = job.data_dir / split
     try:
         data = open_split(job.data_dir, split=split)
-    except EvaluationError as error:  # without its advice, which is validate's
+    except EvaluationError as error:  # without its advice, which is meant for validate
         raise GeoPriorError(f'{place} must have one folder for each class, with images that end in '
                             f'{", ".join(EXTENSIONS)} ({first_sentence(error)}). Sort them into folders, or '
                             f'convert them.') from error
@@ -208,7 +208,7 @@ def _open(job: Job, split: str) -> DataSplit:
 
 
 def _check_images(job: Job, splits: Splits) -> None:
-    """The splits have the same classes, enough images, and, unless a run is resumed, only images that can be read."""
+    """Refuse splits with unknown classes, too few images or, unless a run is resumed, images that cannot be read."""
     known: set[str] = set()
     for split in dict.fromkeys((splits.train, splits.val, splits.measured)):
         if split or split == splits.train:
@@ -244,20 +244,20 @@ def _check_classes(data: DataSplit, place: Path, trained_on: bool, held_out: boo
 
 def _gets_no_better(job: Job, history: Sequence[dict[str, Any]]) -> bool:
     scores = [past.get('ema_top1', past['top1']) for past in history]
-    best = int(np.argmax(scores))  # the first of equal ones, as best.pt is
+    best = int(np.argmax(scores))  # the first of equal ones, as for best.pt
     stop = len(scores) - 1 - best >= job.patience
     if stop:
-        epochs = f'{job.patience} epochs' if job.patience > 1 else 'an epoch'
-        job.tell(f'The training ends: it has been no better for {epochs} than after epoch {best + 1}.')
+        epochs = f'{job.patience} epochs' if job.patience > 1 else 'one epoch'
+        job.tell(f'Training stops: no improvement for {epochs} after epoch {best + 1}.')
     return stop
 
 
 # -- after -------------------------------------------------------------------------------------------------------------
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write the best epoch's weights and config.json, with which the run's folder is what `local-dir:` loads.
+    """Write the best epoch's weights and config.json, so that `local-dir:` can load the run's folder.
 
-    best.pt, which holds the same weights, goes. A run that is resumed after its end has none: all is there.
+    best.pt, which holds the same weights, is deleted. A run that is resumed after this has none: nothing is left to do.
     """
     best = trainer.config.output / 'best.pt'
     if not best.exists() and (folder / WEIGHTS).exists():
@@ -267,7 +267,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     recipe = trainer.recipe
     model: Any = build_model(recipe, len(names))
     model.load_state_dict(saved.state_dict)
-    size = recipe.eval_size or recipe.img_size
+    size = recipe.measured_size
     cfg = {key: value for key, value in model.pretrained_cfg.items()
            if key not in ('label_names', 'label_descriptions', 'tag') and not key.startswith('test_')}
     cfg.update(input_size=(3, size, size), num_classes=len(names), tag='finetuned')
@@ -276,7 +276,7 @@ def export(trainer: Trainer, folder: Path) -> None:
         save_for_hf(model, made, model_config={'label_names': list(names)}, model_args=recipe.model_kwargs or None,
                     safe_serialization=True)
         config = json.loads(Path(made, CONFIG).read_text())
-        # timm 1.0.31 repeats it among the options, where transformers refuses it; it stands at the root in any case
+        # timm 1.0.31 repeats it among the options, where transformers rejects it; it is at the top level anyway
         config.setdefault('model_args', {}).pop('num_classes', None)
         write_json(folder / CONFIG, config)
         write_atomically(folder / WEIGHTS, Path(made, WEIGHTS).read_bytes())
@@ -285,13 +285,13 @@ def export(trainer: Trainer, folder: Path) -> None:
 
 def _tell_disk_use(job: Job) -> None:
     sizes = {path: path.stat().st_size for path in job.output.rglob('*') if path.is_file()}
-    job.tell(f'{job.output} takes {sum(sizes.values()) / 1e6:.1f} MB, of which {WEIGHTS} are '
+    job.tell(f'{job.output} takes {sum(sizes.values()) / 1e6:.1f} MB, of which {WEIGHTS} is '
              f'{sizes[job.output / WEIGHTS] / 1e6:.1f}. last.pt, with {sizes[job.output / "last.pt"] / 1e6:.1f} MB, is '
-             f'needed for --resume alone.')
+             f'needed only for --resume.')
 
 
 def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
-    """Measure the folder as it is loaded, and draw its confusion matrix."""
+    """Evaluate the folder as timm loads it, and plot its confusion matrix."""
     split = splits.measured or splits.val or splits.train
     data = _open(job, split)
     loaded = load_model(f'local-dir:{job.output}')
@@ -320,16 +320,16 @@ def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
 
 
 def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix as PNG: the share of each class's images by colour, and their number where there is room.
+    """Plot a confusion matrix: the share of each class's images as colour, and their number if there is room.
 
-    The matrix has numbers of images, shape (classes, classes), rows the true classes.
+    The matrix has numbers of images, shape (classes, classes); its rows are the true classes.
     """
     count = len(names)
     side = float(np.clip(1.5 + 0.42 * count, 3.5, 15))
     figure = Figure(figsize=(side + 1.2, side), layout='constrained')
     axes = figure.add_subplot()
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    gamma = 1 if count <= 30 else 0.5  # among many classes, a few percent taken for another should be seen
+    gamma = 1 if count <= 30 else 0.5  # with many classes, confusions of a few percent should still show
     image = axes.imshow(shares, cmap='Blues', norm=PowerNorm(gamma, 0, 100))
     size = float(np.clip(330 / count, 4.5, 10))
     if count <= 120:

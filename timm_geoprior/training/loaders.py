@@ -1,4 +1,4 @@
-"""The data of a run: training batches, and held-out ones to choose by."""
+"""The data of a run: training batches, and held-out ones to choose the best epoch by."""
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,31 +28,31 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run reads."""
+    """The data that a run reads."""
     train: MemoryLoader | FolderLoader  # training batches by epoch
-    held_out: Callable[[], Batches] | None  # gives the held-out batches once through, or None where nothing is held out
-    class_names: tuple[str, ...]  # names of the classes in their order, the folders' names
-    # places of the training images that are held out, shape (N,); empty where there are none
+    held_out: Callable[[], Batches] | None  # gives one pass over the held-out batches; None if there are none
+    class_names: tuple[str, ...]  # names of the classes, in the order of the targets
+    # indices of the held-out images among the training images, shape (N,); may be empty
     held_indices: torch.Tensor
     held_names: tuple[str, ...]  # files of the images that are measured after each epoch
-    train_sha256: str  # hash of the names of the files that are trained on
+    train_sha256: str  # hash of the names of the training images
 
 
 def _choose(
         found: DataSplit, indices: Sequence[int], labels: Sequence[int] | None = None,
         classes: tuple[str, ...] | None = None) -> DataSplit:
-    """Some images of a split, with its own labels and classes or with others."""
+    """Some images of a split, with their own labels and classes or with others."""
     labelled = np.array(found.labels[list(indices)] if labels is None else labels, np.int64)
     reader, names = found.dataset.reader, tuple(found.names[index] for index in indices)
     dataset = Images(Files(reader.root, [reader.places[index] for index in indices], labelled), names)
     return replace(found, dataset=dataset, labels=labelled, names=names,
-                               classes=found.classes if classes is None else classes)
+                   classes=found.classes if classes is None else classes)
 
 
 def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSplit:
-    """Open a split in which each class stands once: timm takes all folders there are for one that it does not find.
+    """Open a split, and refuse repeated classes: without a folder of that name, all folders are read.
 
-    The split's name may be another name of it, in any case, or '' for class folders without splits.
+    The split may go by any of its usual names, in any case; '' stands for class folders without splits.
     """
     if not config.data_dir.is_dir():
         raise GeoPriorError(f'{config.data_dir} must be a folder with a folder {split} in it. Check --data-dir.')
@@ -73,7 +73,7 @@ def open_images(config: RunConfig, split: str, labelled: bool = True) -> DataSpl
 
 
 def _open_measured(config: RunConfig, names: tuple[str, ...]) -> DataSplit:
-    """The images of --val-split with the training classes' targets."""
+    """The images of --val-split; their targets are indices into the training classes."""
     archived = config.val_split.lower() in SPLITS['val'] and (config.data_dir / ILSVRC_ARCHIVE).is_file()
     if not (archived or folders_of_split(config.data_dir, config.val_split)):
         raise GeoPriorError(f'{config.data_dir} must have a folder of the split {config.val_split}, got none. Check '
@@ -92,14 +92,14 @@ def open_training_data(
     """Open the data of a run.
 
     Args:
-        recipe: Says how it is read, augmented and split.
-        config: Says where it is. What all processes find is told by the first; each tells of its own images.
-        share: What this process takes of it.
-        decoded: The images of the training split where a recipe holds them in memory; decoded anew where it is None.
+        recipe: How it is read, augmented and split.
+        config: Where it is. The first process reports what all of them find, each process its own unreadable images.
+        share: This process's share of it.
+        decoded: The decoded training split, if the recipe holds it in memory; None decodes it here.
 
     Raises:
-        GeoPriorError: No images where `config` says, classes that stand twice or differ, more images held out of a
-            class than it has, more unreadable ones than `config` allows, or an augmentation that timm cannot make.
+        GeoPriorError: There are no images, classes are repeated or differ, a class has too few images to hold some
+            out, more images are unreadable than `config` allows, or timm does not accept the augmentation.
     """
     tell = config.tell
     if share.rank:
@@ -111,7 +111,7 @@ def open_training_data(
     val = _open_measured(config, found.classes) if config.val_split and not len(held) else None
     norms = resolve_data_config(pretrained_cfg={
         **model_cfg(recipe.model), **(recipe.model_kwargs.get('pretrained_cfg_overlay') or {})})
-    size = recipe.eval_size or recipe.img_size
+    size = recipe.measured_size
     train: MemoryLoader | FolderLoader
     held_out: Callable[[], Batches] | None = None
     if recipe.in_memory:
@@ -141,7 +141,7 @@ def open_training_data(
 
 
 def _with_classes(found: DataSplit, recipe: Recipe, config: RunConfig) -> DataSplit:
-    """Training images with the classes that the network has. Of what only a teacher labels, all get the first one."""
+    """The training images with the network's classes; those that only the teacher labels all get class 0."""
     index, count = {name: place for place, name in enumerate(config.class_names)}, len(found.labels)
     unknown = [name for name in found.classes if name not in index]
     if unknown and recipe.needs_labels:
@@ -158,10 +158,10 @@ def _with_classes(found: DataSplit, recipe: Recipe, config: RunConfig) -> DataSp
 
 
 def hold_out(targets: torch.Tensor, amount: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw images of each class to hold out: ascending indices of those that stay in training, and of those held out.
+    """Draw images of each class to hold out. Returns sorted indices of the remaining images and of those held out.
 
-    The same images are drawn each time, whatever the seed of a run. The amount is a number of images of each class, 0
-    for none, or a share below 1 of them, rounded, of which at least one is held out and one stays.
+    The same images are drawn every time, whatever the seed of a run. The amount is a number of images per class (0 for
+    none), or a share below 1, rounded so that at least one image is held out and one remains.
     """
     held = torch.zeros(len(targets), dtype=torch.bool)
     for target in targets.unique().tolist() if amount else ():
@@ -171,14 +171,14 @@ def hold_out(targets: torch.Tensor, amount: float) -> tuple[torch.Tensor, torch.
         if wanted >= images:
             raise ValueError(f'Class {target} must have more than {wanted} images to hold out {wanted}, got {images}. '
                              f'Add images, or lower the recipe key holdout.')
-        # drawn, since names are rarely in random order: the last ones may be of one breed, or one camera
+        # drawn at random, since names rarely are in random order: the last may show one breed, or be from one camera
         order = torch.randperm(images, generator=generator('holdout', target))
         held[members[order[:wanted]]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
 def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the training images that stay and of those held out."""
+    """Indices of the training images that remain, and of those held out."""
     targets = torch.from_numpy(found.labels)
     try:
         return hold_out(targets, recipe.holdout or config.holdout_share)
@@ -189,7 +189,7 @@ def _divide(found: DataSplit, recipe: Recipe, config: RunConfig) -> tuple[torch.
 def _from_files(
         data: DataSplit, transform: Callable[..., torch.Tensor], config: RunConfig, share: LoaderConfig,
 ) -> Callable[[], Batches]:
-    """This process's share of the held-out images, in batches."""
+    """A function that yields this process's share of the held-out images, in batches."""
     corrupt = CorruptImages(data.dataset, config.max_corrupt, config.tell)
     own = range(share.rank, len(data.labels), share.world_size)
     images = Chosen(data.dataset, own, data.labels[own], transform)
@@ -202,9 +202,9 @@ def _from_files(
 
 
 def model_cfg(name: str) -> dict[str, Any]:
-    """timm's configuration of a model, with the normalisation that its weights expect; empty where timm has none.
+    """timm's configuration of a model, with the normalisation that its weights expect; empty if timm has none.
 
-    A `local-dir:` or `hf-hub:` name's place says it itself.
+    For `local-dir:` and `hf-hub:` names, it is read from config.json there.
     """
     if ':' in name:
         with torch.device('meta'):
@@ -215,7 +215,7 @@ def model_cfg(name: str) -> dict[str, Any]:
 
 
 def _transform(recipe: Recipe, norms: dict[str, Any], size: int) -> Callable[..., torch.Tensor]:
-    trivial = recipe.aa == 'ta_wide'  # torchvision's, which timm has not
+    trivial = recipe.aa == 'ta_wide'  # torchvision's; timm has none
     transform: Callable[..., torch.Tensor] = create_transform(
         size, is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
         color_jitter=recipe.color_jitter, auto_augment=None if trivial else recipe.aa or None,
@@ -228,11 +228,11 @@ def _transform(recipe: Recipe, norms: dict[str, Any], size: int) -> Callable[...
 
 
 def make_transform(recipe: Recipe, norms: dict[str, Any]) -> Callable[[int], Callable[..., torch.Tensor]]:
-    """What gives timm's training transform for a size; pickled by workers that are spawned."""
+    """A function that makes timm's training transform for a size; it can be pickled, which spawned workers need."""
     try:
         _transform(recipe, norms, recipe.img_size)
-    except Exception as error:  # timm's parsers fail in their own ways
-        raise GeoPriorError(f'timm can make nothing of the recipe keys aa = {recipe.aa!r}, interpolation = '
+    except Exception as error:  # timm's parsers may raise anything
+        raise GeoPriorError(f'timm does not accept the recipe keys aa = {recipe.aa!r}, interpolation = '
                             f'{recipe.interpolation!r} and remode = {recipe.remode!r} ({type(error).__name__} '
                             f'{error}). Change one of them.') from error
     return partial(_transform, recipe, norms)

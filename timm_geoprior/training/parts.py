@@ -1,4 +1,4 @@
-"""What a recipe is turned into: model, optimizer, schedule, loss and mixup, each by timm's own factory."""
+"""Model, optimizer, schedule, loss and mixup of a recipe, each made by timm's own factory."""
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,7 +30,7 @@ __all__ = [
 
 def build_model(
         recipe: Recipe, num_classes: int, pretrained: bool = False, start: SavedModel | None = None) -> nn.Module:
-    """The recipe's model; a head for another number of classes than the weights have is drawn anew.
+    """The recipe's model; its head is initialized anew if the weights have another number of classes.
 
     Args:
         pretrained: Start from the weights of the model's tag.
@@ -38,10 +38,12 @@ def build_model(
 
     Raises:
         RuntimeError: The tag has no weights, or those of `start` do not fit.
+        ValueError: The recipe freezes norms, and the model's batch norms are not BatchNorm2d.
     """
     options = {'drop_rate': recipe.drop, 'drop_path_rate': recipe.drop_path, **recipe.model_kwargs}
     if start is not None:
-        options['pretrained_cfg_overlay'] = {**(recipe.model_kwargs.get('pretrained_cfg_overlay') or {}),
+        options['pretrained_cfg_overlay'] = {
+            **(recipe.model_kwargs.get('pretrained_cfg_overlay') or {}),
             **_overlay(recipe.model, num_classes, start, **recipe.model_kwargs)}
     model: Any = timm.create_model(
         recipe.model, pretrained=pretrained or start is not None, num_classes=num_classes, **options)
@@ -59,7 +61,7 @@ def build_model(
 
 
 def _overlay(name: str, num_classes: int, start: SavedModel, **model_kwargs: Any) -> dict[str, Any]:
-    """What timm loads in place of the tag's weights."""
+    """Overrides of timm's configuration, to load these weights in place of the tag's."""
     with torch.device('meta'):
         model = timm.create_model(name, num_classes=num_classes, **model_kwargs)
     state_dict, _ = take_prefix_off(start.state_dict, model.state_dict().keys())
@@ -73,8 +75,7 @@ def _classifier(model: nn.Module) -> str:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Build all of a recipe without memory, before any data are read; messages name keys, and the nearest known name.
-    """
+    """Build all of a recipe on the meta device, before any data is read. Errors suggest the nearest known name."""
     with torch.device('meta'):
         model = _try(lambda: build_model(recipe, 2), 'model, model_kwargs and freeze', recipe.model, timm.list_models)
         optimizer = _try(lambda: build_optimizer(recipe, model), 'opt and opt_kwargs', recipe.opt, list_optimizers)
@@ -82,7 +83,7 @@ def check_recipe(recipe: Recipe) -> None:
             _try(lambda: timm.create_model(recipe.teacher), 'teacher', recipe.teacher, timm.list_models)
     if (channels := getattr(model, 'in_chans', 3)) != 3:
         raise GeoPriorError(f'The model must take images of 3 channels to be trained, got {channels}. Change in_chans.')
-    sizes = {recipe.eval_size or recipe.img_size, *(recipe.size_at(epoch) for epoch in range(recipe.epochs))}
+    sizes = {recipe.measured_size, *(recipe.size_at(epoch) for epoch in range(recipe.epochs))}
     for size in sorted(sizes):
         images = torch.empty(2, 3, size, size, device='meta')
         _try(partial(model, images), f'model and model_kwargs at {size} px')
@@ -92,10 +93,10 @@ def check_recipe(recipe: Recipe) -> None:
 def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[], Sequence[Any]] = list) -> Any:
     try:
         return make()
-    except Exception as error:  # timm's and torch's constructors raise what they like
+    except Exception as error:  # timm's and torch's constructors may raise anything
         near = [] if name in known() else difflib.get_close_matches(name, known(), n=1)
-        hint = f'did you mean {near[0]!r}?' if near else 'change one, in the recipe or by --set KEY=VALUE.'
-        raise GeoPriorError(f'timm can make nothing of the recipe keys {keys} ({first_line(error)}): {hint}') from error
+        hint = f'did you mean {near[0]!r}?' if near else 'change one, in the recipe or with --set KEY=VALUE.'
+        raise GeoPriorError(f'timm does not accept the recipe keys {keys} ({first_line(error)}): {hint}') from error
 
 
 def build_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -103,15 +104,15 @@ def build_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {}
     if recipe.teacher_path:
         start = read_weights(Path(recipe.teacher_path))
-        # timm's task prepares the images anew where the teacher's mean or deviation differ from the student's
+        # timm's task normalizes the images again if the teacher's mean or std differ from the student's
         options = {**start.model_kwargs, 'pretrained_cfg_overlay': {
             **(start.model_kwargs.get('pretrained_cfg_overlay') or {}),
             **_overlay(recipe.teacher, num_classes, start, **start.model_kwargs)}}
     teacher: Any = timm.create_model(recipe.teacher, pretrained=True, num_classes=num_classes, **options)
     known = teacher.pretrained_cfg.get('num_classes')
-    if known != num_classes:  # timm has drawn a new head, which teaches noise
+    if known != num_classes:  # timm has initialized a new head, which would teach noise
         raise GeoPriorError(f'The teacher {recipe.teacher} must know the {num_classes} classes of the images, got '
-                          f'weights for {known}. Name another, or a checkpoint by teacher_path.')
+                            f'weights for {known}. Name another, or a checkpoint with teacher_path.')
     network: nn.Module = teacher.eval().requires_grad_(False)
     return network
 
@@ -139,10 +140,10 @@ def radii_in_cells(model: nn.Module) -> dict[str, Any]:
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer over timm's parameter groups; radii have no weight decay and a learning rate of their own.
 
-    The groups' `lr_scale` is timm's: its schedulers multiply by it.
+    timm's schedulers multiply the learning rate by a group's `lr_scale`.
     """
     radii = {id(p) for name, p in model.named_parameters() if name.endswith('log_radius')}
-    # timm's optimizers with a fallback (Muon) leave vectors to it by themselves, but the classifier must be named
+    # timm's optimizers with a fallback (Muon) use it for vectors by themselves, but the classifier must be named
     groups = param_groups_weight_decay(model, recipe.weight_decay, fallback_list=[f'{_classifier(model)}.weight'])
     split = []
     for group in groups:
@@ -156,10 +157,10 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
-    """timm's schedule, a new learning rate each update."""
+    """timm's schedule, which changes the learning rate every update."""
     restarts: dict[str, Any] = {'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': recipe.lr_cycle_decay,
-                'cycle_limit': recipe.lr_cycle_limit}
-    # a warm-up that is a prefix comes before the first cycle, else it takes the place of the cycle's start
+                                'cycle_limit': recipe.lr_cycle_limit}
+    # with warmup_prefix, the warm-up comes before the first cycle; without it, it replaces the start of that cycle
     epochs: Any = recipe.decay_epochs or recipe.epochs - (recipe.warmup_epochs if recipe.warmup_prefix else 0)
     scheduler: Scheduler
     scheduler, _ = create_scheduler_v2(
@@ -170,7 +171,7 @@ def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per
 
 
 def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, or None where the recipe has neither."""
+    """timm's mixup and cutmix, or None if the recipe has neither."""
     if not recipe.mixup and not recipe.cutmix:
         return None
     return Mixup(
@@ -179,7 +180,7 @@ def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
 
 
 class TargetLoss(nn.Module):
-    """Cross entropy for class indices, smoothed, and for the soft targets that mixup makes; binary where asked."""
+    """Cross entropy for class indices, with label smoothing, and for mixup's soft targets; binary with `bce_loss`."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recipes, which are everything that decides a training run, as flat YAML files; and where and how they are run."""
+"""Recipes, flat YAML files with the settings of a training run; and `RunConfig`, where and how one is run."""
 import contextlib
 import dataclasses
 import difflib
@@ -22,13 +22,13 @@ ADVICE = 'Change it in the recipe, or with --set KEY=VALUE.'
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. Names and meanings are those of timm's train.py unless said otherwise."""
+    """One training run. Names and meanings are those of timm's train.py unless noted."""
 
     name: str
     model: str
     epochs: int
-    batch_size: int  # images per step over all processes, before gradient accumulation
-    lr: float  # peak, for that batch size
+    batch_size: int  # images per update, over all processes and accumulation steps
+    lr: float  # peak, for this batch size
     img_size: int  # side of the training images, pixels
 
     # model
@@ -36,28 +36,28 @@ class Recipe:
     drop: float = 0.0
     drop_path: float = 0.0
     sync_bn: bool = False
-    freeze: tuple[str, ...] = ()  # modules that stay as they are, norms' statistics included
-    freeze_norms: bool = False  # all batch norms stay as they are, statistics included
-    # timm model whose logits are distilled, with the weights that its name has; SOURCE for what --finetune's
+    freeze: tuple[str, ...] = ()  # modules to freeze, including the statistics of their norms
+    freeze_norms: bool = False  # freeze all batch norms, including their statistics
+    # timm model whose logits are distilled, with its pretrained weights; SOURCE for the network that --finetune's
     # folder was converted from
     teacher: str = ''
-    teacher_path: str = ''  # checkpoint of the teacher, in place of the weights that its name has
-    distill_alpha: float = 0.5  # share of the teacher's loss; with 1, images need no labels
+    teacher_path: str = ''  # checkpoint of the teacher, instead of its pretrained weights
+    distill_alpha: float = 0.5  # share of the distillation loss; with 1, images need no labels
     distill_temperature: float = 1.0
 
     # data
-    eval_size: int = 0  # side of the images when measured, 0 for img_size
+    eval_size: int = 0  # side of the images in evaluation, 0 for img_size
     progressive: tuple[tuple[int, int], ...] = ()  # (first epoch, size) pairs from epoch 0 on, in place of img_size
-    in_memory: bool = False  # hold the set in memory as uint8, crop and flip in batches
+    in_memory: bool = False  # hold the images in memory as uint8, crop and flip whole batches
     memory_size: int = 64  # side of the images held in memory, pixels
-    holdout: int = 0  # training images of each class kept out, to choose by
+    holdout: int = 0  # training images of each class to hold out, for choosing recipes and epochs
 
     # augmentation
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     color_jitter: float = 0.0
-    aa: str = ''  # timm's string of an AutoAugment, RandAugment, AugMix or 3-Augment; 'ta_wide' for TrivialAugment
+    aa: str = ''  # timm's string for AutoAugment, RandAugment, AugMix or 3-Augment; 'ta_wide' for TrivialAugment
     interpolation: str = 'random'
     reprob: float = 0.0
     remode: str = 'pixel'
@@ -103,7 +103,7 @@ class Recipe:
     amp_dtype: str = 'bfloat16'
     channels_last: bool = False
     torchcompile: bool = False
-    max_skipped_steps: int = 10  # steps in a row with a loss that is not finite before the run stops
+    max_skipped_steps: int = 10  # steps in a row with a non-finite loss after which the run stops
 
     def __post_init__(self) -> None:
         _require(self.name.encode(errors='ignore').decode() == self.name, 'name', self.name,
@@ -144,6 +144,11 @@ class Recipe:
         return size
 
     @property
+    def measured_size(self) -> int:
+        """Side of the images when measured, in pixels."""
+        return self.eval_size or self.img_size
+
+    @property
     def needs_labels(self) -> bool:
         """Whether the loss depends on the images' classes."""
         return not self.teacher or self.distill_alpha < 1
@@ -155,25 +160,25 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how a recipe is run; nothing in here changes what is learned, but for the seed.
+    """Where and how a recipe is run: data, starting weights, seed, device and output.
 
     Attributes:
-        data_dir: Folder with a folder for each split, and in those one folder of images for each class.
+        data_dir: Folder with one folder per split, each with one folder of images per class.
         output: Folder of the run.
-        train_split: Folder of the training images; '' where the class folders lie in `data_dir` itself.
-        val_split: Split that is measured after each epoch where the recipe holds nothing out; '' for none.
-        holdout_share: Share of each class's training images that is held out where the recipe names no number.
-        seed: Of weights, order and augmentation.
+        train_split: Split to train on; '' if the class folders are in `data_dir` itself.
+        val_split: Split to measure after each epoch if no training images are held out; '' for none.
+        holdout_share: Share of each class's training images to hold out if the recipe's `holdout` is 0.
+        seed: Seed of weights, order and augmentation.
         device: A device of torch.
-        workers: Processes that decode, for each process that trains.
+        workers: Processes that decode images, per training process.
         finetune: '' for random weights, 'pretrained' for those of the model's tag, or the path of a checkpoint or of a
             folder of `timm-geoprior convert`.
         resume: Continue the run in `output`.
         save_every: Updates between two checkpoints within an epoch.
-        max_corrupt: Unreadable images that are skipped; at one more the run stops.
-        class_names: The network's classes, in order, where they are not those of the training images' folders.
-        command: The command that resumes the run, for the message of an interruption.
-        tell: Called with each sentence that a person should read.
+        max_corrupt: Number of unreadable images to skip; with one more, the run stops.
+        class_names: The network's classes, in order, if they are not those of the training images' folders.
+        command: The command that resumes the run, for the message when it is interrupted.
+        tell: Called with each message for the user.
     """
     data_dir: Path
     output: Path
@@ -194,7 +199,7 @@ class RunConfig:
 
 _CHOICES = {'sched': ('cosine', 'tanh', 'poly'), 'amp_dtype': ('bfloat16', 'float16'),
             'clip_mode': ('norm', 'value', 'agc')}
-_OF_FILES = ('aa', 'color_jitter', 'reprob', 'aug_repeats')  # what only images read from files are given
+_OF_FILES = ('aa', 'color_jitter', 'reprob', 'aug_repeats')  # only for images that are read from files
 
 
 def _require(holds: bool, key: str, got: Any, wanted: str) -> None:
@@ -203,7 +208,7 @@ def _require(holds: bool, key: str, got: Any, wanted: str) -> None:
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
-    """A YAML value as the field's type; whole numbers pass for floats, lists for tuples, nothing else is bent."""
+    """A YAML value as the field's type; integers and numeric strings pass as floats, lists as tuples, nothing else."""
     origin, kinds = get_origin(kind), get_args(kind)
     if origin is tuple:
         if isinstance(value, (list, tuple)):
@@ -223,12 +228,12 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
 
 
 def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe:
-    """A Recipe of plain values; of an unknown key, the message suggests the nearest valid one."""
+    """Make a Recipe from plain values; for an unknown key, the message suggests the nearest valid one."""
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f'did you mean {near[0]!r}?' if near else 'see timm_geoprior/training/recipe.py for those there are.'
+            hint = f'did you mean {near[0]!r}?' if near else 'see timm_geoprior/training/recipe.py for all keys.'
             raise GeoPriorError(f'Unknown key {key!r} in {source}: {hint}')
     missing = [key for key, f in fields.items() if key not in values
                and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
@@ -238,7 +243,7 @@ def make_recipe(values: Mapping[str, Any], source: str = 'the recipe') -> Recipe
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that the package ships."""
+    """Names of the bundled recipes."""
     folder = resources.files('timm_geoprior.training') / 'recipes'
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith('.yaml'))
 
@@ -256,11 +261,11 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     """Read a recipe.
 
     Args:
-        source: Name of a shipped recipe, or path of a YAML file.
-        overrides: 'key=value' strings, values as YAML, that replace or add keys.
+        source: Name of a bundled recipe, or path of a YAML file.
+        overrides: 'key=value' strings that replace or add keys; values are YAML.
 
     Raises:
-        GeoPriorError: No such recipe, no mapping in the file, or keys and values that `make_recipe` refuses.
+        GeoPriorError: There is no such recipe, the file has no mapping, or `make_recipe` refuses a key or value.
     """
     shipped = resources.files('timm_geoprior.training') / 'recipes' / f'{source}.yaml'
     path = Path(source) if Path(source).suffix in ('.yaml', '.yml') else shipped
