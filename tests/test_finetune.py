@@ -206,6 +206,7 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
     (['training/a', 'validation/a', 'test/a'], Splits('training', 'validation', 'test')),
     (['train/a', 'test/a'], Splits('train', '', 'test')),
     (['train', 'bus'], Splits()),  # a class with that name
+    (['train/@eaDir', 'bus/@eaDir'], Splits()),
     (['val/a', 'b'], Splits()),
     (['Training/a', 'Testing/a', 'DEV/a'], Splits('Training', 'DEV', 'Testing')),
     (['train/a', 'training/a', 'valid/a'], Splits('train', 'valid', '')),

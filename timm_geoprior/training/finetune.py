@@ -24,7 +24,7 @@ from ..data.batches import FolderLoader
 from ..data.dataset import DataSplit, open_split
 from ..data.listing import SPLITS, folders_of_split
 from ..data.preflight import check_data
-from ..data.reading import EXTENSIONS
+from ..data.reading import EXTENSIONS, LITTER
 from ..errors import EvaluationError, GeoPriorError
 from ..evaluation.evaluate import EvalConfig, evaluate, plan
 from ..evaluation.metrics import confused_pairs, wilson_interval
@@ -124,8 +124,9 @@ def unused_folders(folder: Path, splits: Splits) -> list[str]:
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder that are not hidden."""
-    return sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith('.'))
+    """Names of the folders in a folder, without hidden ones and those that systems and programs leave behind."""
+    return sorted(item.name for item in folder.iterdir()
+                  if item.is_dir() and not item.name.startswith('.') and not LITTER.fullmatch(item.name))
 
 
 def _check_places(job: Job) -> None:
