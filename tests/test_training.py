@@ -585,7 +585,10 @@ class TestStartingPoint:
         weights = timm.create_model('test_resnet', num_classes=4).state_dict()
         torch.save({'model': {name: 0 * value for name, value in weights.items()}, 'model_ema': weights},
                    tmp_path / 'teacher.pt')
-        teacher = Trainer(recipe, config(photo_folder, tmp_path / 'run')).task.teacher.model.state_dict()
+        told: list[str] = []
+        trainer = Trainer(recipe, config(photo_folder, tmp_path / 'run', tell=told.append))
+        assert f'{tmp_path}/teacher.pt: the averaged weights are used; it holds raw ones too.' in told
+        teacher = trainer.task.teacher.model.state_dict()
         assert all(torch.equal(value, weights[name]) for name, value in teacher.items())
 
     def test_distillation_from_a_checkpoint(self, photo_folder, first_run, tmp_path):

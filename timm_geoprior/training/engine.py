@@ -171,7 +171,8 @@ class Trainer:
         # there are few sizes, all fixed: one graph for each is faster than a dynamic one
         self.network: Any = torch.compile(network, dynamic=False) if recipe.torchcompile else network
         teacher = _load(
-            lambda: parts.build_teacher(recipe, classes).to(self.device), f'The teacher {recipe.teacher}'
+            lambda: parts.build_teacher(recipe, classes, self.config.tell).to(self.device),
+            f'The teacher {recipe.teacher}'
         ) if recipe.teacher else None
         self.task = parts.build_task(recipe, self.network, teacher, self.device)
 

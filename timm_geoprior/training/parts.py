@@ -99,11 +99,14 @@ def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[],
         raise GeoPriorError(f'timm does not accept the recipe keys {keys} ({first_line(error)}): {hint}') from error
 
 
-def build_teacher(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's teacher, with the weights of its name or those of `teacher_path`."""
+def build_teacher(recipe: Recipe, num_classes: int, tell: Callable[[str], object] = str) -> nn.Module:
+    """The recipe's teacher, with the weights of its name or those of `teacher_path`; `tell` gets a message about them.
+    """
     options: dict[str, Any] = {}
     if recipe.teacher_path:
         start = read_weights(Path(recipe.teacher_path))
+        if start.note:
+            tell(start.note)
         # timm's task normalizes the images again if the teacher's mean or std differ from the student's
         options = {**start.model_kwargs, 'pretrained_cfg_overlay': {
             **(start.model_kwargs.get('pretrained_cfg_overlay') or {}),
