@@ -420,13 +420,6 @@ class TestResume:
         assert sorted(data.rglob('*')) == before
         Trainer(tiny(), config(data, data / 'run'))  # a folder next to the splits is none of them
 
-    @pytest.mark.parametrize('output', ['file', 'file/run', 'link', 'link/run'])
-    def test_an_output_that_cannot_be_created(self, photo_folder, tmp_path, output):
-        (tmp_path / 'file').touch()
-        (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
-        with pytest.raises(GeoPriorError, match=f'cannot be created, since .*{output[:4]} is not a folder'):
-            Trainer(tiny(), config(photo_folder, tmp_path / output))
-
     def test_an_output_whose_name_is_not_utf_8(self, photo_folder, tmp_path):
         output = tmp_path / os.fsdecode(b'caf\xe9')
         with pytest.raises(GeoPriorError, match='must be UTF-8, since TensorBoard cannot write to any other'):
@@ -572,7 +565,6 @@ class TestStartingPoint:
         torch.save({'x': torch.ones(1)}, 'bare.pt')
         with pytest.raises(GeoPriorError, match=message):
             Trainer(tiny(**changes), config(photo_folder, tmp_path / 'run', finetune=finetune))
-        assert not (tmp_path / 'run').exists()
 
     def test_a_teacher_of_other_classes_is_refused(self, photo_folder, tmp_path):
         """timm would give it a new, random head."""
@@ -761,7 +753,7 @@ class TestFaults:
         assert all(value.isfinite().all() for value in saved.values())
 
     def test_weights_that_are_not_finite_replace_no_good_ones(self, photo_folder, tmp_path):
-        trainer = Trainer(tiny(in_memory=True), config(photo_folder, tmp_path))
+        trainer = Trainer(tiny(in_memory=True), config(photo_folder, tmp_path / 'run'))
         trainer.save(trainer.last)
         before = trainer.last.read_bytes()
         with torch.no_grad():

@@ -106,13 +106,15 @@ class Trainer:
         except UnicodeEncodeError:
             raise GeoPriorError(f'The name of the folder {self.config.output} must be UTF-8, since TensorBoard cannot '
                                 f'write to any other. Name another one with --output.') from None
-        place = next(filter(os.path.lexists, (config.output, *config.output.absolute().parents)))
-        if not place.is_dir():
-            raise GeoPriorError(f'The folder {config.output} cannot be created, since {place} is not a folder. Check '
-                                f'--output.')
-        if not os.access(place, os.W_OK):
-            raise GeoPriorError(f'The folder {place} must be writable, got one that is read-only. Check its '
-                                f'permissions, or name another with --output.')
+        if not self.config.resume:  # else --resume without a checkpoint would leave an empty folder
+            try:
+                self.config.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise GeoPriorError(f'The folder {self.config.output} cannot be created ({error.strerror}). '
+                                    f'Check --output.') from None
+        if self.config.output.exists() and not os.access(self.config.output, os.W_OK):
+            raise GeoPriorError(f'The folder {self.config.output} must be writable, got one that is read-only. Check '
+                                f'its permissions, or name another with --output.')
 
     def _batch_share(self) -> int:
         """Images per batch of one process."""
@@ -315,7 +317,6 @@ class Trainer:
         """The first process's TensorBoard writer; it purges the events of epochs that a resumed run repeats."""
         if self.rank:
             return nullcontext()
-        self.config.output.mkdir(parents=True, exist_ok=True)
         report.write_recipe(self.recipe, self.config.output, self.commit)
         if self.data.held_out is None:
             self.config.tell('No images are held out of this run: its accuracy is not measured, and best.pt is not '
