@@ -489,6 +489,15 @@ def test_a_closed_pipe_is_quiet():
     assert listing.returncode == 128 + signal.SIGPIPE
 
 
+def test_a_long_name_of_a_scripts_own_has_its_traceback(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(f"open('{'y' * 300}', 'w')\n")
+    done = run(['-m', 'timm_geoprior', 'run', script])
+    assert done.returncode == 1
+    assert 'Traceback' in done.stderr
+    assert 'script.py' in done.stderr
+
+
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='Linux has a device that is always full')
 def test_a_full_disk_is_one_sentence():
     with open('/dev/full', 'w') as full:

@@ -128,6 +128,17 @@ def test_what_is_no_pair_is_refused(pairs, photo_folder, tmp_path, monkeypatch):
     assert not (tmp_path / 'out').exists()
 
 
+def test_each_seed_may_have_its_own_teacher(pairs, photo_folder, tmp_path, monkeypatch):
+    taught = []
+    for name in pairs[1]:
+        state = torch.load(name, weights_only=True)
+        state['recipe']['teacher_path'] = 'another.pt'
+        taught.append(str(tmp_path / f'{len(taught)}.pt'))
+        torch.save(state, taught[-1])
+    call(monkeypatch, photo_folder, tmp_path / 'out', pairs[0], taught)
+    assert 'means of 2 pairs (seeds 0, 1)' in (tmp_path / 'out' / 'robustness.md').read_text()
+
+
 def test_a_control_sees_the_images_of_its_pair(photo_folder, tmp_path, monkeypatch):
     """timm uses another interpolation for resnet10t than this package for its networks."""
     saved = []

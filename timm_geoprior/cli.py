@@ -486,7 +486,7 @@ def _run(args: argparse.Namespace) -> int:
         else:
             runpy.run_path(target, run_name='__main__')
     except OSError as error:
-        if not isinstance(error, BrokenPipeError) and error.errno not in FULL_DISK:
+        if not isinstance(error, BrokenPipeError) and error.errno not in (*FULL_DISK, errno.ENAMETOOLONG):
             raise
         # the script's own error, which `main` would misreport: a pipe to a worker broke, or its disk is full
         traceback.print_exc()

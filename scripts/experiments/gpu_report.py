@@ -165,7 +165,10 @@ def check_counts(report: Report) -> None:
                key=lambda entry: entry.bytes or 0).name
     largest, *others = (4, 1) if args.rehearse else (256, 64, 1)
     if report.has_time(60, "counts and speed of validate.py and timm's loader"):
-        report.add('counts', _plain_loop(args, name, largest))
+        try:
+            report.add('counts', _plain_loop(args, name, largest))
+        except Exception as error:  # timm's data set and loader raise errors of many kinds
+            report.add('counts', {'by': "timm's loader", 'batch_size': largest, 'failed': first_line(error)})
         report.add('counts', _validate(args, name, largest, ['float32'])[0])
     for batch_size in (largest, *others):
         if report.has_time(60, f'counts with batches of {batch_size}'):

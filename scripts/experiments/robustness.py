@@ -182,8 +182,9 @@ def run(args: argparse.Namespace) -> str:
         if facts != others:
             raise RobustnessError(f'{pair[0]} and {pair[1]} must have the same recipe but for the network, and the '
                                   f'same seed. Name two runs that were trained side by side.')
-        first = first or facts
-        if {**facts, 'seed': 0} != {**first, 'seed': 0}:
+        own = {**facts, 'seed': 0, 'recipe': {**facts['recipe'], 'teacher_path': ''}}  # each seed may have its own
+        first = first or own
+        if own != first:
             raise RobustnessError(f'All pairs must have the same recipe, got another one in {pair[0]}. Measure it in a '
                                   f'run of its own.')
         measured.append((prior, plain))
