@@ -183,7 +183,7 @@ def _validate(args: argparse.Namespace, name: str, batch_size: int, precisions: 
                '--results-file', path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode or not path.is_file():
-        reason = (done.stderr.splitlines() or ['no message'])[-1]
+        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
         return [{'by': 'validate.py', 'batch_size': batch_size, 'failed': reason}]
     found = json.loads(path.read_text())
     found = found[0] if isinstance(found, list) else found
