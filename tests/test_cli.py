@@ -1,6 +1,8 @@
 """The command line, as a user calls it."""
+import contextlib
 import doctest
 import errno
+import io
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_geoprior
 from programs import Program, run
+from releases import as_mere_mortal, finish, start
 from timm_geoprior import GeoPriorAttn2d, cli
 from timm_geoprior.cli import main
 from timm_geoprior.data.reading import read_image
@@ -367,6 +370,34 @@ def test_an_error_is_one_sentence(capsys, arguments, words):
     assert words in got.err
     assert got.err.endswith('.\n')
     assert got.err.count('\n') == 1
+
+
+def _without_capabilities(arguments):
+    """The exit code and stderr of the command line, for which permissions count even if it is root's."""
+    as_mere_mortal()
+    with contextlib.redirect_stderr(io.TextIOWrapper(io.BytesIO())) as err:
+        code = main(arguments)
+        err.seek(0)
+        return code, err.read()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='drops Linux capabilities')
+@pytest.mark.parametrize('arguments', [
+    ['train', 'r64_tin200', '--data-dir', 'images', '--output', 'closed/x'],
+    ['train', 'r64_tin200', '--data-dir', 'closed/x', '--output', 'out'],
+    ['validate', '--model', 'resnet18', '--data-dir', 'images', '--results-file', 'closed/x'],
+    ['explain', 'closed/x', '-o', 'x.png'],
+])
+def test_what_may_not_be_accessed_is_one_sentence(forkserver, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'closed').mkdir(mode=0)
+    try:
+        (code, err), _ = finish(*start(forkserver, _without_capabilities, arguments))
+    finally:
+        (tmp_path / 'closed').chmod(0o755)
+    assert (code, err.count('\n')) == (1, 1)
+    assert re.search(r'closed/x\S* cannot be accessed \(Permission denied\)\. Check its permissions', err)
 
 
 @pytest.mark.parametrize('arguments', [['nothing'], ['info'], ['run'], ['list', '--wrong']])

@@ -1,5 +1,6 @@
 """scripts/experiments/conversion_accuracy.py: conversions and their control, compared with the source."""
 import json
+import shutil
 import sys
 
 import pytest
@@ -14,6 +15,17 @@ def test_what_is_not_there_is_one_sentence(tmp_path, monkeypatch):
         'conversion_accuracy.py', 'missing', '--images', str(tmp_path), '--data-dir', str(tmp_path), '--output', 'out'])
     with pytest.raises(SystemExit, match='^conversion_accuracy.py: The model missing cannot be created'):
         script.main()
+
+
+def test_other_classes_are_refused_before_any_work(checkpoint, photo_folder, tmp_path, monkeypatch):
+    (tmp_path / 'val' / 'another').mkdir(parents=True)
+    shutil.copy(next((photo_folder / 'val').rglob('*.*')), tmp_path / 'val' / 'another')
+    monkeypatch.setattr(sys, 'argv', [
+        'conversion_accuracy.py', str(checkpoint), '--images', str(photo_folder / 'train'), '--data-dir', str(tmp_path),
+        '--output', str(tmp_path / 'out')])
+    with pytest.raises(SystemExit, match=f'The classes of {tmp_path} must be those of .*, got none of them'):
+        script.main()
+    assert not (tmp_path / 'out').exists()
 
 
 def test_conversions_stand_beside_their_control(checkpoint, photo_folder, tmp_path, monkeypatch, capsys):

@@ -53,9 +53,12 @@ OFFICIAL_LABELS = Path(__file__).parents[2] / 'shared' / 'data' / 'ilsvrc2012_va
     ([1, 3, 2], 0, 2),
     ([5, 5, 5], 0, 0),  # of equal scores the lower index comes first
     ([5, 5, 5], 2, 2),
-    ([1, NAN, 2], 2, 1),
-    ([1, NAN, 2], 1, NO_RANK),  # never right
     ([-math.inf, -math.inf, 0], 1, 2),
+    # never right: these rows have no softmax
+    ([1, NAN, 2], 2, NO_RANK),
+    ([1, NAN, 2], 1, NO_RANK),
+    ([1, math.inf, 2], 1, NO_RANK),
+    ([-math.inf, -math.inf, -math.inf], 0, NO_RANK),
 ])
 def test_the_rank_of_a_target(scores, target, rank):
     assert target_ranks(torch.tensor([scores], dtype=torch.float32), torch.tensor([target])).tolist() == [rank]

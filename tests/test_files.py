@@ -1,4 +1,4 @@
-"""Files: names of any script in figures, and of any bytes in JSON and CSV."""
+"""Files: names of any script in figures, of any bytes in JSON and CSV, and of any length."""
 import csv
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_geoprior.files import drawable, save_figure, write_csv, write_json
+from timm_geoprior.files import drawable, new_folder, save_figure, write_csv, write_json
 
 NAMES = ['$_$', 'a$^$b', r'back\$slash$', '猫', 'قطة', '😀', '한국어', 'caf\udce9', '𓃠', 'naïve', 'a\tb\nc\x07']
 
@@ -72,3 +72,12 @@ def test_an_open_file_is_written_into(into, tmp_path):
         stdout = subprocess.PIPE if into == 'a pipe' else log
         done = subprocess.run([sys.executable, '-c', code], stdout=stdout, check=True)
     assert (done.stdout or (tmp_path / 'log').read_bytes()) == b'before\n"content"\nafter\n'
+
+
+@pytest.mark.parametrize('name', ['x' * 250, '猫' * 85])  # the longest name has 255 bytes
+def test_temporary_names_fit_where_the_name_does(name, tmp_path):
+    write_json(tmp_path / name, [])
+    (tmp_path / name).unlink()
+    with new_folder(tmp_path / name) as folder:
+        (folder / 'file').touch()
+    assert list((tmp_path / name).iterdir()) == [tmp_path / name / 'file']

@@ -804,6 +804,10 @@ class TestFaults:
         assert path.read_bytes() == before
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_a_first_checkpoint_that_cannot_be_written_speaks_of_no_other(self, tmp_path):
+        with pytest.raises(GeoPriorError, match=r'directory\); there is none yet\. Free some space and run again\.$'):
+            save_checkpoint({'model': {}}, tmp_path / 'missing' / 'last.pt')
+
     def test_a_pickle_is_not_run(self, tmp_path):
         class Evil:
             def __reduce__(self):

@@ -485,10 +485,7 @@ def _run(args: argparse.Namespace) -> int:
             runpy.run_module(target, run_name='__main__', alter_sys=True)
         else:
             runpy.run_path(target, run_name='__main__')
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError) and error.errno not in (*FULL_DISK, errno.ENAMETOOLONG):
-            raise
-        # the script's own error, which `main` would misreport: a pipe to a worker broke, or its disk is full
+    except OSError:  # the script's own, which `main` would misreport: a pipe to a worker broke, or its disk is full
         traceback.print_exc()
         return 1
     return 0
@@ -574,6 +571,10 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             _complain(f'A file name must be shorter, got {error.filename}. Shorten it.', script)
+            return 1
+        if isinstance(error, PermissionError) and error.filename is not None:
+            _complain(f'{error.filename} cannot be accessed ({error.strerror}). Check its permissions and those of its '
+                      f'folders.', script)
             return 1
         if error.errno not in FULL_DISK:
             raise

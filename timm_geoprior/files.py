@@ -21,6 +21,8 @@ __all__ = [
     'save_figure', 'walk_files', 'write_atomically', 'write_csv', 'write_json',
 ]
 
+NAME_START = 50  # characters of a name, of up to 4 bytes each, in that of its temporary file, which may have 255 bytes
+
 
 def walk_files(
         root: str | Path, left_out: Callable[[str], bool] = lambda name: False) -> Iterator[tuple[str, str]]:
@@ -74,7 +76,7 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], object])
         with open(place, 'wb') as stream:
             write(stream)
         return
-    temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
+    temporary = path.parent / f'.{path.name[:NAME_START]}.{uuid.uuid4().hex}.tmp'
     # the umask applies, as for every new file; tempfile's would be readable only by the owner
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -95,7 +97,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `path` at the end; an empty folder may already be there."""
     parent = path.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f'.{path.name}.') as place:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f'.{path.name[:NAME_START]}.') as place:
         folder = Path(place, path.name)
         folder.mkdir()
         yield folder

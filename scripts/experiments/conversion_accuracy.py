@@ -100,11 +100,15 @@ def run(args: argparse.Namespace) -> str:
     source = load(args.source)
     data, config = open_split(args.data_dir, args.split), job._data_config(source)
     every = np.arange(len(data.labels))
+    answers = class_indices(data, source)
+    if bool((answers < 0).all()):
+        raise GeoPriorError(f'The classes of {args.data_dir} must be those of {args.source}, got none of them. Check '
+                            f'--data-dir.')
 
     def measure(network: str, fitted_to: int | None, model: Any) -> dict[str, Any]:
         images = PreparedImages(ImageSets(data, every[:0], every), every, config, 100)
         return {'network': network, 'fitted_to': fitted_to,
-                **compare(source.model, model, images, class_indices(data, source))}
+                **compare(source.model, model, images, answers)}
 
     rows = [measure('source', None, source.model)]
     for kind, title in (('converted', 'converted'), ('left_out', 'channels left out')):

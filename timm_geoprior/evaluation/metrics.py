@@ -28,8 +28,8 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
     """The rank of each target among the scores of its row, 0 for the highest.
 
     Of equal scores, the lower class index ranks first, on every device and in every precision (`topk` leaves the order
-    of equal scores undefined). A NaN ranks before every number, and a target whose own score is NaN is never right: its
-    rank is `NO_RANK`.
+    of equal scores undefined). No target is right in a row whose highest score is not finite, which has no softmax: its
+    rank is `NO_RANK`. A score of -inf, of a class that is left out, ranks last.
 
     Args:
         logits: Scores, shape (batch, classes).
@@ -39,9 +39,9 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
         int64, shape (batch,), below the number of classes, or NO_RANK.
     """
     own = logits.gather(1, targets[:, None])
-    # not `logits > own`: comparisons with NaN are false, and this way a NaN ranks before the target
     before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
-    return (~(logits <= own) | ((logits == own) & before)).sum(1).masked_fill(own[:, 0].isnan(), NO_RANK)
+    ranks = ((logits > own) | ((logits == own) & before)).sum(1)
+    return ranks.masked_fill(~logits.amax(1).isfinite(), NO_RANK)  # the maximum of a row with a NaN is NaN
 
 
 def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Counts:
