@@ -125,6 +125,7 @@ PUBLISHED = {
     'r64_tin200': ('SGD', 48, 256, 2, 0, 0.5, 0, 3e-4),
     'r80_tin200': ('SGD', 100, 256, 2, 0, 0.5, 0, 3e-4),
     'r128_tin200': ('SGD', 37, 512, 2, 0, 0.8, 0, 5e-4),
+    'r192_tin200': ('SGD', 100, 512, 3, 0, 0.5, 0, 5e-4),
     'warm_in1k': ('SGD', 3, 256, 0, 2.4e-3, 2.4e-3, 0, 1e-4),
     'warm_tin200': ('SGD', 3, 256, 0, 0.05, 0.05, 0, 3e-4),
     'finetune': ('AdamW', 10, 64, 1, 0, 1e-3, 0, 0.05),
@@ -179,7 +180,7 @@ class TestShipped:
         """So that a network is evaluated as is usual for its data, whatever the architecture's default tag is."""
         recipe = load_recipe(name)
         cfg = timm.get_pretrained_cfg(recipe.model)
-        of_imagenet = recipe.img_size > 128 or 'in1k' in name
+        of_imagenet = 'tin200' not in name and (recipe.img_size > 128 or 'in1k' in name)
         assert (cfg.num_classes, cfg.crop_pct) == ((1000, 0.875) if of_imagenet else (200, 1.0))
 
 
