@@ -448,11 +448,19 @@ class TestProcesses:
             assert first.stderr.count(words) == 1, first.stderr
         assert (second.stdout, second.stderr) == ('', '')
 
-    def test_one_of_two_processes_tells_their_common_fault(self, photo_folder, ddp_recipe, tmp_path):
-        first, second = run_ranks(2, command(photo_folder, tmp_path / 'run', ddp_recipe, '--set', 'batch_size=7'))
+    @pytest.mark.parametrize(('arguments', 'words'), [
+        (['--set', 'batch_size=7'], 'batch_size must be a multiple of 2 processes'),
+        # what only the first process looks at
+        ([], '{} already holds a run'),
+        (['--resume'], '{}/last.pt must be a checkpoint of this version of train'),
+    ])
+    def test_one_of_two_processes_tells_their_common_fault(self, photo_folder, ddp_recipe, tmp_path, arguments, words):
+        if '{}' in words:
+            save_checkpoint({'model': {}}, tmp_path / 'last.pt')
+        first, second = run_ranks(2, command(photo_folder, tmp_path, ddp_recipe, *arguments))
         assert (first.returncode, second.returncode) == (1, 1)
-        assert first.stderr.startswith('train.py: batch_size must be a multiple of 2 processes')
-        assert (first.stderr.count('\n'), second.stderr) == (1, '')
+        assert first.stderr.splitlines()[-1].startswith(f'train.py: {words.format(tmp_path)}')
+        assert ('Traceback' in first.stderr, second.stderr) == (False, '')
 
     def test_a_killed_process_comes_back(self, ddp_folder, ddp_recipe, two_processes, tmp_path):
         """The second process is killed in the second epoch; `torchrun --max-restarts` restarts both."""

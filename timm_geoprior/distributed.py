@@ -1,7 +1,7 @@
 """The device of a process, and its place in a group of processes."""
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -14,9 +14,11 @@ from torch import Tensor
 from .errors import CorruptImagesError, GeoPriorError, ProcessError
 from .files import first_line
 
-__all__ = ['default_device', 'find_device', 'gather', 'group_of_processes', 'is_first', 'joined', 'reduce_sum', 'tells']
+__all__ = ['default_device', 'find_device', 'from_first', 'gather', 'group_of_processes', 'is_first', 'joined',
+           'reduce_sum', 'tells']
 
 _Array = TypeVar('_Array', bound=NDArray[Any])
+_Value = TypeVar('_Value')
 
 
 def default_device() -> str:
@@ -73,6 +75,28 @@ def group_of_processes() -> Iterator[None]:
 def is_first() -> bool:
     """Whether this process is the first of its group, or alone."""
     return not joined() or dist.get_rank() == 0
+
+
+def from_first(function: Callable[[], _Value], device: torch.device) -> _Value:
+    """Call a function in the first process only, and return its result in all of them.
+
+    Only that process's machine needs access to the files that the function reads.
+
+    Raises:
+        GeoPriorError: The function raised one; it is raised in all processes, which would otherwise wait for a result.
+    """
+    if not joined():
+        return function()
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = function()
+        except GeoPriorError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, device=device)
+    if box[1] is not None:
+        raise box[1]
+    return cast(_Value, box[0])
 
 
 def tells(error: GeoPriorError) -> bool:

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..data.batches import LoaderConfig, seed_everything
 from ..data.listing import lies_in_images
 from ..data.memory import ImageTensors
-from ..distributed import find_device, group_of_processes
+from ..distributed import find_device, from_first, group_of_processes
 from ..errors import GeoPriorError
 from ..evaluation.metrics import count_correct
 from ..files import first_line, write_json
@@ -60,9 +60,7 @@ class Trainer:
             self.config.tell(note)
         self.last = config.output / 'last.pt'
         self.commit = git_commit() or ''
-        if self.rank == 0:
-            self._check_output()
-        self.resume = bool(self._from_first(config.resume))
+        self.resume = from_first(self._check_output, self.device)
         share = LoaderConfig(self._batch_share(), self.device, config.seed, self.rank, self.world_size)
         self.data: TrainingData = open_training_data(recipe, config, share, decoded)
         self.updates_per_epoch = len(self.data.train) // recipe.grad_accum_steps
@@ -93,7 +91,8 @@ class Trainer:
         if self.device.type == 'cuda':
             torch.backends.cudnn.benchmark = True  # there are few sizes
 
-    def _check_output(self) -> None:
+    def _check_output(self) -> bool:
+        """Whether the run is resumed, if its folder can be used."""
         if not self.config.resume and self.last.exists():
             raise GeoPriorError(f'{self.config.output} already holds a run. Add --resume, or name another folder.')
         config = self.config
@@ -115,6 +114,7 @@ class Trainer:
         if self.config.output.exists() and not os.access(self.config.output, os.W_OK):
             raise GeoPriorError(f'The folder {self.config.output} must be writable, got one that is read-only. Check '
                                 f'its permissions, or name another with --output.')
+        return bool(config.resume)
 
     def _batch_share(self) -> int:
         """Images per batch of one process."""
@@ -143,13 +143,6 @@ class Trainer:
                 raise GeoPriorError(
                     f'batch_size must give each process at least 2 images at {size} px, got 1, for which batch norm '
                     f'has no statistics ({first_line(error)}). Raise batch_size or img_size.') from None
-
-    def _from_first(self, value: Any) -> Any:
-        """The first process's value in all processes: only its machine needs access to the run's folder."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, device=self.device)
-        return box[0]
 
     def _build_model(self) -> None:
         recipe = self.recipe
@@ -224,7 +217,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        state = self._from_first(load_checkpoint(self.last) if self.rank == 0 else None)
+        state = from_first(lambda: load_checkpoint(self.last), self.device)
         self._check_same_run(state)
         self.model.load_state_dict(state['model'])
         if self.ema:
