@@ -206,7 +206,7 @@ def test_the_variants_that_the_project_has():
 
 def test_the_control_differs_from_its_network_in_the_model_alone():
     prior, control = load_variants(str(ROOT / 'scripts' / 'experiments' / 'resnet50_pair.yaml')).values()
-    assert (prior.model, control.model) == ('geoprior_resnet50.r128_tin200', 'resnet50')
+    assert (prior.model, control.model) == ('geoprior_resnet50.r192_tin200', 'resnet50')
     assert (prior.model_kwargs, control.model_kwargs) == ({'attn_radius': 1}, {})  # a plain network has no radius
     assert replace(control, model=prior.model, model_kwargs=prior.model_kwargs) == prior
 

@@ -238,7 +238,7 @@ def test_without_a_network_one_sentence_says_so(hub, tmp_path, waits, caplog, ca
     text = str(caught.value)
     assert text.startswith(f'The weights of {TAG} (model.safetensors of {REPO}) could not be fetched: http://127.0.0.1')
     assert text.endswith(
-        'Check the network, the proxy and HF_ENDPOINT, or use geoprior_resnet50.r128_tin200, which needs no network.')
+        'Check the network, the proxy and HF_ENDPOINT, or use geoprior_resnet50.r192_tin200, which needs no network.')
     assert '\n' not in text
     assert sum(waits) == 0
     assert caplog.text + ''.join(capfd.readouterr()) == ''
@@ -246,7 +246,7 @@ def test_without_a_network_one_sentence_says_so(hub, tmp_path, waits, caplog, ca
 
 def test_offline_by_its_variable(published, hub, expected, tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(WeightsError, match=f'{REPO}.*HF_HUB_OFFLINE is set.*use geoprior_resnet50.r128_tin200'):
+    with pytest.raises(WeightsError, match=f'{REPO}.*HF_HUB_OFFLINE is set.*use geoprior_resnet50.r192_tin200'):
         timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
     timm.create_model(LARGE, pretrained=True, cache_dir=tmp_path)

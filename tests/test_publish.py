@@ -595,9 +595,9 @@ def test_script_stages_bundles_and_pushes(
         said = capsys.readouterr().out
         assert f'published: owner/nano at {hub.repos["owner/nano"].commits[-1].oid}' in said
         assert 'writetoken' not in said
-        assert script(monkeypatch, 'geoprior_resnet50.r128_tin200', '--output', out, '--push', 'owner/nano') == 1
+        assert script(monkeypatch, 'geoprior_resnet50.r192_tin200', '--output', out, '--push', 'owner/nano') == 1
         assert capsys.readouterr().err == (
-            f'publish.py: {out} must hold geoprior_resnet50.r128_tin200, got {NANO}. Name that tag, or another '
+            f'publish.py: {out} must hold geoprior_resnet50.r192_tin200, got {NANO}. Name that tag, or another '
             'folder.\n')
     assert load_manifest(manifest).get(NANO).status == 'published'
     assert (ROOT / 'README.md').read_bytes() == real_readme
