@@ -527,6 +527,9 @@ def test_a_long_name_of_a_scripts_own_has_its_traceback(tmp_path):
     assert done.returncode == 1
     assert 'Traceback' in done.stderr
     assert 'script.py' in done.stderr
+    script.write_text("import sys\nsys.excepthook = lambda *error: print(error[0].__name__)\nopen('nowhere')\n")
+    done = run(['-m', 'timm_geoprior', 'run', script])
+    assert (done.returncode, done.stdout, done.stderr) == (1, 'FileNotFoundError\n', '')
 
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='Linux has a device that is always full')

@@ -339,6 +339,13 @@ def test_figures_by_class_and_confusion():
         ('a', 'b', 2, 66.6667), ('c', 'a', 1, 50)]
 
 
+def test_an_image_without_finite_scores_is_not_taken_for_the_first_class():
+    found = predictions_of([0, 1], [0, 0], [NO_RANK, NO_RANK], [NAN, NAN])
+    assert confused_pairs(found, ('a', 'b'), ()) == []
+    assert [(row['top1_correct'], row['most_often_taken_for']) for row in per_class(found, ('a', 'b'), ())] == [
+        (0, ''), (0, '')]
+
+
 def test_calibration_error():
     # two bins of 15 hold images: |1/2 - 0.95| of four, |1 - 0.5| of one; a NaN is left out
     found = predictions_of([0] * 6, [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0], [.94, .95, .95, .96, .5, NAN])

@@ -462,6 +462,11 @@ class TestProcesses:
         assert first.stderr.splitlines()[-1].startswith(f'train.py: {words.format(tmp_path)}')
         assert ('Traceback' in first.stderr, second.stderr) == (False, '')
 
+    def test_a_name_that_only_the_first_process_tries_is_told_too(self, photo_folder, ddp_recipe, tmp_path):
+        for done in run_ranks(2, command(photo_folder, tmp_path / ('x' * 300), ddp_recipe)):
+            assert (done.returncode, 'Traceback' in done.stderr) == (1, False)
+            assert 'A file name must be shorter' in done.stderr
+
     def test_a_killed_process_comes_back(self, ddp_folder, ddp_recipe, two_processes, tmp_path):
         """The second process is killed in the second epoch; `torchrun --max-restarts` restarts both."""
         mark, output, script = tmp_path / 'was_killed', tmp_path / 'run', tmp_path / 'killed.py'
@@ -813,7 +818,7 @@ class TestFaults:
         assert list(tmp_path.iterdir()) == [path]
 
     def test_a_first_checkpoint_that_cannot_be_written_speaks_of_no_other(self, tmp_path):
-        with pytest.raises(GeoPriorError, match=r'directory\); there is none yet\. Free some space and run again\.$'):
+        with pytest.raises(GeoPriorError, match=r'directory\)\. Free some space and run again\.$'):
             save_checkpoint({'model': {}}, tmp_path / 'missing' / 'last.pt')
 
     def test_a_pickle_is_not_run(self, tmp_path):

@@ -469,7 +469,6 @@ def _reach_children() -> None:
     _argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='arguments of the script or module'))
 def _run(args: argparse.Namespace) -> int:
     import runpy
-    import traceback
     target = args.target
     sys.path.insert(0, os.getcwd() if args.module else str(Path(target).resolve().parent))
     if args.module and not _is_runnable(target):
@@ -486,7 +485,7 @@ def _run(args: argparse.Namespace) -> int:
         else:
             runpy.run_path(target, run_name='__main__')
     except OSError:  # the script's own, which `main` would misreport: a pipe to a worker broke, or its disk is full
-        traceback.print_exc()
+        sys.excepthook(*cast(Any, sys.exc_info()))
         return 1
     return 0
 

@@ -83,7 +83,8 @@ def from_first(function: Callable[[], _Value], device: torch.device) -> _Value:
     Only that process's machine needs access to the files that the function reads.
 
     Raises:
-        GeoPriorError: The function raised one; it is raised in all processes, which would otherwise wait for a result.
+        GeoPriorError, OSError: The function raised one; it is raised in all processes, which would otherwise wait for a
+            result.
     """
     if not joined():
         return function()
@@ -91,7 +92,7 @@ def from_first(function: Callable[[], _Value], device: torch.device) -> _Value:
     if is_first():
         try:
             box[0] = function()
-        except GeoPriorError as error:
+        except (GeoPriorError, OSError) as error:
             box[1] = error
     dist.broadcast_object_list(box, device=device)
     if box[1] is not None:

@@ -91,6 +91,12 @@ class Predictions:
         return correct
 
     @property
+    def confused(self) -> NDArray[np.bool_]:
+        """Whether another class has the highest score; False where a score is not finite."""
+        confused: NDArray[np.bool_] = ~self.correct & ~np.isnan(self.confidence)
+        return confused
+
+    @property
     def counts(self) -> Counts:
         """The counts, as from `count_correct`."""
         return Counts(len(self.rank), int(self.correct.sum()), int((self.rank < 5).sum()))
@@ -153,7 +159,7 @@ def per_class(predictions: Predictions, wnids: Sequence[str], names: Sequence[st
     rows = []
     for index in np.unique(predictions.target):
         own = predictions.target == index
-        wrong = predictions.predicted[own & ~predictions.correct]
+        wrong = predictions.predicted[own & predictions.confused]
         count, top1 = int(own.sum()), int(predictions.correct[own].sum())
         low, high = wilson_interval(top1, count)
         rows.append({
@@ -179,7 +185,7 @@ def confused_pairs(
         A row for each pair of true and predicted class, the most frequent first: index, `wnid` and `name` of both,
         `count`, and `share` of the true class's images in percent.
     """
-    wrong = ~predictions.correct
+    wrong = predictions.confused
     pairs, counts = np.unique(
         np.stack([predictions.target[wrong], predictions.predicted[wrong]], 1), axis=0, return_counts=True)
     totals = np.bincount(predictions.target)

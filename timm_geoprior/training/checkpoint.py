@@ -101,9 +101,10 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(cause)
-        rest = ('the previous one is untouched. Free some space and run again with --resume.' if path.exists() else
-                'there is none yet. Free some space and run again.')
-        raise GeoPriorError(f'The checkpoint {path} could not be written ({reason}); {rest}') from error
+        kept = '; the previous one is untouched' if os.path.exists(path) else ''
+        again = 'run again with --resume' if os.path.exists(path.with_name('last.pt')) else 'run again'
+        raise GeoPriorError(f'The checkpoint {path} could not be written ({reason}){kept}. Free some space and {again}.'
+                            ) from error
 
 
 def check_exists(path: Path) -> None:
