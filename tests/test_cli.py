@@ -385,19 +385,28 @@ def _without_capabilities(arguments):
 @pytest.mark.parametrize('arguments', [
     ['train', 'r64_tin200', '--data-dir', 'images', '--output', 'closed/x'],
     ['train', 'r64_tin200', '--data-dir', 'closed/x', '--output', 'out'],
+    ['train', 'x.yaml', '--data-dir', 'images', '--output', 'out'],
     ['validate', '--model', 'resnet18', '--data-dir', 'images', '--results-file', 'closed/x'],
+    ['validate', '--checkpoint', 'closed/x', '--data-dir', 'images'],
+    ['validate', '--checkpoint', 'x.pt', '--data-dir', 'images'],
     ['explain', 'closed/x', '-o', 'x.png'],
+    ['classify', 'x.jpg'],
+    ['classify', 'closed/x'],
+    ['run', 'closed/x'],
+    ['run', 'x.py'],
 ])
 def test_what_may_not_be_accessed_is_one_sentence(forkserver, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'images').mkdir()
+    for suffix in ('yaml', 'pt', 'jpg', 'py'):
+        (tmp_path / f'x.{suffix}').touch(mode=0)
     (tmp_path / 'closed').mkdir(mode=0)
     try:
         (code, err), _ = finish(*start(forkserver, _without_capabilities, arguments))
     finally:
         (tmp_path / 'closed').chmod(0o755)
     assert (code, err.count('\n')) == (1, 1)
-    assert re.search(r'closed/x\S* cannot be accessed \(Permission denied\)\. Check its permissions', err)
+    assert re.search(r'x\S* cannot be (accessed|read) \(Permission denied\)\. Check its permissions', err)
 
 
 @pytest.mark.parametrize('arguments', [['nothing'], ['info'], ['run'], ['list', '--wrong']])

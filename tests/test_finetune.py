@@ -17,6 +17,7 @@ from PIL import Image
 from programs import run
 from timm_geoprior.cli import main
 from timm_geoprior.errors import GeoPriorError
+from timm_geoprior.evaluation.metrics import NO_RANK, Predictions
 from timm_geoprior.pretrained.manifest import load_manifest
 from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
@@ -133,8 +134,24 @@ def test_confusion_matrix(finished, tmp_path):
     assert np.asarray(Image.open(finished / 'confusion.png')).std() > 10
     for classes in (2, 40, 130):
         names = [f'class {number}' for number in range(classes)]
-        plot_confusion(np.eye(classes, dtype=np.int64), names, tmp_path / 'confusion.png')
+        plot_confusion(_predictions(range(classes), range(classes)), names, tmp_path / 'confusion.png')
         assert min(Image.open(tmp_path / 'confusion.png').size) > 400
+
+
+def test_images_without_finite_scores_are_no_confusions(tmp_path):
+    """A row of NaN has no highest score, so the 0 that stands for one is no class."""
+    plot_confusion(_predictions([0, 1, 1, 1], [0, 0, 1, 1], broken=1), ['cat', 'dog'], tmp_path / 'confusion.svg')
+    texts = re.findall('<!-- (.*?) -->', (tmp_path / 'confusion.svg').read_text())
+    assert texts.count('1') == texts.count('2') == 1  # on the diagonal only
+    assert '3 of 4 images right, 75.0%' in texts
+
+
+def _predictions(target, predicted, broken=None):
+    target, predicted = (np.array(list(values), np.int32) for values in (target, predicted))
+    rank, confidence = (target != predicted).astype(np.int32), np.full(len(target), 0.9, np.float32)
+    if broken is not None:
+        rank[broken], confidence[broken] = NO_RANK, np.nan
+    return Predictions(np.arange(len(target)), target, rank, predicted, confidence)
 
 
 def test_from_a_folder_and_held_out_images(finished, photos, tmp_path, capsys):

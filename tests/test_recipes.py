@@ -81,7 +81,7 @@ class TestRefusals:
     @pytest.mark.parametrize(('content', 'message'), [
         (b'- a list', 'must hold keys and values, got a list'),
         (b'a: [', r'must be YAML with keys and values \([^\n]*\)\. Check'),
-        (b'\xff\xfe\xff', 'cannot be read .* must be a YAML file')])
+        (b'\xff\xfe\xff', 'must be a YAML file in UTF-8')])
     def test_files(self, tmp_path, content, message):
         path = tmp_path / 'recipe.yaml'
         path.write_bytes(content)

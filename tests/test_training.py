@@ -818,7 +818,7 @@ class TestFaults:
         assert list(tmp_path.iterdir()) == [path]
 
     def test_a_first_checkpoint_that_cannot_be_written_speaks_of_no_other(self, tmp_path):
-        with pytest.raises(GeoPriorError, match=r'directory\)\. Free some space and run again\.$'):
+        with pytest.raises(GeoPriorError, match=r'directory\)\. Check its path and permissions and run again\.$'):
             save_checkpoint({'model': {}}, tmp_path / 'missing' / 'last.pt')
 
     def test_a_pickle_is_not_run(self, tmp_path):

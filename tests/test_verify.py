@@ -187,6 +187,13 @@ def test_doctor_says_what_is_wrong(bundled):
     assert doctor()['tags'][NANO].startswith(f'bundled, does not load: The weights of {NANO} in')
 
 
+def test_doctor_reports_despite_a_token_that_cannot_be_read(use, tmp_path, monkeypatch):
+    use(planned())
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path))
+    assert doctor()['logged_in'].startswith('not known ([Errno 21] Is a directory')
+
+
 def test_doctor_tells_no_secrets(use, capsys, monkeypatch, hub):
     use(replace(planned()))
     monkeypatch.setenv('HF_TOKEN', 'hf_writetoken')

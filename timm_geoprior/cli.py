@@ -11,6 +11,7 @@ import argparse
 import errno
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
-from .errors import GeoPriorError, enough_memory, message_of, needs_extra
+from .errors import GeoPriorError, disk_is_full, enough_memory, message_of, needs_extra
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,6 @@ __all__ = ['main']
 
 Function = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]  # what `add_argument` takes
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 _COMMANDS: dict[str, tuple[Function, str, tuple[Argument, ...]]] = {}  # name -> function, description, arguments
 # commands with their own parser: name -> module whose `main` takes the arguments, description
@@ -454,6 +453,19 @@ def _is_runnable(module: str) -> bool:
     return spec is not None
 
 
+def _check_script(path: str) -> None:
+    """Refuse a script that does not exist. One that may not be read raises a PermissionError, as `main` expects."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            open(path, 'rb').close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise GeoPriorError(
+            f'{path} does not exist. Check the name of the script, or use -m for a module.') from None
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, '__main__.py')):
+        raise GeoPriorError(f'A folder to run must have a __main__.py, got {path}. Name the script in it.')
+
+
 def _reach_children() -> None:
     """Also register the models in Python processes that this one starts: see startup/sitecustomize.py."""
     folder = str(Path(__file__).absolute().with_name('startup'))
@@ -473,10 +485,8 @@ def _run(args: argparse.Namespace) -> int:
     sys.path.insert(0, os.getcwd() if args.module else str(Path(target).resolve().parent))
     if args.module and not _is_runnable(target):
         raise GeoPriorError(f'The module to run must be one that `python -m` takes, got {target}. Install it.')
-    if not args.module and not os.path.exists(target):
-        raise GeoPriorError(f'{target} does not exist. Check the name of the script, or use -m for a module.')
-    if os.path.isdir(target) and not os.path.isfile(os.path.join(target, '__main__.py')):
-        raise GeoPriorError(f'A folder to run must have a __main__.py, got {target}. Name the script in it.')
+    if not args.module:
+        _check_script(target)
     _reach_children()
     sys.argv[:] = [target, *args.args]
     try:
@@ -575,7 +585,7 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
             _complain(f'{error.filename} cannot be accessed ({error.strerror}). Check its permissions and those of its '
                       f'folders.', script)
             return 1
-        if error.errno not in FULL_DISK:
+        if not disk_is_full(error):
             raise
         _drop_output()
         _complain(f'The output cannot be written ({error.strerror}). Free some space.', script)

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from importlib import import_module
 
 __all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPriorError', 'ImageError', 'ProcessError',
-           'WeightsError', 'enough_memory', 'message_of', 'needs_extra', 'out_of_memory']
+           'WeightsError', 'disk_is_full', 'enough_memory', 'message_of', 'needs_extra', 'out_of_memory',
+           'write_advice']
 
 
 class GeoPriorError(RuntimeError):
@@ -51,6 +52,17 @@ def out_of_memory(error: BaseException) -> bool:
         return False
     return (isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM
             or isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY))
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a file cannot be written for want of space, and not of permission, say."""
+    return getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_advice(error: BaseException) -> str:
+    """What to do if a file cannot be written. Libraries' own errors, without a number, mean a full disk."""
+    denied = isinstance(error, OSError) and not disk_is_full(error)
+    return 'Check its path and permissions' if denied else 'Free some space'
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..data.dataset import fingerprint
 from ..distributed import find_device
-from ..errors import GeoPriorError
+from ..errors import GeoPriorError, write_advice
 from ..evaluation.models import LoadedModel, load_model, with_channels
 from ..files import file_sha256, first_line, first_sentence, new_folder, write_json
 from ..geoprior_resnet import GeoPriorResNet
@@ -238,8 +238,8 @@ def _new_folder(output: Path, place: Path) -> Iterator[Path]:
         with handled_signals(leave, signal.SIGTERM), new_folder(place) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
-        raise GeoPriorError(f'{output} could not be written ({first_line(error)}). Make room, or name another by '
-                            f'--output.') from error
+        raise GeoPriorError(f'{output} could not be written ({first_line(error)}). {write_advice(error)}, or name '
+                            f'another folder with --output.') from error
 
 
 def _write_model(

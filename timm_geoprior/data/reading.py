@@ -3,7 +3,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -78,10 +77,12 @@ def _read(source: str | os.PathLike[str] | BinaryIO, name: str, mode: str) -> tu
 
 def _fault(source: object, error: Exception) -> str:
     """What is wrong with a file, and what to do."""
-    if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
         return 'is a folder. Name an image file in it.'
     if isinstance(error, FileNotFoundError):
         return 'does not exist. Check its name.'
+    if isinstance(error, PermissionError):
+        return f'cannot be read ({error.strerror}). Check its permissions and those of its folders.'
     if isinstance(error, UnidentifiedImageError):
         return 'is not an image that Pillow can read, such as JPEG, PNG, WebP, GIF, TIFF or BMP. Convert it.'
     if isinstance(error, Image.DecompressionBombError):

@@ -54,9 +54,21 @@ def find_images(name: str) -> tuple[list[str], list[str]]:
     images = [file for file in files if file.lower().endswith(EXTENSIONS)]
     others = [file for file in files if not file.lower().endswith(EXTENSIONS)]
     if not images:
+        if not found and _is_denied(name):
+            read_image(name)  # raises the error that says why
         reason = 'has no images in it' if found else 'does not exist'
         raise ImageError(f'{name} {reason}. Name an image, a folder of images or a pattern.')
     return images, others
+
+
+def _is_denied(path: str) -> bool:
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def check_header(path: str) -> None:

@@ -5,7 +5,6 @@ huggingface_hub and its cache. It is read once, and the size and SHA-256 of the 
 manifest does not pin a converted tag's source, there is no hash to check.
 """
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import save
 from timm.models import create_model
 
-from ..errors import WeightsError
+from ..errors import WeightsError, disk_is_full
 from ..files import is_lfs_pointer, write_atomically, write_json
 from .cfgs import bundled_path, hub_config
 from .manifest import ModelEntry, load_manifest
@@ -321,7 +320,7 @@ def describe_hub_error(error: Exception, cache_dir: str | Path | None = None) ->
         return f'the Hub answered {status}. Try again later'
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
         place = cache_dir or constants.HF_HUB_CACHE
-        hint = 'Free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Make it writable'
+        hint = 'Free some space' if disk_is_full(cause) else 'Make it writable'
         return f'the cache {place} cannot be written ({cause.strerror}). {hint}, or set HF_HOME or cache_dir'
     return (f'{endpoint()} could not be reached, or the connection broke off ({type(cause).__name__}: '
             f'{redact(str(cause))}). Check the network, the proxy and HF_ENDPOINT')

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from ..errors import GeoPriorError
+from ..errors import GeoPriorError, write_advice
 from ..files import first_line, write_atomically
 
 __all__ = [
@@ -477,8 +477,8 @@ def _rewrite(path: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
                 left.unlink()
             write_atomically(path, text.encode('utf-8'))
     except OSError as error:
-        raise ManifestError(f'{path} could not be written ({first_line(error)}) and is unchanged. Free some space, '
-                            f'or run this in a checkout of your own.') from None
+        raise ManifestError(f'{path} could not be written ({first_line(error)}) and is unchanged. '
+                            f'{write_advice(error)}, or run this in a checkout of your own.') from None
     _load.cache_clear()
     return updated
 

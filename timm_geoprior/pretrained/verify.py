@@ -14,6 +14,7 @@ from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_u
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from ..files import first_line
 from .cfgs import bundled_path
 from .download import check_file, describe_hub_error, endpoint, redact, require_weights, weights_asset
 from .loading import load_golden, load_verified
@@ -134,13 +135,20 @@ def doctor() -> dict[str, Any]:
         'manifest': str(manifest_path()),
         'endpoint': endpoint(),
         'cache': constants.HF_HUB_CACHE,
-        'cache_writable': os.access(next(filter(Path.exists, (cache, *cache.parents))), os.W_OK),
-        'logged_in': get_token() is not None,
+        'cache_writable': os.access(next(filter(os.path.exists, (cache, *cache.parents))), os.W_OK),
+        'logged_in': _logged_in(),
         'environment': {name: redact(os.environ[name]) for name in VARIABLES if name in os.environ},
         # only cached converted tags: each other one would need a request to the Hub
         'tags': {entry.name: _load_report(entry) for entry in load_manifest().tags.values()
                  if entry.status != 'converted' or weights_asset(entry).cached()},
     }
+
+
+def _logged_in() -> bool | str:
+    try:
+        return get_token() is not None
+    except Exception as error:  # an unreadable token file, or no answer to a request for a token
+        return f'not known ({redact(first_line(error))})'
 
 
 def _version(package: str) -> str:

@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from ..errors import GeoPriorError
+from ..errors import GeoPriorError, write_advice
 from ..files import first_line, first_sentence, is_lfs_pointer, write_atomically
 
 __all__ = [
@@ -103,14 +104,21 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(cause)
         kept = '; the previous one is untouched' if os.path.exists(path) else ''
         again = 'run again with --resume' if os.path.exists(path.with_name('last.pt')) else 'run again'
-        raise GeoPriorError(f'The checkpoint {path} could not be written ({reason}){kept}. Free some space and {again}.'
-                            ) from error
+        raise GeoPriorError(f'The checkpoint {path} could not be written ({reason}){kept}. {write_advice(cause)} and '
+                            f'{again}.') from error
 
 
 def check_exists(path: Path) -> None:
-    """Refuse a checkpoint that does not exist."""
-    if not os.path.isfile(path):  # Path.is_file raises if the name is too long
-        raise GeoPriorError(f'The checkpoint {path} does not exist. Check its path.')
+    """Refuse a checkpoint that does not exist or may not be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
+            raise FileNotFoundError
+        path.open('rb').close()
+    except PermissionError as error:
+        raise GeoPriorError(f'The checkpoint {path} cannot be read ({error.strerror}). Check its permissions and '
+                            f'those of its folders.') from None
+    except (OSError, ValueError):  # also a name that is too long
+        raise GeoPriorError(f'The checkpoint {path} does not exist. Check its path.') from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import timm
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from timm.models import save_for_hf
 
 from ..data.batches import FolderLoader
@@ -27,7 +26,7 @@ from ..data.preflight import check_data
 from ..data.reading import EXTENSIONS, LITTER
 from ..errors import EvaluationError, GeoPriorError
 from ..evaluation.evaluate import EvalConfig, evaluate, plan
-from ..evaluation.metrics import confused_pairs, wilson_interval
+from ..evaluation.metrics import Predictions, confused_pairs, wilson_interval
 from ..evaluation.models import load_model
 from ..files import drawable, first_line, first_sentence, save_figure, write_atomically, write_json
 from ..progress import command_line, tell
@@ -308,9 +307,7 @@ def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
     if not counts.num_images:
         raise GeoPriorError(f'{job.data_dir / split} must have images that can be read, got none. Repair them, and '
                             f'resume with: {job.command}')
-    matrix = np.zeros((len(loaded.wnids),) * 2, np.int64)
-    np.add.at(matrix, (predictions.target, predictions.predicted), 1)
-    plot_confusion(matrix, loaded.wnids, job.output / 'confusion.png')
+    plot_confusion(predictions, loaded.wnids, job.output / 'confusion.png')
     return {
         'split': 'held out of training' if held_out else split, 'num_images': counts.num_images,
         'top1_correct': counts.top1_correct, 'top1': 100 * counts.top1_correct / counts.num_images,
@@ -320,12 +317,15 @@ def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path) -> None:
+def plot_confusion(predictions: Predictions, names: Sequence[str], path: Path) -> None:
     """Plot a confusion matrix: the share of each class's images as colour, and their number if there is room.
 
-    The matrix has numbers of images, shape (classes, classes); its rows are the true classes.
+    Images without finite scores have no predicted class: they are counted in the title only.
     """
     count = len(names)
+    decided = predictions.correct | predictions.confused
+    matrix = np.zeros((count, count), np.int64)  # rows are the true classes
+    np.add.at(matrix, (predictions.target[decided], predictions.predicted[decided]), 1)
     side = float(np.clip(1.5 + 0.42 * count, 3.5, 15))
     figure = Figure(figsize=(side + 1.2, side), layout='constrained')
     axes = figure.add_subplot()
@@ -343,7 +343,7 @@ def plot_confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path) 
         axes.text(column, row, f'{matrix[row, column]}', ha='center', va='center', fontsize=size, color=color)
     axes.set_xlabel('predicted', fontsize=max(10, side))
     axes.set_ylabel('true', fontsize=max(10, side))
-    right, total = int(np.trace(matrix)), int(matrix.sum())
+    total, right, _ = predictions.counts
     axes.set_title(f'{right:,} of {total:,} images right, {100 * right / max(total, 1):.1f}%', fontsize=max(11, side))
     bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
     bar.set_label('% of the true class')

@@ -274,8 +274,10 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
                             f'{str(source)!r}. Check its name.')
     try:
         text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        raise GeoPriorError(f'{source} cannot be read ({error}). It must be a YAML file in UTF-8.') from None
+    except OSError as error:
+        raise GeoPriorError(f'{source} cannot be read ({error.strerror}). Check its permissions.') from None
+    except UnicodeDecodeError as error:
+        raise GeoPriorError(f'{source} must be a YAML file in UTF-8, got other bytes ({error}).') from None
     values = _parse(text, f'Recipe {source}')
     if not isinstance(values, dict):
         raise GeoPriorError(f'Recipe {source} must hold keys and values, got a {type(values).__name__}.')
