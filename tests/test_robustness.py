@@ -125,6 +125,11 @@ def test_what_is_no_pair_is_refused(pairs, photo_folder, tmp_path, monkeypatch):
     torch.save({'state_dict': torch.load(pairs[0][0], weights_only=True)['model']}, bare)
     with pytest.raises(SystemExit, match='must be trained on the 4 classes of the images, got 0 others'):
         call(monkeypatch, photo_folder, tmp_path / 'out', [str(bare), str(bare)])
+    gone = torch.load(pairs[0][0], weights_only=True)
+    gone['recipe']['model'] = 'geoprior_resnet14_nano.of_another_version'
+    torch.save(gone, tmp_path / 'gone.pt')
+    with pytest.raises(SystemExit, match='does not accept the recipe keys model, .*of_another_version'):
+        call(monkeypatch, photo_folder, tmp_path / 'out', [str(tmp_path / 'gone.pt')] * 2)
     assert not (tmp_path / 'out').exists()
 
 

@@ -39,7 +39,7 @@ from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import read_weights
 from timm_geoprior.training.loaders import model_cfg, open_images
-from timm_geoprior.training.parts import build_model
+from timm_geoprior.training.parts import build_model, check_recipe
 from timm_geoprior.training.recipe import Recipe, RunConfig, make_recipe
 
 SIZES = (0.5, 0.75, 1.25, 1.5, 2.0)
@@ -113,13 +113,14 @@ def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int | N
     """Network, recipe and seed of a checkpoint.
 
     Raises:
-        RobustnessError: It was trained on other classes.
+        GeoPriorError: It was trained on other classes, or its model does not exist.
     """
     saved = read_weights(path)
     if saved.class_names != tuple(classes):
         raise RobustnessError(f'{path} must be trained on the {len(classes)} classes of the images, got '
                               f'{len(saved.class_names)} others. Check --data-dir.')
     recipe = make_recipe(saved.recipe, str(path))
+    check_recipe(recipe)  # it may name a model that this version does not have
     return build_model(recipe, len(classes), start=saved).eval(), recipe, saved.seed
 
 
