@@ -516,8 +516,8 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _complain(error: Exception | str, script: str = '') -> None:
-    print(f'{script or "timm-geoprior"}: {error}', file=sys.stderr)
+def _complain(error: Exception | str, prog: str = 'timm-geoprior') -> None:
+    print(f'{prog}: {error}', file=sys.stderr)
 
 
 def _split_off_arguments(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -528,17 +528,17 @@ def _split_off_arguments(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[s
     return argv[:target + 1], argv[target + 1:]
 
 
-def _dispatch(argv: Sequence[str], script: str = '') -> int:
+def _dispatch(argv: Sequence[str], prog: str) -> int:
     argv, own = _split_off_arguments(argv)
     for place, word in enumerate(argv):
         if not word or word.startswith('--') and word.partition('=')[1:] == ('=', ''):
             after = f' after {argv[place - 1]}' if not word and place else f', {word}' if word else ''
-            _complain(f'An argument must not be empty, got one{after}. Is a shell variable not set?', script)
+            _complain(f'An argument must not be empty, got one{after}. Is a shell variable not set?', prog)
             return 2
     if argv and argv[0] in _MODULES:
         with needs_extra('train'):
             module = import_module(f'.{_MODULES[argv[0]][0]}', __package__)
-        return cast(int, module.main(argv[1:], prog=script or f'timm-geoprior {argv[0]}'))
+        return cast(int, module.main(argv[1:], prog=prog))
     parser = _build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # reported by the subcommand, with its own usage
@@ -556,21 +556,23 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
 
     Args:
         argv: The command and its arguments; None for those of the process.
-        script: Name of the script that runs this, such as train.py, for messages.
+        script: Name of the script that runs this, such as train.py, for messages; '' for the command line.
 
     Returns:
         The exit code.
     """
+    words = sys.argv[1:] if argv is None else argv
+    prog = script or ' '.join(['timm-geoprior', *(word for word in words[:1] if word in _MODULES)])
     for stream in (sys.stdout, sys.stderr):  # a file name may have characters that it cannot encode
         cast(TextIOWrapper, stream).reconfigure(errors='backslashreplace')
     try:
         try:
             with enough_memory('Use smaller images, a smaller batch, or another device.'):
-                return _dispatch(sys.argv[1:] if argv is None else argv, script)
+                return _dispatch(words, prog)
         finally:
             sys.stdout.flush()  # a closed pipe raises here, where it is handled, and not at exit
     except GeoPriorError as error:
-        _complain(message_of(error), script)
+        _complain(message_of(error), prog)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -579,16 +581,16 @@ def main(argv: Sequence[str] | None = None, script: str = '') -> int:
         return 141
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            _complain(f'A file name must be shorter, got {error.filename}. Shorten it.', script)
+            _complain(f'A file name must be shorter, got {error.filename}. Shorten it.', prog)
             return 1
         if isinstance(error, PermissionError) and error.filename is not None:
             _complain(f'{error.filename} cannot be accessed ({error.strerror}). Check its permissions and those of its '
-                      f'folders.', script)
+                      f'folders.', prog)
             return 1
         if not disk_is_full(error):
             raise
         _drop_output()
-        _complain(f'The output cannot be written ({error.strerror}). Free some space.', script)
+        _complain(f'The output cannot be written ({error.strerror}). Free some space.', prog)
         return 1
 
 
