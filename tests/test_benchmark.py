@@ -107,7 +107,7 @@ def test_what_cannot_be_measured_is_refused():
         setting(engine='onnxruntime', precision='bfloat16').check()
     with pytest.raises(BenchmarkError, match='must be measured in inference, got training'):
         setting(train=True, reparameterize=True).check()
-    with pytest.raises(BenchmarkError, match='nonesuch is left out: timm .* has no such model. Name one of'):
+    with pytest.raises(BenchmarkError, match='nonesuch is skipped: timm .* has no such model. Name one of'):
         usable_models(['nonesuch', NANO])
     assert usable_models([NANO, 'nonesuch'])[0] == [NANO]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.evaluation.models import load_model
-from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, take_prefix_off
+from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, strip_prefix
 from timm_geoprior.training.parts import build_model
 from timm_geoprior.training.recipe import make_recipe
 
@@ -72,9 +72,9 @@ def test_weights_below_a_prefix(wrap, tmp_path):
 
 def test_a_prefix_is_taken_off_where_the_head_is_another():
     state = {f'model.{name}': value for name, value in timm.create_model(NANO, num_classes=7).state_dict().items()}
-    found, prefix = take_prefix_off(state, SOURCE.state_dict().keys())
+    found, prefix = strip_prefix(state, SOURCE.state_dict().keys())
     assert (prefix, len(found['fc.weight'])) == ('model.', 7)
-    assert take_prefix_off(SOURCE.state_dict(), SOURCE.state_dict().keys())[1] == ''
+    assert strip_prefix(SOURCE.state_dict(), SOURCE.state_dict().keys())[1] == ''
 
 
 def pointer(path: Path) -> None:

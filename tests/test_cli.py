@@ -202,7 +202,7 @@ def test_a_folder_is_classified_in_batches(capsys, album):
     results = [json.loads(line) for line in got.out.splitlines()]
     files = sorted(str(path) for path in album.rglob('*/*.*') if path.parent.name != '@eaDir')
     assert [result['image'] for result in results] == files
-    assert got.err == f'timm-geoprior: files that are not images are left out: {album}/notes.txt.\n'
+    assert got.err == f'timm-geoprior: skipped files that are not images: {album}/notes.txt.\n'
     model = load_classifier(default_model(load_manifest()).name)
     for result in results[::23]:
         alone = model(read_image(result['image']), 2)
@@ -307,7 +307,7 @@ def test_top_is_a_number(capsys, top):
     with pytest.raises(SystemExit) as stop:
         main(['classify', f'--top={top}'])
     assert stop.value.code == 2
-    assert f"argument --top: it must be a whole number of at least 1, got '{top}'" in capsys.readouterr().err
+    assert f"argument --top: must be an integer of at least 1, got '{top}'" in capsys.readouterr().err
 
 
 def test_results_come_one_by_one_and_a_bar_shows_how_far_it_is(album):
@@ -366,7 +366,7 @@ def test_an_extra_that_is_needed_at_the_end_is_missed_at_the_beginning(capsys, m
 def test_an_error_is_one_sentence(capsys, arguments, words):
     got = output(capsys, *arguments, code=1)
     assert got.out == ''
-    assert got.err.startswith('timm-geoprior: ')
+    assert got.err.startswith('timm-geoprior')
     assert words in got.err
     assert got.err.endswith('.\n')
     assert got.err.count('\n') == 1

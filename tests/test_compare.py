@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import ttest_rel
 
 import compare as comparison
-from compare import ComparisonError, compare, differences, load_variants, paired_interval, write_comparison
+from compare import compare, differences, load_variants, paired_interval, write_comparison
 from programs import run
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.training.checkpoint import load_checkpoint
@@ -120,10 +120,10 @@ def test_finished_runs_are_done_once_and_must_be_the_same(plan, photo_folder, tm
     assert list(compare(recipes, [3], RunConfig(tmp_path / 'nowhere', config.output))) == [rows]  # nothing is read
     other = shutil.copytree(photo_folder, tmp_path / 'other')
     (other / 'train' / 'rocket' / '00.jpg').unlink()
-    with pytest.raises(ComparisonError, match='was trained on 48 other images than the 47 in .*other: check --d'):
+    with pytest.raises(GeoPriorError, match='was trained on 48 other images than the 47 in .*other: check --d'):
         list(compare(recipes, [3, 4], RunConfig(other, config.output, workers=0)))
     changed = load_variants(str(plan), ['epochs=1', 'lr=0.01'])
-    with pytest.raises(ComparisonError, match=r'was trained with lr = 0.05, variant prior has 0.01: give changed'):
+    with pytest.raises(GeoPriorError, match=r'was trained with lr = 0.05, variant prior has 0.01: give changed'):
         next(compare(changed, [3], config))
 
 
@@ -212,14 +212,14 @@ def test_the_control_differs_from_its_network_in_the_model_alone():
 
 
 @pytest.mark.parametrize(('overrides', 'variants', 'error', 'words'), [
-    ([], ['a: {}'], ComparisonError, 'must name at least two variants, got 1'),
-    ([], ['a: {}', 'b'], ComparisonError, "--variant must hold 'NAME: {KEY: VALUE}', got 'b'"),
-    ([], ['a: {', 'b: {}'], ComparisonError, '--variant is not YAML'),
-    ([], ['a: {}', 'b: 3'], ComparisonError, 'variant b must be keys and values, got 3'),
-    ([], ['a: {}', 'b/c: {lr: 1}'], ComparisonError, "must consist of letters, digits, _, - and dots, got 'b/c'"),
-    (['holdout=0'], [], ComparisonError, 'must hold out images .*, got holdout=0 and in_memory=True'),
-    ([], ['a: {}', 'b: {holdout: 5}'], ComparisonError, 'holdout must be the same in all variants, .* got 2 and 5'),
-    (['eval_size=0'], ['a: {}', 'b: {img_size: 40}'], ComparisonError, 'eval_size must be the same .* got 32 and 40'),
+    ([], ['a: {}'], GeoPriorError, 'must name at least two variants, got 1'),
+    ([], ['a: {}', 'b'], GeoPriorError, "--variant must hold 'NAME: {KEY: VALUE}', got 'b'"),
+    ([], ['a: {', 'b: {}'], GeoPriorError, '--variant is not YAML'),
+    ([], ['a: {}', 'b: 3'], GeoPriorError, 'variant b must be keys and values, got 3'),
+    ([], ['a: {}', 'b/c: {lr: 1}'], GeoPriorError, "must consist of letters, digits, _, - and dots, got 'b/c'"),
+    (['holdout=0'], [], GeoPriorError, 'must hold out images .*, got holdout=0 and in_memory=True'),
+    ([], ['a: {}', 'b: {holdout: 5}'], GeoPriorError, 'holdout must be the same in all variants, .* got 2 and 5'),
+    (['eval_size=0'], ['a: {}', 'b: {img_size: 40}'], GeoPriorError, 'eval_size must be the same .* got 32 and 40'),
     ([], ['a: {}', 'b: {radius: 5}'], GeoPriorError, "'radius' in variant b: did you mean 'radius_lr'"),
     ([], ['a: {}', 'b: {model_kwargs: {attn_heads: 3}}'], GeoPriorError, 'Variant b: .*attn_?heads|Variant b: .*3'),
 ])

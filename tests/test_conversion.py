@@ -113,7 +113,7 @@ def input_model(rho: float = 0.5) -> InputModel:
 
 def test_the_inputs_are_those_behind_a_convolution_of_white_noise():
     weight, bias, previous = draw(6), draw(6, seed=1), draw(6, 4, 1, 1, seed=2)
-    found = InputModel.behind_norm(weight, bias, nn.ReLU(), previous)
+    found = InputModel.after_norm(weight, bias, nn.ReLU(), previous)
     samples = draw(1_000_000, 4, seed=3) @ previous.flatten(1).T
     samples = (samples / samples.std(0) * weight + bias).relu()
     torch.testing.assert_close(found.mean, samples.mean(0), rtol=0, atol=1e-2)
@@ -124,11 +124,11 @@ def test_the_inputs_are_those_behind_a_convolution_of_white_noise():
 def test_nothing_depends_on_how_neighbours_share_a_scale():
     """Multiplying a norm's weight and bias by a factor and dividing the next weights by it gives the same network."""
     def fit(first: torch.Tensor, second: torch.Tensor):
-        inputs = InputModel.behind_norm(draw(8, seed=1) * first, draw(8, seed=2) * first, nn.ReLU(), draw(8, 6, seed=3))
+        inputs = InputModel.after_norm(draw(8, seed=1) * first, draw(8, seed=2) * first, nn.ReLU(), draw(8, 6, seed=3))
         layer = LayerModel(draw(16, 8, 3, 3) / first[:, None, None], inputs, (7, 7))
-        behind = FollowingLayers(draw(16, seed=4) * second, draw(16, seed=5) * second, nn.ReLU(),
+        following = FollowingLayers(draw(16, seed=4) * second, draw(16, seed=5) * second, nn.ReLU(),
                                  draw(32, 16, seed=6) / second)
-        return fit_layer(layer, behind, 4)
+        return fit_layer(layer, following, 4)
 
     one = fit(torch.ones(8).double(), torch.ones(16).double())
     first, second = 10 ** draw(8, seed=7), 10 ** draw(16, seed=8)
@@ -144,7 +144,7 @@ def test_nothing_depends_on_how_neighbours_share_a_scale():
 def test_channels_that_are_always_zero_do_no_harm():
     weight, bias, previous = draw(6), torch.full((6,), -50.0), draw(6, 4)
     weight[3:], previous[4:] = 0, 0
-    layer = LayerModel(draw(4, 6, 3, 3), InputModel.behind_norm(weight, bias, nn.ReLU(), previous), (7, 7))
+    layer = LayerModel(draw(4, 6, 3, 3), InputModel.after_norm(weight, bias, nn.ReLU(), previous), (7, 7))
     assert layer.errors(torch.ones(1, dtype=torch.float64)).isfinite().all()
     assert layer.covariance().isfinite().all()
 
@@ -158,10 +158,10 @@ def test_channels_of_any_size_are_fitted(weight, bias, row, activation):
     size[::2] = weight
     previous = torch.stack([torch.ones(6, dtype=torch.float64)] * 8) + 1e-3 * draw(8, 6)
     previous[::2] *= row
-    inputs = InputModel.behind_norm(draw(8, seed=1) * size, draw(8, seed=2) * bias, activation, previous)
+    inputs = InputModel.after_norm(draw(8, seed=1) * size, draw(8, seed=2) * bias, activation, previous)
     layer = LayerModel(draw(16, 8, 3, 3), inputs, (7, 7))
-    behind = FollowingLayers(draw(16, seed=4), draw(16, seed=5) * bias, activation, draw(32, 16, seed=6))
-    fit = fit_layer(layer, behind, 4)
+    following = FollowingLayers(draw(16, seed=4), draw(16, seed=5) * bias, activation, draw(32, 16, seed=6))
+    fit = fit_layer(layer, following, 4)
     for found in (fit.values, fit.mean_shift, fit.errors, fit.correction, fit.constant):
         assert found.isfinite().all()
 
@@ -237,17 +237,17 @@ def test_the_middle_of_a_large_map_is_counted_once():
 
 def fitted(num_heads: int = 1, activation: nn.Module | None = None):
     weight, bias = draw(16, 8, 3, 3), 0.3 * draw(16, seed=4).abs()
-    inputs = InputModel.behind_norm(draw(8, seed=1), draw(8, seed=2), nn.ReLU(), draw(8, 6, seed=7))
+    inputs = InputModel.after_norm(draw(8, seed=1), draw(8, seed=2), nn.ReLU(), draw(8, 6, seed=7))
     layer = LayerModel(weight, inputs, (7, 7))
-    behind = FollowingLayers(draw(16, seed=3), bias, activation or nn.ReLU(), draw(32, 16, seed=5))
-    return layer, behind, fit_layer(layer, behind, 4, num_heads)
+    following = FollowingLayers(draw(16, seed=3), bias, activation or nn.ReLU(), draw(32, 16, seed=5))
+    return layer, following, fit_layer(layer, following, 4, num_heads)
 
 
 def test_the_correction_is_a_regression_of_what_is_lost():
     """Against least squares on samples of the model itself, at a position far from any border."""
-    layer, behind, _ = fitted()
+    layer, following, _ = fitted()
     layer = LayerModel(layer.kernels.view(16, 8, 3, 3), layer.inputs, (2 ** 30, 2 ** 30))
-    fit = fit_layer(layer, behind, 4)
+    fit = fit_layer(layer, following, 4)
     distance = (torch.arange(7)[:, None] - torch.arange(7)).abs().double()
     root = torch.linalg.cholesky(torch.kron(layer.inputs.rho ** distance, layer.inputs.rho ** distance))
     maps = (draw(40_000, 8, 49, seed=6) @ root.T).view(-1, 8, 7, 7)
@@ -256,9 +256,9 @@ def test_the_correction_is_a_regression_of_what_is_lost():
     weights = attention_map(torch.tensor(fit.radii).double().log(), 7)[0][3]
     attended = torch.einsum('nihw,h,w,ci->nc', maps, weights, weights, fit.values)
     new = old.index_copy(1, fit.channels, attended)
-    scale = behind.weight / layer.variance.sqrt()
-    kept = (new * scale + behind.bias).relu()
-    lost = ((old * scale + behind.bias).relu() - kept)[:, fit.channels]
+    scale = following.weight / layer.variance.sqrt()
+    kept = (new * scale + following.bias).relu()
+    lost = ((old * scale + following.bias).relu() - kept)[:, fit.channels]
     left = lost - kept @ fit.correction.T - fit.constant
     assert left.mean(0).abs().max() < 0.02 * lost.std(0).max()
     best = torch.linalg.lstsq(kept - kept.mean(0), lost - lost.mean(0)).solution
@@ -551,8 +551,8 @@ def test_load_state_dict_says_what_the_conversion_lacks(twin):
 @pytest.mark.parametrize(('options', 'message'), [
     ({'norm_layer': nn.Identity}, 'must have batch norms with weights and statistics, got none in layer2.0.bn1.weight'),
     ({'norm_layer': partial(nn.BatchNorm2d, track_running_stats=False)}, 'got none in layer2.0.bn2.running_mean'),
-    ({'act_layer': 'prelu'}, 'must have activations without weights, got PReLU in layer2.0. Take another act_layer.'),
-    ('folded', 'got none in layer2.0.bn1.weight. Build it anew, and load into that.')])
+    ({'act_layer': 'prelu'}, 'must have activations without weights, got PReLU in layer2.0. Use another act_layer.'),
+    ('folded', 'got none in layer2.0.bn1.weight. Create it again and load into that.')])
 def test_a_network_that_can_load_no_plain_resnet_says_so(twin, options, message):
     folded = options == 'folded'
     model = reparameterize_model(timm.create_model(NANO).eval()) if folded else timm.create_model(NANO, **options)

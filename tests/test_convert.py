@@ -248,11 +248,11 @@ def test_the_output_may_be_behind_links(output, checkpoint, tmp_path):
 def test_the_current_folder_is_not_replaced(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     convert(checkpoint, '-o', '.', code=1)
-    assert '. must be a new folder or an empty one, got the current one.' in capsys.readouterr().err
+    assert '. must be a new or an empty folder, got the current one.' in capsys.readouterr().err
     (tmp_path / 'volume').mkdir()
     monkeypatch.setattr('os.path.ismount', lambda place: Path(place).name == 'volume')
     convert(checkpoint, '-o', 'volume', code=1)
-    assert 'volume must be a new folder or an empty one, got a mount point.' in capsys.readouterr().err
+    assert 'volume must be a new or an empty folder, got a mount point.' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('option', ['--output', '--images'])
@@ -277,7 +277,7 @@ def test_names_that_are_not_utf_8(checkpoint, photo_folder, tmp_path, capsys):
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert (results['source']['checkpoint'], results['images']['unreadable']) == (str(source), ['\udcfe.jpg'])
     convert(source, '-o', root / 'out', code=1)
-    assert 'must be a path in UTF-8, since safetensors opens no other' in capsys.readouterr().err
+    assert 'must be a path in UTF-8, since safetensors cannot open any other' in capsys.readouterr().err
     assert not (root / 'out').exists()
 
 
@@ -312,18 +312,18 @@ def source_of_timm(tmp_path: Path) -> Path:
     ('nano', ['--images', 'few'], 'few must hold at least 10 images, got 3. Add some, name another folder or'),
     ('nano', ['--images', 'broken'], 'Most images must be readable, got 6 of 10 that are not, such as '),
     ('nano', ['--images', 'photos', '--limit', '5'], '--limit must be at least 10, got 5.'),
-    ('nano', ['--output', 'full'], 'full must be a new folder or an empty one, got one that is not empty. Name'),
-    ('nano', ['--output', 'r14.safetensors'], 'must be a new folder or an empty one, got a file. Name another'),
+    ('nano', ['--output', 'full'], 'full must be a new or an empty folder, got one that is not empty. Name'),
+    ('nano', ['--output', 'r14.safetensors'], 'must be a new or an empty folder, got a file. Name another'),
     ('nano', ['--output', 'r14.safetensors/out'], 'must be a folder that can be made, got '),
     ('nano', ['--workers', '-1', '--images', 'photos'], '--workers must be 0 or more, got -1.'),
     ('basic', [], 'resnet18 must be a ResNet of bottleneck blocks with plain 3x3 convolutions and batch norms, got a'),
-    ('groups', [], 'got a convolution of 2 groups in layer1.0. Take another source, such as resnet50.'),
-    ('attention', [], 'got channel attention (SEModule) in layer1.0. Take another source, such as resnet50.'),
-    ('group norms', [], 'got a GroupNorm in layer1.0. Take another source, such as resnet50.'),
-    ('weighted', [], 'must have activations without weights, got PReLU in layer2.0. Take another act_layer.'),
+    ('groups', [], 'got a convolution of 2 groups in layer1.0. Use another source, such as resnet50.'),
+    ('attention', [], 'got channel attention (SEModule) in layer1.0. Use another source, such as resnet50.'),
+    ('group norms', [], 'got a GroupNorm in layer1.0. Use another source, such as resnet50.'),
+    ('weighted', [], 'must have activations without weights, got PReLU in layer2.0. Use another act_layer.'),
     ('four channels', ['--images', 'photos'], '--images must be left out for a network of 4 channels, got photos'),
     ('nano', ['--images', 'r14.safetensors'], 'r14.safetensors must hold at least 10 images, got none (r14.s'),
-    ('nano', ['--output', '.'], '. must be a new folder or an empty one, got one that is not empty. Name another'),
+    ('nano', ['--output', '.'], '. must be a new or an empty folder, got one that is not empty. Name another'),
     ('nano', ['--output', 'x' * 300], 'x must be a folder that can be made, got | could not be written (['),
     ('x' * 300, [], 'xxx cannot be created (Unknown model'),
     ('x' * 300 + '.pt', [], 'xxx.pt does not exist. Check its path.'),

@@ -195,7 +195,7 @@ def test_pictures_of_other_kinds_are_read_and_the_rest_is_counted(tmp_path):
         name: encoded(picture(), forms.get(name.rpartition('.')[2].lower(), 'JPEG')) for name in names}))
     assert data.names == ('a/1.webp', 'a/2.gif', 'a/3.TIFF', 'b/4.bmp', 'b/5.JPG')
     check_data(data, 0, told.append)
-    assert 'Left out 4 files without an image extension: .heic (2), .txt (1), README (1).' in told
+    assert 'Skipped 4 files without an image extension: .heic (2), .txt (1), README (1).' in told
     for index in range(5):
         assert read_item(data.dataset, index).size == (48, 32)
 
@@ -212,7 +212,7 @@ def test_litter_is_no_class_and_is_told(packed, tmp_path):
     data = open_split(pack(tmp_path / 'set.tar', files) if packed else write(tmp_path / 'set', files))
     assert (data.classes, data.names) == (('a', 'b'), ('a/1.jpg', 'b/2.jpg'))
     note, = data.notes
-    assert note.startswith(f'Left out {len(LITTER)} files that systems and programs leave behind: @eaDir (2), ')
+    assert note.startswith(f'Skipped {len(LITTER)} files that systems and programs leave behind: @eaDir (2), ')
     told: list[str] = []
     check_data(data, 0, told.append)
     assert note in told
@@ -325,7 +325,7 @@ def test_a_short_class_map_says_what_it_leaves_out(tmp_path):
     root = write(tmp_path / 'set', {f'{name}/1.jpg': JPEG for name in ('cat', 'dog', 'owl')})
     data = open_split(root, options=DataOptions(class_map=str(tmp_path / 'map.txt')))
     assert data.names == ('dog/1.jpg',)
-    assert data.notes == ('Left out 2 images in 2 folders that --class-map does not name: cat (1), owl (1).',)
+    assert data.notes == ('Skipped 2 images in 2 folders that --class-map does not name: cat (1), owl (1).',)
 
 
 @pytest.mark.parametrize(('content', 'message'), [

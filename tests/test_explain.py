@@ -379,7 +379,7 @@ def test_the_table_of_layers(nano, capsys, monkeypatch):
     (['-o', 'out.pgf'], 'The output must end in .png, .jpg, .pdf or .svg, got out.pgf.'),
     (['-o', 'out'], 'The output must end in .png, .jpg, .pdf or .svg, got out.'),
     (['-o', 'nowhere/out.png'], 'The output must be in a folder that exists, got nowhere/out.png.'),
-    (['-o', 'folder.png'], 'folder.png cannot be written (Is a directory). Name another place with --output.'),
+    (['-o', 'folder.png'], 'The output must be a file, got the folder folder.png. Name a file in it.'),
     (['--model', 'geoprior_resnet101.paper_in1k'], 'geoprior_resnet101.paper_in1k'),
     (['--model', 'local-dir:nowhere'], 'The model local-dir:nowhere cannot be created'),
 ])
@@ -431,4 +431,4 @@ def test_a_point_is_two_numbers(photo, capsys, point):
     with pytest.raises(SystemExit) as stopped:
         main(['explain', photo, '--point', point])
     assert stopped.value.code == 2
-    assert f'a point must be X,Y in pixels, as in 120,80, got {point!r}' in capsys.readouterr().err
+    assert f'must be X,Y in pixels, such as 120,80, got {point!r}' in capsys.readouterr().err

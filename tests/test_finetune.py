@@ -21,7 +21,7 @@ from timm_geoprior.evaluation.metrics import NO_RANK, Predictions
 from timm_geoprior.pretrained.manifest import load_manifest
 from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
-from timm_geoprior.training.finetune import Splits, find_splits, plot_confusion, rate_factor, unused_folders
+from timm_geoprior.training.finetune import Splits, find_splits, lr_factor, plot_confusion, unused_folders
 
 FAST = ('--set', 'epochs=2', '-j', '0', '--device', 'cpu')
 
@@ -143,7 +143,7 @@ def test_images_without_finite_scores_are_no_confusions(tmp_path):
     plot_confusion(_predictions([0, 1, 1, 1], [0, 0, 1, 1], broken=1), ['cat', 'dog'], tmp_path / 'confusion.svg')
     texts = re.findall('<!-- (.*?) -->', (tmp_path / 'confusion.svg').read_text())
     assert texts.count('1') == texts.count('2') == 1  # on the diagonal only
-    assert '3 of 4 images right, 75.0%' in texts
+    assert '3 of 4 images correct, 75.0%' in texts
 
 
 def _predictions(target, predicted, broken=None):
@@ -197,12 +197,12 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
         'import os, signal, sys\n'
         'from timm_geoprior.training import finetune\n'
         'from timm_geoprior.cli import main\n'
-        'decide = finetune._gets_no_better\n'
+        'decide = finetune._should_stop\n'
         'def stop(job, history):\n'
         '    assert "epoch 1: " in open("log.txt").read()\n'
         '    os.kill(os.getpid(), signal.SIGINT)\n'
         '    return decide(job, history)\n'
-        'finetune._gets_no_better = stop\n'
+        'finetune._should_stop = stop\n'
         'sys.exit(main(sys.argv[1:]))\n')
     arguments = [str(photo_folder), '--output', str(tmp_path / 'run'), *FAST]
     with (tmp_path / 'log.txt').open('w') as log:
@@ -256,7 +256,7 @@ def test_what_is_beside_the_splits_is_told(photo_folder, tmp_path, capsys):
         assert f'data/{name} is not used: it is not a split, or has no class folders' in printed
 
 
-@pytest.mark.filterwarnings('error:Left out')
+@pytest.mark.filterwarnings('error:Skipped')
 def test_each_note_about_the_images_is_told_once(photos, tmp_path, capsys):
     (photos / '@eaDir').mkdir()
     shutil.copy(photos / 'coffee' / '00.jpg', photos / '@eaDir' / 'thumbnail.jpg')
@@ -310,9 +310,9 @@ def test_class_names_are_drawn_literally(photo_folder, tmp_path):
 
 
 def test_the_learning_rate_suits_the_batch_and_the_network(photos, tmp_path, capsys):
-    assert rate_factor(64, 1_100_000) == 1 == rate_factor(256, 400_000)
-    assert rate_factor(16, 1_100_000) == pytest.approx(1 / 2)
-    assert rate_factor(64, 4_400_000) == pytest.approx(1 / 2)
+    assert lr_factor(64, 1_100_000) == 1 == lr_factor(256, 400_000)
+    assert lr_factor(16, 1_100_000) == pytest.approx(1 / 2)
+    assert lr_factor(64, 4_400_000) == pytest.approx(1 / 2)
     assert finetune(photos, '--model', 'geoprior_resnet14_nano', '--output', tmp_path / 'run') == 0
     # 48 images in batches of 8
     assert 'Batches of 8 images, learning rate 3.5e-04' in capsys.readouterr().out

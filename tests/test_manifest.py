@@ -91,7 +91,8 @@ def test_malformed_entries_are_refused(path, value):
 
 
 @pytest.mark.parametrize(('text', 'message'), [
-    ('', 'must be JSON'), ('{"schema_version": 1,', 'must be JSON'), ('[]', 'an object'), ('{}', 'schema_version'),
+    ('', 'is not valid JSON'), ('{"schema_version": 1,', 'is not valid JSON'), ('[]', 'an object'),
+    ('{}', 'schema_version'),
     (json.dumps({**json.loads(TEXT), 'schema_version': 2}), 'update timm_geoprior'),
     (json.dumps({**json.loads(TEXT), 'extra': 1}), 'A key of .* must be one of schema_version, .*, got .extra.'),
     (json.dumps({**json.loads(TEXT), 'models': []}), 'models'),

@@ -154,7 +154,7 @@ def test_what_is_refused_gets_one_sentence(tmp_path, case):
     message = str(caught.value)
     assert message.startswith(f'{path} ')
     assert words in message
-    assert re.search(r'\. (Convert it|Crop it|Get it again|Scale it down)\.$', message)
+    assert re.search(r'\. (Convert it|Crop it|Replace the file|Scale it down)\.$', message)
     assert '\n' not in message
 
 

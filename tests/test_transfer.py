@@ -13,8 +13,8 @@ from PIL import Image
 import transfer as module
 from programs import run
 from timm_geoprior.data.dataset import open_split
-from timm_geoprior.errors import EvaluationError
-from transfer import Transfer, TransferError, choose_penalty, draw_labels, fit_linear, knn, transfer, write_transfer
+from timm_geoprior.errors import EvaluationError, GeoPriorError
+from transfer import Transfer, choose_penalty, draw_labels, fit_linear, knn, transfer, write_transfer
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'experiments' / 'transfer.py'
 NANO = 'geoprior_resnet14_nano'
@@ -78,15 +78,15 @@ def test_killed_and_gone_on(photo_folder, tmp_path, script, capsys, monkeypatch)
     assert Image.open(tmp_path / 'transfer.png').size[0] > 500
     monkeypatch.setattr(module, '_open_splits', None)  # nothing is left to do
     assert list(transfer(job(photo_folder, tmp_path, per_class=(6,)))) == [module._rows(tmp_path)]
-    with pytest.raises(TransferError, match='must have been made with --img-size 64, got --img-size 32. Name another'):
+    with pytest.raises(GeoPriorError, match='must have been made with --img-size 64, got --img-size 32. Name another'):
         next(transfer(job(photo_folder, tmp_path, img_size=64)))
-    with pytest.raises(TransferError, match='been made with --set epochs=3, got --set epochs=2. Name'):
+    with pytest.raises(GeoPriorError, match='been made with --set epochs=3, got --set epochs=2. Name'):
         next(transfer(job(photo_folder, tmp_path, overrides=('epochs=3',))))
     next(transfer(job(photo_folder, tmp_path, overrides=(), methods=('knn',))))  # overrides are for fine-tuning
     monkeypatch.undo()
     other = shutil.copytree(photo_folder, tmp_path / 'elsewhere' / photo_folder.name)
     (other / 'val' / 'rocket' / '00.jpg').unlink()
-    with pytest.raises(TransferError, match='been made with the 19 others of .*elsewhere.*, got 20 test images'):
+    with pytest.raises(GeoPriorError, match='been made with the 19 others of .*elsewhere.*, got 20 test images'):
         list(transfer(job(other, tmp_path, per_class=(7,))))
 
 
@@ -208,7 +208,7 @@ def test_bad_folders_and_models(photo_folder, tmp_path):
     data = tmp_path / 'data'
     shutil.copytree(photo_folder, data)
     shutil.rmtree(data / 'val' / 'coffee')
-    with pytest.raises(TransferError, match='must have the same class folders in train and val, got coffee in one'):
+    with pytest.raises(GeoPriorError, match='must have the same class folders in train and val, got coffee in one'):
         list(transfer(job(data, tmp_path / 'out')))
     shutil.copytree(photo_folder / 'val' / 'coffee', data / 'val' / 'coffee')
     (data / 'val' / 'coffee' / '01.jpg').write_bytes(b'no image')
@@ -217,11 +217,11 @@ def test_bad_folders_and_models(photo_folder, tmp_path):
     (data / 'val' / 'coffee' / '01.jpg').unlink()
     for path in sorted((data / 'train' / 'coffee').iterdir())[1:]:
         path.unlink()
-    with pytest.raises(TransferError, match='The class coffee must have at least 2 training images, .* got 1'):
+    with pytest.raises(GeoPriorError, match='The class coffee must have at least 2 training images, .* got 1'):
         list(transfer(job(data, tmp_path / 'out')))
     shutil.rmtree(data / 'val')
-    with pytest.raises(TransferError, match=r'must have class folders in train/ and in test/ or val/'):
+    with pytest.raises(GeoPriorError, match=r'must have class folders in train/ and in test/ or val/'):
         list(transfer(job(data, tmp_path / 'out')))
-    with pytest.raises(TransferError, match=r'resnet51 must be a model with trained weights, got .* \(Unknown model'):
+    with pytest.raises(GeoPriorError, match=r'resnet51 must be a model with trained weights, got .* \(Unknown model'):
         list(transfer(job(photo_folder, tmp_path / 'out', model='resnet51')))
     assert not (tmp_path / 'out').exists()

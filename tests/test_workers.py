@@ -14,7 +14,7 @@ READING = """
 import signal, sys
 import torch
 from torch.utils.data import DataLoader
-from timm_geoprior.data.batches import begin, init_worker
+from timm_geoprior.data.batches import start_workers, init_worker
 
 def stop(number, frame):
     raise SystemExit(128 + number)
@@ -31,7 +31,7 @@ class Numbers(torch.utils.data.Dataset):
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 loader = DataLoader(Numbers(), 2, num_workers=2, collate_fn=list, worker_init_fn=init_worker, persistent_workers=True)
-print(list(begin(loader)))
+print(list(start_workers(loader)))
 """
 
 
@@ -52,7 +52,7 @@ def test_a_signal_to_the_group_reaches_the_parent_only(number, tmp_path):
 STARTING = """
 import os, signal, sys
 from torch.utils.data._utils import worker
-from timm_geoprior.data.batches import in_workers
+from timm_geoprior.data.batches import map_in_workers
 
 def slow(*arguments):  # a process that has not reached its first line yet
     open(sys.argv[1]).read()
@@ -66,7 +66,7 @@ def note(number, frame):  # a forked worker inherits this handler
 loop, worker._worker_loop = worker._worker_loop, slow
 signal.signal(signal.SIGTERM, note)
 signal.signal(signal.SIGINT, note)
-numbers = list(in_workers(list, range(8), 2, workers=1))
+numbers = list(map_in_workers(list, range(8), 2, workers=1))
 print(numbers)
 sys.exit(128 + noted)
 """

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from .inference.classifier import Classifier
     from .pretrained.manifest import ModelEntry
 
-__all__ = ['main']
-
 Function = Callable[[argparse.Namespace], int]
 Argument = tuple[tuple[str, ...], dict[str, Any]]  # what `add_argument` takes
 
@@ -220,12 +218,12 @@ def _device(args: argparse.Namespace) -> str:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'it must be a whole number of at least 1, got {text!r}')
+        raise argparse.ArgumentTypeError(f'must be an integer of at least 1, got {text!r}')
     return int(text)
 
 
 @_command(
-    'classify', 'name the most probable classes of each image',
+    'classify', 'print the most probable classes of each image',
     _argument('images', nargs='*', metavar='IMAGE',
               help='image files, folders, or patterns like "photos/*.jpg" (default: a photograph of a cup of coffee)'),
     _argument('--model', help='any timm model with class names, or local-dir: and a folder (default: the '
@@ -286,7 +284,7 @@ def _find_images(names: Sequence[str]) -> dict[str, GeoPriorError | None]:
             faults[name] = error
     if left_out:
         more = f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''
-        print(f'timm-geoprior: files that are not images are left out: {", ".join(left_out[:3])}{more}.',
+        print(f'timm-geoprior: skipped files that are not images: {", ".join(left_out[:3])}{more}.',
               file=sys.stderr)
     return faults
 
@@ -310,7 +308,7 @@ def _point(text: str) -> tuple[float, float]:
     try:
         x, y = map(float, text.split(','))
     except ValueError:
-        raise argparse.ArgumentTypeError(f'a point must be X,Y in pixels, as in 120,80, got {text!r}') from None
+        raise argparse.ArgumentTypeError(f'must be X,Y in pixels, such as 120,80, got {text!r}') from None
     return x, y
 
 
@@ -361,7 +359,7 @@ def _print_layers(name: str) -> int:
 
 
 @_command(
-    'demo', 'serve a web page to try the models, or write the folder of a Hugging Face Space',
+    'demo', 'serve a web page for trying out the models, or write the folder of a Hugging Face Space',
     _argument('--model', help='model to select at the start (default: the bundled one with the best accuracy)'),
     _argument('--port', type=int, default=7860, help='port to serve on (default: 7860)'),
     _argument('--space', type=Path, metavar='DIR', help='write the folder of a Space instead'))
@@ -420,17 +418,17 @@ def _convert(args: argparse.Namespace) -> int:
     _argument('--resume', action='store_true', help='continue the run in --output'))
 def _finetune(args: argparse.Namespace) -> int:
     with needs_extra('train', 'scipy'):
-        from .training.finetune import Job, finetune
+        from .training.finetune import FinetuneJob, finetune
     output = args.output or Path(f'{args.folder.resolve().name}-finetuned')
     model = _default_model(args)
     if args.from_scratch and not args.model:  # random weights have no tag
         model = model.partition('.')[0]
-    results = finetune(Job(
+    results = finetune(FinetuneJob(
         args.folder, output, model=model, overrides=tuple(args.set), patience=args.patience, seed=args.seed,
         device=_device(args), workers=args.workers, resume=args.resume,
         finetune='' if args.from_scratch else 'pretrained'))
     measured = results['measured']
-    print(f'{measured["split"]}: {measured["top1_correct"]:,} of {measured["num_images"]:,} images right, '
+    print(f'{measured["split"]}: {measured["top1_correct"]:,} of {measured["num_images"]:,} images correct, '
           f'{measured["top1"]:.2f}% (95% interval {", ".join(f"{end:.2f}" for end in measured["top1_interval"])})')
     for pair in measured['confused']:
         print(f'  {pair["class"]} mistaken for {pair["taken_for"]}: {pair["count"]}')

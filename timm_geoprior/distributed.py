@@ -14,9 +14,6 @@ from torch import Tensor
 from .errors import CorruptImagesError, GeoPriorError, ProcessError
 from .files import first_line
 
-__all__ = ['default_device', 'find_device', 'from_first', 'gather', 'group_of_processes', 'is_first', 'joined',
-           'reduce_sum', 'tells']
-
 _Array = TypeVar('_Array', bound=NDArray[Any])
 _Value = TypeVar('_Value')
 
@@ -100,7 +97,7 @@ def from_first(function: Callable[[], _Value], device: torch.device) -> _Value:
     return cast(_Value, box[0])
 
 
-def tells(error: GeoPriorError) -> bool:
+def should_report(error: GeoPriorError) -> bool:
     """Whether this process should print an error that ends it.
 
     Processes that have joined a group stop at the same error, which only the first one on each machine prints. An

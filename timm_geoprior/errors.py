@@ -1,12 +1,10 @@
 """The exceptions of this package. Each message says what is wrong and what to do."""
 import errno
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-
-__all__ = ['ClassMismatchError', 'CorruptImagesError', 'EvaluationError', 'GeoPriorError', 'ImageError', 'ProcessError',
-           'WeightsError', 'disk_is_full', 'enough_memory', 'message_of', 'needs_extra', 'out_of_memory',
-           'write_advice']
 
 
 class GeoPriorError(RuntimeError):
@@ -74,6 +72,15 @@ def enough_memory(advice: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise ProcessError(f'There is not enough memory. {advice}') from error
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """For scripts: print the message of a GeoPriorError after the script's name, and exit with code 1."""
+    try:
+        yield
+    except GeoPriorError as error:
+        sys.exit(f'{os.path.basename(sys.argv[0])}: {message_of(error)}')
 
 
 @contextmanager

@@ -16,11 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = [
-    'drawable', 'file_sha256', 'first_line', 'first_sentence', 'is_lfs_pointer', 'markdown_table', 'new_folder',
-    'save_figure', 'walk_files', 'write_atomically', 'write_csv', 'write_json',
-]
-
 NAME_START = 50  # characters of a name, of up to 4 bytes each, in that of its temporary file, which may have 255 bytes
 
 

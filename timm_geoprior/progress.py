@@ -14,8 +14,6 @@ from types import FrameType
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'command_line', 'handled_signals', 'tell', 'tell_on_stderr']
-
 LOG_SECONDS = 60  # between two lines in a log file
 
 

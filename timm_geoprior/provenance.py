@@ -2,6 +2,7 @@
 import functools
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -9,15 +10,20 @@ import torch
 
 from . import __version__
 
-__all__ = ['git_commit', 'hardware', 'versions']
-
 PACKAGES = ('timm', 'torch', 'torchvision', 'numpy', 'pillow')
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, this package, and the packages that determine results."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python, this package, and others; by default those that determine results."""
     return {'python': platform.python_version(), 'timm_geoprior': __version__,
-            **{package: metadata.version(package) for package in PACKAGES}}
+            **{package: _version(package) for package in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return 'not installed'
 
 
 @functools.cache  # cached, since the checkout may change while the process runs

@@ -8,8 +8,6 @@ from torch import nn
 
 from .layers import MAX_RADIUS, GeoPriorAttn2d
 
-__all__ = ['LayerRadii', 'cell_size', 'learned_radii', 'scale_radii']
-
 
 class LayerRadii(NamedTuple):
     """The radii of one attention layer."""
@@ -22,6 +20,12 @@ class LayerRadii(NamedTuple):
     def relative(self) -> tuple[float, ...]:
         """The radii as shares of the input's longer side, which are comparable across layers and image sizes."""
         return tuple(radius / max(self.height, self.width) for radius in self.cells)
+
+
+def radii_in_cells(model: nn.Module) -> dict[str, Any]:
+    """Each layer's radii in cells of its input grid, by the layer's name; a list where it has several heads."""
+    radii = {name: module.radius().tolist() for name, module in model.named_modules() if hasattr(module, 'log_radius')}
+    return {name: values if len(values) > 1 else values[0] for name, values in radii.items()}
 
 
 def cell_size(pixels: int, cells: int) -> float:

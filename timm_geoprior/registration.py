@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-__all__ = ['register_with_timm']
-
 # modules that can be imported without timm; before any other, timm is imported, and the models with it
 _WITHOUT_TIMM = {f'{__package__}.{name}' for name in (
     '__main__', 'cli', 'data', 'data.reading', 'errors', 'evaluation', 'evaluation.validate', 'files', 'inference',

@@ -130,7 +130,7 @@ def usable_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
         BenchmarkError: The first model, with which the others are compared, is missing.
     """
     missing = [name for name in names if not timm.is_model(name.split('.')[0])]
-    reasons = [f'{name} is left out: timm {timm.__version__} has no such model.' for name in missing]
+    reasons = [f'{name} is skipped: timm {timm.__version__} has no such model.' for name in missing]
     if names[0] in missing:
         raise BenchmarkError(f'{reasons[0]} Name one of timm.list_models().')
     return [name for name in names if name not in missing], reasons

@@ -35,6 +35,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from scipy.stats import t as student
+from timm.utils import natural_key
 from torch import nn
 
 import timm_geoprior  # noqa: F401  (registers the models)
@@ -42,9 +43,9 @@ from timm_geoprior.data.batches import LoaderConfig
 from timm_geoprior.data.dataset import fingerprint
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.distributed import default_device
-from timm_geoprior.errors import GeoPriorError, message_of
+from timm_geoprior.errors import GeoPriorError, exit_on_error
 from timm_geoprior.evaluation.metrics import count_correct
-from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
+from timm_geoprior.files import first_line, markdown_table, save_figure, write_atomically, write_csv, write_json
 from timm_geoprior.layers import GeoPriorAttn2d
 from timm_geoprior.progress import command_line
 from timm_geoprior.radii import learned_radii, scale_radii
@@ -54,12 +55,8 @@ from timm_geoprior.training.parts import check_recipe
 from timm_geoprior.training.recipe import Recipe, RunConfig, load_recipe, make_recipe
 
 FACTORS = (0.75, 1, 2)  # evaluation sizes, as multiples of the recipe's own
-LEAST_SEEDS = 3  # with two, the interval would use a t quantile of 12.7
+MIN_SEEDS = 3  # with two, the interval would use a t quantile of 12.7
 Row = dict[str, Any]
-
-
-class ComparisonError(GeoPriorError):
-    """Variants or earlier runs that cannot be compared; the message says why and what to do."""
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
@@ -77,7 +74,7 @@ def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence
         The recipe of each variant by its name, the base first.
 
     Raises:
-        ComparisonError: There are fewer than two variants, or they cannot be compared.
+        GeoPriorError: There are fewer than two variants, or they cannot be compared.
         GeoPriorError: A key or value is not valid in a recipe.
     """
     path = Path(source)
@@ -86,15 +83,15 @@ def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence
         plan = {'recipe': source}
     unknown = sorted(set(plan) - {'recipe', 'set', 'variants'})
     if unknown or 'recipe' not in plan:
-        raise ComparisonError(f'{source} must have the keys recipe, set and variants, got {", ".join(map(str, plan))}.')
+        raise GeoPriorError(f'{source} must have the keys recipe, set and variants, got {", ".join(map(str, plan))}.')
     if not isinstance(plan['recipe'], str):
-        raise ComparisonError(f'{source} must name a recipe or a YAML file as its recipe, got {plan["recipe"]!r}.')
+        raise GeoPriorError(f'{source} must name a recipe or a YAML file as its recipe, got {plan["recipe"]!r}.')
     own = [f'{key}={json.dumps(value)}' for key, value in _changes(plan.get('set'), f'{source}, set').items()]
     base = load_recipe(plan['recipe'], own + list(overrides))
     named = {name: changes for text in variants for name, changes in _mapping(text, '--variant').items()}
     named = named or _changes(plan.get('variants'), f'{source}, variants')
     if len(named) < 2:
-        raise ComparisonError(f'{source} and --variant must name at least two variants, got {len(named)}. Write '
+        raise GeoPriorError(f'{source} and --variant must name at least two variants, got {len(named)}. Write '
                               f"--variant 'NAME: {{KEY: VALUE}}' for each, the base first.")
     recipes = {str(name): _vary(base, str(name), _changes(changes, f'variant {name}'))
                for name, changes in named.items()}
@@ -106,15 +103,15 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ComparisonError(f'{where} is not YAML ({str(error).splitlines()[0]}).') from None
+        raise GeoPriorError(f'{where} is not YAML ({first_line(error)}).') from None
     if not isinstance(values, dict):
-        raise ComparisonError(f"{where} must hold 'NAME: {{KEY: VALUE}}', got {text.strip()[:60]!r}.")
+        raise GeoPriorError(f"{where} must hold 'NAME: {{KEY: VALUE}}', got {text.strip()[:60]!r}.")
     return values
 
 
 def _changes(values: Any, where: str) -> dict[str, Any]:
     if values is not None and not isinstance(values, dict):
-        raise ComparisonError(f'{where} must be keys and values, got {values!r}.')
+        raise GeoPriorError(f'{where} must be keys and values, got {values!r}.')
     return values or {}
 
 
@@ -134,16 +131,16 @@ def _vary(base: Recipe, name: str, changes: Mapping[str, Any]) -> Recipe:
 def _check_comparable(recipes: Mapping[str, Recipe]) -> None:
     for name, recipe in recipes.items():
         if not re.fullmatch(r'\w[\w.-]*', name):
-            raise ComparisonError(f'A variant name must consist of letters, digits, _, - and dots, got {name!r}.')
+            raise GeoPriorError(f'A variant name must consist of letters, digits, _, - and dots, got {name!r}.')
         if not (recipe.holdout and recipe.in_memory):
-            raise ComparisonError(
+            raise GeoPriorError(
                 f'Variant {name} must hold out images for the comparison and keep images in memory, got '
                 f'holdout={recipe.holdout} and in_memory={recipe.in_memory}. Add --set holdout=50 '
                 f'--set in_memory=true.')
     for key in ('holdout', 'memory_size', 'eval_size'):
         values = {recipe.measured_size if key == 'eval_size' else getattr(recipe, key) for recipe in recipes.values()}
         if len(values) > 1:
-            raise ComparisonError(f'{key} must be the same in all variants, which are compared on the same images, got '
+            raise GeoPriorError(f'{key} must be the same in all variants, which are compared on the same images, got '
                                   f'{" and ".join(map(str, sorted(values)))}.')
 
 
@@ -167,7 +164,7 @@ def compare(
         by variant, the base first.
 
     Raises:
-        ComparisonError: A finished run used another recipe, or other images than the remaining runs would.
+        GeoPriorError: A finished run used another recipe, or other images than the remaining runs would.
         RuntimeError: See `Trainer`.
         SystemExit: On SIGTERM and Ctrl-C, after a checkpoint.
     """
@@ -189,7 +186,7 @@ def compare(
     images = fingerprint(data, np.arange(len(data.labels)))
     for path, results in found.items():
         if results['measured']['images'] != images:
-            raise ComparisonError(f'{path.parent} was trained on {results["measured"]["images"]["files"]:,} other '
+            raise GeoPriorError(f'{path.parent} was trained on {results["measured"]["images"]["files"]:,} other '
                                   f'images than the {images["files"]:,} in {config.data_dir}: check --data-dir, or '
                                   f'compare in another --output.')
     decoded = decode_images(data.dataset, recipes[todo[0][1]].memory_size, config.workers, config.max_corrupt,
@@ -210,7 +207,7 @@ def _finished(name: str, recipe: Recipe, path: Path) -> dict[str, Any] | None:
     now = json.loads(json.dumps(recipe.to_dict()))  # tuples as lists
     for key in now:
         if results['recipe'].get(key) != now[key]:
-            raise ComparisonError(
+            raise GeoPriorError(
                 f'{path.parent} was trained with {key} = {results["recipe"].get(key)!r}, variant {name} has '
                 f'{now[key]!r}: give changed variants another name, or compare in another --output.')
     return results
@@ -317,7 +314,7 @@ class Interval(NamedTuple):
 def paired_interval(differences: Sequence[float]) -> Interval:
     """The mean of differences between runs with the same seed, and its 95% interval."""
     count = len(differences)
-    if count < LEAST_SEEDS:
+    if count < MIN_SEEDS:
         return Interval(statistics.fmean(differences) if count else math.nan, math.nan)
     half = student.ppf(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
     return Interval(statistics.fmean(differences), float(half))
@@ -355,8 +352,8 @@ def write_comparison(rows: Sequence[Row], output: Path, command: str) -> str:
     commits = list(dict.fromkeys(row['commit'] or 'unknown' for row in rows))
     if len(commits) > 1:
         head += f' The runs are of {len(commits)} commits: {", ".join(commits)}.'
-    if len(seeds) < LEAST_SEEDS:
-        head += f' No intervals yet, with {len(seeds)} of the {LEAST_SEEDS} seeds that they need.'
+    if len(seeds) < MIN_SEEDS:
+        head += f' No intervals yet, with {len(seeds)} of the {MIN_SEEDS} seeds that they need.'
     sections = [f'`{command}`', head, _accuracy_table(rows, names, seeds)]
     if radii := _radii_table(rows, names):
         sections += ['Radii at the end, averaged over the seeds, in cells (and as a share of the map); heads are '
@@ -381,8 +378,7 @@ def distinct(rows: Sequence[Row], key: str) -> str:
 def _layers(rows: Sequence[Row]) -> list[str]:
     """Layers with attention in natural order, the tenth after the ninth."""
     layers = {key.removeprefix('radius.') for row in rows for key in row if key.startswith('radius.')}
-    return sorted(layers, key=lambda layer: [int(part) if part.isdigit() else part
-                                             for part in re.split(r'(\d+)', layer)])
+    return sorted(layers, key=natural_key)
 
 
 def _accuracy_table(rows: Sequence[Row], names: Sequence[str], seeds: Sequence[int]) -> str:
@@ -512,12 +508,11 @@ def main() -> None:
         command=command_line())
     text = ''
     try:
-        recipes = load_variants(args.source, args.set, args.variant)
-        for rows in compare(recipes, list(dict.fromkeys(args.seeds)), config):
-            if rows:
-                text = write_comparison(rows, args.output, command_line())
-    except GeoPriorError as error:
-        sys.exit(f'compare.py: {message_of(error)}')
+        with exit_on_error():
+            recipes = load_variants(args.source, args.set, args.variant)
+            for rows in compare(recipes, list(dict.fromkeys(args.seeds)), config):
+                if rows:
+                    text = write_comparison(rows, args.output, command_line())
     except KeyboardInterrupt:  # while images are read; a run saves a checkpoint and exits by itself
         sys.exit(130)
     print(f'\n{text}')

@@ -12,7 +12,6 @@ images.
 conversion.json with the counts, and conversion.md with the table. Existing folders are reused.
 """
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,16 +27,16 @@ from timm_geoprior.conversion import job, regression, state_dict
 from timm_geoprior.conversion.comparison import class_indices, compare
 from timm_geoprior.conversion.images import ImageSets, PreparedImages
 from timm_geoprior.data.dataset import open_split
-from timm_geoprior.errors import GeoPriorError, message_of
+from timm_geoprior.errors import GeoPriorError, exit_on_error
 from timm_geoprior.evaluation.metrics import wilson_interval
 from timm_geoprior.evaluation.models import LoadedModel, load_model
 from timm_geoprior.files import markdown_table, write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
 
 
-def leave_out(layer: Any, behind: Any, value_dim: int, heads: int = 1) -> Any:
+def leave_out(layer: Any, following: Any, value_dim: int, heads: int = 1) -> Any:
     """Replaces `fit_layer`."""
-    return removal(layer, behind, value_dim)
+    return removal(layer, following, value_dim)
 
 
 @torch.no_grad()
@@ -71,7 +70,7 @@ def load(name: str) -> LoadedModel:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    header = ('network', 'images', 'top-1', '95% interval', 'same answer as the source', 'KL divergence',
+    header = ('network', 'images', 'top-1', '95% interval', 'same top-1 as the source', 'KL divergence',
               'feature error')
     lines = []
     for row in rows:
@@ -127,10 +126,8 @@ def run(args: argparse.Namespace) -> str:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with exit_on_error():
         print(run(args))
-    except GeoPriorError as error:
-        sys.exit(f'conversion_accuracy.py: {message_of(error)}')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,6 @@ imagenet.json, which are updated after each row.
 images without labels, and measures both. The control's attention, which does nothing, is frozen.
 """
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -41,7 +40,7 @@ from timm_geoprior.conversion.comparison import compare
 from timm_geoprior.conversion.images import ImageSets, PreparedImages
 from timm_geoprior.data.batches import generator
 from timm_geoprior.data.dataset import DataOptions, fingerprint, open_split
-from timm_geoprior.errors import GeoPriorError, message_of
+from timm_geoprior.errors import GeoPriorError, exit_on_error
 from timm_geoprior.evaluation.models import load_model
 from timm_geoprior.files import write_json
 from timm_geoprior.provenance import git_commit, hardware, versions
@@ -132,10 +131,8 @@ def main() -> None:
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='override a key of warm_in1k')
     parser.add_argument('--output', type=Path, required=True, help='folder to write')
     args = parser.parse_args()
-    try:
+    with exit_on_error():
         run(args)
-    except GeoPriorError as error:
-        sys.exit(f'conversion_imagenet.py: {message_of(error)}')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -129,12 +129,12 @@ class Replaced(nn.Module):
         return self.conv(x).index_copy(1, self.fit.channels, attended)
 
 
-def removal(layer: LayerModel, behind: FollowingLayers, value_dim: int) -> LayerFit:
+def removal(layer: LayerModel, following: FollowingLayers, value_dim: int) -> LayerFit:
     """A fit that leaves out the least important channels instead, corrected as far as the others predict them."""
-    statistics = activation_statistics(behind.bias, behind.weight.abs(), behind.activation)
-    channels = (statistics.variance * behind.next_weight.square().sum(0)).argsort()[:value_dim].sort().values
+    statistics = activation_statistics(following.bias, following.weight.abs(), following.activation)
+    channels = (statistics.variance * following.next_weight.square().sum(0)).argsort()[:value_dim].sort().values
     nothing = torch.zeros(value_dim, layer.kernels.shape[1], dtype=torch.float64)
-    correction, constant = correct(layer, behind, channels, nothing, torch.ones(1, dtype=torch.float64))
+    correction, constant = correct(layer, following, channels, nothing, torch.ones(1, dtype=torch.float64))
     return LayerFit(channels, (1.0,), nothing, layer.mean_shift(channels, nothing), torch.ones(value_dim), correction,
                     constant)
 
@@ -164,7 +164,7 @@ def _fit(
         fit: Fit = fit_layer,
 ) -> LayerFit:
     previous = block.conv1.weight if correlated else torch.eye(block.conv1.out_channels)
-    inputs = InputModel.behind_norm(block.bn1.weight, block.bn1.bias, block.act1, previous, rho)
+    inputs = InputModel.after_norm(block.bn1.weight, block.bn1.bias, block.act1, previous, rho)
     layer = LayerModel(block.conv2.weight, inputs, size, block.conv2.stride[0])
     scale = block.bn3.weight / (block.bn3.running_var + block.bn3.eps).sqrt()
     next_weight = block.conv3.weight.flatten(1).double() * scale.double()[:, None]
@@ -198,7 +198,7 @@ def main() -> None:
     images = torch.stack([transform(read_image(path)) for path in paths])
     batches = [(batch, torch.full((len(batch),), -1)) for batch in images.split(25)]
     print(f'{len(images)} images of {args.images}, {args.source}, torch {torch.__version__}\n')
-    print('| variant | feature error | same first answer | KL divergence |\n| --- | ---: | ---: | ---: |')
+    print('| variant | feature error | same top-1 prediction | KL divergence |\n| --- | ---: | ---: | ---: |')
     for name, options in VARIANTS.items():
         converted = variant(source, [0, 8, 24, 56], images.shape[-1], **options)
         found = compare(source, converted, batches, torch.tensor([-1]))

@@ -43,7 +43,7 @@ def table(runs: Runs) -> str:
                 rows.append([data, start, values['seed'], f'{values["top1_correct"]:,} of {values["num_images"]:,}',
                              f'{values["top1"]:.2f}', f'{low:.2f}, {high:.2f}', f'{60 * values["hours"]:.1f}'])
     return markdown_table(
-        ['data', 'start', 'seed', 'right', 'top-1 %', '95% interval', 'minutes'], rows, left=(0, 1))
+        ['data', 'start', 'seed', 'correct', 'top-1 %', '95% interval', 'minutes'], rows, left=(0, 1))
 
 
 def draw(axes: Axes, data: str, starts: dict[str, list[Path]]) -> None:

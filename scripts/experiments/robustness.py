@@ -14,7 +14,6 @@ covered. Shifted-in and covered areas get the mean colour. The calibration error
 condition.
 """
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,10 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 import timm_geoprior  # noqa: F401  (registers the models)
-from compare import LEAST_SEEDS, paired_interval
+from compare import MIN_SEEDS, paired_interval
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.distributed import default_device
-from timm_geoprior.errors import GeoPriorError, message_of
+from timm_geoprior.errors import GeoPriorError, exit_on_error
 from timm_geoprior.evaluation.metrics import Predictions, calibrate, target_ranks
 from timm_geoprior.files import markdown_table, write_atomically, write_csv
 from timm_geoprior.progress import command_line
@@ -48,10 +47,6 @@ COVERED = (1 / 16, 1 / 4)
 BATCH = 200  # a multiple of the four directions
 DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 Change = Callable[[Tensor, int], Tensor]
-
-
-class RobustnessError(GeoPriorError):
-    """Checkpoints that cannot be compared; the message says why and what to do."""
 
 
 def shift(images: Tensor, share: float) -> Tensor:
@@ -117,7 +112,7 @@ def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int | N
     """
     saved = read_weights(path)
     if saved.class_names != tuple(classes):
-        raise RobustnessError(f'{path} must be trained on the {len(classes)} classes of the images, got '
+        raise GeoPriorError(f'{path} must be trained on the {len(classes)} classes of the images, got '
                               f'{len(saved.class_names)} others. Check --data-dir.')
     recipe = make_recipe(saved.recipe, str(path))
     check_recipe(recipe)  # it may name a model that this version does not have
@@ -166,7 +161,7 @@ def compare(name: str, pairs: Sequence[Sequence[Predictions]], calibration: bool
     prior, plain = found.mean(0)
     over_seeds = paired_interval(found[:, 0] - found[:, 1])
     line = [name, f'{prior:.2f}', f'{plain:.2f}', f'{prior - plain:+.2f}', f'{low:+.2f} to {high:+.2f}']
-    return found, [*line, *([str(over_seeds)] if len(pairs) >= LEAST_SEEDS else [])]
+    return found, [*line, *([str(over_seeds)] if len(pairs) >= MIN_SEEDS else [])]
 
 
 def run(args: argparse.Namespace) -> str:
@@ -181,12 +176,12 @@ def run(args: argparse.Namespace) -> str:
         # timm resizes images for its plain networks differently, but a pair must see the same images
         plain, others = measure(pair[1], images, found.classes, args.amp, facts['interpolation'])
         if facts != others:
-            raise RobustnessError(f'{pair[0]} and {pair[1]} must have the same recipe but for the network, and the '
+            raise GeoPriorError(f'{pair[0]} and {pair[1]} must have the same recipe but for the network, and the '
                                   f'same seed. Name two runs that were trained side by side.')
         own = {**facts, 'seed': 0, 'recipe': {**facts['recipe'], 'teacher_path': ''}}  # each seed may have its own
         first = first or own
         if own != first:
-            raise RobustnessError(f'All pairs must have the same recipe, got another one in {pair[0]}. Measure it in a '
+            raise GeoPriorError(f'All pairs must have the same recipe, got another one in {pair[0]}. Measure it in a '
                                   f'run of its own.')
         measured.append((prior, plain))
         seeds.append(facts['seed'])
@@ -230,10 +225,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with exit_on_error():
         text = run(args)
-    except GeoPriorError as error:
-        sys.exit(f'robustness.py: {message_of(error)}')
     print(f'\n{text}')
 
 

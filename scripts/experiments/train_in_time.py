@@ -21,7 +21,6 @@ import argparse
 import gc
 import math
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ import torch
 import timm_geoprior  # noqa: F401  (registers the models)
 from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.distributed import default_device, find_device
-from timm_geoprior.errors import GeoPriorError, message_of
+from timm_geoprior.errors import GeoPriorError, exit_on_error
 from timm_geoprior.progress import tell_on_stderr
 from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
@@ -251,10 +250,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with exit_on_error():
         run(args, time.monotonic() + 60 * args.minutes)
-    except GeoPriorError as error:
-        sys.exit(f'train_in_time.py: {message_of(error)}')
 
 
 if __name__ == '__main__':

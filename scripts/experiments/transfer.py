@@ -41,17 +41,17 @@ from tqdm import tqdm
 
 import timm_geoprior  # noqa: F401  (registers the models)
 from compare import distinct, paired_interval
-from timm_geoprior.data.batches import begin, generator, init_worker, seed_everything
+from timm_geoprior.data.batches import generator, init_worker, seed_everything, start_workers
 from timm_geoprior.data.dataset import DataSplit, fingerprint, open_split
 from timm_geoprior.data.preflight import check_data
 from timm_geoprior.distributed import default_device, find_device
-from timm_geoprior.errors import GeoPriorError, message_of
+from timm_geoprior.errors import GeoPriorError, exit_on_error
 from timm_geoprior.evaluation.models import state_dict_sha256
-from timm_geoprior.files import markdown_table, save_figure, write_atomically, write_csv, write_json
+from timm_geoprior.files import first_line, markdown_table, save_figure, write_atomically, write_csv, write_json
 from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import save_checkpoint
-from timm_geoprior.training.finetune import HELD_OUT_SHARE, Job, find_splits, finetune
+from timm_geoprior.training.finetune import HELD_OUT_SHARE, FinetuneJob, find_splits, finetune
 from timm_geoprior.training.loaders import hold_out, model_cfg
 from timm_geoprior.training.recipe import load_recipe
 
@@ -64,10 +64,6 @@ PENALTIES = tuple(10.0 ** power for power in range(-5, 2))
 STATISTICS_IMAGES = 1024  # training images, without labels, for the batch norm statistics of a random network
 BATCH_SIZE = 64  # for the frozen network
 Row = dict[str, Any]
-
-
-class TransferError(GeoPriorError):
-    """Images, labels or a model that cannot be used for transfer; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def transfer(job: Transfer) -> Iterator[list[Row]]:
         The rows of all data sets in the output, at the start and after each new one.
 
     Raises:
-        TransferError: Bad images, too few of them, a model without weights, or an output with other settings.
+        GeoPriorError: Bad images, too few of them, a model without weights, or an output with other settings.
         RuntimeError: A run failed; the message is written for the user.
         SystemExit: On SIGTERM and Ctrl-C.
     """
@@ -179,9 +175,9 @@ def _rows(output: Path) -> list[Row]:
 
 def _check_arguments(job: Transfer) -> None:
     if job.img_size < 0:
-        raise TransferError(f'--img-size must be in pixels, got {job.img_size}. Name 32 or more, or leave it out.')
+        raise GeoPriorError(f'--img-size must be in pixels, got {job.img_size}. Name 32 or more, or leave it out.')
     if job.output.exists() and not job.output.is_dir():
-        raise TransferError(f'--output must be a folder, got the file {job.output}. Name another.')
+        raise GeoPriorError(f'--output must be a folder, got the file {job.output}. Name another.')
     find_device(job.device)
     if 'finetune' in job.methods:
         load_recipe('finetune', list(job.overrides))  # rejects unknown keys before the probes, which take long
@@ -219,7 +215,7 @@ def _check_settings(job: Transfer, settings: Mapping[str, Any]) -> None:
                 got, expected = (f'--set {" ".join(values)}' if values else 'no --set' for values in (was, value))
             else:
                 got, expected = (f'--img-size {it}' if key == 'img_size' else f'the {key} {it}' for it in (was, value))
-            raise TransferError(f'{job.folder} must have been made with {expected}, got {got}. Name another folder by '
+            raise GeoPriorError(f'{job.folder} must have been made with {expected}, got {got}. Name another folder by '
                                 f'--output, or leave it the same.')
 
 
@@ -227,7 +223,7 @@ def _test_split(job: Transfer) -> str:
     splits = find_splits(job.data_dir)
     test = splits.measured or splits.val
     if not (splits.train and test):
-        raise TransferError(f'{job.data_dir} must have class folders in train/ and in test/ or val/, got none in one '
+        raise GeoPriorError(f'{job.data_dir} must have class folders in train/ and in test/ or val/, got none in one '
                             f'of them. Sort the images into them.')
     return test
 
@@ -237,7 +233,7 @@ def _open_splits(job: Transfer) -> tuple[DataSplit, DataSplit]:
     train, measured = (open_split(job.data_dir, split=split) for split in (find_splits(job.data_dir).train, test))
     if train.classes != measured.classes:
         other = sorted(set(train.classes) ^ set(measured.classes))[0]
-        raise TransferError(f'{job.data_dir} must have the same class folders in train and {test}, got {other} in '
+        raise GeoPriorError(f'{job.data_dir} must have the same class folders in train and {test}, got {other} in '
                             f'one of them only. Add or remove it.')
     return train, measured
 
@@ -254,7 +250,7 @@ def draw_labels(data: DataSplit, per_class: int, seed: int) -> Tensor:
         Indices, ascending.
 
     Raises:
-        TransferError: A class has fewer images, or so few that none can be held out.
+        GeoPriorError: A class has fewer images, or so few that none can be held out.
     """
     labels = torch.from_numpy(data.labels)
     drawn = []
@@ -262,10 +258,10 @@ def draw_labels(data: DataSplit, per_class: int, seed: int) -> Tensor:
         members = (labels == index).nonzero().flatten()
         wanted = per_class or len(members)
         if len(members) < 2:
-            raise TransferError(f'The class {name} must have at least 2 training images, one to learn from and one to '
+            raise GeoPriorError(f'The class {name} must have at least 2 training images, one to learn from and one to '
                                 f'choose by, got 1. Add some, or take the class out.')
         if not 2 <= wanted <= len(members):
-            raise TransferError(f'--per-class must be from 2 (one to learn from, one to choose by) to the '
+            raise GeoPriorError(f'--per-class must be from 2 (one to learn from, one to choose by) to the '
                                 f'{len(members)} images of the class {name}, got {wanted}.')
         order = torch.randperm(len(members), generator=generator(seed, 'labels', index))
         drawn.append(members[order[:wanted]])
@@ -280,9 +276,8 @@ def _network(job: Transfer, start: str, seed: int) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(job.model, pretrained=start == 'pretrained', num_classes=0)
     except Exception as error:  # timm, json and the Hub's client raise half a dozen exception types
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
-        raise TransferError(f'{job.model} must be a model with trained weights, got one that cannot be loaded '
-                            f'({reason}). `timm-geoprior list` names some.') from error
+        raise GeoPriorError(f'{job.model} must be a model with trained weights, got one that cannot be loaded '
+                            f'({first_line(error)}). `timm-geoprior list` names some.') from error
     return model.to(device=job.device).to(memory_format=torch.channels_last).eval()
 
 
@@ -305,7 +300,7 @@ def _loader(job: Transfer, data: DataSplit, wanted: Tensor, drop_last: bool = Fa
     size = (3, job.img_size, job.img_size) if job.img_size else cfg['input_size']
     data.dataset.transform = create_transform(**{**cfg, 'input_size': size})
     images = Subset(data.dataset, wanted.tolist())
-    return begin(DataLoader(
+    return start_workers(DataLoader(
         images, BATCH_SIZE, num_workers=job.workers, drop_last=drop_last, worker_init_fn=init_worker))
 
 
@@ -401,7 +396,7 @@ def _finetuned(job: Transfer, train: DataSplit, drawn: Tensor, seed: int, per_cl
     # fewer labels get more epochs: labels times epochs is 30,000, within 10 to 100 epochs
     epochs = min(max(math.ceil(30_000 / len(drawn)), 10), 100)
     size = [f'img_size={job.img_size}'] if job.img_size else []
-    results = finetune(Job(
+    results = finetune(FinetuneJob(
         images, place, model=job.model, finetune='' if start == 'random' else 'pretrained',
         overrides=(f'epochs={epochs}', *size, *job.overrides),
         patience=10_000, seed=seed, device=job.device, workers=job.workers, resume=(place / 'last.pt').exists(),
@@ -434,7 +429,7 @@ def _link(job: Transfer, train: DataSplit, drawn: Tensor, folder: Path) -> None:
             target.symlink_to(split / train.names[index])
         (folder / 'test').symlink_to(job.data_dir.resolve() / test, target_is_directory=True)
     except OSError as error:
-        raise TransferError(f'{folder} must be on a file system that has symbolic links, got {error.strerror}. Name '
+        raise GeoPriorError(f'{folder} must be on a file system that has symbolic links, got {error.strerror}. Name '
                             f'another --output.') from error
 
 
@@ -557,11 +552,10 @@ def main() -> None:
         command_line())
     text = ''
     try:
-        for rows in transfer(job):
-            if rows:
-                text = write_transfer(rows, args.output)
-    except GeoPriorError as error:
-        sys.exit(f'transfer.py: {message_of(error)}')
+        with exit_on_error():
+            for rows in transfer(job):
+                if rows:
+                    text = write_transfer(rows, args.output)
     except KeyboardInterrupt:  # while images are read; a run saves a checkpoint and exits by itself
         sys.exit(130)
     print(f'\n{text}')

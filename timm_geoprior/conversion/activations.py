@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ..errors import GeoPriorError
 
-__all__ = ['Activations']
-
 
 class Activations:
     """The maps of each batch of images at one place in a network, float16, in a file that is deleted with this object.

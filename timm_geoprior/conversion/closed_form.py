@@ -79,11 +79,6 @@ from torch import Tensor, nn
 
 from ..layers import attention_map
 
-__all__ = [
-    'RHO', 'SMALLEST_RADIUS', 'ActivationStatistics', 'FollowingLayers', 'InputModel', 'LayerFit', 'LayerModel',
-    'activation_statistics', 'correct', 'fit_layer',
-]
-
 # Correlation of neighbouring positions. Of the values from 0 to 0.75, those from 0.4 to 0.6 preserved the features of
 # fully trained networks best (docs/experiments.md); a value per stage, or per layer from its running variances, was no
 # better.
@@ -144,8 +139,8 @@ def _rectified(mean: Tensor, std: Tensor) -> ActivationStatistics:
 
 def _by_quadrature(mean: Tensor, std: Tensor, activation: nn.Module) -> ActivationStatistics:
     # Gauss-Hermite nodes are the eigenvalues of the recurrence's Jacobi matrix (Golub and Welsch, 1969)
-    beside = torch.arange(1, NODES, dtype=torch.float64).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    off_diagonal = torch.arange(1, NODES, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))
     weights = vectors[0].square()
     outputs = activation(mean + std * nodes[:, None])
     first = weights @ outputs
@@ -171,7 +166,7 @@ class InputModel:
     rho: float = RHO  # correlation of two neighbouring positions; at a distance of (dy, dx) it is `rho^(|dy| + |dx|)`
 
     @classmethod
-    def behind_norm(
+    def after_norm(
             cls, weight: Tensor, bias: Tensor, activation: nn.Module, previous: Tensor, rho: float = RHO,
     ) -> 'InputModel':
         """The model after a 1x1 convolution of a white input, a batch norm and an activation.
@@ -226,9 +221,7 @@ class _Axis:
         return attention_map(radii.log(), self.size, self.stride, kernel=self.kernel)
 
 
-@functools.lru_cache(maxsize=64)
-def _axis(size: int, stride: int, rho: float, kernel: str) -> _Axis:
-    return _Axis(size, stride, rho, kernel)
+_axis = functools.lru_cache(maxsize=64)(_Axis)
 
 
 class LayerModel:
@@ -345,20 +338,20 @@ class LayerFit:
     constant: Tensor  # what the mean of each replaced channel still lacks, shape (value_dim,)
 
 
-def fit_layer(layer: LayerModel, behind: FollowingLayers, value_dim: int, num_heads: int = 1) -> LayerFit:
+def fit_layer(layer: LayerModel, following: FollowingLayers, value_dim: int, num_heads: int = 1) -> LayerFit:
     """Choose channels and radii, fit the values, and correct the next convolution.
 
     Args:
         layer: The convolution under the model of its inputs.
-        behind: The layers after it.
+        following: The layers after it.
         value_dim: Number of channels to replace.
         num_heads: Number of radii, each for an equal share of these channels.
 
     Returns:
         The fit.
     """
-    after = activation_statistics(behind.bias, behind.weight.abs(), behind.activation)
-    scale = behind.weight.double().cpu().square() * behind.next_weight.double().cpu().square().sum(0)
+    after = activation_statistics(following.bias, following.weight.abs(), following.activation)
+    scale = following.weight.double().cpu().square() * following.next_weight.double().cpu().square().sum(0)
     importance = scale * after.slope
     share = value_dim // num_heads
     radii, parts, errors = [], [], []
@@ -370,7 +363,7 @@ def fit_layer(layer: LayerModel, behind: FollowingLayers, value_dim: int, num_he
         errors.append(missed)
     channels = torch.cat(parts)
     values = torch.cat([layer.values(part, radius) for part, radius in zip(parts, radii, strict=True)])
-    correction, constant = correct(layer, behind, channels, values, torch.tensor(radii, dtype=torch.float64))
+    correction, constant = correct(layer, following, channels, values, torch.tensor(radii, dtype=torch.float64))
     return LayerFit(channels, tuple(radii), values, layer.mean_shift(channels, values), torch.cat(errors), correction,
                     constant)
 
@@ -391,7 +384,7 @@ def _choose(layer: LayerModel, importance: Tensor, count: int) -> tuple[float, T
 
 def correct(
         layer: LayerModel,
-        behind: FollowingLayers,
+        following: FollowingLayers,
         channels: Tensor,
         values: Tensor,
         radii: Tensor,
@@ -400,7 +393,7 @@ def correct(
 
     Args:
         layer: The convolution under the model of its inputs.
-        behind: The layers after it.
+        following: The layers after it.
         channels: Output channels that are replaced, shape (value_dim,), head by head.
         values: W_v, shape (value_dim, C_in).
         radii: The radius of each head, shape (num_heads,).
@@ -417,13 +410,13 @@ def correct(
     new[channels] = cross.T
     new[channels[:, None], channels] = among
     new_std = new.diagonal().clamp_min(SMALLEST).sqrt()
-    sign = behind.weight.double().sign().cpu()
+    sign = following.weight.double().sign().cpu()
     mixed = (mixed * (sign / old_std)[:, None] * (sign / new_std)).clamp(-1, 1)
     new = (new * (sign / new_std)[:, None] * (sign / new_std)).clamp(-1, 1)
-    std = behind.weight.double().abs().cpu()
-    old = activation_statistics(behind.bias, std, behind.activation)
+    std = following.weight.double().abs().cpu()
+    old = activation_statistics(following.bias, std, following.activation)
     kept_std = std * new_std / old_std
-    kept = activation_statistics(behind.bias, kept_std, behind.activation)
+    kept = activation_statistics(following.bias, kept_std, following.activation)
     lost = _series_covariance(old.series[:, channels], kept.series, mixed[channels])
     lost -= _series_covariance(kept.series[:, channels], kept.series, new[channels])
     among = _series_covariance(kept.series, kept.series, new)

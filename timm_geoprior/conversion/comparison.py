@@ -12,8 +12,6 @@ from ..evaluation.classes import match_classes
 from ..evaluation.metrics import target_ranks
 from ..evaluation.models import LoadedModel
 
-__all__ = ['class_indices', 'compare']
-
 
 def class_indices(data: DataSplit, loaded: LoadedModel) -> Tensor:
     """The network's class for each label of the data, matched by WordNet id or else by readable name.

@@ -12,14 +12,13 @@ from timm.data import create_transform
 from torch import Tensor
 
 from ..data.batches import generator
-from ..data.dataset import Chosen, DataOptions, DataSplit, open_split
+from ..data.dataset import DataSplit, SelectedImages, open_split
+from ..data.listing import DataOptions
 from ..errors import EvaluationError, GeoPriorError
 from ..files import first_sentence
 
-__all__ = ['FEWEST', 'ImageSets', 'PreparedImages', 'draw_images']
-
-FEWEST = 10  # images, two of which are held out
-HELD_OUT, MOST_HELD_OUT = 1 / 5, 1000
+MIN_IMAGES = 10  # images, two of which are held out
+HELD_OUT, MAX_HELD_OUT = 1 / 5, 1000
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
 
     At most `limit` images are fitted to. A fifth of the folder's images are held out, at most 1,000.
     """
-    if limit < FEWEST:
-        raise GeoPriorError(f'--limit must be at least {FEWEST}, got {limit}.')
+    if limit < MIN_IMAGES:
+        raise GeoPriorError(f'--limit must be at least {MIN_IMAGES}, got {limit}.')
     if not os.access(folder, os.R_OK):
         fault = 'cannot be read' if os.path.exists(folder) else 'does not exist'
         raise GeoPriorError(f'--images must be a folder of images, got {folder}, which {fault}. Check its name.')
@@ -46,15 +45,15 @@ def draw_images(folder: Path, limit: int) -> ImageSets:
     except EvaluationError as error:  # without its advice, which is meant for `validate`
         raise _too_few(folder, f'none ({first_sentence(error)})') from None
     count = len(data.labels)
-    if count < FEWEST:
+    if count < MIN_IMAGES:
         raise _too_few(folder, str(count))
     order = torch.randperm(count, generator=generator(0, 'conversion')).numpy()
-    held_out = min(round(HELD_OUT * count), MOST_HELD_OUT)
+    held_out = min(round(HELD_OUT * count), MAX_HELD_OUT)
     return ImageSets(data, order[held_out:][:limit], order[:held_out])
 
 
 def _too_few(folder: Path, found: str) -> GeoPriorError:
-    return GeoPriorError(f'{folder} must hold at least {FEWEST} images, got {found}. Add some, name another '
+    return GeoPriorError(f'{folder} must hold at least {MIN_IMAGES} images, got {found}. Add some, name another '
                          f'folder or uncompressed .tar, or leave out --images for the closed form.')
 
 
@@ -73,7 +72,7 @@ class PreparedImages:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, (N, C, H, W), and labels, (N,), of each batch, without unreadable images: at most half."""
         channels, data = self.config['input_size'][0], self.sets.data
-        images = Chosen(data.dataset, self.indices, data.labels[self.indices], create_transform(**self.config),
+        images = SelectedImages(data.dataset, self.indices, data.labels[self.indices], create_transform(**self.config),
                         'L' if channels == 1 else 'RGB')
         unreadable = 0
         for batch, labels, bad in images.batches(self.batch_size, self.workers):

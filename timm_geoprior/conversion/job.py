@@ -33,10 +33,8 @@ from .comparison import class_indices, compare
 from .images import ImageSets, PreparedImages, draw_images
 from .mirror import Mirror, mirror
 from .readme import readme
-from .regression import PARTS, LayerFit, activation_bytes, refine
+from .regression import PARTS, FittedLayer, activation_bytes, refine
 from .state_dict import attention_blocks, checkpoint_filter_fn, fit_blocks, on_one_thread
-
-__all__ = ['ConvertJob', 'convert']
 
 BATCH_SIZE = 32
 WEIGHTS = 'model.safetensors'
@@ -113,17 +111,17 @@ def _check_output(output: Path) -> Path:
     try:
         place = output.resolve()
         if str(place).encode(errors='replace') != os.fsencode(place):
-            raise GeoPriorError(f'{output} must be a path in UTF-8, since safetensors opens no other, got other bytes. '
-                                f'Name another by --output.')
+            raise GeoPriorError(f'{output} must be a path in UTF-8, since safetensors cannot open any other. Name '
+                                f'another with --output.')
         if got := _obstacle(place):
-            raise GeoPriorError(f'{output} must be a new folder or an empty one, got {got}. Name another by --output.')
+            raise GeoPriorError(f'{output} must be a new or an empty folder, got {got}. Name another with --output.')
         parent = next(parent for parent in place.parents if parent.exists())
     except OSError as error:
         raise GeoPriorError(f'{output} must be a folder that can be made, got an error ({first_line(error)}). Name '
-                            f'another by --output.') from None
+                            f'another with --output.') from None
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise GeoPriorError(f'{output} must be a folder that can be made, got {parent} above it, which is '
-                            f'{"not writable" if parent.is_dir() else "a file"}. Name another by --output.')
+                            f'{"not writable" if parent.is_dir() else "a file"}. Name another with --output.')
     return place
 
 
@@ -196,7 +194,7 @@ def _origin(loaded: LoadedModel) -> dict[str, Any]:
 
 def _fit(
         job: ConvertJob, sets: ImageSets, source: nn.Module, model: GeoPriorResNet, config: dict[str, Any],
-) -> list[LayerFit]:
+) -> list[FittedLayer]:
     """Fit the network to the images, with a progress bar over the layers."""
     size = min(BATCH_SIZE, max(len(sets.fit) // PARTS, 1))
     images = PreparedImages(sets, sets.fit, config, size, job.workers)

@@ -18,8 +18,6 @@ from ..errors import GeoPriorError
 from ..geoprior_resnet import GeoPriorBottleneck, GeoPriorResNet
 from ..layers import GeoPriorConv2d
 
-__all__ = ['Mirror', 'blocks', 'mirror', 'value_channels', 'value_dim']
-
 SHARES = (0.0, 1 / 16, 3 / 32, 7 / 64)  # of each stage's 3x3 channels: 8, 24 and 56 of 128, 256 and 512
 ARCHITECTURES = ('geoprior_resnet50', 'geoprior_resnet101', 'geoprior_resnet152', 'geoprior_resnet14_nano')
 STAGES = ('layer1', 'layer2', 'layer3', 'layer4')
@@ -99,17 +97,17 @@ def mirror(source: nn.Module, name: str = 'The network') -> Mirror:
     _check_same(source, made, name)
     if not any(made.model_args.get('value_dims', SHARES)):
         raise GeoPriorError(f'{name} must have 3x3 layers of 16 channels or more after its first stage, got narrower '
-                            f'ones. Take another source, such as resnet50.')
+                            f'ones. Use another source, such as resnet50.')
     return made
 
 
 def _check_kind(source: nn.Module, name: str) -> None:
     if not isinstance(source, ResNet):
         raise GeoPriorError(f'{name} must be a ResNet of timm, got a {type(source).__name__}. '
-                            f'Take one such as resnet50, resnet50d or wide_resnet50_2.')
+                            f'Use one such as resnet50, resnet50d or wide_resnet50_2.')
     if empty := [stage for stage in STAGES if not len(getattr(source, stage, ()))]:
         raise GeoPriorError(f'{name} must have blocks in each of four stages, got none in {empty[0]}. '
-                            f'Take another source, such as resnet50.')
+                            f'Use another source, such as resnet50.')
     for place, block in blocks(source):
         if isinstance(getattr(block, 'conv2', None), GeoPriorConv2d):
             raise GeoPriorError(f'{name} must be a plain ResNet, got a GeoPrior ResNet ({place} has attention '
@@ -117,7 +115,7 @@ def _check_kind(source: nn.Module, name: str) -> None:
         reason = _obstacle(block)
         if reason:
             raise GeoPriorError(f'{name} must be a ResNet of bottleneck blocks with plain 3x3 convolutions and batch '
-                                f'norms, got {reason} in {place}. Take another source, such as resnet50.')
+                                f'norms, got {reason} in {place}. Use another source, such as resnet50.')
 
 
 def _obstacle(block: nn.Module) -> str:
@@ -180,7 +178,7 @@ def _act_name(act: nn.Module, name: str) -> str:
         except KeyError:
             continue
     raise GeoPriorError(f'{name} must have an activation that timm knows by name, got {type(act).__name__}. '
-                        f'Take another source, such as resnet50.')
+                        f'Use another source, such as resnet50.')
 
 
 def _aa_name(stages: list[Any], name: str) -> str | None:
@@ -188,7 +186,7 @@ def _aa_name(stages: list[Any], name: str) -> str | None:
     names = {nn.AvgPool2d: 'avg', BlurPool2d: 'blur'}
     if len(layers) > 1 or layers - names.keys():
         raise GeoPriorError(f'{name} must be smoothed by average or blur pooling, got '
-                            f'{", ".join(sorted(layer.__name__ for layer in layers))}. Take another source.')
+                            f'{", ".join(sorted(layer.__name__ for layer in layers))}. Use another source.')
     return names[layers.pop()] if layers else None
 
 
@@ -215,7 +213,7 @@ def _check_same(source: nn.Module, made: Mirror, name: str) -> None:
     for place in [*got, *expected]:
         if got.get(place) != expected.get(place):
             raise GeoPriorError(f"{name} must be built as timm's ResNet builds its networks, got {place} = "
-                                f'{got.get(place)} where the mirror has {expected.get(place)}. Take another source.')
+                                f'{got.get(place)} where the mirror has {expected.get(place)}. Use another source.')
 
 
 def _leaves(model: nn.Module) -> dict[str, str]:

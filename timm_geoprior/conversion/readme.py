@@ -3,8 +3,6 @@ from typing import Any
 
 from ..files import markdown_table
 
-__all__ = ['layer_rows', 'lines', 'readme']
-
 
 def layer_rows(results: dict[str, Any]) -> list[list[str]]:
     """A table of the layers, header first: their channels, radius in cells, and losses in percent."""

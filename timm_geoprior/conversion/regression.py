@@ -27,13 +27,10 @@ from ..errors import GeoPriorError
 from ..geoprior_resnet import GeoPriorResNet
 from ..layers import GeoPriorAttn2d, GeoPriorConv2d, mix_values
 from .activations import Activations
-from .closed_form import SMALLEST_RADIUS, LayerModel, correct
-from .closed_form import LayerFit as ClosedFormFit
+from .closed_form import SMALLEST_RADIUS, LayerFit, LayerModel, correct
 from .mirror import blocks
 from .ridge import Moments, choose_penalty, solve
 from .state_dict import AttentionBlock, apply_fit, attention_blocks, layer_models
-
-__all__ = ['PARTS', 'LayerFit', 'activation_bytes', 'refine']
 
 Block = Any  # a Bottleneck of timm, whose parts are modules or None
 PARTS = 5  # number of parts that the batches are divided into to choose a penalty
@@ -41,7 +38,7 @@ RADII = tuple(2.0 ** (step / 4) for step in (-2, -1, 0, 1, 2))  # times the clos
 
 
 @dataclass(frozen=True)
-class LayerFit:
+class FittedLayer:
     """The result of fitting a layer."""
     name: str  # name of the block
     value_dim: int  # channels that the attention computes
@@ -104,8 +101,8 @@ def _first(model: GeoPriorResNet) -> int:
 @torch.no_grad()
 def refine(
         source: nn.Module, model: GeoPriorResNet, images: Iterable[Tensor], count: int, batch_size: int,
-        advanced: Callable[[LayerFit], object] = lambda layer: None,
-) -> list[LayerFit]:
+        advanced: Callable[[FittedLayer], object] = lambda layer: None,
+) -> list[FittedLayer]:
     """Fit a converted network to images, in place.
 
     Args:
@@ -131,7 +128,7 @@ def refine(
             _fit_next(inputs, name, old, new)
         output = inputs.advance(name, None if item else old, new)
         if item:
-            layers.append(LayerFit(name, item.value_dim, radius, lost, output))
+            layers.append(FittedLayer(name, item.value_dim, radius, lost, output))
             advanced(layers[-1])
     return layers
 
@@ -189,8 +186,8 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 
 def _fit_attention(inputs: _Inputs, old: Block, item: AttentionBlock) -> tuple[float, float]:
     """Choose a block's radius and channels and fit the value projection; returns the radius and the share missed."""
-    layer, behind = layer_models(item, old.state_dict())
-    importance = behind.next_weight.square().sum(0).to(inputs.device)
+    layer, following = layer_models(item, old.state_dict())
+    importance = following.next_weight.square().sum(0).to(inputs.device)
     radii, fits = _candidates(inputs, old, item, layer, importance)
     errors, energy = _errors(inputs, old, item, radii, fits)
     best = (errors * importance).topk(item.value_dim, dim=1, largest=False)
@@ -199,8 +196,8 @@ def _fit_attention(inputs: _Inputs, old: Block, item: AttentionBlock) -> tuple[f
     weight, constant = (tensor[channels].cpu() for tensor in fits[place])
     missed = best.values[place].sum() / (energy * importance)[channels].sum().clamp(min=1e-30)
     channels = channels.cpu()
-    correction = correct(layer, behind, channels, weight, torch.tensor(radii[place:place + 1], dtype=torch.float64))
-    fit = ClosedFormFit(channels, (radii[place],), weight, -constant, errors[place].cpu()[channels], *correction)
+    correction = correct(layer, following, channels, weight, torch.tensor(radii[place:place + 1], dtype=torch.float64))
+    fit = LayerFit(channels, (radii[place],), weight, -constant, errors[place].cpu()[channels], *correction)
     new = item.block.state_dict()
     for name, tensor in apply_fit(old.state_dict(), fit).items():
         new[name].copy_(tensor)

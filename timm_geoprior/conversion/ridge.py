@@ -2,8 +2,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ['Moments', 'choose_penalty', 'solve']
-
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 5))
 
 

@@ -14,11 +14,6 @@ from ..errors import GeoPriorError
 from ..layers import GeoPriorAttn2d, GeoPriorConv2d
 from .closed_form import FollowingLayers, InputModel, LayerFit, LayerModel, fit_layer
 
-__all__ = [
-    'AttentionBlock', 'ConversionError', 'apply_fit', 'attention_blocks', 'checkpoint_filter_fn', 'convert_state_dict',
-    'fit_blocks', 'is_plain_resnet', 'layer_models', 'on_one_thread',
-]
-
 _logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = (3, 224, 224)  # for a model without a pretrained_cfg
@@ -29,7 +24,7 @@ _READ = ('conv1.weight', 'bn1.weight', 'bn1.bias', 'conv2.weight', *_NORMS, 'con
          'bn3.running_mean', 'bn3.running_var')
 
 
-_ADVICE = 'Take weights of the ResNet of the same depth and options.'
+_ADVICE = 'Use the weights of a ResNet with the same depth and options.'
 
 
 class ConversionError(GeoPriorError):
@@ -209,11 +204,11 @@ def _check_block(item: AttentionBlock, shapes: Mapping[str, object]) -> None:
     for name in _READ:
         if item.prefix + name not in shapes:
             raise ConversionError(f'A network that loads a plain ResNet must have batch norms with weights and '
-                                  f'statistics, got none in {item.prefix}{name}. Build it anew, and load into that.')
+                                  f'statistics, got none in {item.prefix}{name}. Create it again and load into that.')
     for act in (item.block.act1, item.block.act2):
         if any(True for _ in act.parameters()):
             raise ConversionError(f'A network that loads a plain ResNet must have activations without weights, got '
-                                  f'{type(act).__name__} in {item.prefix.rstrip(".")}. Take another act_layer.')
+                                  f'{type(act).__name__} in {item.prefix.rstrip(".")}. Use another act_layer.')
 
 
 def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
@@ -231,18 +226,18 @@ def _check_tensors(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise ConversionError(f'Weights to be converted must be dense, of 16, 32 or 64 bits of floating point, and '
                                   f'not on the meta device, got {key} as {tensor.dtype}, {tensor.layout} on '
-                                  f'{tensor.device}. Take another checkpoint.')
+                                  f'{tensor.device}. Use another checkpoint.')
         if not torch.isfinite(tensor).all():
             raise ConversionError(
-                f'Weights to be converted must be finite, got inf or nan in {key}. Take another checkpoint.')
+                f'Weights to be converted must be finite, got inf or nan in {key}. Use another checkpoint.')
         if key.endswith('.running_var') and (tensor < 0).any():
             raise ConversionError(f'Weights to be converted must have variances of at least 0, got '
-                                  f'{float(tensor.min()):.3g} in {key}. Take another checkpoint.')
+                                  f'{float(tensor.min()):.3g} in {key}. Use another checkpoint.')
 
 
 def layer_models(item: AttentionBlock, block: Mapping[str, Tensor]) -> tuple[LayerModel, FollowingLayers]:
     """The closed form's models of a plain bottleneck, given its weights by local name, such as 'conv2.weight'."""
-    inputs = InputModel.behind_norm(block['bn1.weight'], block['bn1.bias'], item.block.act1, block['conv1.weight'])
+    inputs = InputModel.after_norm(block['bn1.weight'], block['bn1.bias'], item.block.act1, block['conv1.weight'])
     layer = LayerModel(block['conv2.weight'], inputs, item.map_size, item.stride, item.attn.kernel)
     scale = block['bn3.weight'].double().cpu() / (block['bn3.running_var'].double().cpu() + item.block.bn3.eps).sqrt()
     next_weight = block['conv3.weight'].flatten(1).double().cpu() * scale[:, None]
@@ -255,8 +250,8 @@ def fit_blocks(
     """Each block that has attention in the model, the plain bottleneck's weights by local name, and the fit."""
     for item in attention_blocks(model):
         block = {name: state_dict[item.prefix + name] for name in _READ}
-        layer, behind = layer_models(item, block)
-        yield item, block, fit_layer(layer, behind, item.value_dim, len(item.attn.log_radius))
+        layer, following = layer_models(item, block)
+        yield item, block, fit_layer(layer, following, item.value_dim, len(item.attn.log_radius))
 
 
 def apply_fit(block: Mapping[str, Tensor], fit: LayerFit) -> dict[str, Tensor]:

@@ -21,8 +21,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..distributed import reduce_sum
 from .reading import CorruptImages, Tell, read_readable, tell_of_rotations
 
-__all__ = ['FolderLoader', 'LoaderConfig', 'begin', 'generator', 'in_workers', 'init_worker', 'seed_everything']
-
 Key = tuple[int, int, int, int]  # epoch, index, repeat, size
 
 
@@ -76,7 +74,7 @@ def _end_with_parent() -> None:
     os._exit(0)  # at once, as torch's own handler does
 
 
-def begin(loader: DataLoader[Any]) -> Any:
+def start_workers(loader: DataLoader[Any]) -> Any:
     """Return an iterator over a loader whose workers run `init_worker`.
 
     Ctrl-C and SIGTERM are blocked while the workers start: they cannot handle them yet, and inherit the block.
@@ -90,11 +88,11 @@ def begin(loader: DataLoader[Any]) -> Any:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def in_workers(work: Callable[[list[int]], Any], indices: Sequence[int], batch_size: int, workers: int) -> Any:
+def map_in_workers(work: Callable[[list[int]], Any], indices: Sequence[int], batch_size: int, workers: int) -> Any:
     """Iterate over what `work` returns for successive lists of `batch_size` indices; worker processes call it."""
     # the indices are the data set: a list of them is processed where torch would only collate it
     data: Any = indices
-    return begin(DataLoader(data, batch_size, num_workers=workers, worker_init_fn=init_worker, collate_fn=work))
+    return start_workers(DataLoader(data, batch_size, num_workers=workers, worker_init_fn=init_worker, collate_fn=work))
 
 
 class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
@@ -113,7 +111,7 @@ class _SeededImages(Dataset[tuple[torch.Tensor, int, int, bool]]):
             self.transforms[size] = self.make_transform(size)
         item = read_readable(self.dataset, index)
         seed_everything(self.seed, 'augment', epoch, index, repeat)
-        return self.transforms[size](item.image), item.target, item.replaced, item.turned and not repeat
+        return self.transforms[size](item.image), item.target, item.replaced, item.rotation_ignored and not repeat
 
 
 class _EpochBatches(Sampler[list[Key]]):
@@ -177,12 +175,12 @@ class FolderLoader:
     def epoch(self, epoch: int, size: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one epoch, as in `MemoryLoader.epoch`."""
         self.batches.epoch, self.batches.size, self.batches.first_batch = epoch, size, first_batch
-        turned = 0
-        for number, (images, targets, bad, turned_here) in enumerate(begin(self.loader), 1):
+        ignored = 0
+        for number, (images, targets, bad, ignored_here) in enumerate(start_workers(self.loader), 1):
             self.corrupt.note(bad.tolist())
-            turned += int(turned_here.sum())
+            ignored += int(ignored_here.sum())
             if number == len(self) and not self.rotations_told:  # a whole epoch; the last yield may never return
                 self.rotations_told = True
-                total = int(reduce_sum(torch.tensor(turned, device=self.device)))
+                total = int(reduce_sum(torch.tensor(ignored, device=self.device)))
                 tell_of_rotations(0 if self.rank else total, self.tell)
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)

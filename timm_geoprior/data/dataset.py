@@ -18,11 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import EvaluationError, ImageError
 from ..files import first_line
-from .batches import begin, init_worker
+from .batches import init_worker, start_workers
 from .listing import DataOptions, Place, list_archive, list_images
 from .reading import EXTENSIONS, LITTER, read_image, read_item
-
-__all__ = ['UNREADABLE', 'Chosen', 'DataOptions', 'DataSplit', 'Files', 'Images', 'Stream', 'fingerprint', 'open_split']
 
 UNREADABLE = -2  # the target of an image that cannot be read
 KINDS = ('torch', 'wds', 'hfds', 'hfids')
@@ -256,7 +254,7 @@ class Images(ImageDataset):
         return image if self.transform is None else self.transform(image), target
 
 
-class Chosen(Dataset[tuple[Any, int]]):
+class SelectedImages(Dataset[tuple[Any, int]]):
     """Some images of a data set, each once, in a given order and with given targets.
 
     torch's DistributedSampler repeats images until all processes have the same number of them, and timm's data set
@@ -282,7 +280,7 @@ class Chosen(Dataset[tuple[Any, int]]):
     def batches(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """For each batch, the readable images, their targets, and the data set's indices of the unreadable images."""
         done = 0
-        for images, targets in begin(
+        for images, targets in start_workers(
                 DataLoader(self, batch_size, num_workers=workers, worker_init_fn=init_worker)):
             readable = targets != UNREADABLE
             unreadable = [int(self.indices[done + place]) for place in (~readable).nonzero()[:, 0].tolist()]

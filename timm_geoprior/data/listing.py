@@ -22,9 +22,6 @@ from ..errors import EvaluationError
 from ..files import first_line, walk_files
 from .reading import EXTENSIONS, LITTER
 
-__all__ = ['ILSVRC_ARCHIVE', 'ILSVRC_FILE', 'SPLITS', 'DataOptions', 'Listing', 'Place', 'folders_of_split',
-           'ilsvrc_val_labels', 'lies_in_images', 'list_archive', 'list_images', 'unpacked']
-
 SPLITS = {
     'train': ('train', 'training'),
     'val': ('val', 'valid', 'validation', 'dev', 'eval', 'evaluation'),
@@ -64,7 +61,7 @@ def folders_of_split(folder: Path, split: str) -> list[str]:
     return names_of_split([path.name for path in folder.iterdir() if path.is_dir()], split)
 
 
-def lies_in_images(output: Path, data_dir: Path, *splits: str) -> bool:
+def is_inside_images(output: Path, data_dir: Path, *splits: str) -> bool:
     """Whether images written to `output` would be read as images of these splits, or of another that exists."""
     try:
         found = {split: folders_of_split(data_dir, split) for split in (*splits, *SPLITS)}
@@ -195,7 +192,7 @@ def list_archive(path: Path) -> list[_Found]:
             add(outer, 0, '')
     except (tarfile.TarError, OSError) as error:
         raise EvaluationError(f'{path} cannot be read as a tar archive ({first_line(error)}). It is damaged or cut '
-                              f'off: get it again.') from None
+                              f'off. Replace the file.') from None
     return found
 
 
@@ -214,7 +211,7 @@ def _choose_images(found: Iterable[_Found], extensions: tuple[str, ...]) -> tupl
         else:
             others[extension or posixpath.basename(name)] += 1
     images.sort(key=lambda image: natural_key(image[0]))
-    notes = [f'Left out {counts.total():,} {what}: {_enumerate(counts)}.' for counts, what in (
+    notes = [f'Skipped {counts.total():,} {what}: {_enumerate(counts)}.' for counts, what in (
         (litter, 'files that systems and programs leave behind'), (others, 'files without an image extension'),
     ) if counts]
     return images, notes
@@ -258,7 +255,7 @@ def _labelled(root: Path, images: list[_Found], class_map: str, notes: list[str]
         raise EvaluationError(f'--class-map {class_map} must name class folders, such as {next(iter(folders))}, got '
                               f'{classes[0]} and so on. Correct the file.')
     if unknown:
-        notes = [*notes, f'Left out {unknown.total():,} images in {len(unknown)} folders that --class-map does not '
+        notes = [*notes, f'Skipped {unknown.total():,} images in {len(unknown)} folders that --class-map does not '
                          f'name: {_enumerate(unknown)}.']
         images = [image for image in images if _class_folder(image[0]) in index]
     labels = np.array([index[_class_folder(name)] for name, _ in images], np.int64)

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..progress import Progress, tell_on_stderr
-from .batches import LoaderConfig, generator, in_workers
+from .batches import LoaderConfig, generator, map_in_workers
 from .reading import CorruptImages, Tell, read_readable, tell_of_rotations
-
-__all__ = ['CropFlip', 'ImageTensors', 'MemoryLoader', 'decode_images']
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def _decode(dataset: Any, size: int, indices: list[int]) -> tuple[torch.Tensor, 
               item.image.resize((size, size), Image.Resampling.BICUBIC) for item in items]
     targets = torch.tensor([item.target if item.replaced < 0 else -1 for item in items])
     return (torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2), targets,
-            [item.replaced for item in items], sum(item.turned for item in items))
+            [item.replaced for item in items], sum(item.rotation_ignored for item in items))
 
 
 def decode_images(
@@ -79,16 +77,16 @@ def decode_images(
     corrupt = CorruptImages(dataset, max_corrupt, tell or str)
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     targets = torch.empty(len(dataset), dtype=torch.int64)
-    turned = 0
+    ignored = 0
     with Progress('decoding', len(dataset), tell=tell and tell_on_stderr) as progress:
         decode = functools.partial(_decode, dataset, size)
-        for batch, labels, bad, turned_here in in_workers(decode, range(len(dataset)), 500, workers):
+        for batch, labels, bad, ignored_here in map_in_workers(decode, range(len(dataset)), 500, workers):
             corrupt.note(bad)
             place = slice(progress.done, progress.done + len(batch))
             images[place], targets[place] = batch, labels
-            turned += turned_here
+            ignored += ignored_here
             progress.update(len(batch))
-    tell_of_rotations(turned, tell or str)
+    tell_of_rotations(ignored, tell or str)
     return ImageTensors(images, targets)
 
 

@@ -15,13 +15,11 @@ from ..distributed import gather
 from ..errors import EvaluationError
 from ..files import first_line
 from ..progress import Progress, tell_on_stderr
-from .batches import in_workers
+from .batches import map_in_workers
 from .dataset import DataSplit
 from .reading import LITTER, MAX_PIXELS, check_size, ignores_rotation, tell_of_rotations
 
-__all__ = ['check_data', 'empty_folders', 'image_fault', 'repeated_classes']
-
-TURNED = ''  # in place of a fault: a rotation that is ignored
+ROTATION_IGNORED = ''  # in place of a fault: a rotation that is ignored
 _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
 
 
@@ -61,16 +59,16 @@ def check_data(
         tell(f'Folders without images: {", ".join(empty[:10])}{" and others" if len(empty) > 10 else ""}.')
     own = range(rank, len(data.labels), world_size)
     found = gather(np.array(_look_at(data, own, workers, quiet=rank > 0), dtype=object).reshape(-1, 2)).tolist()
-    faults = [(index, fault) for index, fault in found if fault != TURNED]
+    faults = [(index, fault) for index, fault in found if fault != ROTATION_IGNORED]
     tell_of_rotations(len(found) - len(faults), tell)
     if faults:
         listed = '\n'.join(f'  {data.name_of(index)}: {reason}' for index, reason in sorted(faults))
-        raise EvaluationError(f'{len(faults)} of {len(data.labels):,} images cannot be read. Get them again, or remove '
+        raise EvaluationError(f'{len(faults)} of {len(data.labels):,} images cannot be read. Replace or remove '
                               f'them:\n{listed}')
 
 
 def image_fault(file: BinaryIO, name: str = '') -> str | None:
-    """Say why a file cannot be read as an image: a reason, `TURNED` for a good one whose rotation is ignored, or None.
+    """Say why a file cannot be read as an image; None for a good one, `ROTATION_IGNORED` if its rotation is ignored.
 
     A JPEG or PNG file with a valid header and its format's end marker is assumed to be complete; any other is decoded.
     This costs a fraction of decoding every image, and finds files that are truncated, empty or not images.
@@ -82,7 +80,7 @@ def image_fault(file: BinaryIO, name: str = '') -> str | None:
                 check_size('it', image)
                 if not _is_whole(file, image):
                     image.load()
-                return TURNED if ignores_rotation(image, name) else None
+                return ROTATION_IGNORED if ignores_rotation(image, name) else None
     except Image.DecompressionBombError:
         return f'it must have at most {MAX_PIXELS:,} pixels, got more. Scale it down'
     except Exception as error:  # a decoder fed with damaged bytes may raise anything
@@ -121,7 +119,7 @@ def _look_at(data: DataSplit, indices: Any, workers: int, quiet: bool) -> list[t
         return []
     found: list[tuple[int, str]] = []
     with Progress('checking', len(indices), tell=None if quiet else tell_on_stderr) as progress:
-        for batch in in_workers(functools.partial(_faults, data), indices, 64, workers):
+        for batch in map_in_workers(functools.partial(_faults, data), indices, 64, workers):
             found += batch
             progress.update(min(64, len(indices) - progress.done))
     return found

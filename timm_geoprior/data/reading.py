@@ -11,9 +11,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import CorruptImagesError, ImageError
 from ..files import first_line
 
-__all__ = ['EXTENSIONS', 'LITTER', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'CorruptImages', 'Item', 'check_size',
-           'ignores_rotation', 'read_image', 'read_item', 'read_readable', 'tell_of_rotations']
-
 Tell = Callable[[str], object]  # gets a message for the user
 MAX_PIXELS = 178_956_970  # half a GiB of RGB; Pillow refuses larger images too
 MAX_ASPECT_RATIO = 1000  # with its short side resized to 256 pixels, a thinner image would not fit into memory
@@ -88,8 +85,8 @@ def _fault(source: object, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f'must have at most {MAX_PIXELS:,} pixels, got more. Scale it down.'
     if isinstance(error, MemoryError):
-        return 'takes more memory than there is, or is damaged. Free some memory, or get it again.'
-    return f'cannot be decoded ({first_line(error)}): it is truncated or damaged. Get it again.'
+        return 'takes more memory than there is, or is damaged. Free some memory, or replace the file.'
+    return f'cannot be decoded ({first_line(error)}): it is truncated or damaged. Replace the file.'
 
 
 def check_size(name: str, image: Image.Image) -> None:
@@ -139,7 +136,7 @@ class Item(NamedTuple):
     image: Image.Image  # in mode 'RGB'
     target: int  # its class index
     replaced: int  # the requested index if that image cannot be read and this one replaces it; else -1
-    turned: bool  # whether a rotation that its file states was ignored
+    rotation_ignored: bool  # whether a rotation that its file states was ignored
 
 
 def read_item(dataset: Any, index: int, mode: str = 'RGB') -> Image.Image:
@@ -168,10 +165,10 @@ def read_readable(dataset: Any, index: int) -> Item:
         try:
             file, target = dataset.reader[place][:2]
             with file:
-                image, turned = _read(file, str(dataset.filename(place)), 'RGB')
+                image, ignored = _read(file, str(dataset.filename(place)), 'RGB')
         except (ImageError, OSError):
             continue
-        return Item(image, int(target), index if offset else -1, turned)
+        return Item(image, int(target), index if offset else -1, ignored)
     raise CorruptImagesError(f'Ten images in a row from {dataset.filename(index)} on cannot be read. Check the files.')
 
 

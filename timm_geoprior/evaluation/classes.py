@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from ..errors import ClassMismatchError
 
-__all__ = ['ClassMatch', 'match_classes']
-
 
 @dataclass(frozen=True)
 class ClassMatch:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_loader, resolve_data_config
 from torch import Tensor, nn
 
-from ..data.batches import begin, init_worker
-from ..data.dataset import UNREADABLE, Chosen, DataSplit
+from ..data.batches import init_worker, start_workers
+from ..data.dataset import UNREADABLE, DataSplit, SelectedImages
 from ..data.listing import ILSVRC_FILE, ilsvrc_val_labels
 from ..distributed import gather, reduce_sum
 from ..errors import EvaluationError, ProcessError, out_of_memory
@@ -22,9 +22,6 @@ from ..progress import Progress, tell_on_stderr
 from .classes import ClassMatch, match_classes
 from .metrics import Counts, Predictions, target_ranks
 from .models import LoadedModel, with_channels
-
-__all__ = ['EvalConfig', 'Evaluation', 'Forward', 'Pass', 'Plan', 'evaluate', 'plan', 'predict',
-           'set_numerics']
 
 SKIPPED, OUT_OF_RANGE = -1, -3  # in place of a class index, like UNREADABLE
 Batch = tuple[Tensor, Tensor]
@@ -198,7 +195,7 @@ def _make_loader(dataset: Any, plan: Plan, config: EvalConfig) -> Iterable[Batch
         pin_memory=config.device.type == 'cuda', worker_seeding=_seed_worker,  # type: ignore[arg-type]
         persistent_workers=config.workers > 0,  # so that the pass does not include the time to stop them
         **plan.config)
-    loader.loader = begin(loader.loader)  # torch's own, which is iterated once
+    loader.loader = start_workers(loader.loader)  # torch's own, which is iterated once
     return cast(Iterable[Batch], loader)
 
 
@@ -239,7 +236,8 @@ def evaluate(data: DataSplit, loaded: LoadedModel, plan: Plan, config: EvalConfi
     if config.torchcompile:
         model = torch.compile(model, backend=config.torchcompile)
     share = slice(config.rank, None, config.world_size)
-    dataset: Any = data.dataset if data.is_stream else Chosen(data.dataset, plan.indices[share], plan.targets[share])
+    dataset: Any = data.dataset if data.is_stream else SelectedImages(
+        data.dataset, plan.indices[share], plan.targets[share])
     dataset.mode = 'RGB' if plan.config['input_size'][0] == 3 else 'L'  # as in timm's validation
     if data.is_stream:
         dataset.target_transform = functools.partial(

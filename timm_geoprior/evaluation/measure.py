@@ -6,27 +6,25 @@ import fnmatch
 import importlib.util
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.dataset import DataOptions, DataSplit, fingerprint, open_split
-from ..data.listing import lies_in_images, unpacked
+from ..data.dataset import DataSplit, fingerprint, open_split
+from ..data.listing import DataOptions, is_inside_images, unpacked
 from ..data.preflight import check_data
 from ..distributed import default_device, find_device
 from ..errors import ClassMismatchError, EvaluationError, GeoPriorError, ProcessError
 from ..files import write_csv, write_json
 from ..pretrained.manifest import Metric, ModelEntry, load_manifest
+from ..progress import tell_on_stderr
 from ..training.checkpoint import check_exists
 from .classes import match_classes
 from .evaluate import EvalConfig, Evaluation, Plan, evaluate, plan, set_numerics
 from .models import LoadedModel, check_source, load_model
 from .results import details, lines, summary_row, write_results
-
-__all__ = ['find_metric', 'measure']
 
 
 @dataclass
@@ -65,7 +63,7 @@ def _check_output(args: argparse.Namespace) -> None:
         if importlib.util.find_spec('matplotlib') is None:
             raise EvaluationError('--output needs matplotlib for its plots. Run `pip install matplotlib` '
                                   '(the extra "train").')
-        if not args.dataset and args.data_dir and args.data_dir.is_dir() and lies_in_images(
+        if not args.dataset and args.data_dir and args.data_dir.is_dir() and is_inside_images(
                 args.output, args.data_dir, args.split):
             raise EvaluationError(f'The output must lie outside the folder of the images, since its plots would be '
                                   f'read as some of them, got {args.output}. Name another folder with --output.')
@@ -109,7 +107,7 @@ def _config(args: argparse.Namespace, device: torch.device, rank: int, world_siz
     return EvalConfig(
         device, rank, world_size, args.precision, args.batch_size, args.workers, args.channels_last,
         args.torchcompile, args.subset, args.real_labels, {key: getattr(args, key) for key in input_keys},
-        lambda text: None if rank else print(text, file=sys.stderr, flush=True))
+        (lambda text: None) if rank else tell_on_stderr)
 
 
 def _names(args: argparse.Namespace) -> list[str | None]:

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from ..distributed import reduce_sum
 
-__all__ = ['Calibration', 'Counts', 'Predictions', 'calibrate', 'confused_pairs', 'count_correct', 'per_class',
-           'target_ranks', 'wilson_interval']
-
 NO_RANK = 2 ** 20  # exact in float32
 
 

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from ..errors import EvaluationError, WeightsError
 from ..files import file_sha256, first_line
 from ..pretrained.manifest import LabelSet, ModelEntry, load_manifest
-from ..training.checkpoint import SavedModel, read_weights, take_prefix_off
-
-__all__ = ['LoadedModel', 'check_source', 'find_cfg', 'load_model', 'state_dict_sha256', 'with_channels']
+from ..training.checkpoint import SavedModel, read_weights, strip_prefix
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def load_model(
     if saved and checkpoint:
         source = {'checkpoint': str(checkpoint), 'sha256': file_sha256(checkpoint), 'averaged': saved.averaged}
         notes += [saved.note] if saved.note else []
-        state_dict, prefix = take_prefix_off(saved.state_dict, model.state_dict().keys())
+        state_dict, prefix = strip_prefix(saved.state_dict, model.state_dict().keys())
         notes += [f'{checkpoint}: the weights below {prefix!r} are used.'] if prefix else []
         _load_into(model, state_dict, name, str(checkpoint))
     source['state_dict_sha256'] = state_dict_sha256(model)

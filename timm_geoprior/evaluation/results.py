@@ -12,8 +12,6 @@ from ..provenance import git_commit, hardware, versions
 from .evaluate import EvalConfig, Evaluation
 from .metrics import Calibration, Counts, calibrate, confused_pairs, per_class, wilson_interval
 
-__all__ = ['details', 'lines', 'result_rows', 'summary_row', 'write_results']
-
 
 def _accuracies(counts: Counts) -> dict[str, Any]:
     """Counts with both accuracies and their 95% intervals in percent."""
@@ -152,11 +150,11 @@ def _plot_reliability(path: Path, calibration: Calibration, title: str) -> None:
     upper.plot([0, 1], [0, 1], color='gray', linestyle='--', label='perfectly calibrated')
     upper.bar(middles, calibration.accuracy, 0.94 * width, color='tab:blue', label='accuracy')
     upper.plot(calibration.confidence, calibration.accuracy, '.', color='black', label='at the mean confidence')
-    upper.set(ylabel='share of right answers', xlim=(0, 1), ylim=(0, 1),
+    upper.set(ylabel='accuracy', xlim=(0, 1), ylim=(0, 1),
               title=f'{drawable(title)}\nexpected calibration error {100 * calibration.error:.2f} points')
     upper.legend(loc='upper left')
     lower.bar(middles, calibration.counts, 0.94 * width, color='tab:gray')
-    lower.set(xlabel='confidence of the first answer', ylabel='images')
+    lower.set(xlabel='confidence', ylabel='images')
     save_figure(path, figure)
 
 

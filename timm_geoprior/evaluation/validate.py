@@ -16,8 +16,6 @@ from typing import Any
 from ..errors import GeoPriorError, enough_memory, needs_extra
 from ..progress import command_line, handled_signals
 
-__all__ = ['main', 'parse_arguments']
-
 DESCRIPTION = """\
 Measure the accuracy of a model on a data set. Every image is counted exactly once, whatever the batch size and the
 number of processes. With several GPUs: torchrun --standalone --nproc-per-node 8 scripts/validate.py ..."""
@@ -48,20 +46,16 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior validate'
     given = sys.argv[1:] if argv is None else [*argv]
     of_process = sys.argv[len(sys.argv) - len(given):] == given
     command = command_line() if of_process else shlex.join([*prog.split(), *given])
-    try:
-        with needs_extra('train', 'scipy'):
-            from ..distributed import group_of_processes, is_first, tells
-            from .measure import measure
-    except GeoPriorError as error:
-        print(f'{prog}: {error}', file=sys.stderr)
-        return 1
+    with needs_extra('train', 'scipy'):
+        from ..distributed import group_of_processes, is_first, should_report
+        from .measure import measure
     with group_of_processes():
         try:
             with (handled_signals(_stop, signal.SIGINT, signal.SIGTERM),
                   enough_memory('Use a smaller --batch-size, fewer --workers, or another device.')):
                 return 1 if measure(args, command) else 0
         except GeoPriorError as error:
-            if tells(error):
+            if should_report(error):
                 print(f'{prog}: {error}', file=sys.stderr)
             return 1
         except _Stopped as stopped:

@@ -15,8 +15,6 @@ from ..data.reading import read_image
 from ..errors import GeoPriorError, ImageError
 from ..evaluation.models import find_cfg, load_model, with_channels
 
-__all__ = ['Classifier', 'load_classifier']
-
 BATCH_SIZE = 32
 
 Guesses = list[dict[str, Any]]

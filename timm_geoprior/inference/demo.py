@@ -26,8 +26,6 @@ from ..pretrained.manifest import default_model, load_manifest, manifest_path
 from .classifier import Classifier, load_classifier
 from .windows import draw_windows, learned_windows, to_input, view_of
 
-__all__ = ['build', 'serve', 'write_space']
-
 SAMPLES = [Path(skimage.data.data_dir, name) for name in ('coffee.png', 'chelsea.png', 'rocket.jpg', 'astronaut.png')]
 PREVIEW_SIDE = 1024  # pixels of the preview that is shown, clicked and drawn on; the picture itself is classified
 MAX_UPLOAD = '50mb'

@@ -40,8 +40,6 @@ from .windows import (
     view_of,
 )
 
-__all__ = ['check_output', 'draw_explanation', 'effective_field', 'receptive_pair', 'save_explanation']
-
 DRAWS = 4  # random weights and noise images that an effective receptive field is averaged over
 FAINTEST = 1e-4  # smallest gradient that is drawn, as a share of the largest
 ALIKE = 0.1  # share of the plain network's reach, below which a difference in reach is not visible
@@ -227,6 +225,8 @@ def check_output(path: Path) -> None:
         raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}. Name another.')
     if not path.parent.is_dir():
         raise GeoPriorError(f'The output must be in a folder that exists, got {path}. Make the folder first.')
+    if path.is_dir():
+        raise GeoPriorError(f'The output must be a file, got the folder {path}. Name a file in it.')
 
 
 def save_explanation(

@@ -10,8 +10,6 @@ from ..data.reading import EXTENSIONS, LITTER, read_image
 from ..errors import GeoPriorError, ImageError
 from ..files import walk_files
 
-__all__ = ['check_header', 'find_images', 'sample_image']
-
 
 def sample_image() -> Image.Image:
     """A photograph of a cup of espresso in mode 'RGB', 600 x 400 pixels, which comes with scikit-image."""

@@ -23,9 +23,6 @@ from ..layers import GeoPriorAttn2d, attention_map
 from ..radii import cell_size, learned_radii
 from .classifier import Classifier
 
-__all__ = ['ON_PHOTO', 'View', 'Window', 'draw_heading', 'draw_photo', 'draw_windows', 'fill_windows',
-           'fitting_size', 'learned_windows', 'new_figure', 'to_input', 'view_of']
-
 COLORS = ('#2ec4b6', '#ffb703', '#ff5d8f', '#8ecae6')  # one per stage
 PANEL_WIDTH = 2.6  # inches available for a panel's titles
 PHOTO_SIDE = 600  # side of a drawn photograph, in pixels

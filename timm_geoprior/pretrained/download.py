@@ -31,11 +31,6 @@ from ..files import is_lfs_pointer, write_atomically, write_json
 from .cfgs import bundled_path, hub_config
 from .manifest import ModelEntry, load_manifest
 
-__all__ = [
-    'Asset', 'check_file', 'describe_hub_error', 'download_tag', 'endpoint', 'golden_asset', 'http_status',
-    'read_asset', 'redact', 'require_weights', 'weights_asset',
-]
-
 PATIENCE = 6  # seconds to wait for the Hub's answer
 ATTEMPTS = 3  # at a download that the network interrupts, each with huggingface_hub's own retries
 CHUNK = 1 << 20

@@ -20,8 +20,6 @@ from .cfgs import source_keys
 from .download import Asset, golden_asset, read_asset, redact, weights_asset
 from .manifest import ModelEntry, load_manifest
 
-__all__ = ['build_with_verified_weights', 'load_golden', 'load_verified']
-
 _DTYPES = {
     'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64}
 _SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')

@@ -17,12 +17,6 @@ from typing import Any, Literal, TypeVar, cast
 from ..errors import GeoPriorError, write_advice
 from ..files import first_line, write_atomically
 
-__all__ = [
-    'SOURCES', 'Baseline', 'ConvertedEntry', 'Golden', 'InputConfig', 'LabelSet', 'Manifest', 'ManifestError', 'Metric',
-    'ModelEntry', 'Source', 'TrainLog', 'check_bytes_stay', 'default_model', 'load_manifest', 'manifest_path',
-    'parse_entry', 'parse_manifest', 'to_json', 'update_converted', 'update_manifest',
-]
-
 SCHEMA_VERSION = 1
 FILE_NAME = 'weights_manifest.json'
 # architectures that have a tag `from_TAG` for each of timm's tags of a ResNet
@@ -383,7 +377,7 @@ def parse_manifest(text: str, where: str = FILE_NAME) -> Manifest:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise ManifestError(f'{where} must be JSON, got a text that is not ({error}).') from None
+        raise ManifestError(f'{where} is not valid JSON ({error}).') from None
     _check(isinstance(data, dict), where, data, 'an object')
     version = data.get('schema_version')  # first, since a newer version may have changed all else
     _check(version == SCHEMA_VERSION, f'schema_version of {where}', version, f'{SCHEMA_VERSION} (update timm_geoprior)')

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,17 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from ..files import first_line
+from ..provenance import versions
 from .cfgs import bundled_path
 from .download import check_file, describe_hub_error, endpoint, redact, require_weights, weights_asset
 from .loading import load_golden, load_verified
 from .manifest import ModelEntry, load_manifest, manifest_path
 
-__all__ = ['GOLDEN_TOLERANCES', 'Check', 'doctor', 'golden_error', 'verify_tags']
-
 # relative to the largest logit, on a CPU, by the dtype of the weights: several times what `timm-geoprior verify` prints
 # for the bundled network with AVX-512; not measured on a GPU
 GOLDEN_TOLERANCES = {'float32': 1e-5, 'float16': 1e-2, 'bfloat16': 5e-2}
 
-PACKAGES = ('timm_geoprior', 'timm', 'torch', 'torchvision', 'huggingface_hub', 'safetensors', 'transformers')
+PACKAGES = ('timm', 'torch', 'torchvision', 'huggingface_hub', 'safetensors', 'transformers')
 VARIABLES = ('HF_ENDPOINT', 'HF_HOME', 'HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'HF_HUB_DISABLE_XET')
 
 
@@ -129,8 +127,8 @@ def doctor() -> dict[str, Any]:
     """What a bug report needs: versions, locations, and which tags load. It contains no token or password."""
     cache = Path(constants.HF_HUB_CACHE)  # if it does not exist, the nearest folder above it must be writable
     return {
-        'platform': f'{platform.platform()}, Python {platform.python_version()}',
-        'packages': {name: _version(name) for name in PACKAGES},
+        'platform': platform.platform(),
+        'packages': versions(PACKAGES),
         'devices': ['cpu'] + [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         'manifest': str(manifest_path()),
         'endpoint': endpoint(),
@@ -149,13 +147,6 @@ def _logged_in() -> bool | str:
         return get_token() is not None
     except Exception as error:  # an unreadable token file, or no answer to a request for a token
         return f'not known ({redact(first_line(error))})'
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return 'not installed'
 
 
 def _load_report(entry: ModelEntry) -> str:

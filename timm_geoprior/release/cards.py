@@ -8,10 +8,6 @@ from ..files import markdown_table, save_figure, write_atomically
 from ..pretrained.manifest import Manifest, ManifestError, Metric, ModelEntry, load_manifest, manifest_path
 from ..radii import LayerRadii
 
-__all__ = [
-    'converted_table', 'model_card', 'models_table', 'plot_radii', 'readme_tables', 'runs_table', 'update_readme',
-]
-
 BEGIN, END = '<!-- models:begin -->', '<!-- models:end -->'
 
 CITATION = """@inproceedings{tan2021explicitly,
@@ -129,13 +125,13 @@ def update_readme(path: Path, manifest: Manifest) -> bool:
 
 
 def model_card(
-        entry: ModelEntry, manifest: Manifest, recipe: str = '', beside: Collection[str] = (), experiments: str = '',
+        entry: ModelEntry, manifest: Manifest, recipe: str = '', files: Collection[str] = (), experiments: str = '',
 ) -> ModelCard:
     """The model card of a tag: the README.md of its repository.
 
     Args:
         recipe: The recipe as YAML, to be quoted.
-        beside: Which of the files `train_log.csv` and `curves.png` are next to the card.
+        files: Which of the files `train_log.csv` and `curves.png` are next to the card.
         experiments: Markdown with further results for this architecture, to be quoted.
     """
     data_set = manifest.label_sets[entry.label_set]
@@ -151,7 +147,7 @@ def model_card(
         eval_results=[r for metric in entry.metrics for r in _eval_results(metric, data_set.hub_dataset)] or None,
     )
     sections = [
-        _head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, beside), RADII,
+        _head(entry, data_set.title), _use(entry), _figures(entry), _training(entry, recipe, files), RADII,
         f'## Experiments\n\n{experiments}' if experiments else '', RECONSTRUCTION,
         _limits(entry, data_set.title), f'## Citation\n\n```bibtex\n{CITATION}\n```']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(section for section in sections if section) + '\n')
@@ -220,7 +216,7 @@ python scripts/validate.py --check --data-dir DIR \\
 ```"""
 
 
-def _training(entry: ModelEntry, recipe: str, beside: Collection[str]) -> str:
+def _training(entry: ModelEntry, recipe: str, files: Collection[str]) -> str:
     facts = [
         f'- recipe: `{entry.recipe}`' if entry.recipe else '',
         f'- seed: {entry.seed}' if entry.seed is not None else '',
@@ -231,9 +227,9 @@ def _training(entry: ModelEntry, recipe: str, beside: Collection[str]) -> str:
         facts.append(
             f'- {entry.train_log.epochs} epochs in {_duration(entry.train_log.hours)} on {entry.train_log.hardware}')
     text = '## Training\n\n' + '\n'.join(fact for fact in facts if fact)
-    if 'train_log.csv' in beside:
+    if 'train_log.csv' in files:
         text += '\n\nThe log of every epoch is `train_log.csv`.'
-    if 'curves.png' in beside:
+    if 'curves.png' in files:
         text += '\n\n![Loss, accuracy and learning rate over the epochs](curves.png)'
     if not recipe:
         return text

@@ -19,8 +19,6 @@ from ..pretrained.cfgs import PUBLISHED_RESULTS
 from ..pretrained.download import PATIENCE, describe_hub_error
 from ..pretrained.manifest import SOURCES, ModelEntry, load_manifest, update_converted
 
-__all__ = ['pin_sources', 'write_published_results']
-
 HEADER = """\
 # ImageNet-1k accuracies in percent that timm has published, from results/results-imagenet.csv of its repository, by
 # python -m timm_geoprior.release.pin results-imagenet.csv

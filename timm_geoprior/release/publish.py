@@ -3,13 +3,10 @@
 Nothing here imports torch or timm before it is needed, so that `--help` and usage errors appear at once.
 """
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import GeoPriorError, needs_extra
-
-__all__ = ['main']
+from ..errors import needs_extra
 
 DESCRIPTION = """Release a model: from a checkpoint to a staged folder, then into the package or onto the Hub.
 
@@ -74,13 +71,9 @@ def _problem(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior publish') -> int:
-    """Stage, bundle or push a model; returns the exit code: 0, or 1 after a message on stderr."""
+    """Stage, bundle or push a model; returns the exit code, 0."""
     args = _parse_arguments(argv, prog)
-    try:
-        with needs_extra('train', 'matplotlib'):
-            from .releasing import release
-        release(args)
-    except GeoPriorError as error:
-        print(f'{prog}: {error}', file=sys.stderr)
-        return 1
+    with needs_extra('train', 'matplotlib'):
+        from .releasing import release
+    release(args)
     return 0

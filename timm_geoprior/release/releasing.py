@@ -37,8 +37,6 @@ from .staging import (
     stage,
 )
 
-__all__ = ['bundle', 'push', 'record_results', 'release']
-
 
 def release(args: argparse.Namespace) -> None:
     """Do what the arguments of `timm-geoprior publish` say, and print what was done."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..conversion.state_dict import is_plain_resnet
 from ..errors import GeoPriorError
-from ..files import file_sha256, new_folder, write_atomically
+from ..files import file_sha256, new_folder, write_atomically, write_json
 from ..pretrained.cfgs import bundled_path, hub_config
 from ..pretrained.loading import load_golden
 from ..pretrained.manifest import (
@@ -36,11 +36,8 @@ from ..pretrained.manifest import (
 )
 from ..pretrained.verify import GOLDEN_TOLERANCES, golden_error
 from ..radii import learned_radii
-from ..training.checkpoint import SavedModel, take_prefix_off
+from ..training.checkpoint import SavedModel, strip_prefix
 from .cards import model_card, plot_radii
-
-__all__ = ['Evidence', 'check_loads', 'export_weights', 'read_metrics', 'read_staged',
-           'release_tensors', 'stage']
 
 WEIGHTS, RESULTS, TRAIN_LOG, CURVES = 'model.safetensors', 'results.json', 'train_log.csv', 'curves.png'
 STAGED = {WEIGHTS, RESULTS, TRAIN_LOG, CURVES, 'golden', 'config.json', 'README.md', 'radii.png'}
@@ -128,7 +125,7 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
     _check_replaceable(folder)
     found = '\n\n'.join(map(_read_markdown, evidence.experiments))
     model = timm.create_model(entry.architecture, num_classes=entry.num_classes).eval()
-    tensors, _ = take_prefix_off(checkpoint.state_dict, model.state_dict().keys())
+    tensors, _ = strip_prefix(checkpoint.state_dict, model.state_dict().keys())
     checkpoint = replace(checkpoint, state_dict=tensors)
     _load_released(model, entry, checkpoint)
     described = _described(entry, checkpoint, run)
@@ -143,10 +140,10 @@ def stage(entry: ModelEntry, checkpoint: SavedModel, folder: Path, evidence: Evi
             staged = replace(staged, metrics=read_metrics(evidence.results, staged))
         if evidence.baseline:
             staged = replace(staged, baseline=_read_baseline(evidence.baseline, staged))
-        beside = _copy_logs(staged, run, new)
-        (new / 'config.json').write_text(json.dumps(hub_config(staged), indent=2, ensure_ascii=False), encoding='utf-8')
+        copied = _copy_logs(staged, run, new)
+        write_json(new / 'config.json', hub_config(staged))
         (new / RESULTS).write_text(to_json({'name': staged.name, 'entry': staged}), encoding='utf-8')
-        model_card(staged, load_manifest(), _recipe_text(staged, checkpoint), beside, found).save(new / 'README.md')
+        model_card(staged, load_manifest(), _recipe_text(staged, checkpoint), copied, found).save(new / 'README.md')
         plot_radii(learned_radii(model, staged.input.input_size), new / 'radii.png')
         check_loads(staged, new)
         shutil.rmtree(folder, ignore_errors=True)
@@ -233,10 +230,10 @@ def _copy_logs(entry: ModelEntry, run: Path | None, folder: Path) -> list[str]:
         logs = {TRAIN_LOG: run / 'summary.csv', CURVES: run / CURVES}
     elif entry.train_log:
         logs = {TRAIN_LOG: bundled_path(entry).with_suffix('.train_log.csv')}
-    beside = [name for name, path in logs.items() if path.exists()]
-    for name in beside:
+    copied = [name for name, path in logs.items() if path.exists()]
+    for name in copied:
         shutil.copyfile(logs[name], folder / name)
-    return beside
+    return copied
 
 
 def _recipe_text(entry: ModelEntry, checkpoint: SavedModel) -> str:

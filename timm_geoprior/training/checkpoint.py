@@ -16,15 +16,11 @@ from torch import Tensor
 from ..errors import GeoPriorError, write_advice
 from ..files import first_line, first_sentence, is_lfs_pointer, write_atomically
 
-__all__ = [
-    'SavedModel', 'check_exists', 'load_checkpoint', 'read_weights', 'save_checkpoint', 'take_prefix_off',
-]
-
 # timm's names first; its own loading prefers averaged weights, too
 AVERAGED = ('model_ema', 'state_dict_ema', 'ema')
 RAW = ('model', 'state_dict')
 # what `train` saves besides; another program may save a value of another type under the same name
-SAID: dict[str, type | tuple[type, ...]] = {
+METADATA_TYPES: dict[str, type | tuple[type, ...]] = {
     'model_name': str, 'model_kwargs': dict, 'num_classes': int, 'class_names': (list, tuple), 'recipe': dict,
     'commit': str, 'seed': int}
 
@@ -75,11 +71,12 @@ def read_weights(path: Path, weights: Literal['auto', 'ema', 'raw'] = 'auto') ->
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise GeoPriorError(f'{path} must hold a state dict of tensors, got the keys '
                             f'{", ".join(map(str, list(content)[:5])) or "of an empty file"}. Name a checkpoint.')
-    said = {name: content[name] for name, kind in SAID.items() if key and isinstance(content.get(name), kind)}
-    if 'class_names' in said:
-        said['class_names'] = tuple(said['class_names'])
+    metadata = {name: content[name] for name, kind in METADATA_TYPES.items()
+                if key and isinstance(content.get(name), kind)}
+    if 'class_names' in metadata:
+        metadata['class_names'] = tuple(metadata['class_names'])
     tensors = {name: value for name, value in state_dict.items() if name != 'n_averaged'}  # torch's AveragedModel's own
-    return SavedModel(clean_state_dict(tensors), key is not None and key == averaged, note, **said)
+    return SavedModel(clean_state_dict(tensors), key is not None and key == averaged, note, **metadata)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -144,7 +141,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def take_prefix_off(state_dict: Mapping[str, Tensor], names: Collection[str]) -> tuple[dict[str, Tensor], str]:
+def strip_prefix(state_dict: Mapping[str, Tensor], names: Collection[str]) -> tuple[dict[str, Tensor], str]:
     """Remove a prefix from tensor names, such as the 'model.' that Lightning saves for `self.model`.
 
     Args:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ..data.batches import LoaderConfig, seed_everything
-from ..data.listing import lies_in_images
+from ..data.listing import is_inside_images
 from ..data.memory import ImageTensors
 from ..distributed import find_device, from_first, group_of_processes
 from ..errors import GeoPriorError
@@ -30,13 +30,12 @@ from ..evaluation.metrics import count_correct
 from ..files import first_line, write_json
 from ..progress import Progress, handled_signals
 from ..provenance import git_commit, hardware, versions
+from ..radii import radii_in_cells
 from . import parts, report
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint
 from .loaders import TrainingData, open_training_data
 from .recipe import Recipe, RunConfig
 from .recovery import start_from_folder
-
-__all__ = ['Statistics', 'Trainer', 'train']
 
 
 class Trainer:
@@ -96,7 +95,7 @@ class Trainer:
         if not self.config.resume and self.last.exists():
             raise GeoPriorError(f'{self.config.output} already holds a run. Add --resume, or name another folder.')
         config = self.config
-        if config.data_dir.is_dir() and lies_in_images(
+        if config.data_dir.is_dir() and is_inside_images(
                 config.output, config.data_dir, *filter(None, (config.train_split, config.val_split))):
             raise GeoPriorError(f'The output must lie outside the folders of the images, since its plots would be '
                                 f'read as some of them, got {config.output}. Name another folder with --output.')
@@ -152,8 +151,7 @@ class Trainer:
         self.model = self.model.to(memory_format=self.memory_format)
         if recipe.sync_bn and self.world_size > 1:
             self.model = convert_sync_batchnorm(self.model)
-        self.ema = ModelEmaV3(
-            self.model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup) if recipe.model_ema else None
+        self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
         self.optimizer = parts.build_optimizer(recipe, self.model)
         self.schedule = parts.build_schedule(recipe, self.optimizer, self.updates_per_epoch)
         self.mixup = parts.build_mixup(recipe, classes)
@@ -302,7 +300,7 @@ class Trainer:
             'epochs': self.epoch, 'images_per_epoch': self.updates_per_epoch * self.recipe.batch_size,
             'parameters': sum(p.numel() for p in self.model.parameters()),
             'last': self.history[-1] if self.history else {}, 'best': self.best,
-            'radii': parts.radii_in_cells(self.model), 'hours': round(self.seconds / 3600, 3),
+            'radii': radii_in_cells(self.model), 'hours': round(self.seconds / 3600, 3),
             'hardware': hardware(self.device), 'versions': versions(), 'commit': self.commit,
         }
 
@@ -409,7 +407,7 @@ class Trainer:
         recipe = self.recipe
         if recipe.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.model.parameters(), recipe.clip_grad, mode=recipe.clip_mode)
+            dispatch_clip_grad(self.model.parameters(), recipe.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema:
@@ -438,7 +436,7 @@ class Trainer:
         row['seconds'] = round(self.seconds, 1)
         row['images_per_second'] = round(
             self.updates_per_epoch * self.recipe.batch_size / max(self.seconds - before, 1e-9), 1)
-        row.update({f'radius.{name}': value for name, value in parts.radii_in_cells(self.model).items()})
+        row.update({f'radius.{name}': value for name, value in radii_in_cells(self.model).items()})
         self.history.append(row)
         self.epoch, self.update = self.epoch + 1, 0
         self.loss_sum.zero_()

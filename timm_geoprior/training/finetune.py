@@ -36,8 +36,6 @@ from .loaders import model_cfg
 from .parts import build_model, check_recipe
 from .recipe import Recipe, RunConfig, load_recipe
 
-__all__ = ['Job', 'Splits', 'find_splits', 'finetune', 'plot_confusion']
-
 HELD_OUT_SHARE = 0.2
 # what the recipe's learning rate was tuned for
 RATED_BATCH, RATED_PARAMETERS = 64, 1.1e6
@@ -53,7 +51,7 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Job(RunConfig):
+class FinetuneJob(RunConfig):
     """What to fine-tune, and where; the splits are found in `data_dir`."""
     model: str = ''  # any model of timm: a tag, or `local-dir:` and a folder
     overrides: tuple[str, ...] = ()  # 'key=value' strings for the recipe
@@ -62,7 +60,7 @@ class Job(RunConfig):
     tell: Callable[[str], None] = tell
 
 
-def finetune(job: Job) -> dict[str, Any]:
+def finetune(job: FinetuneJob) -> dict[str, Any]:
     """Train, choose the best epoch, and write a folder that timm loads.
 
     Returns:
@@ -87,7 +85,7 @@ def finetune(job: Job) -> dict[str, Any]:
         job, train_split=splits.train, val_split=splits.val, holdout_share=0.0 if splits.val else HELD_OUT_SHARE))
     if isinstance(trainer.data.train, FolderLoader):
         trainer.data.train.rotations_told = True  # by the check of the images
-    results = trainer.fit(lambda history: _gets_no_better(job, history))
+    results = trainer.fit(lambda history: _should_stop(job, history))
     try:
         export(trainer, job.output)
         results['measured'] = _measure(job, splits, trainer)
@@ -128,7 +126,7 @@ def _folders(folder: Path) -> list[str]:
                   if item.is_dir() and not item.name.startswith('.') and not LITTER.fullmatch(item.name))
 
 
-def _check_places(job: Job) -> None:
+def _check_places(job: FinetuneJob) -> None:
     if job.patience < 1:
         raise GeoPriorError(f'--patience must be 1 or more, got {job.patience}.')
     if job.workers < 0:  # here, since the check of the images uses workers too
@@ -147,7 +145,7 @@ def _check_places(job: Job) -> None:
                             f'another with --output.')
 
 
-def _recipe(job: Job, splits: Splits) -> Recipe:
+def _recipe(job: FinetuneJob, splits: Splits) -> Recipe:
     """The recipe `finetune` at the model's own size, with batch size and learning rate for these images and model."""
     own = [f'model={json.dumps(job.model)}']
     chosen = {override.partition('=')[0] for override in job.overrides}
@@ -166,12 +164,12 @@ def _recipe(job: Job, splits: Splits) -> Recipe:
         check_recipe(recipe)
         with torch.device('meta'):
             parameters = sum(parameter.numel() for parameter in build_model(recipe, 2).parameters())
-        recipe = replace(recipe, lr=recipe.lr * rate_factor(recipe.batch_size, parameters))
+        recipe = replace(recipe, lr=recipe.lr * lr_factor(recipe.batch_size, parameters))
         job.tell(f'Batches of {recipe.batch_size} images, learning rate {recipe.lr:.1e}.')
     return recipe
 
 
-def rate_factor(batch_size: int, parameters: int) -> float:
+def lr_factor(batch_size: int, parameters: int) -> float:
     """Factor for the learning rate of an optimizer like Adam, with smaller batches or larger networks; at most 1.
 
     It is proportional to the square root of the batch size (Malladi et al., 2022, arXiv 2205.10287), and inversely to
@@ -188,7 +186,7 @@ def _cfg(model: str) -> dict[str, Any]:
                             f'and a folder with config.json and model.safetensors.') from error
 
 
-def _check_model(job: Job, model: str) -> None:
+def _check_model(job: FinetuneJob, model: str) -> None:
     cfg = _cfg(model)
     sources = ('file', 'url', 'hf_hub_id', 'state_dict')
     if job.finetune and timm.is_model(model.split('.')[0]) and not any(cfg.get(key) for key in sources):
@@ -196,7 +194,7 @@ def _check_model(job: Job, model: str) -> None:
                             f'another (`timm-geoprior list`), or start from random ones with --from-scratch.')
 
 
-def _open(job: Job, split: str) -> DataSplit:
+def _open(job: FinetuneJob, split: str) -> DataSplit:
     place = job.data_dir / split
     try:
         data = open_split(job.data_dir, split=split)
@@ -207,7 +205,7 @@ def _open(job: Job, split: str) -> DataSplit:
     return data
 
 
-def _check_images(job: Job, splits: Splits) -> None:
+def _check_images(job: FinetuneJob, splits: Splits) -> None:
     """Refuse splits with unknown classes, too few images or, unless a run is resumed, images that cannot be read."""
     known: set[str] = set()
     for split in dict.fromkeys((splits.train, splits.val, splits.measured)):
@@ -242,7 +240,7 @@ def _check_classes(data: DataSplit, place: Path, trained_on: bool, held_out: boo
 
 # -- in between --------------------------------------------------------------------------------------------------------
 
-def _gets_no_better(job: Job, history: Sequence[dict[str, Any]]) -> bool:
+def _should_stop(job: FinetuneJob, history: Sequence[dict[str, Any]]) -> bool:
     scores = [past.get('ema_top1', past['top1']) for past in history]
     best = int(np.argmax(scores))  # the first of equal ones, as for best.pt
     stop = len(scores) - 1 - best >= job.patience
@@ -283,14 +281,14 @@ def export(trainer: Trainer, folder: Path) -> None:
     best.unlink()
 
 
-def _tell_disk_use(job: Job) -> None:
+def _tell_disk_use(job: FinetuneJob) -> None:
     sizes = {path: path.stat().st_size for path in job.output.rglob('*') if path.is_file()}
     job.tell(f'{job.output} takes {sum(sizes.values()) / 1e6:.1f} MB, of which {WEIGHTS} is '
              f'{sizes[job.output / WEIGHTS] / 1e6:.1f}. last.pt, with {sizes[job.output / "last.pt"] / 1e6:.1f} MB, is '
              f'needed only for --resume.')
 
 
-def _measure(job: Job, splits: Splits, trainer: Trainer) -> dict[str, Any]:
+def _measure(job: FinetuneJob, splits: Splits, trainer: Trainer) -> dict[str, Any]:
     """Evaluate the folder as timm loads it, and plot its confusion matrix."""
     split = splits.measured or splits.val or splits.train
     data = _open(job, split)
@@ -344,7 +342,7 @@ def plot_confusion(predictions: Predictions, names: Sequence[str], path: Path) -
     axes.set_xlabel('predicted', fontsize=max(10, side))
     axes.set_ylabel('true', fontsize=max(10, side))
     total, right, _ = predictions.counts
-    axes.set_title(f'{right:,} of {total:,} images right, {100 * right / max(total, 1):.1f}%', fontsize=max(11, side))
+    axes.set_title(f'{right:,} of {total:,} images correct, {100 * right / max(total, 1):.1f}%', fontsize=max(11, side))
     bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
     bar.set_label('% of the true class')
     bar.outline.set_visible(False)

@@ -12,16 +12,14 @@ from timm.data import create_transform, resolve_data_config
 from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
 from ..data.batches import FolderLoader, LoaderConfig, generator
-from ..data.dataset import Chosen, DataOptions, DataSplit, Files, Images, open_split
-from ..data.listing import ILSVRC_ARCHIVE, SPLITS, folders_of_split
+from ..data.dataset import DataSplit, Files, Images, SelectedImages, open_split
+from ..data.listing import ILSVRC_ARCHIVE, SPLITS, DataOptions, folders_of_split
 from ..data.memory import CropFlip, ImageTensors, MemoryLoader, decode_images
 from ..data.preflight import repeated_classes
 from ..data.reading import CorruptImages
 from ..errors import EvaluationError, GeoPriorError
 from ..files import first_line
 from .recipe import Recipe, RunConfig
-
-__all__ = ['TrainingData', 'hold_out', 'make_transform', 'model_cfg', 'open_images', 'open_training_data']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -192,7 +190,7 @@ def _from_files(
     """A function that yields this process's share of the held-out images, in batches."""
     corrupt = CorruptImages(data.dataset, config.max_corrupt, config.tell)
     own = range(share.rank, len(data.labels), share.world_size)
-    images = Chosen(data.dataset, own, data.labels[own], transform)
+    images = SelectedImages(data.dataset, own, data.labels[own], transform)
 
     def batches() -> Batches:
         for batch, targets, unreadable in images.batches(250, config.workers):

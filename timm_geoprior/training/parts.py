@@ -19,13 +19,8 @@ from torch import nn
 
 from ..errors import GeoPriorError
 from ..files import first_line
-from .checkpoint import SavedModel, read_weights, take_prefix_off
+from .checkpoint import SavedModel, read_weights, strip_prefix
 from .recipe import SOURCE, Recipe
-
-__all__ = [
-    'TargetLoss', 'build_mixup', 'build_model', 'build_optimizer', 'build_schedule', 'build_task', 'build_teacher',
-    'check_recipe', 'radii_in_cells',
-]
 
 
 def build_model(
@@ -64,7 +59,7 @@ def _overlay(name: str, num_classes: int, start: SavedModel, **model_kwargs: Any
     """Overrides of timm's configuration, to load these weights in place of the tag's."""
     with torch.device('meta'):
         model = timm.create_model(name, num_classes=num_classes, **model_kwargs)
-    state_dict, _ = take_prefix_off(start.state_dict, model.state_dict().keys())
+    state_dict, _ = strip_prefix(start.state_dict, model.state_dict().keys())
     head = state_dict.get(f'{_classifier(model)}.weight')
     return {'state_dict': state_dict, 'num_classes': num_classes if head is None else len(head)}
 
@@ -87,7 +82,7 @@ def check_recipe(recipe: Recipe) -> None:
     for size in sorted(sizes):
         images = torch.empty(2, 3, size, size, device='meta')
         _try(partial(model, images), f'model and model_kwargs at {size} px')
-    _try(lambda: build_schedule(recipe, optimizer, 100), 'lr_cycle_mul, lr_cycle_decay and lr_cycle_limit')
+    _try(lambda: build_schedule(recipe, optimizer, 100), 'lr_cycle_mul and lr_cycle_limit')
 
 
 def _try(make: Callable[[], Any], keys: str, name: str = '', known: Callable[[], Sequence[Any]] = list) -> Any:
@@ -134,12 +129,6 @@ def build_task(recipe: Recipe, network: Any, teacher: nn.Module | None, device: 
         device=device, verbose=False)
 
 
-def radii_in_cells(model: nn.Module) -> dict[str, Any]:
-    """Each layer's radii in cells of its input grid, by the layer's name; a list where it has several heads."""
-    radii = {name: module.radius().tolist() for name, module in model.named_modules() if hasattr(module, 'log_radius')}
-    return {name: values if len(values) > 1 else values[0] for name, values in radii.items()}
-
-
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer over timm's parameter groups; radii have no weight decay and a learning rate of their own.
 
@@ -161,8 +150,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
     """timm's schedule, which changes the learning rate every update."""
-    restarts: dict[str, Any] = {'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': recipe.lr_cycle_decay,
-                                'cycle_limit': recipe.lr_cycle_limit}
+    restarts: dict[str, Any] = {
+        'cycle_mul': recipe.lr_cycle_mul, 'cycle_decay': 1.0, 'cycle_limit': recipe.lr_cycle_limit}
     # with warmup_prefix, the warm-up comes before the first cycle; without it, it replaces the start of that cycle
     epochs: Any = recipe.decay_epochs or recipe.epochs - (recipe.warmup_epochs if recipe.warmup_prefix else 0)
     scheduler: Scheduler
@@ -191,7 +180,7 @@ class TargetLoss(nn.Module):
         self.hard: nn.Module = LabelSmoothingCrossEntropy(recipe.smoothing)
         if recipe.bce_loss:  # timm's smooths class indices only
             self.soft = self.hard = BinaryCrossEntropy(
-                recipe.smoothing, target_threshold=recipe.bce_target_thresh or None, sum_classes=recipe.bce_sum)
+                recipe.smoothing, target_threshold=recipe.bce_target_thresh or None)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean loss of logits (B, K) for targets (B,) or (B, K)."""

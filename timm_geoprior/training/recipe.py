@@ -14,8 +14,6 @@ import yaml
 from ..errors import GeoPriorError
 from ..progress import tell_on_stderr
 
-__all__ = ['SOURCE', 'Recipe', 'RunConfig', 'load_recipe', 'recipe_names']
-
 SOURCE = 'source'
 ADVICE = 'Change it in the recipe, or with --set KEY=VALUE.'
 
@@ -72,7 +70,6 @@ class Recipe:
     smoothing: float = 0.0
     bce_loss: bool = False
     bce_target_thresh: float = 0.0  # soft targets above it become ones, 0 to leave them soft
-    bce_sum: bool = False
 
     # optimizer
     opt: str = 'sgd'
@@ -82,7 +79,6 @@ class Recipe:
     radius_lr: float = 1.0  # learning rate of the radii, as a multiple of lr
     grad_accum_steps: int = 1
     clip_grad: float = 0.0
-    clip_mode: str = 'norm'
 
     # schedule
     sched: str = 'cosine'
@@ -92,13 +88,11 @@ class Recipe:
     min_lr: float = 0.0
     decay_epochs: float = 0.0  # length of the first cosine cycle, 0 for all epochs
     lr_cycle_mul: float = 1.0
-    lr_cycle_decay: float = 1.0
     lr_cycle_limit: int = 1
 
     # averaging and engine
     model_ema: bool = False
     model_ema_decay: float = 0.9998
-    model_ema_warmup: bool = False
     amp: bool = False
     amp_dtype: str = 'bfloat16'
     channels_last: bool = False
@@ -117,7 +111,7 @@ class Recipe:
         for key in ('weight_decay', 'radius_lr', 'clip_grad', 'min_lr', 'warmup_lr', 'warmup_epochs', 'holdout',
                     'mixup', 'cutmix', 'mixup_off_epoch', 'aug_repeats', 'eval_size', 'decay_epochs'):
             _require(getattr(self, key) >= 0, key, getattr(self, key), '0 or more')
-        for key in ('lr', 'distill_temperature', 'lr_cycle_mul', 'lr_cycle_decay'):
+        for key in ('lr', 'distill_temperature', 'lr_cycle_mul'):
             _require(getattr(self, key) > 0, key, getattr(self, key), 'more than 0')
         for key in ('min_lr', 'warmup_lr'):
             _require(getattr(self, key) <= self.lr, key, getattr(self, key), f'at most lr, {self.lr}')
@@ -197,8 +191,7 @@ class RunConfig:
     tell: Callable[[str], None] = tell_on_stderr
 
 
-_CHOICES = {'sched': ('cosine', 'tanh', 'poly'), 'amp_dtype': ('bfloat16', 'float16'),
-            'clip_mode': ('norm', 'value', 'agc')}
+_CHOICES = {'sched': ('cosine', 'tanh', 'poly'), 'amp_dtype': ('bfloat16', 'float16')}
 _OF_FILES = ('aa', 'color_jitter', 'reprob', 'aug_repeats')  # only for images that are read from files
 
 

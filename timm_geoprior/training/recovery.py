@@ -11,8 +11,6 @@ from ..files import file_sha256, first_line
 from .loaders import model_cfg
 from .recipe import SOURCE, Recipe, RunConfig
 
-__all__ = ['start_from_folder']
-
 FILES = ('config.json', 'results.json', 'model.safetensors')
 PREPARATION = ('mean', 'std', 'crop_pct', 'interpolation')
 

@@ -12,8 +12,6 @@ from ..files import save_figure, write_atomically, write_csv
 from ..provenance import versions
 from .recipe import Recipe
 
-__all__ = ['describe_epoch', 'log_epoch', 'plot_history', 'write_recipe']
-
 
 def describe_epoch(history: list[dict[str, Any]]) -> str:
     """A line about the last epoch."""

@@ -13,8 +13,6 @@ from ..errors import GeoPriorError, enough_memory, message_of, needs_extra
 from ..progress import command_line
 from .recipe import RunConfig, load_recipe, recipe_names
 
-__all__ = ['main']
-
 DESCRIPTION = """Train a model by a recipe.
 
     python scripts/train.py r64_tin200 --data-dir DATA --output RUN            one process
@@ -75,17 +73,13 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior train') -
         SystemExit: 130 or 143 after Ctrl-C or SIGTERM in training, once all is saved; 2 for a wrong command line.
     """
     args = parse_arguments(argv, prog)
-    try:
-        if args.model and args.finetune not in ('', 'pretrained') and Path(args.finetune).is_dir():
-            raise GeoPriorError(f'--model must be left out with the folder {args.finetune}, which names its own, got '
-                                f'{args.model}.')
-        recipe = load_recipe(args.recipe, args.set + ([f'model={args.model}'] if args.model else []))
-        with needs_extra('train'):
-            from ..distributed import default_device, group_of_processes, is_first, tells
-            from .engine import Trainer
-    except GeoPriorError as error:
-        print(f'{prog}: {error}', file=sys.stderr)
-        return 1
+    if args.model and args.finetune not in ('', 'pretrained') and Path(args.finetune).is_dir():
+        raise GeoPriorError(f'--model must be left out with the folder {args.finetune}, which names its own, got '
+                            f'{args.model}.')
+    recipe = load_recipe(args.recipe, args.set + ([f'model={args.model}'] if args.model else []))
+    with needs_extra('train'):
+        from ..distributed import default_device, group_of_processes, is_first, should_report
+        from .engine import Trainer
     # torchrun --max-restarts runs the same command again
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and (args.output / 'last.pt').exists()
     config = RunConfig(
@@ -98,7 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior train') -
             with enough_memory('Use a smaller batch_size with more grad_accum_steps, or another device.'):
                 results = Trainer(recipe, config).fit()
         except GeoPriorError as error:
-            if tells(error):
+            if should_report(error):
                 print(f'{prog}: {message_of(error)}', file=sys.stderr)
             return 1
         except KeyboardInterrupt:  # while the images are read; training saves and exits by itself
