@@ -36,6 +36,7 @@ MODELS, TAGS = load_manifest().models, load_manifest().tags
 WITH_WEIGHTS = [name for name, entry in MODELS.items() if entry.status == 'bundled']
 PLANNED = [name for name, entry in MODELS.items() if entry.status == 'planned']
 COMMAND = ['-m', 'timm_geoprior']
+SMALL = ['--model', 'geoprior_resnet14_nano']  # the default network takes 60 times longer
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_odd_pictures_are_classified(capsys, tmp_path, mode):
     else:
         image = image.convert(mode)
     image.save(tmp_path / 'odd.tiff')
-    (result,) = classify(capsys, str(tmp_path / 'odd.tiff'))
+    (result,) = classify(capsys, *SMALL, str(tmp_path / 'odd.tiff'))
     assert len(result['predictions']) == 5
 
 
@@ -198,12 +199,12 @@ def album(tmp_path_factory):
 
 
 def test_a_folder_is_classified_in_batches(capsys, album):
-    got = output(capsys, 'classify', '--json', '--top', '2', str(album))
+    got = output(capsys, 'classify', '--json', '--top', '2', *SMALL, str(album))
     results = [json.loads(line) for line in got.out.splitlines()]
     files = sorted(str(path) for path in album.rglob('*/*.*') if path.parent.name != '@eaDir')
     assert [result['image'] for result in results] == files
     assert got.err == f'timm-geoprior: skipped files that are not images: {album}/notes.txt.\n'
-    model = load_classifier(default_model(load_manifest()).name)
+    model = load_classifier(SMALL[1])
     for result in results[::23]:
         alone = model(read_image(result['image']), 2)
         assert [guess['name'] for guess in result['predictions']] == [guess['name'] for guess in alone]
@@ -217,7 +218,7 @@ def test_linked_folders_are_classified_too(capsys, album, tmp_path):
     (folder / 'back').symlink_to(folder, target_is_directory=True)
     (folder / '.hidden').mkdir()
     (folder / '.hidden' / 'root').symlink_to('/', target_is_directory=True)  # not searched
-    assert len(classify(capsys, '--top', '1', str(folder))) == 23
+    assert len(classify(capsys, '--top', '1', *SMALL, str(folder))) == 23
 
 
 @pytest.mark.parametrize('module', [[], ['-m']])
@@ -231,7 +232,7 @@ def test_a_script_gets_all_of_its_arguments(tmp_path, module):
 @pytest.mark.parametrize(('pattern', 'count'), [
     ('part 1/*', 23), ('**/*.webp', 23), ('*/0?.jpg', 4), ('part [02]', 47), ('**', 70)])
 def test_a_pattern_that_the_shell_has_left(capsys, album, pattern, count):
-    assert len(classify(capsys, '--top', '1', str(album / pattern))) == count
+    assert len(classify(capsys, '--top', '1', *SMALL, str(album / pattern))) == count
 
 
 def test_a_name_of_brackets_is_a_file_first(capsys, tmp_path):
@@ -314,7 +315,7 @@ def test_results_come_one_by_one_and_a_bar_shows_how_far_it_is(album):
     """The bar is shown only on a terminal, here a real one; the lines go to a pipe."""
     terminal, end = os.openpty()
     termios.tcsetwinsize(end, (24, 80))
-    with Program([*COMMAND, 'classify', '--compact', album], stderr=end) as process:
+    with Program([*COMMAND, 'classify', '--compact', *SMALL, album], stderr=end) as process:
         os.close(end)
         lines = process.stdout.readlines()
         shown = b''
@@ -323,7 +324,7 @@ def test_results_come_one_by_one_and_a_bar_shows_how_far_it_is(album):
     assert len(lines) == 70
     assert process.returncode == 0
     assert b'/70 [' in shown
-    plain = run([*COMMAND, 'classify', '--compact', album])
+    plain = run([*COMMAND, 'classify', '--compact', *SMALL, album])
     assert plain.stdout.splitlines() == [line.rstrip('\n') for line in lines]
     assert 'image/s' not in plain.stderr
 

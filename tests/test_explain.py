@@ -39,7 +39,7 @@ from timm_geoprior.inference.windows import View, draw_windows, learned_windows,
 NANO = 'geoprior_resnet14_nano.r64_tin200'
 MODELS = {
     'trained': (NANO, {'pretrained': True}),
-    'resnet50': ('geoprior_resnet50', {}),
+    'resnet50': ('geoprior_resnet50', {'layers': (1, 1, 1, 1)}),  # all widths of the large networks
     'heads': ('geoprior_resnet14_nano', {
         'attn_heads': 2, 'attn_radius': 1.7, 'attn_kernel': 'laplacian', 'value_dims': (8, 8, 0, 24)}),
     'output_stride': ('geoprior_resnet14_nano', {'output_stride': 8, 'attn_radius': 0.6}),

@@ -123,14 +123,6 @@ def test_onnx_by_timm(name, images, tmp_path):
     assert difference(run_onnx(path, images), network(images)) < 1e-5
 
 
-def test_onnx_of_an_exported_program(images, tmp_path):
-    """Of a plain ResNet; those of the others are tested at several sizes in test_geoprior_resnet.py."""
-    pytest.importorskip('onnxscript')
-    network, path = create(PLAIN), tmp_path / 'network.onnx'
-    torch.onnx.export(network, (images,), path, dynamo=True, verbose=False)
-    assert difference(run_onnx(path, images), network(images)) < 1e-5
-
-
 @pytest.mark.parametrize('name', [PLAIN, OURS, FOLDED])
 def test_int8_in_onnx_runtime(name, images, tmp_path):
     quantization = pytest.importorskip('onnxruntime.quantization')
