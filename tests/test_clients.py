@@ -86,8 +86,8 @@ def check_bundled(loaded, features_only=True):
 
 # -- segmentation_models_pytorch ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', [NANO, LARGE])
-@pytest.mark.parametrize('architecture', ['Unet', 'FPN', 'DeepLabV3Plus'])
+@pytest.mark.parametrize(('architecture', 'name'), [
+    ('Unet', NANO), ('Unet', LARGE), ('FPN', NANO), ('DeepLabV3Plus', NANO)])
 def test_segmentation(photos, tmp_path, architecture, name):
     smp = pytest.importorskip('segmentation_models_pytorch')
     images, boxes = photos
@@ -128,8 +128,7 @@ def detector(kind, name):
     return FasterRCNN(Pyramid(name, 1, LastLevelMaxPool(), pretrained), box_score_thresh=0.0, **common)
 
 
-@pytest.mark.parametrize('name', [NANO, LARGE])
-@pytest.mark.parametrize('kind', ['RetinaNet', 'FasterRCNN'])
+@pytest.mark.parametrize(('kind', 'name'), [('RetinaNet', NANO), ('FasterRCNN', NANO), ('FasterRCNN', LARGE)])
 def test_detection(photos, tmp_path, kind, name):
     images, boxes = photos
     targets = [{'boxes': SIZE * box[None], 'labels': torch.tensor([label])} for label, box in enumerate(boxes, start=1)]
