@@ -246,6 +246,12 @@ def test_the_compact_form_is_a_line_for_each_image(capsys, photo):
     assert output(capsys, 'classify', '--compact', '--top', '2', photo).out == f'{photo}: {one}; {other}\n'
 
 
+def test_a_line_break_in_a_name_makes_no_second_line(capsys, tmp_path):
+    sample_image().save(tmp_path / 'two\nlines.png')
+    (line,) = output(capsys, 'classify', '--compact', *SMALL, str(tmp_path)).out.splitlines()
+    assert line.startswith(str(tmp_path / r'two\nlines.png: '))
+
+
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """timm's own networks as folders: one with 1,000 classes, whose names timm knows, and one with 7."""

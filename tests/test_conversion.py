@@ -385,6 +385,27 @@ def test_half_precision_and_float64_sources():
         geoprior().load_state_dict(converted)
 
 
+@pytest.mark.parametrize('change', [
+    lambda model: delattr(model, 'layer4'),
+    lambda model: setattr(model, 'layer4', nn.Sequential(nn.Conv2d(64, 8, 3))),
+    lambda model: model.layer4.append(nn.ReLU()),
+    lambda model: model.layer3.insert(0, nn.Sequential(model.layer3[0], nn.ReLU())),
+], ids=['cut off', 'replaced', 'appended', 'wrapped'])
+def test_a_changed_network_loads_its_own_weights(change):
+    model = geoprior()
+    change(model)
+    assert str(model.load_state_dict(model.state_dict())) == '<All keys matched successfully>'
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict'])
+def test_weights_that_nothing_converts_are_refused(feature_cls):
+    """timm's networks of features have no class of this package around the stages; strict=False would keep silent."""
+    features = timm.create_model('geoprior_resnet14_nano', features_only=True, feature_cls=feature_cls)
+    source = timm.create_model('geoprior_resnet14_nano', value_dims=(0, 0, 0, 0)).state_dict()
+    with pytest.raises(RuntimeError, match=r'layer2\.0\.conv2\.weight is from a plain ResNet, .* features_only'):
+        features.load_state_dict(source, strict=False)
+
+
 def test_dead_channels_go_first_and_do_no_harm():
     source = plain()
     with torch.no_grad():

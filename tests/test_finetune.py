@@ -1,7 +1,9 @@
 """Fine-tuning on a folder of images, as a user calls it, on real photographs."""
+import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -157,9 +159,11 @@ def _predictions(target, predicted, broken=None):
 def test_from_a_folder_and_held_out_images(finished, photos, tmp_path, capsys):
     """From a fine-tuned network to other classes, without splits: a fifth of each class is held out."""
     shutil.rmtree(photos / 'rocket')
-    output = tmp_path / 'again'
+    output = tmp_path / "once 'again'"
     assert finetune(photos, '--model', f'local-dir:{finished}', '--output', output) == 0
     printed = capsys.readouterr().out
+    code, command = printed.splitlines()[-2:]
+    assert ast.parse(code).body[0].value.args[0].value == shlex.split(command)[3] == f'local-dir:{output}'
     assert '36 images in 3 classes, 12 in each' in printed
     assert 'held out of training' in printed
     results = json.loads((output / 'results.json').read_text())

@@ -200,6 +200,14 @@ def test_rows_of_the_map_sum_to_one(axis, log_radius, kernel, dtype):
     torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:2], dtype=dtype))
 
 
+@pytest.mark.parametrize(('dtype', 'size'), [(torch.bfloat16, 400), (torch.float16, 2500)])
+def test_half_precision_counts_the_cells(dtype, size):
+    """bfloat16 has no 257, and float16 no 2,049."""
+    rows = attention_map(torch.zeros(1, dtype=dtype), size)
+    assert rows.dtype == dtype
+    torch.testing.assert_close(rows.float(), attention_map(torch.zeros(1), size), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_an_undefined_radius_is_not_hidden(kernel):
     """A NaN radius gives NaN instead of a map of zeros."""

@@ -11,6 +11,7 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,10 @@ def _fields(value: dict[str, Any], indent: str = '') -> Iterator[str]:
                 yield from _fields({f'{key} {number}': part}, indent)
         elif item is not None and item != () and item != {}:
             yield f'{indent}{key}: {", ".join(map(str, item)) if isinstance(item, (tuple, list)) else item}'
+
+
+def _loading_code(folder: Path | str) -> str:
+    return f'timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)'
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def _download(args: argparse.Namespace) -> int:
     from .pretrained.manifest import load_manifest
     for name in tags or [entry.name for entry in load_manifest().models.values() if entry.is_released]:
         place = download_tag(name, folder)
-        print(f"{place}\n  timm.create_model('local-dir:{place}', pretrained=True)")
+        print(f'{place}\n  {_loading_code(place)}')
     return 0
 
 
@@ -296,7 +301,8 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if args.json:
         print(json.dumps(result), flush=True)
     elif guesses and args.compact:
-        print(f'{result["image"]}: {"; ".join(guesses)}', flush=True)
+        image = result['image'].replace('\n', r'\n').replace('\r', r'\r')
+        print(f'{image}: {"; ".join(guesses)}', flush=True)
     elif guesses:
         print(f'{result["image"]} ({result["model"]})')
         for guess in guesses:
@@ -395,7 +401,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.source, args.output, args.images, args.model, args.limit, args.half, _device(args), args.workers))
     _print_table(layer_rows(results))
     print('\n'.join(['', *lines(results)]))
-    print(f"timm.create_model('local-dir:{args.output}', pretrained=True)")
+    print(_loading_code(args.output))
     return 0
 
 
@@ -432,8 +438,7 @@ def _finetune(args: argparse.Namespace) -> int:
           f'{measured["top1"]:.2f}% (95% interval {", ".join(f"{end:.2f}" for end in measured["top1_interval"])})')
     for pair in measured['confused']:
         print(f'  {pair["class"]} mistaken for {pair["taken_for"]}: {pair["count"]}')
-    print(f"timm.create_model('local-dir:{output}', pretrained=True)\n"
-          f'timm-geoprior classify --model local-dir:{output} IMAGE')
+    print(f'{_loading_code(output)}\ntimm-geoprior classify --model {shlex.quote(f"local-dir:{output}")} IMAGE')
     return 0
 
 

@@ -42,19 +42,24 @@ def attention_map(
 
     Returns:
         The map, shape (num_heads, (size - 1) // stride + 1, size), in the dtype of log_radius. Each row sums to one.
+        It is computed in at least float32.
     """
-    keys = queries = torch.arange(size, device=log_radius.device, dtype=log_radius.dtype)
+    # 16 bits cannot count the cells: bfloat16 holds whole numbers up to 256, float16 up to 2,048
+    is_half = log_radius.dtype == torch.float16 or log_radius.dtype == torch.bfloat16
+    exact = log_radius.float() if is_half else log_radius
+    keys = queries = torch.arange(size, device=exact.device, dtype=exact.dtype)
     if stride > 1:
         # written like a convolution's output size, so that torch.export can unify the two
-        queries = stride * torch.arange((size - 1) // stride + 1, device=log_radius.device, dtype=log_radius.dtype)
-    radius = log_radius.clamp(-limit, limit).exp()
+        queries = stride * torch.arange((size - 1) // stride + 1, device=exact.device, dtype=exact.dtype)
+    radius = exact.clamp(-limit, limit).exp()
     if dilation > 1:
         radius = dilation * radius
     distance = (queries[:, None] - keys[None, :]) / radius[:, None, None]
     scores = -distance.abs() if kernel == 'laplacian' else -0.5 * distance * distance
     weights = scores.softmax(dim=-1)
     # tiny weights are set to zero: below 1e-38 they are subnormal, which makes a CPU's products many times slower
-    return torch.where(weights <= 1e-30, 0.0, weights)  # not F.threshold: ONNX and OpenVINO cannot convert it
+    weights = torch.where(weights <= 1e-30, 0.0, weights)  # not F.threshold: ONNX and OpenVINO cannot convert it
+    return weights.to(log_radius.dtype) if is_half else weights
 
 
 def _attend(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -270,6 +275,17 @@ class GeoPriorConv2d(nn.Module):
             in_channels, out_channels - value_dim, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
         self.attn = GeoPriorAttn2d(
             in_channels, value_dim, stride, dilation, num_heads, init_radius, kernel, fan_out=out_channels, **dd)
+
+    def _load_from_state_dict(
+            self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        # GeoPriorResNet converts such a weight before it reaches this layer; timm's `features_only` has no such class
+        if f'{prefix}weight' in state_dict:
+            error_msgs.append(
+                f'{prefix}weight is from a plain ResNet, whose weights only a whole GeoPriorResNet converts. Load them '
+                f"into one; for features_only, name their file with pretrained_cfg_overlay={{'file': FILE}}.")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, (H - 1) // stride + 1, (W - 1) // stride + 1)."""

@@ -56,7 +56,7 @@ convolutions and norms after them compensate for what is lost; all other weights
 
 ```python
 import timm, timm_geoprior
-model = timm.create_model('local-dir:{name}', pretrained=True).eval()
+model = timm.create_model({f'local-dir:{name}'!r}, pretrained=True).eval()
 ```
 
 ## Figures

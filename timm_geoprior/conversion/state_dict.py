@@ -58,8 +58,9 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
     """The bottlenecks of a GeoPriorResNet that have attention channels, in order."""
     _, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or IMAGE_SIZE
     for stage in range(1, 5):
-        for index, block in enumerate(model.get_submodule(f'layer{stage}').children()):
-            if not isinstance(block.conv2, GeoPriorConv2d):
+        # a user may have removed or replaced stages and blocks
+        for index, block in enumerate(getattr(model, f'layer{stage}', nn.Identity()).children()):
+            if not isinstance(getattr(block, 'conv2', None), GeoPriorConv2d):
                 continue
             halves = stage > 1 and index == 0
             cell = 2 ** (stage if halves else stage + 1)
