@@ -125,7 +125,7 @@ def test_the_script(tmp_path):
     done = run([SCRIPT, NANO, 'resnet10t', 'nonesuch', '--img-size', '32', '--batch-size', '2', '--repeats', '2',
                 '--min-seconds', '0.01', '--threads', '1', '--output', tmp_path / 'out'], check=True)
     assert 'ratio to resnet10t: ' in done.stdout
-    assert 'benchmark.py: nonesuch is left out' in done.stderr
+    assert 'benchmark.py: nonesuch is skipped' in done.stderr
     rows = list(csv.DictReader((tmp_path / 'out' / 'speed.csv').open()))
     assert len(rows) == 4
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
@@ -149,7 +149,7 @@ def test_a_killed_benchmark_keeps_its_rows(tmp_path):
 def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     done = run([SCRIPT, 'nonesuch', '--output', tmp_path / 'out'])
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith('benchmark.py: nonesuch is left out')
+    assert done.stderr.splitlines()[-1].startswith('benchmark.py: nonesuch is skipped')
     done = run([SCRIPT, 'resnet10t', 'resnet14t', '--repeats', '0', '--output', tmp_path / 'out'])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith('must be 0 or more, and one of them at least 1, got 0 and 0.')

@@ -102,10 +102,10 @@ def test_value_channels_are_multiples_of_8(width, share, channels):
     ('ecaresnet50t', {}, r'got channel attention \(EcaModule\) in layer1\.0'),
     ('resnet50_gn', {}, r'got a GroupNorm in layer1\.0'),
     ('res2net50d', {}, r'got a Bottle2neck in layer1\.0'),
-    ('resnetv2_50', {}, r'resnetv2_50 must be a ResNet of timm, got a ResNetV2\. Take'),
+    ('resnetv2_50', {}, r'resnetv2_50 must be a ResNet of timm, got a ResNetV2\. Use'),
     ('vit_tiny_patch16_224', {}, r'must be a ResNet of timm, got a VisionTransformer'),
-    ('resnet26', {'layers': (0, 1, 1, 1)}, r'resnet26 must have blocks in each of four stages, got none in layer1\. T'),
-    ('resnet26', {'channels': (8, 8, 12, 12)}, r'must have 3x3 layers of 16 channels or more .* got narrower ones\. T'),
+    ('resnet26', {'layers': (0, 1, 1, 1)}, r'resnet26 must have blocks in each of four stages, got none in layer1\. U'),
+    ('resnet26', {'channels': (8, 8, 12, 12)}, r'must have 3x3 layers of 16 channels or more .* got narrower ones\. U'),
     ('geoprior_resnet50', {}, r'must be a plain ResNet, got a GeoPrior ResNet \(layer2\.0 has attention already\)'),
 ])
 def test_other_networks_are_refused_by_name(name, kwargs, message):
