@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import conversion_variants as script
+from networks import randomize
 from timm_geoprior.conversion.state_dict import convert_state_dict
 
 NANO, VALUE_DIMS = 'geoprior_resnet14_nano', (0, 8, 16, 24)
@@ -16,13 +17,7 @@ NANO, VALUE_DIMS = 'geoprior_resnet14_nano', (0, 8, 16, 24)
 @pytest.fixture(scope='module')
 def source():
     torch.manual_seed(0)
-    model = timm.create_model(NANO, value_dims=(0, 0, 0, 0))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
+    return randomize(timm.create_model(NANO, value_dims=(0, 0, 0, 0))).eval()
 
 
 def test_without_options_it_is_the_packages_conversion(source):

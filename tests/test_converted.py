@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from hub_server import broken_after, status
+from networks import randomize
 from releases import using_manifest
 from timm_geoprior import GeoPriorAttn2d
 from timm_geoprior.cli import main
@@ -39,13 +40,7 @@ BACKBONE = f'{LARGE}.from_bamboo'
 def source(name: str) -> dict[str, torch.Tensor]:
     """Random weights of a plain ResNet, with random norms."""
     torch.manual_seed(0)
-    model = timm.create_model(name)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, std=0.3)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.state_dict()
+    return randomize(timm.create_model(name)).state_dict()
 
 
 @pytest.fixture(scope='module')

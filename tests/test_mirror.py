@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from networks import randomize
 from timm_geoprior.conversion.mirror import blocks, mirror, value_channels, value_dim
 from timm_geoprior.conversion.state_dict import convert_state_dict
 from timm_geoprior.errors import GeoPriorError
@@ -20,23 +21,11 @@ def on_meta(name: str, **kwargs: object) -> nn.Module:
         return timm.create_model(name, **kwargs)
 
 
-def with_random_norms(model: nn.Module) -> nn.Module:
-    """Make every part affect the output: timm initializes the last norm of each block with zeros."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.running_var):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-            for tensor in (module.bias.data, module.running_mean):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / 5)
-    return model.eval()
-
-
 @pytest.mark.parametrize('name', {re.sub(r'\d+', '', name): name for name in PLAIN}.values())
 def test_every_plain_bottleneck_resnet_of_timm_is_converted(name):
     """One of each kind, with one block per stage: depth makes no difference."""
     torch.manual_seed(0)
-    source = with_random_norms(timm.create_model(name, num_classes=10, layers=(1, 1, 1, 1)))
+    source = randomize(timm.create_model(name, num_classes=10, layers=(1, 1, 1, 1))).eval()
     model = mirror(source, name).create().eval()
     model.load_state_dict(convert_state_dict(source.state_dict(), model))
     widths = [block.bn2.num_features for _, block in blocks(source)]
@@ -62,7 +51,7 @@ def test_the_registry_has_them():
 ])
 def test_the_plain_form_of_the_mirror_is_the_source(name, kwargs):
     torch.manual_seed(0)
-    source = with_random_norms(timm.create_model(name, **kwargs))
+    source = randomize(timm.create_model(name, **kwargs)).eval()
     plain = mirror(source, name).create(value_dims=(0, 0, 0, 0)).eval()
     plain.load_state_dict(source.state_dict())
     images = torch.randn(1, source.in_chans, 64, 64)
