@@ -31,7 +31,7 @@ from timm_geoprior.conversion.state_dict import (
     convert_state_dict,
 )
 from timm_geoprior.errors import GeoPriorError
-from timm_geoprior.layers import attention_map
+from timm_geoprior.layers import GeoPriorConv2d, attention_map
 
 CHANNELS = (8, 16, 24, 32)
 VALUE_DIMS = (0, 8, 8, 8)
@@ -402,8 +402,23 @@ def test_weights_that_nothing_converts_are_refused(feature_cls):
     """timm's networks of features have no class of this package around the stages; strict=False would keep silent."""
     features = timm.create_model('geoprior_resnet14_nano', features_only=True, feature_cls=feature_cls)
     source = timm.create_model('geoprior_resnet14_nano', value_dims=(0, 0, 0, 0)).state_dict()
-    with pytest.raises(RuntimeError, match=r'layer2\.0\.conv2\.weight is from a plain ResNet, .* features_only'):
+    with pytest.raises(RuntimeError, match=r'layer2\.0\.conv2\.weight is that of a plain convolution, .* features_'):
         features.load_state_dict(source, strict=False)
+
+
+def test_weights_with_fewer_stages_of_attention_name_the_option():
+    fewer = timm.create_model('geoprior_resnet14_nano', value_dims=(0, 0, 16, 24)).state_dict()
+    with pytest.raises(RuntimeError, match=r'layer2\.0\.conv2\.weight is that of .* such as value_dims'):
+        timm.create_model('geoprior_resnet14_nano').load_state_dict(fewer, strict=False)
+
+
+def test_a_layer_with_a_weight_of_its_own_loads_it():
+    class Scaled(GeoPriorConv2d):
+        def __init__(self) -> None:
+            super().__init__(8, 8, 4)
+            self.weight = nn.Parameter(torch.ones(1))
+
+    assert str(Scaled().load_state_dict(Scaled().state_dict())) == '<All keys matched successfully>'
 
 
 def test_dead_channels_go_first_and_do_no_harm():

@@ -200,6 +200,15 @@ def test_rows_of_the_map_sum_to_one(axis, log_radius, kernel, dtype):
     torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:2], dtype=dtype))
 
 
+def test_fx_keeps_the_map_whole():
+    class Map(nn.Module):
+        def forward(self, log_radius):
+            return attention_map(log_radius, 5)
+
+    radius = torch.zeros(2)
+    torch.testing.assert_close(torch.fx.symbolic_trace(Map())(radius), attention_map(radius, 5))
+
+
 @pytest.mark.parametrize(('dtype', 'size'), [(torch.bfloat16, 400), (torch.float16, 2500)])
 def test_half_precision_counts_the_cells(dtype, size):
     """bfloat16 has no 257, and float16 no 2,049."""

@@ -458,15 +458,17 @@ def _is_runnable(module: str) -> bool:
 
 def _check_script(path: str) -> None:
     """Refuse a script that does not exist. One that may not be read raises a PermissionError, as `main` expects."""
+    folder = os.path.isdir(path)
     try:
-        found = os.stat(path)
-        if not stat.S_ISDIR(found.st_mode):
-            open(path, 'rb').close()
+        kind = os.stat(os.path.join(path, '__main__.py') if folder else path).st_mode
     except (FileNotFoundError, NotADirectoryError):
+        if folder:
+            raise GeoPriorError(
+                f'A folder to run must have a __main__.py, got {path}. Name the script in it.') from None
         raise GeoPriorError(
             f'{path} does not exist. Check the name of the script, or use -m for a module.') from None
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, '__main__.py')):
-        raise GeoPriorError(f'A folder to run must have a __main__.py, got {path}. Name the script in it.')
+    if stat.S_ISREG(kind) and not folder:  # a pipe has only one reader
+        open(path, 'rb').close()
 
 
 def _reach_children() -> None:

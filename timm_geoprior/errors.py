@@ -53,7 +53,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether a file cannot be written for want of space, and not of permission, say."""
+    """Whether a file cannot be written because it would take too much space, and not for another reason."""
     return getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

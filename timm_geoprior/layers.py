@@ -42,24 +42,20 @@ def attention_map(
 
     Returns:
         The map, shape (num_heads, (size - 1) // stride + 1, size), in the dtype of log_radius. Each row sums to one.
-        It is computed in at least float32.
     """
-    # 16 bits cannot count the cells: bfloat16 holds whole numbers up to 256, float16 up to 2,048
-    is_half = log_radius.dtype == torch.float16 or log_radius.dtype == torch.bfloat16
-    exact = log_radius.float() if is_half else log_radius
-    keys = queries = torch.arange(size, device=exact.device, dtype=exact.dtype)
+    # as integers: bfloat16 holds whole numbers up to 256 only, float16 up to 2,048
+    keys = queries = torch.arange(size, device=log_radius.device)
     if stride > 1:
         # written like a convolution's output size, so that torch.export can unify the two
-        queries = stride * torch.arange((size - 1) // stride + 1, device=exact.device, dtype=exact.dtype)
-    radius = exact.clamp(-limit, limit).exp()
+        queries = stride * torch.arange((size - 1) // stride + 1, device=log_radius.device)
+    radius = log_radius.clamp(-limit, limit).exp()
     if dilation > 1:
         radius = dilation * radius
     distance = (queries[:, None] - keys[None, :]) / radius[:, None, None]
     scores = -distance.abs() if kernel == 'laplacian' else -0.5 * distance * distance
     weights = scores.softmax(dim=-1)
     # tiny weights are set to zero: below 1e-38 they are subnormal, which makes a CPU's products many times slower
-    weights = torch.where(weights <= 1e-30, 0.0, weights)  # not F.threshold: ONNX and OpenVINO cannot convert it
-    return weights.to(log_radius.dtype) if is_half else weights
+    return torch.where(weights <= 1e-30, 0.0, weights)  # not F.threshold: ONNX and OpenVINO cannot convert it
 
 
 def _attend(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -279,11 +275,15 @@ class GeoPriorConv2d(nn.Module):
     def _load_from_state_dict(
             self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
             missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        # GeoPriorResNet converts such a weight before it reaches this layer; timm's `features_only` has no such class
-        if f'{prefix}weight' in state_dict:
+        # reported even with strict=False, which would leave this layer random. A GeoPriorResNet has converted such a
+        # weight by now, but a network of timm's features_only has no such class
+        plain = f'{prefix}weight'
+        if plain in state_dict and f'{prefix}conv.weight' not in state_dict and 'weight' not in self._parameters:
             error_msgs.append(
-                f'{prefix}weight is from a plain ResNet, whose weights only a whole GeoPriorResNet converts. Load them '
-                f"into one; for features_only, name their file with pretrained_cfg_overlay={{'file': FILE}}.")
+                f'{plain} is that of a plain convolution, where this network has attention. The weights of a plain '
+                f'ResNet can be loaded into a whole GeoPriorResNet, which converts them, and into a features_only '
+                f"network by pretrained=True and pretrained_cfg_overlay={{'file': FILE}}. Other weights need a network "
+                f'with their own options, such as value_dims.')
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

@@ -92,7 +92,7 @@ def load_variants(source: str, overrides: Sequence[str] = (), variants: Sequence
     named = named or _changes(plan.get('variants'), f'{source}, variants')
     if len(named) < 2:
         raise GeoPriorError(f'{source} and --variant must name at least two variants, got {len(named)}. Write '
-                              f"--variant 'NAME: {{KEY: VALUE}}' for each, the base first.")
+                            f"--variant 'NAME: {{KEY: VALUE}}' for each, the base first.")
     recipes = {str(name): _vary(base, str(name), _changes(changes, f'variant {name}'))
                for name, changes in named.items()}
     _check_comparable(recipes)
@@ -141,7 +141,7 @@ def _check_comparable(recipes: Mapping[str, Recipe]) -> None:
         values = {recipe.measured_size if key == 'eval_size' else getattr(recipe, key) for recipe in recipes.values()}
         if len(values) > 1:
             raise GeoPriorError(f'{key} must be the same in all variants, which are compared on the same images, got '
-                                  f'{" and ".join(map(str, sorted(values)))}.')
+                                f'{" and ".join(map(str, sorted(values)))}.')
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def compare(
     for path, results in found.items():
         if results['measured']['images'] != images:
             raise GeoPriorError(f'{path.parent} was trained on {results["measured"]["images"]["files"]:,} other '
-                                  f'images than the {images["files"]:,} in {config.data_dir}: check --data-dir, or '
-                                  f'compare in another --output.')
+                                f'images than the {images["files"]:,} in {config.data_dir}: check --data-dir, or '
+                                f'compare in another --output.')
     decoded = decode_images(data.dataset, recipes[todo[0][1]].memory_size, config.workers, config.max_corrupt,
                             config.tell)
     for seed, name in todo:

@@ -33,12 +33,12 @@ from timm_geoprior.data.memory import ImageTensors, decode_images
 from timm_geoprior.distributed import default_device
 from timm_geoprior.errors import GeoPriorError, exit_on_error
 from timm_geoprior.evaluation.metrics import Predictions, calibrate, target_ranks
-from timm_geoprior.files import markdown_table, write_atomically, write_csv
+from timm_geoprior.files import first_line, markdown_table, write_atomically, write_csv
 from timm_geoprior.progress import command_line
 from timm_geoprior.provenance import git_commit, hardware, versions
 from timm_geoprior.training.checkpoint import read_weights
 from timm_geoprior.training.loaders import model_cfg, open_images
-from timm_geoprior.training.parts import build_model, check_recipe
+from timm_geoprior.training.parts import build_model
 from timm_geoprior.training.recipe import Recipe, RunConfig, make_recipe
 
 SIZES = (0.5, 0.75, 1.25, 1.5, 2.0)
@@ -113,10 +113,14 @@ def load(path: Path, classes: Sequence[str]) -> tuple[nn.Module, Recipe, int | N
     saved = read_weights(path)
     if saved.class_names != tuple(classes):
         raise GeoPriorError(f'{path} must be trained on the {len(classes)} classes of the images, got '
-                              f'{len(saved.class_names)} others. Check --data-dir.')
+                            f'{len(saved.class_names)} others. Check --data-dir.')
     recipe = make_recipe(saved.recipe, str(path))
-    check_recipe(recipe)  # it may name a model that this version does not have
-    return build_model(recipe, len(classes), start=saved).eval(), recipe, saved.seed
+    try:
+        network = build_model(recipe, len(classes), start=saved)
+    except RuntimeError as error:  # this version may not have the model
+        raise GeoPriorError(f'{path} cannot be loaded ({first_line(error)}). Measure it with the version of this '
+                            f'package that trained it.') from None
+    return network.eval(), recipe, saved.seed
 
 
 def measure(
@@ -177,12 +181,12 @@ def run(args: argparse.Namespace) -> str:
         plain, others = measure(pair[1], images, found.classes, args.amp, facts['interpolation'])
         if facts != others:
             raise GeoPriorError(f'{pair[0]} and {pair[1]} must have the same recipe but for the network, and the '
-                                  f'same seed. Name two runs that were trained side by side.')
+                                f'same seed. Name two runs that were trained side by side.')
         own = {**facts, 'seed': 0, 'recipe': {**facts['recipe'], 'teacher_path': ''}}  # each seed may have its own
         first = first or own
         if own != first:
             raise GeoPriorError(f'All pairs must have the same recipe, got another one in {pair[0]}. Measure it in a '
-                                  f'run of its own.')
+                                f'run of its own.')
         measured.append((prior, plain))
         seeds.append(facts['seed'])
         print(f'seed {facts["seed"]}: measured', flush=True)

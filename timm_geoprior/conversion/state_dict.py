@@ -59,13 +59,13 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
     _, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or IMAGE_SIZE
     for stage in range(1, 5):
         # a user may have removed or replaced stages and blocks
-        for index, block in enumerate(getattr(model, f'layer{stage}', nn.Identity()).children()):
+        for index, block in enumerate((getattr(model, f'layer{stage}', None) or nn.Identity()).children()):
             if not isinstance(getattr(block, 'conv2', None), GeoPriorConv2d):
                 continue
             halves = stage > 1 and index == 0
             cell = 2 ** (stage if halves else stage + 1)
             # an aa_layer takes over the stride of the convolution
-            stride = 2 if halves and isinstance(block.aa, nn.Identity) else 1
+            stride = 2 if halves and isinstance(getattr(block, 'aa', nn.Identity()), nn.Identity) else 1
             yield AttentionBlock(f'layer{stage}.{index}.', block, (-(-height // cell), -(-width // cell)), stride)
 
 

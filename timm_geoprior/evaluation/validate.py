@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior validate'
         The exit code: 0 if everything was measured and agrees with the manifest, 1 if not, 128 plus the signal's
         number after Ctrl-C or SIGTERM.
 
+    Raises:
+        GeoPriorError: A package is missing.
+
     Example:
         >>> main(['--tag', 'geoprior_resnet14_nano', '--data-dir', 'tiny-imagenet-200', '--split', 'val', '--check'])
         0

@@ -5,6 +5,7 @@ al., NeurIPS 2016, arXiv 1701.04128, the gradient of the last map's central posi
 """
 import copy
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def check_output(path: Path) -> None:
         raise GeoPriorError(f'The output must end in .png, .jpg, .pdf or .svg, got {path}. Name another.')
     if not path.parent.is_dir():
         raise GeoPriorError(f'The output must be in a folder that exists, got {path}. Make the folder first.')
-    if path.is_dir():
+    if os.path.isdir(path):
         raise GeoPriorError(f'The output must be a file, got the folder {path}. Name a file in it.')
 
 

@@ -71,7 +71,7 @@ def _problem(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior publish') -> int:
-    """Stage, bundle or push a model; returns the exit code, 0."""
+    """Stage, bundle or push a model; returns the exit code, 0, or raises a GeoPriorError."""
     args = _parse_arguments(argv, prog)
     with needs_extra('train', 'matplotlib'):
         from .releasing import release

@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'timm-geoprior train') -
         The exit code: 0 after the last epoch, 1 after an error, 130 after Ctrl-C while the images are being read.
 
     Raises:
+        GeoPriorError: The recipe cannot be used, or a package is missing.
         SystemExit: 130 or 143 after Ctrl-C or SIGTERM in training, once all is saved; 2 for a wrong command line.
     """
     args = parse_arguments(argv, prog)
