@@ -20,16 +20,18 @@ from programs import run
 from timm_geoprior.cli import main
 from timm_geoprior.errors import GeoPriorError
 from timm_geoprior.evaluation.metrics import NO_RANK, Predictions
-from timm_geoprior.pretrained.manifest import load_manifest
+from timm_geoprior.pretrained.manifest import default_model, load_manifest
 from timm_geoprior.release.staging import release_tensors
 from timm_geoprior.training.checkpoint import load_checkpoint, read_weights
 from timm_geoprior.training.finetune import Splits, find_splits, lr_factor, plot_confusion, unused_folders
+from timm_geoprior.training.recipe import load_recipe
 
 FAST = ('--set', 'epochs=2', '-j', '0', '--device', 'cpu')
+SMALL = ('--model', 'geoprior_resnet14_nano')  # unless a later --model names another
 
 
 def finetune(*arguments: object) -> int:
-    return main(['finetune', *map(str, arguments), *FAST])
+    return main(['finetune', *SMALL, *map(str, arguments), *FAST])
 
 
 @pytest.fixture(scope='module')
@@ -183,7 +185,7 @@ def test_random_weights_and_another_network(photos, tmp_path, capsys):
 
 def test_it_ends_when_it_gets_no_better(photos, tmp_path, capsys):
     output = tmp_path / 'run'
-    arguments = [str(photos), '--output', str(output), '--patience', '1', '-j', '0', '--device', 'cpu']
+    arguments = [*SMALL, str(photos), '--output', str(output), '--patience', '1', '-j', '0', '--device', 'cpu']
     assert main(['finetune', *arguments, '--set', 'lr=1e-12', '--set', 'epochs=9']) == 0  # nothing is learned
     printed = capsys.readouterr().out
     scores = [line.split('top-1 ')[1].split('%')[0] for line in printed.splitlines() if line.startswith('epoch')]
@@ -208,7 +210,7 @@ def test_a_stopped_run_goes_on(photo_folder, tmp_path, capsys):
         '    return decide(job, history)\n'
         'finetune._should_stop = stop\n'
         'sys.exit(main(sys.argv[1:]))\n')
-    arguments = [str(photo_folder), '--output', str(tmp_path / 'run'), *FAST]
+    arguments = [*SMALL, str(photo_folder), '--output', str(tmp_path / 'run'), *FAST]
     with (tmp_path / 'log.txt').open('w') as log:
         stopped = run(['-c', program, 'finetune', *arguments], stdout=log.fileno(), cwd=tmp_path)
     assert stopped.returncode == 130, stopped.stderr
@@ -300,9 +302,10 @@ def test_held_out_images_choose_and_others_are_measured(photo_folder, tmp_path, 
 
 def test_images_that_came_since_are_not_held_out_unnoticed(photos, tmp_path, capsys):
     output = tmp_path / 'run'
-    assert finetune(photos, '--output', output, '--set', 'img_size=32') == 0
+    assert main(['finetune', str(photos), '--output', str(output), '--set', 'img_size=32', *FAST]) == 0
+    assert load_recipe(output / 'recipe.yaml').model == default_model(load_manifest()).name
     shutil.copy(photos / 'coffee' / '00.jpg', photos / 'coffee' / '99.jpg')
-    assert finetune(photos, '--output', output, '--set', 'img_size=32', '--resume') == 1
+    assert main(['finetune', str(photos), '--output', str(output), '--set', 'img_size=32', *FAST, '--resume']) == 1
     assert 'was trained or measured on other images than those in' in capsys.readouterr().err
 
 
