@@ -72,8 +72,9 @@ class PreparedImages:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, (N, C, H, W), and labels, (N,), of each batch, without unreadable images: at most half."""
         channels, data = self.config['input_size'][0], self.sets.data
-        images = SelectedImages(data.dataset, self.indices, data.labels[self.indices], create_transform(**self.config),
-                        'L' if channels == 1 else 'RGB')
+        images = SelectedImages(
+            data.dataset, self.indices, data.labels[self.indices], create_transform(**self.config),
+            'L' if channels == 1 else 'RGB')
         unreadable = 0
         for batch, labels, bad in images.batches(self.batch_size, self.workers):
             names = [data.name_of(index) for index in bad]
