@@ -701,6 +701,12 @@ def test_only_results_are_replaced(data, checkpoint, tmp_path, capsys):
         assert validate(*options, *more) == 1
         assert 'must be a new file or earlier results' in capsys.readouterr().err
     assert (run / 'results.json').read_text() == '{"epochs": 3, "results": 5}'
+    other = tmp_path / 'other' / 'per_class.csv'
+    other.parent.mkdir()
+    other.write_text('of another program')
+    assert validate(*options, '--output', other.parent) == 1
+    assert 'other, which has another per_class.csv. Name another with --output.' in capsys.readouterr().err
+    assert [path.read_text() for path in other.parent.iterdir()] == ['of another program']
     for name in ('a.csv', 'a.json'):
         for _ in range(2):
             assert validate(*options, '--results-file', tmp_path / name, '--output', tmp_path / 'out') == 0

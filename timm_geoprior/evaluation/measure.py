@@ -24,7 +24,7 @@ from ..training.checkpoint import check_exists
 from .classes import match_classes
 from .evaluate import EvalConfig, Evaluation, Plan, evaluate, plan, set_numerics
 from .models import LoadedModel, check_source, load_model
-from .results import details, lines, summary_row, write_results
+from .results import FILES, details, lines, summary_row, write_results
 
 
 @dataclass
@@ -67,6 +67,10 @@ def _check_output(args: argparse.Namespace) -> None:
                 args.output, args.data_dir, args.split):
             raise EvaluationError(f'The output must lie outside the folder of the images, since its plots would be '
                                   f'read as some of them, got {args.output}. Name another folder with --output.')
+        others = [name for name in FILES if (args.output / name).exists()]
+        if others and 'results.json' not in others:
+            raise EvaluationError(f'The output must be a new folder or have earlier results, got {args.output}, which '
+                                  f'has another {others[0]}. Name another with --output.')
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:

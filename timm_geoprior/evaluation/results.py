@@ -12,6 +12,8 @@ from ..provenance import git_commit, hardware, versions
 from .evaluate import EvalConfig, Evaluation
 from .metrics import Calibration, Counts, calibrate, confused_pairs, per_class, wilson_interval
 
+FILES = ('results.json', 'per_class.csv', 'confused_pairs.csv', 'reliability.png', 'per_class.png')  # of --output
+
 
 def _accuracies(counts: Counts) -> dict[str, Any]:
     """Counts with both accuracies and their 95% intervals in percent."""
