@@ -373,7 +373,7 @@ def test_an_extra_that_is_needed_at_the_end_is_missed_at_the_beginning(capsys, m
 def test_an_error_is_one_sentence(capsys, arguments, words):
     got = output(capsys, *arguments, code=1)
     assert got.out == ''
-    assert got.err.startswith('timm-geoprior')
+    assert got.err.startswith('timm-geoprior train: ' if arguments[0] == 'train' else 'timm-geoprior: ')
     assert words in got.err
     assert got.err.endswith('.\n')
     assert got.err.count('\n') == 1
@@ -413,7 +413,10 @@ def test_what_may_not_be_accessed_is_one_sentence(forkserver, tmp_path, monkeypa
     finally:
         (tmp_path / 'closed').chmod(0o755)
     assert (code, err.count('\n')) == (1, 1)
-    assert re.search(r'x\S* cannot be (accessed|read) \(Permission denied\)\. Check its permissions', err)
+    path = next(word for word in arguments if re.fullmatch(r'closed/x|x\.(yaml|pt|jpg|py)', word))
+    prog = f'timm-geoprior {arguments[0]}' if arguments[0] in ('train', 'validate') else 'timm-geoprior'
+    assert re.match(rf'{prog}: (The checkpoint )?{re.escape(path)}\S* cannot be (accessed|read) ', err)
+    assert ' (Permission denied). Check its permissions' in err
 
 
 @pytest.mark.parametrize('arguments', [['nothing'], ['info'], ['run'], ['list', '--wrong']])

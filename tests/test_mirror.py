@@ -22,7 +22,7 @@ def on_meta(name: str, **kwargs: object) -> nn.Module:
 
 
 @pytest.mark.parametrize('name', {re.sub(r'\d+', '', name): name for name in PLAIN}.values())
-def test_every_plain_bottleneck_resnet_of_timm_is_converted(name):
+def test_every_kind_of_plain_bottleneck_resnet_of_timm_is_converted(name):
     """One of each kind, with one block per stage: depth makes no difference."""
     torch.manual_seed(0)
     source = randomize(timm.create_model(name, num_classes=10, layers=(1, 1, 1, 1))).eval()
